@@ -1,0 +1,1 @@
+"""Measurements behind the project's claims; each module is one, run with `python -m benchmarks.NAME`."""

@@ -1,0 +1,141 @@
+"""Host time that swapping adds to a block of 25 tensors: hooks, ring, activation, copy calls and release together.
+
+    python -m benchmarks.host_overhead [--json]
+
+The same model runs unswapped and swapped, forward by forward in turn, and the difference per swapped block is reported
+(the median over the forwards). Tensors are tiny, so that the copies themselves cost nothing: on a GPU what is measured
+is the time until everything is queued, elsewhere the same Python code with copies in place. A block does no arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from wanvideo_enhanced_blockswap.blockswap import (
+    HostTier,
+    ModelProfile,
+    PinBudget,
+    SwapPlan,
+    SwapSession,
+    backend_for,
+)
+
+BLOCKS = 40
+TENSORS = 25
+FORWARDS = 300
+
+
+class PackedParameter(nn.Parameter):
+    """A parameter whose subclass intercepts every torch function, as GGUF loaders make them."""
+
+    def __new__(cls, data: torch.Tensor) -> PackedParameter:
+        packed = torch.Tensor._make_subclass(cls, data, require_grad=False)
+        packed.quant_type = 2  # type: ignore[attr-defined]
+        return packed
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN206
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+class Block(nn.Module):
+    """25 streamed tensors and a forward that reads none of them."""
+
+    def __init__(self, *, packed: bool) -> None:
+        super().__init__()
+        for i in range(TENSORS):
+            data = torch.zeros(64)
+            parameter = PackedParameter(data) if packed else nn.Parameter(data, requires_grad=False)
+            self.register_parameter(f"weight{i}", parameter)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Nothing."""
+        return x
+
+
+def plan_all(profile: ModelProfile, *, overlap: bool) -> SwapPlan:
+    """Every block swapped through two slots, on one copy stream."""
+    count = len(profile.blocks)
+    return SwapPlan(
+        swapped=(True,) * count,
+        slots=2,
+        slot_bytes=profile.slot_bytes(range(count)),
+        streams=1,
+        overlap=overlap,
+        tiers=(HostTier.PINNED if overlap else HostTier.PAGEABLE,) * count,
+        device_bytes=0,
+        slab_bytes=0,
+        pinned_bytes=0,
+        staging_bytes=0,
+        streamed_bytes=0,
+        forward=None,
+        over_ceiling=False,
+        reasons=(),
+    )
+
+
+def measure(device: torch.device, *, packed: bool) -> float:
+    """Microseconds that swapping adds per block and forward."""
+    plain = [Block(packed=packed) for _ in range(BLOCKS)]
+    swapped = [Block(packed=packed) for _ in range(BLOCKS)]
+    named = [(f"blocks.{i}", block) for i, block in enumerate(swapped)]
+    backend = backend_for(device, pin_budget=PinBudget(1 << 30))
+    x = torch.zeros(1, device=device)
+    added = []
+
+    def run(blocks: Sequence[nn.Module]) -> None:
+        for block in blocks:
+            block(x)
+
+    with (
+        torch.inference_mode(),
+        SwapSession(named, lambda profile: plan_all(profile, overlap=device.type == "cuda"), backend) as session,
+    ):
+        for _ in range(FORWARDS):
+            begin = time.perf_counter()
+            run(plain)
+            middle = time.perf_counter()
+            with session.forward():
+                run(swapped)
+            added.append((time.perf_counter() - middle) - (middle - begin))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        moved = session.counters.onloads
+    assert moved >= BLOCKS * (FORWARDS - 1), f"only {moved} onloads: this did not swap"
+    return statistics.median(added) / BLOCKS * 1e6
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the figures."""
+    parser = argparse.ArgumentParser(prog="benchmarks.host_overhead", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plain, packed = (measure(device, packed=packed) for packed in (False, True))
+    result = {
+        "us_per_block": round(max(plain, packed), 2),
+        "us_per_block_plain": round(plain, 2),
+        "us_per_block_gguf_like": round(packed, 2),
+        "tensors_per_block": TENSORS,
+        "device": str(device),
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+    }
+    if options.json:
+        print(json.dumps(result))
+    else:
+        print("\n".join(f"{name}: {value}" for name, value in result.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

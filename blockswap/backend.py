@@ -1,0 +1,45 @@
+"""Backend: what a session needs of one device, chosen once: streams, page-locking, a worker, memory readings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .pages import CudaRegistrar, PinBudget, Registrar
+from .staging import ThreadWorker, Worker
+from .streams import CudaStreams, InlineStreams, Streams
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One device, as the engine sees it.
+
+    Attributes:
+        device: Where blocks run.
+        open_streams: Makes the device's primitives from the number of copy streams and whether copies overlap compute.
+        registrar: Page-locks host memory for the device; None where nothing can be locked.
+        pin_budget: What all sessions may lock together: give every backend of a process the same one.
+        make_worker: Makes the worker of the staged tier.
+    """
+
+    device: torch.device
+    open_streams: Callable[[int, bool], Streams]
+    registrar: Registrar | None
+    pin_budget: PinBudget
+    make_worker: Callable[[Streams], Worker]
+
+
+def backend_for(device: torch.device, *, pin_budget: PinBudget) -> Backend:
+    """The backend of a real device.
+
+    CUDA and HIP have streams and page-locking; any other device type gets synchronous copies.
+    """
+    if device.type != "cuda":
+        return Backend(device, lambda count, overlap: InlineStreams(device), None, pin_budget, lambda _: ThreadWorker())
+
+    def open_streams(count: int, overlap: bool) -> Streams:  # noqa: FBT001 - called through Backend.open_streams
+        return CudaStreams(device, count=count) if overlap else InlineStreams(device)
+
+    return Backend(device, open_streams, CudaRegistrar(device), pin_budget, lambda _: ThreadWorker())

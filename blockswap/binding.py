@@ -1,0 +1,93 @@
+"""A block's tensors, and what each is made to point at."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .profile import TensorEntry
+from .tensors import flat, version_of
+
+
+@dataclass(slots=True)
+class Bound:
+    """A tensor as it was found, and its copy on the device.
+
+    Attributes:
+        entry: Where it is held.
+        tensor: The Parameter or buffer object.
+        master: Its bytes on the host (or where it was found, if that is the device already).
+        copy: Its bytes on the device for as long as the swapper lives; None for a streamed tensor of a swapped block.
+        version: In-place edits counted when it was bound; None if the tensor does not count them.
+    """
+
+    entry: TensorEntry
+    tensor: torch.Tensor
+    master: torch.Tensor
+    copy: torch.Tensor | None
+    version: int | None
+
+    def keep_edits(self) -> None:
+        """Copies the device's bytes to the master if they were written to since, or may have been."""
+        version = version_of(self.tensor)
+        if self.copy is not None and (version != self.version or (version is None and self.entry.is_buffer)):
+            flat(self.master).copy_(flat(self.copy))
+
+    def fetch_replacement(self) -> None:
+        """A buffer that a forward has assigned anew goes to where the one before was found."""
+        now = self.entry.holder.get(self.entry.name)
+        if self.entry.is_buffer and now is not None and now is not self.tensor:
+            self.entry.holder[self.entry.name] = now.to(self.master.device)
+
+
+@dataclass(slots=True)
+class BlockBinding:
+    """One block's tensors, laid out for the hot path: lists of equal length.
+
+    Attributes:
+        watched: Every tensor that must still be what and where it was left. Small buffers are not among them: a
+            forward may assign them anew.
+        holders: The dict that holds each watched tensor.
+        names: Its name there.
+        addresses: Where each watched tensor's bytes are between forwards.
+        counting: The streamed tensors of a swapped block that count in-place edits.
+        versions: What they counted last.
+        streamed: The tensors that an activation re-points; empty for a resident block.
+        masters: What each points at between forwards.
+        slots: For each slot, what each points at while the block runs from it.
+    """
+
+    watched: list[torch.Tensor]
+    holders: list[dict[str, torch.Tensor | None]]
+    names: list[str]
+    addresses: list[int]
+    counting: list[torch.Tensor] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    streamed: list[torch.Tensor] = field(default_factory=list)
+    masters: list[torch.Tensor] = field(default_factory=list)
+    slots: list[list[torch.Tensor]] = field(default_factory=list)
+
+    def is_as_left(self) -> bool:
+        """Whether nobody has replaced or moved a tensor of the block."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if [tensor.data_ptr() for tensor in self.watched] != self.addresses:
+                return False
+        return all(map(operator.is_, map(dict.get, self.holders, self.names), self.watched))
+
+    def was_edited(self) -> bool:
+        """Whether a tensor of the block was edited in place since the last look; looks."""
+        with torch._C.DisableTorchFunctionSubclass():
+            versions = [tensor._version for tensor in self.counting]
+        edited, self.versions = versions != self.versions, versions
+        return edited
+
+    def point(self, targets: Sequence[torch.Tensor]) -> None:
+        """Re-points the streamed tensors. Without torch-function subclasses: 25 GGUF-like assignments take 7 instead of
+        72 microseconds (torch 2.13, one CPU core at 2 GHz).
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            for tensor, target in zip(self.streamed, targets, strict=True):
+                tensor.data = target

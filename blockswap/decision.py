@@ -1,0 +1,124 @@
+"""What a plan is asked and what it says: HostTier, Timing, PlanRequest, SwapPlan; pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from .schedule import ForwardTime
+
+STAGING_SLABS = 2
+"""One is filled by the worker while the other is copied to the device."""
+
+
+class HostTier(Enum):
+    """Where the host bytes of a swapped block are, and so how they travel."""
+
+    PINNED = "pinned"
+    """Page-locked in whole: copied by the device's own engine, asynchronously."""
+    STAGED = "staged"
+    """Pageable; a worker thread copies it through page-locked staging slabs."""
+    PAGEABLE = "pageable"
+    """Pageable; the copy blocks the host."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Speeds and durations that a plan is predicted from; None is unknown.
+
+    Attributes:
+        compute_ms: Duration of each block.
+        pinned_bytes_per_s: Host-to-device bandwidth from page-locked memory.
+        pageable_bytes_per_s: Host-to-device bandwidth from pageable memory.
+        host_copy_bytes_per_s: Host-to-host bandwidth of the staging worker.
+        streams: Copy streams at which `pinned_bytes_per_s` holds.
+    """
+
+    compute_ms: tuple[float, ...] | None = None
+    pinned_bytes_per_s: float | None = None
+    pageable_bytes_per_s: float | None = None
+    host_copy_bytes_per_s: float | None = None
+    streams: int = 1
+
+    def bytes_per_s(self, tier: HostTier) -> float | None:
+        """Bandwidth of one host tier, or None if what it depends on is unknown."""
+        if tier is HostTier.PINNED:
+            return self.pinned_bytes_per_s
+        if tier is HostTier.PAGEABLE:
+            return self.pageable_bytes_per_s
+        if self.pinned_bytes_per_s is None or self.host_copy_bytes_per_s is None:
+            return None
+        return min(self.pinned_bytes_per_s, self.host_copy_bytes_per_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """What is asked of a plan.
+
+    Attributes:
+        blocks_to_swap: Blocks to swap among the main blocks; None lets the budget decide.
+        vace_blocks_to_swap: The same among the VACE blocks; read only when `blocks_to_swap` is given.
+        overlap: Copies have streams of their own; without, one slot suffices, since nothing can run ahead.
+        pin: Streamed weights may be page-locked.
+        slots: Number of slots; None lets the virtual-time model decide.
+        timing: What is known about speeds.
+    """
+
+    blocks_to_swap: int | None = None
+    vace_blocks_to_swap: int = 0
+    overlap: bool = True
+    pin: bool = True
+    slots: int | None = None
+    timing: Timing = field(default_factory=Timing)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapPlan:
+    """The decision: frozen, complete, and followed to the letter.
+
+    Attributes:
+        swapped: For each block in execution order, whether it is swapped.
+        slots: Slots of the window; 0 if nothing is swapped.
+        slot_bytes: Device memory of one slot.
+        streams: Copy streams.
+        overlap: Copies run on streams of their own.
+        tiers: Host tier of each block; None for resident blocks.
+        device_bytes: Device memory of residents, small tensors and window together: never exceeded.
+        slab_bytes: Host memory of the slabs.
+        pinned_bytes: Host memory that is page-locked: slabs and staging.
+        staging_bytes: The part of it that is staging slabs.
+        streamed_bytes: Bytes that one forward of all blocks copies to the device; 0 if every swapped block has a slot.
+        forward: One forward of all blocks in virtual time, in ms; None where a speed is unknown.
+        over_ceiling: The weights do not fit under the budget even so.
+        reasons: Why, in sentences.
+    """
+
+    swapped: tuple[bool, ...]
+    slots: int
+    slot_bytes: int
+    streams: int
+    overlap: bool
+    tiers: tuple[HostTier | None, ...]
+    device_bytes: int
+    slab_bytes: int
+    pinned_bytes: int
+    staging_bytes: int
+    streamed_bytes: int
+    forward: ForwardTime | None
+    over_ceiling: bool
+    reasons: tuple[str, ...]
+
+    @property
+    def swapped_count(self) -> int:
+        """Number of swapped blocks."""
+        return sum(self.swapped)
+
+    @property
+    def swapped_indices(self) -> tuple[int, ...]:
+        """The swapped blocks, in execution order."""
+        return tuple(i for i, is_swapped in enumerate(self.swapped) if is_swapped)
+
+    @property
+    def stall_ms(self) -> float | None:
+        """Time per forward that compute waits for copies; None if unknown."""
+        return None if self.forward is None else self.forward.stall

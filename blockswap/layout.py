@@ -1,0 +1,144 @@
+"""What a model's bytes look like: blocks, their tensors, and where each lies in a slab; pure, no torch."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+SLAB_ALIGNMENT = 256
+"""Bytes between tensor starts in a slab: the alignment of a fresh CUDA allocation's interior, which kernels may assume
+(cuBLAS picks its vectorised paths from 16 bytes up, cuDNN and TMA want up to 128)."""
+
+DEVICE_GRANULARITY = 512
+"""Bytes to which torch's CUDA caching allocator rounds every allocation (kMinBlockSize in CUDACachingAllocator.h)."""
+
+SMALL_TENSOR_BYTES = 256 * 1024
+"""Largest cut-off under which a tensor always stays on the device. Wan 14B's largest non-matrix tensor is the fp32
+modulation, 6 x 5120 x 4 = 122,880 bytes; its smallest matrix is 5120 x 5120 in Q4_K, 14.7 MB, and Wan 1.3B's 1.3 MB."""
+
+SMALL_TENSOR_SHARE = 64
+"""The cut-off is also at most a 64th of its block's bytes, so that the matrices of a tiny model still stream: with the
+ratio of Wan's layers (a modulation of 6 rows against matrices of `width` rows) this parts them from width 64 up."""
+
+
+class Placement(Enum):
+    """Where a tensor of a block lives; decided once, from the tensor itself."""
+
+    STREAMED = "streamed"
+    """Through a slot of the window while its block is swapped, in the block's own device buffer while resident."""
+    SMALL = "small"
+    """Always on the device: under the cut-off, or a buffer that a forward may change."""
+    FIXED = "fixed"
+    """Always on the device, in storage of its own kind: it cannot be re-pointed into a slot."""
+    HOST = "host"
+    """Always on the host: Python reads it, and on the device each read would wait for the GPU."""
+
+
+def align(size: int, granularity: int) -> int:
+    """The least multiple of `granularity` that is not below `size`."""
+    return -(-size // granularity) * granularity
+
+
+def slab_offsets(sizes: Iterable[int]) -> tuple[tuple[int, ...], int]:
+    """Byte offsets of tensors laid one behind the other, each aligned, and the end of the last one."""
+    offsets, end = [], 0
+    for size in sizes:
+        start = align(end, SLAB_ALIGNMENT)
+        offsets.append(start)
+        end = start + size
+    return tuple(offsets), end
+
+
+def small_cutoff(block_bytes: int) -> int:
+    """Bytes under which a tensor of a block of `block_bytes` always stays on the device."""
+    return min(SMALL_TENSOR_BYTES, block_bytes // SMALL_TENSOR_SHARE)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorProfile:
+    """One parameter or buffer of a block.
+
+    Attributes:
+        name: Dotted name inside the block, without `_orig_mod.`.
+        nbytes: Span of its strides times the item size, as stored; 0 if another tensor's span already holds it.
+        placement: Where it lives.
+        reason: Why it does not stream; empty if it does.
+    """
+
+    name: str
+    nbytes: int
+    placement: Placement
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockProfile:
+    """One transformer block: its name in the model and its tensors."""
+
+    name: str
+    tensors: tuple[TensorProfile, ...]
+
+    def _bytes(self, *placements: Placement) -> int:
+        return sum(t.nbytes for t in self.tensors if t.placement in placements)
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes of the block, as stored."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of the tensors that stream when the block is swapped, without alignment."""
+        return self._bytes(Placement.STREAMED)
+
+    @property
+    def small_bytes(self) -> int:
+        """Bytes that stay on the device even when the block is swapped, without alignment."""
+        return self._bytes(Placement.SMALL, Placement.FIXED)
+
+    @property
+    def slab_bytes(self) -> int:
+        """Length of the block's streamed tensors laid one behind the other, aligned: what one onload copies."""
+        return slab_offsets(t.nbytes for t in self.tensors if t.placement is Placement.STREAMED)[1]
+
+    @property
+    def slab_host_bytes(self) -> int:
+        """Host memory of the block's slab: `slab_bytes` in whole pages."""
+        return align(self.slab_bytes, mmap.PAGESIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelProfile:
+    """A model's blocks in execution order (VACE blocks first), and the bytes outside them."""
+
+    blocks: tuple[BlockProfile, ...]
+    other_bytes: int = 0
+
+    @property
+    def block_bytes(self) -> int:
+        """All bytes of all blocks."""
+        return sum(b.nbytes for b in self.blocks)
+
+    @property
+    def small_device_bytes(self) -> int:
+        """Device memory of every tensor that always stays there, as it is allocated: one buffer, aligned, and one
+        allocation for each tensor that needs storage of its own.
+        """
+        small = [t.nbytes for b in self.blocks for t in b.tensors if t.placement is Placement.SMALL]
+        fixed = [t.nbytes for b in self.blocks for t in b.tensors if t.placement is Placement.FIXED]
+        return device_bytes(slab_offsets(small)[1]) + sum(map(device_bytes, fixed))
+
+    def resident_device_bytes(self, indices: Iterable[int]) -> int:
+        """Device memory of the streamed tensors of the blocks at `indices` when they are resident."""
+        return sum(device_bytes(self.blocks[i].slab_bytes) for i in indices)
+
+    def slot_bytes(self, indices: Sequence[int]) -> int:
+        """Device memory of one slot: the largest slab among the blocks at `indices`."""
+        return device_bytes(max((self.blocks[i].slab_bytes for i in indices), default=0))
+
+
+def device_bytes(size: int) -> int:
+    """Device memory that one allocation of `size` bytes takes."""
+    return align(size, DEVICE_GRANULARITY)

@@ -1,0 +1,186 @@
+"""Whole pages of host memory, page-locked at their exact size."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from .errors import HostMemoryError
+from .layout import align
+from .streams import Streams
+
+logger = logging.getLogger(__name__)
+
+REGISTER_RESULTS = {
+    1: "the driver cannot page-lock this memory",
+    2: "out of page-lockable memory",
+    712: "already registered",
+    713: "not registered",
+    801: "not supported on this platform",
+}
+"""What the return codes of cudaHostRegister and hipHostRegister mean (cudaError_t)."""
+
+
+class Registrar(Protocol):
+    """Page-locks host memory for a device."""
+
+    def register(self, pointer: int, nbytes: int) -> int:
+        """Locks the pages; 0, or the driver's error code."""
+
+    def unregister(self, pointer: int) -> int:
+        """Unlocks the pages; 0, or the driver's error code."""
+
+    def consume_error(self) -> None:
+        """Takes the pending error of a failed call, which the driver would else report at the next kernel."""
+
+
+class CudaRegistrar:
+    """cudaHostRegister through torch, one binding for CUDA and ROCm builds. Not `pin_memory()`: its allocator rounds
+    each block up to a power of two, 1.53 times the bytes of Wan 14B.
+    """
+
+    PORTABLE = 1
+    """cudaHostRegisterPortable: locked for every context."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def register(self, pointer: int, nbytes: int) -> int:
+        return int(torch.cuda.cudart().cudaHostRegister(pointer, nbytes, self.PORTABLE))
+
+    def unregister(self, pointer: int) -> int:
+        return int(torch.cuda.cudart().cudaHostUnregister(pointer))
+
+    def consume_error(self) -> None:
+        try:
+            torch.zeros(1, device=self._device)
+            torch.cuda.synchronize(self._device)
+        except torch.AcceleratorError as pending:
+            logger.debug("consumed the pending error of a failed registration: %s", pending)
+
+
+@dataclass(slots=True)
+class PinBudget:
+    """Page-locked host memory that all stores of a process may take together.
+
+    Attributes:
+        limit_bytes: At most this much.
+        used_bytes: Taken now.
+    """
+
+    limit_bytes: int
+    used_bytes: int = 0
+
+    @property
+    def left_bytes(self) -> int:
+        """What may still be taken."""
+        return max(0, self.limit_bytes - self.used_bytes)
+
+
+class _Pages(mmap.mmap):
+    """Anonymous pages that call back before the system takes them: `mmap` unmaps before weak references are cleared, so
+    that a `weakref.finalize` would unregister memory that is gone.
+    """
+
+    before_unmap: Callable[[], None] | None = None
+
+    def __del__(self) -> None:
+        if self.before_unmap is not None:
+            self.before_unmap()
+
+
+class PageMemory:
+    """Whole pages of anonymous host memory as a uint8 tensor; can be page-locked.
+
+    Parameters point into the pages, so they may outlive this object; what must happen before they go (no copy reads
+    them, no lock is left) is theirs to keep.
+    """
+
+    def __init__(self, nbytes: int, streams: Streams) -> None:
+        self.size = align(max(nbytes, 1), mmap.PAGESIZE)
+        try:
+            self._pages = _Pages(-1, self.size)
+        except OSError as cause:
+            raise HostMemoryError(
+                f"the host expects {self.size:,} free bytes for a block's weights but the system refused them; "
+                "close other programs or take a quantised model"
+            ) from cause
+        with torch.inference_mode(mode=False):
+            self.tensor = torch.frombuffer(self._pages, dtype=torch.uint8)
+        self._use = _Use(self.tensor.data_ptr(), self.size, streams)
+        self._pages.before_unmap = self._use.end
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the pages are locked."""
+        return self._use.lock is not None
+
+    @property
+    def in_flight(self) -> tuple[Any, ...]:
+        """Events behind the last copies that read the pages."""
+        return self._use.in_flight
+
+    @in_flight.setter
+    def in_flight(self, events: tuple[Any, ...]) -> None:
+        self._use.in_flight = events
+
+    def use(self, streams: Streams) -> None:
+        """From here on `streams` read the pages; call `settle` first."""
+        self._use.streams = streams
+
+    def settle(self) -> None:
+        """Waits on the host until no copy reads the pages any more: they may be written."""
+        self._use.settle()
+
+    def pin(self, registrar: Registrar, budget: PinBudget) -> int:
+        """Locks the pages, once they have been filled (locking touches every page); 0, or the driver's error code."""
+        result = registrar.register(self.tensor.data_ptr(), self.size)
+        if result != 0:
+            registrar.consume_error()
+            return result
+        budget.used_bytes += self.size
+        self._use.lock = registrar, budget
+        return 0
+
+    def unpin(self) -> None:
+        """Unlocks the pages after their last copy; they stay."""
+        self._use.unlock()
+
+
+class _Use:
+    """What the device knows of some pages: the copies that read them, and their lock."""
+
+    def __init__(self, pointer: int, size: int, streams: Streams) -> None:
+        self.in_flight: tuple[Any, ...] = ()
+        self.lock: tuple[Registrar, PinBudget] | None = None
+        self._pointer = pointer
+        self._size = size
+        self.streams = streams
+
+    def settle(self) -> None:
+        for event in self.in_flight:
+            self.streams.host_wait(event)  # Rule 6
+        self.in_flight = ()
+        self.streams.host_writes(self._pointer, self._size)
+
+    def unlock(self) -> None:
+        if self.lock is None:
+            return
+        self.settle()
+        (registrar, budget), self.lock = self.lock, None
+        result = registrar.unregister(self._pointer)
+        budget.used_bytes -= self._size
+        if result != 0:
+            why = REGISTER_RESULTS.get(result, "an error of the driver")
+            logger.warning("unregistering %d bytes of host memory failed with code %d: %s", self._size, result, why)
+
+    def end(self) -> None:
+        """The pages are about to be unmapped."""
+        self.settle()
+        self.unlock()
+        self.streams.forget(self._pointer, self._size)

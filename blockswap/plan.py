@@ -1,0 +1,239 @@
+"""Profile, budget and link into a SwapPlan: which blocks are swapped, through how many slots, from where; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..hardware.units import format_bytes
+from .budget import MemoryBudget
+from .decision import STAGING_SLABS, HostTier, PlanRequest, SwapPlan, Timing
+from .errors import PlanError
+from .layout import ModelProfile
+from .schedule import ForwardTime, Ring, VirtualTime, spread, steady_time
+
+SLOT_CHOICES = (2, 3)
+"""With two slots an even spread of equal blocks is within 1.10 of max(compute, transfer), with three at it; a fourth
+gains nothing (`simulate` over N 30/40/48, 25-100 % swapped, transfer/compute 0.25-4)."""
+
+WORTH_A_SLOT = 0.005
+"""Part of the forward that a third slot must save to be worth its memory; below it the model's own error is larger."""
+
+VACE_PREFIX = "vace_blocks."
+
+
+def plan_swap(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest) -> SwapPlan:
+    """The plan for one transformer on one device.
+
+    Args:
+        profile: The blocks and their bytes.
+        budget: What may be spent.
+        request: What is asked, and what is known about speeds.
+
+    Raises:
+        PlanError: Not even the smallest window fits the device, or the host cannot hold the blocks.
+    """
+    if not profile.blocks:
+        raise PlanError("a plan expects a model with blocks but got one with none; nothing can be swapped")
+    swapped, reasons = _residency(profile, budget, request)
+    slots = _slots(profile, budget, request, swapped)
+    if request.blocks_to_swap is None and sum(swapped):
+        swapped, slots, reason = _auto(profile, budget, request)
+        reasons.append(reason)
+    plan = _complete(profile, budget, request, swapped, slots)
+    _refuse_what_cannot_be(profile, budget, plan)
+    return replace(plan, reasons=(*reasons, *plan.reasons))
+
+
+def weight_bytes(profile: ModelProfile, swapped: Sequence[bool], slots: int) -> int:
+    """Device memory of residents, small tensors and a window of at most `slots` slots."""
+    inside = [i for i, is_swapped in enumerate(swapped) if is_swapped]
+    residents = [i for i, is_swapped in enumerate(swapped) if not is_swapped]
+    window = min(slots, len(inside)) * profile.slot_bytes(inside)
+    return profile.small_device_bytes + profile.resident_device_bytes(residents) + window
+
+
+def _residency(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest) -> tuple[tuple[bool, ...], list[str]]:
+    """Manual: the counts asked for, spread. Automatic: none if all fits, else all (`_auto` then looks for fewer)."""
+    vace = sum(block.name.startswith(VACE_PREFIX) for block in profile.blocks)
+    main = len(profile.blocks) - vace
+    if request.blocks_to_swap is None:
+        everything = weight_bytes(profile, (False,) * len(profile.blocks), 0)
+        if everything <= budget.weight_bytes:
+            taken = f"{format_bytes(everything)} of {format_bytes(budget.weight_bytes)}"
+            fits = f"all {len(profile.blocks)} blocks fit: {taken}"
+            return (False,) * len(profile.blocks), [fits]
+        return (True,) * len(profile.blocks), []
+    reasons = []
+    for name, asked, count in (
+        ("blocks_to_swap", request.blocks_to_swap, main),
+        ("vace_blocks_to_swap", request.vace_blocks_to_swap, vace),
+    ):
+        if asked > count:
+            reasons.append(f"{name} is cut from {asked} to {count}, the number of blocks the model has")
+    counts = min(request.vace_blocks_to_swap, vace), min(request.blocks_to_swap, main)
+    reasons.append(f"{sum(counts)} of {len(profile.blocks)} blocks are swapped, as asked")
+    return (spread(vace, counts[0]) if vace else ()) + (spread(main, counts[1]) if main else ()), reasons
+
+
+def _slots(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest, swapped: Sequence[bool]) -> int:
+    """Two slots, or three where the model of time says they pay and the budget holds them."""
+    count = sum(swapped)
+    if request.slots is not None:
+        return min(request.slots, count)
+    if not request.overlap:
+        return min(1, count)
+    fewest, most = SLOT_CHOICES
+    if count <= fewest or weight_bytes(profile, swapped, most) > budget.weight_bytes:
+        return min(fewest, count)
+    return most if _pays(profile, request, (swapped, fewest), (swapped, most)) else fewest
+
+
+def _pays(
+    profile: ModelProfile,
+    request: PlanRequest,
+    choice: tuple[Sequence[bool], int],
+    other: tuple[Sequence[bool], int],
+) -> bool:
+    """Whether `other` (blocks swapped, slots) is faster than `choice` by more than the model's error."""
+    tier = HostTier.PINNED if request.pin else HostTier.PAGEABLE
+    times = [
+        predict(profile, swapped, slots, [tier] * len(swapped), request.timing) for swapped, slots in (choice, other)
+    ]
+    if times[0] is None or times[1] is None:
+        return False
+    return times[1].elapsed < (1 - WORTH_A_SLOT) * times[0].elapsed
+
+
+def _auto(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest) -> tuple[tuple[bool, ...], int, str]:
+    """The fewest swapped blocks that fit the weight budget, with the number of slots that is faster for that memory."""
+    count = len(profile.blocks)
+    choices = SLOT_CHOICES if request.overlap else (1,)
+    if request.slots is not None:
+        choices = (request.slots,)
+    fitting: list[tuple[tuple[bool, ...], int]] = []
+    for slots in choices:
+        # With as many slots as swapped blocks the window holds what it should have freed.
+        for swapped_count in range(min(slots + 1, count), count + 1):
+            swapped = spread(count, swapped_count)
+            if weight_bytes(profile, swapped, slots) <= budget.weight_bytes:
+                fitting.append((swapped, slots))
+                break
+    target = format_bytes(budget.weight_bytes)
+    if not fitting:
+        everything = (True,) * count
+        need = format_bytes(weight_bytes(profile, everything, choices[0]))
+        return (
+            everything,
+            min(choices[0], count),
+            f"even with all {count} blocks swapped the weights take {need} of {target}",
+        )
+    best = fitting[0]
+    for other in fitting[1:]:
+        best = other if _pays(profile, request, best, other) else best
+    need = format_bytes(weight_bytes(profile, *best))
+    return *best, f"{sum(best[0])} of {count} blocks are swapped, the fewest that fit: {need} of {target}"
+
+
+def predict(
+    profile: ModelProfile,
+    swapped: Sequence[bool],
+    slots: int,
+    tiers: Sequence[HostTier | None],
+    timing: Timing,
+) -> ForwardTime | None:
+    """One forward of all blocks in virtual time, in ms, or None where a speed is unknown."""
+    if timing.compute_ms is None:
+        return None
+    transfer = [0.0] * len(swapped)
+    for i, tier in enumerate(tiers):
+        if swapped[i] and tier is not None:
+            speed = timing.bytes_per_s(tier)
+            if speed is None:
+                return None
+            transfer[i] = profile.blocks[i].slab_bytes / speed * 1e3
+    blocking = {i for i, tier in enumerate(tiers) if tier is HostTier.PAGEABLE}
+    ring = Ring(swapped, slots=min(slots, sum(swapped)))
+    time = VirtualTime(ring, compute=timing.compute_ms, transfer=transfer, blocking=blocking)
+    return steady_time(time, [range(len(swapped))])
+
+
+def _tiers(
+    profile: ModelProfile, budget: MemoryBudget, request: PlanRequest, swapped: Sequence[bool]
+) -> tuple[tuple[HostTier | None, ...], int, list[str]]:
+    """Host tier of each block, page-locked bytes, and the reasons where not all is pinned."""
+    inside = [i for i, is_swapped in enumerate(swapped) if is_swapped]
+    sizes = {i: profile.blocks[i].slab_host_bytes for i in inside}
+    if not request.pin or not request.overlap:
+        why = "page-locked memory is switched off" if not request.pin else "copies on the compute stream need no pins"
+        return tuple(HostTier.PAGEABLE if s else None for s in swapped), 0, [why] if inside else []
+    wanted = sum(sizes.values())
+    if wanted <= budget.pin_bytes:
+        return tuple(HostTier.PINNED if s else None for s in swapped), wanted, []
+    staging = STAGING_SLABS * max(sizes.values())
+    short = f"pinned memory: {format_bytes(wanted)} wanted, {format_bytes(budget.pin_bytes)} may be had"
+    if staging > budget.pin_bytes:
+        return tuple(HostTier.PAGEABLE if s else None for s in swapped), 0, [f"{short}; all blocks stay pageable"]
+    pinned, left = set[int](), budget.pin_bytes - staging
+    # The pinned blocks are spread among the swapped ones, so that the worker has time between two of its own.
+    for count in range(len(inside), 0, -1):
+        pinned = {i for i, chosen in zip(inside, spread(len(inside), count), strict=True) if chosen}
+        if sum(sizes[i] for i in pinned) <= left:
+            break
+        pinned = set()
+    tiers = tuple((HostTier.PINNED if i in pinned else HostTier.STAGED) if s else None for i, s in enumerate(swapped))
+    said = (
+        f"{short}; {len(inside) - len(pinned)} of {len(inside)} swapped blocks go through {STAGING_SLABS} staging slabs"
+    )
+    return tiers, sum(sizes[i] for i in pinned) + staging, [said]
+
+
+def _complete(
+    profile: ModelProfile, budget: MemoryBudget, request: PlanRequest, swapped: tuple[bool, ...], slots: int
+) -> SwapPlan:
+    tiers, pinned_bytes, reasons = _tiers(profile, budget, request, swapped)
+    inside = [i for i, is_swapped in enumerate(swapped) if is_swapped]
+    staged = [profile.blocks[i].slab_host_bytes for i in inside if tiers[i] is HostTier.STAGED]
+    device_bytes = weight_bytes(profile, swapped, slots)
+    if device_bytes > budget.weight_bytes:
+        reasons.append(
+            f"the weights take {format_bytes(device_bytes)}, over the budget of {format_bytes(budget.weight_bytes)}"
+        )
+    if inside and slots >= len(inside):
+        reasons.append(
+            f"{len(inside)} swapped blocks have a slot each: nothing moves after the first forward, nothing is freed"
+        )
+    return SwapPlan(
+        swapped=swapped,
+        slots=slots,
+        slot_bytes=profile.slot_bytes(inside),
+        streams=request.timing.streams if request.overlap else 1,
+        overlap=request.overlap,
+        tiers=tiers,
+        device_bytes=device_bytes,
+        slab_bytes=sum(profile.blocks[i].slab_host_bytes for i in inside),
+        pinned_bytes=pinned_bytes,
+        staging_bytes=STAGING_SLABS * max(staged, default=0),
+        streamed_bytes=sum(profile.blocks[i].slab_bytes for i in inside) if slots < len(inside) else 0,
+        forward=predict(profile, swapped, slots, tiers, request.timing),
+        over_ceiling=device_bytes > budget.weight_bytes,
+        reasons=tuple(reasons),
+    )
+
+
+def _refuse_what_cannot_be(profile: ModelProfile, budget: MemoryBudget, plan: SwapPlan) -> None:
+    if plan.device_bytes > budget.limit_bytes:
+        raise PlanError(
+            f"the block weights expect {format_bytes(plan.device_bytes)} of device memory "
+            f"({plan.slots} slots of {format_bytes(plan.slot_bytes)}, {len(plan.swapped) - plan.swapped_count} "
+            f"resident blocks, {format_bytes(profile.small_device_bytes)} of small tensors) but got "
+            f"{format_bytes(budget.limit_bytes)} that are not in use; swap more blocks, close other programs on the "
+            "GPU, or take a smaller or quantised model"
+        )
+    need = profile.block_bytes + plan.staging_bytes - budget.host_held_bytes
+    if need > budget.host_bytes:
+        raise PlanError(
+            f"the host expects {format_bytes(need)} more for {len(plan.swapped)} blocks but got "
+            f"{format_bytes(budget.host_bytes)} usable (80 % of what is available); close other programs, "
+            "take a quantised model, or add RAM"
+        )

@@ -1,0 +1,184 @@
+"""Reads a transformer's blocks into a ModelProfile and the entries behind it; changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .errors import UnsupportedModelError
+from .layout import BlockProfile, ModelProfile, Placement, TensorProfile, small_cutoff
+from .tensors import span_bytes
+
+HOST_NAMES = frozenset({"block_id"})
+"""Tensors that index Python lists: on the device each use would be a host synchronisation."""
+
+LORA_MARK = "lora"
+"""Part of the name of a LoRA delta, the one kind of buffer that a forward never changes and that is large."""
+
+
+@dataclass(eq=False, slots=True)
+class TensorEntry:
+    """One parameter or buffer of a block, by the module and name that hold it: loading makes new Parameter objects.
+
+    Attributes:
+        module: The module that holds it.
+        name: Its name there.
+        path: Dotted name inside the block, without `_orig_mod.`.
+        is_buffer: Held among the module's buffers.
+        placement: Where it lives.
+        reason: Why it does not stream.
+        leader: The entry whose bytes hold this one's, if it overlaps another.
+        offset: Bytes from the leader's begin to this tensor's.
+        extent: Bytes that the entry (with all that follow it as their leader) spans; 0 behind a leader.
+    """
+
+    module: nn.Module
+    name: str
+    path: str
+    is_buffer: bool
+    placement: Placement = Placement.STREAMED
+    reason: str = ""
+    leader: TensorEntry | None = None
+    offset: int = 0
+    extent: int = 0
+
+    @property
+    def holder(self) -> dict[str, torch.Tensor | None]:
+        """The module's dict that the tensor is in."""
+        return self.module._buffers if self.is_buffer else self.module._parameters  # type: ignore[return-value]
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor as it stands now."""
+        tensor = self.holder[self.name]
+        assert tensor is not None, f"{self.path} has gone"
+        return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ProfiledModel:
+    """What was read: the profile, and the entries of each block in the same order.
+
+    Attributes:
+        profile: Bytes and placements.
+        entries: Of each block, one for each of `profile.blocks[i].tensors`.
+    """
+
+    profile: ModelProfile
+    entries: tuple[tuple[TensorEntry, ...], ...]
+
+
+def profile_model(blocks: Sequence[tuple[str, nn.Module]], *, root: nn.Module | None = None) -> ProfiledModel:
+    """Reads blocks into a profile.
+
+    Args:
+        blocks: Name and module of each block, in execution order; names starting with `vace_blocks.` are VACE's.
+        root: The whole model; its tensors outside the blocks are counted. None leaves them out.
+
+    Raises:
+        UnsupportedModelError: No blocks, or a tensor on the meta device or not initialised.
+    """
+    if not blocks:
+        raise UnsupportedModelError(
+            "block swapping expects a model with a list of blocks but got none; "
+            "give the transformer's blocks, for example model.blocks"
+        )
+    entries = tuple(tuple(_entries(name, module)) for name, module in blocks)
+    for (name, _), block in zip(blocks, entries, strict=True):
+        _place(name, block)
+    _tie([entry for block in entries for entry in block])
+    inside = {id(entry.tensor) for block in entries for entry in block}
+    other = _bytes_outside(root, inside) if root is not None else 0
+    profiles = tuple(
+        BlockProfile(name, tuple(TensorProfile(e.path, e.extent, e.placement, e.reason) for e in block))
+        for (name, _), block in zip(blocks, entries, strict=True)
+    )
+    return ProfiledModel(ModelProfile(profiles, other), entries)
+
+
+def _entries(block_name: str, block: nn.Module) -> Iterator[TensorEntry]:
+    for prefix, module in block.named_modules():
+        for holder, is_buffer in ((module._parameters, False), (module._buffers, True)):
+            for name, tensor in holder.items():
+                if tensor is None:
+                    continue
+                path = f"{prefix}.{name}" if prefix else name
+                path = path.replace("_orig_mod.", "")
+                if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)) or tensor.is_meta:
+                    raise UnsupportedModelError(
+                        f"block swapping expects weights with data but {block_name}.{path} is on the meta device or "
+                        "not initialised; load the weights first"
+                    )
+                yield TensorEntry(module, name, path, is_buffer)
+
+
+def _place(block_name: str, block: Sequence[TensorEntry]) -> None:
+    """Sets each entry's placement from the tensor itself."""
+    for entry in block:
+        entry.extent = _bytes(entry.tensor)
+    cutoff = small_cutoff(sum(entry.extent for entry in block))
+    for entry in block:
+        entry.placement, entry.reason = _placement(entry, cutoff)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    if tensor.layout is torch.strided and _has_own_storage(tensor):
+        return span_bytes(tensor)
+    return tensor.numel() * tensor.element_size()
+
+
+def _placement(entry: TensorEntry, cutoff: int) -> tuple[Placement, str]:
+    tensor = entry.tensor
+    if entry.name in HOST_NAMES:
+        return Placement.HOST, "Python reads it"
+    if not _has_own_storage(tensor):
+        return Placement.FIXED, "a wrapper subclass: re-pointing moves only its shell"
+    if tensor.layout is not torch.strided:
+        return Placement.FIXED, "sparse"
+    if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+        return Placement.FIXED, "conjugate, negative or quantised view"
+    if ".parametrizations." in f".{entry.path}":
+        return Placement.SMALL, "a computed weight is made from it outside the block's control"
+    if entry.is_buffer and LORA_MARK not in entry.path.lower():
+        return Placement.SMALL, "a buffer, which a forward may change"
+    if entry.extent < max(cutoff, 1):
+        return Placement.SMALL, "under the cut-off"
+    return Placement.STREAMED, ""
+
+
+def _has_own_storage(tensor: torch.Tensor) -> bool:
+    """False for wrapper subclasses, which keep their data in other tensors (torchao's, ComfyUI's QuantizedTensor)."""
+    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+
+
+def _tie(entries: Sequence[TensorEntry]) -> None:
+    """Tensors whose bytes overlap stay on the device together: streamed apart they would part for ever."""
+    placed = [e for e in entries if e.placement in (Placement.STREAMED, Placement.SMALL) and e.extent]
+    placed.sort(key=lambda e: (str(e.tensor.device), e.tensor.data_ptr()))
+    leader: TensorEntry | None = None
+    for entry in placed:
+        begin = entry.tensor.data_ptr()
+        if leader is None or leader.tensor.device != entry.tensor.device:
+            leader = entry
+            continue
+        distance = begin - leader.tensor.data_ptr()
+        if distance >= leader.extent:
+            leader = entry
+            continue
+        if distance % entry.tensor.element_size():
+            raise UnsupportedModelError(
+                f"tensors that share bytes expect whole elements between them but {entry.path} ({entry.tensor.dtype}) "
+                f"begins {distance} bytes behind {leader.path}; clone one of them"
+            )
+        for tied in (leader, entry):
+            tied.placement, tied.reason = Placement.SMALL, "its bytes overlap another tensor's"
+        leader.extent = max(leader.extent, distance + entry.extent)
+        entry.leader, entry.offset, entry.extent = leader, distance, 0
+
+
+def _bytes_outside(root: nn.Module, inside: set[int]) -> int:
+    tensors = [*root.parameters(), *root.buffers()]
+    return sum(_bytes(tensor) for tensor in tensors if id(tensor) not in inside and not tensor.is_meta)

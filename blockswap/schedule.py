@@ -1,0 +1,285 @@
+"""The ring of slots as a state machine, and the virtual time that a forward takes with it; pure, no torch.
+
+The swapper obeys `Ring`; `VirtualTime` drives the very same `Ring` with durations in place of copies. What the plan
+predicts, what `simulate` prints and what runs on the GPU are therefore one schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+
+WINDOWS_KEPT = 512
+"""Windows worked out once and kept: a model's blocks times the few patterns in which its forwards alternate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Onload:
+    """Copy swapped block `block` into slot `slot`."""
+
+    block: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What to do at the begin of a block or at the end of a forward, in this order: release, onload, use.
+
+    Attributes:
+        released: Slot of the block that ran before, given back now; None if that block was resident.
+        onloads: Copies to start, the soonest needed first.
+        slot: Slot that holds the block about to run; None for a resident block and at the end of a forward.
+    """
+
+    released: int | None
+    onloads: tuple[Onload, ...]
+    slot: int | None
+
+
+class Expectation:
+    """Which blocks the coming forwards are expected to run.
+
+    All of them, unless the forwards have repeated: when the last p forwards ran the same blocks as the p before them
+    (p up to `LONGEST_PERIOD`), the next is expected to go on so. Guidance that skips blocks in every second forward,
+    or leaves out the VACE blocks there, is learnt after two rounds. Forwards that ran nothing do not count. Taking the
+    last forward alone for the rule would be wrong at every forward of an alternation.
+    """
+
+    LONGEST_PERIOD = 3
+    """Forwards in a step: conditional, unconditional, and one more for guidance by a weakened model."""
+
+    def __init__(self, count: int) -> None:
+        self._every = (1 << count) - 1
+        self._history: list[int] = []
+        self._ran = 0
+        self.this_forward = self._every
+        self.next_forward = self._every
+
+    def runs(self, block: int) -> None:
+        """Block `block` runs; if that was not expected, nothing is expected any more until the forwards repeat."""
+        self._ran |= 1 << block
+        if not self.this_forward >> block & 1:
+            self.this_forward = self.next_forward = self._every
+            self._history.clear()
+
+    def ends(self) -> None:
+        """The forward has ended."""
+        if self._ran:
+            self._history = [*self._history, self._ran][-2 * self.LONGEST_PERIOD :]
+            self._ran = 0
+        self.this_forward = self._after(self._history)
+        self.next_forward = self._after([*self._history, self.this_forward])
+
+    def _after(self, history: Sequence[int]) -> int:
+        for period in range(1, self.LONGEST_PERIOD + 1):
+            if len(history) >= 2 * period and history[-period:] == history[-2 * period : -period]:
+                return history[-period]
+        return self._every
+
+
+class Ring:
+    """Which swapped block owns which slot.
+
+    At any time the ring wants to hold the swapped blocks that are expected to run next, as many as there are slots,
+    counted cyclically from the block that runs (or, between forwards, from the first). What it lacks is onloaded into
+    the slots whose content is used farthest ahead. Everything follows from this one rule: prefetch across the end of a
+    forward; a block that was passed by loses its slot; a slot that holds the block wanted is not copied again; a block
+    that comes unannounced is onloaded at once; with as many slots as swapped blocks nothing moves after the first
+    forward.
+
+    Args:
+        swapped: For each block in execution order, whether it is swapped.
+        slots: Number of slots; cut to the number of swapped blocks.
+    """
+
+    def __init__(self, swapped: Sequence[bool], *, slots: int) -> None:
+        self._order = tuple(i for i, is_swapped in enumerate(swapped) if is_swapped)
+        if self._order and slots < 1:
+            raise ValueError(f"a ring expects at least 1 slot for {len(self._order)} swapped blocks but got {slots}")
+        self._count = len(swapped)
+        self._swapped = tuple(swapped)
+        self._content: list[int | None] = [None] * min(slots, len(self._order))
+        self._in_use: int | None = None
+        self._expected = Expectation(self._count)
+        self._windows: dict[tuple[int, int, int], tuple[int, ...]] = {}
+
+    @property
+    def content(self) -> tuple[int | None, ...]:
+        """The block that each slot holds or is being filled with; None for a slot never filled since the last reset."""
+        return tuple(self._content)
+
+    def enter(self, block: int) -> Step:
+        """Block `block` is about to run, whatever ran before it."""
+        self._expected.runs(block)
+        released = self._release()
+        onloads = self._fill(block)
+        if not self._swapped[block]:
+            return Step(released, onloads, None)
+        self._in_use = self._content.index(block)
+        return Step(released, onloads, self._in_use)
+
+    def leave(self) -> Step:
+        """The forward has ended: give back the last slot and prefetch for the next forward."""
+        self._expected.ends()
+        return Step(self._release(), self._fill(0), None)
+
+    def forget(self, block: int) -> None:
+        """The bytes of `block` have changed on the host: a slot that holds it holds nothing of use."""
+        if block in self._content:
+            self._content[self._content.index(block)] = None
+
+    def reset(self) -> None:
+        """No slot holds anything: after an exception, or when the window has been given up."""
+        self._content = [None] * len(self._content)
+        self._in_use = None
+        self._expected = Expectation(self._count)
+
+    def _release(self) -> int | None:
+        released, self._in_use = self._in_use, None
+        return released
+
+    def _fill(self, position: int) -> tuple[Onload, ...]:
+        window = self._window(position)
+        missing = [block for block in window if block not in self._content]
+        if not missing:
+            return ()
+        victims = [slot for slot, held in enumerate(self._content) if held is None or held not in window]
+        victims.sort(key=lambda slot: self._distance(self._content[slot], position), reverse=True)
+        onloads = tuple(Onload(block, slot) for block, slot in zip(missing, victims, strict=False))
+        for onload in onloads:
+            self._content[onload.slot] = onload.block
+        return onloads
+
+    def _window(self, position: int) -> tuple[int, ...]:
+        """The blocks that the slots should hold when the block at `position` runs, the soonest used first."""
+        key = position, self._expected.this_forward, self._expected.next_forward
+        window = self._windows.get(key)
+        if window is None:
+            if len(self._windows) >= WINDOWS_KEPT:
+                self._windows.clear()
+            ahead = [i for i in self._order if i >= position and key[1] >> i & 1]
+            ahead += [i for i in self._order if i not in ahead and key[2] >> i & 1]
+            ahead += [i for i in self._order if i not in ahead]
+            window = self._windows[key] = tuple(ahead[: len(self._content)])
+        return window
+
+    def _distance(self, block: int | None, position: int) -> int:
+        """How many blocks ahead of `position` a slot's content is used; an empty slot counts as never."""
+        return self._count if block is None else (block - position) % self._count
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardTime:
+    """One forward in virtual time, in the unit of the durations given.
+
+    Attributes:
+        elapsed: From the end of the forward before to the end of this one.
+        compute: Sum of the durations of the blocks that ran.
+        stall: What compute waited for copies: `elapsed - compute`.
+        transferred: Link time of the copies that were started in this forward.
+        onloads: Number of those copies.
+    """
+
+    elapsed: float
+    compute: float
+    stall: float
+    transferred: float
+    onloads: float
+
+
+class VirtualTime:
+    """Forwards in virtual time: one compute stream, one link whose copies run one behind the other, no host cost.
+
+    Args:
+        ring: The ring to drive; used up by it.
+        compute: Duration of each block.
+        transfer: Link time of each block's onload (of resident blocks: not read).
+        blocking: Blocks whose onload blocks the host, so that compute cannot be queued while it lasts.
+    """
+
+    def __init__(
+        self,
+        ring: Ring,
+        *,
+        compute: Sequence[float],
+        transfer: Sequence[float],
+        blocking: Container[int] = (),
+    ) -> None:
+        self._ring = ring
+        self._compute = compute
+        self._transfer = transfer
+        self._blocking = blocking
+        self._now = 0.0
+        self._link_idle_at = 0.0
+        self._free_at = [0.0] * len(ring.content)
+        self._ready_at = [0.0] * len(ring.content)
+
+    def forward(self, blocks: Iterable[int]) -> ForwardTime:
+        """Run `blocks` in this order, then end the forward."""
+        begin, compute, transferred, onloads = self._now, 0.0, 0.0, 0
+        for block in blocks:
+            step = self._ring.enter(block)
+            transferred += self._copies(step)
+            onloads += len(step.onloads)
+            if step.slot is not None:
+                self._now = max(self._now, self._ready_at[step.slot])
+            self._now += self._compute[block]
+            compute += self._compute[block]
+        step = self._ring.leave()
+        transferred += self._copies(step)
+        onloads += len(step.onloads)
+        elapsed = self._now - begin
+        return ForwardTime(elapsed, compute, elapsed - compute, transferred, onloads)
+
+    def _copies(self, step: Step) -> float:
+        if step.released is not None:
+            self._free_at[step.released] = self._now
+        begin = self._link_idle_at
+        busy = 0.0
+        for onload in step.onloads:
+            # A copy waits for its slot's free event; copies behind it on the same streams wait with it.
+            begin = max(begin, self._free_at[onload.slot])
+            begin += self._transfer[onload.block]
+            busy += self._transfer[onload.block]
+            self._ready_at[onload.slot] = begin
+            if onload.block in self._blocking:
+                self._now = max(self._now, begin)
+        self._link_idle_at = begin
+        return busy
+
+
+def spread(count: int, swapped: int) -> tuple[bool, ...]:
+    """`swapped` of `count` blocks, as evenly apart as whole numbers allow, the last one always among them.
+
+    The i-th block is swapped if the line of slope `swapped / count` passes a whole number there (Bresenham's line).
+    """
+    return tuple((i + 1) * swapped // count > i * swapped // count for i in range(count))
+
+
+SETTLING_FORWARDS = 8
+"""Forwards until the times repeat: the ring fills in one, and a pattern of three is learnt after two rounds of it."""
+
+
+def steady_time(time: VirtualTime, patterns: Sequence[Sequence[int]]) -> ForwardTime:
+    """The mean forward of a long run.
+
+    Args:
+        time: A fresh timeline; used up.
+        patterns: The blocks that each forward runs; the forwards go through them again and again.
+    """
+    settling = -(-SETTLING_FORWARDS // len(patterns)) * len(patterns)
+    measured = 4 * len(patterns)
+    forwards = [time.forward(patterns[i % len(patterns)]) for i in range(settling + measured)]
+    return mean_forward(forwards[settling:])
+
+
+def mean_forward(forwards: Sequence[ForwardTime]) -> ForwardTime:
+    """The mean of several forwards."""
+    n = len(forwards)
+    return ForwardTime(
+        elapsed=sum(f.elapsed for f in forwards) / n,
+        compute=sum(f.compute for f in forwards) / n,
+        stall=sum(f.stall for f in forwards) / n,
+        transferred=sum(f.transferred for f in forwards) / n,
+        onloads=sum(f.onloads for f in forwards) / n,
+    )

@@ -1,0 +1,265 @@
+"""SwapSession: one transformer's life with swapped blocks: adopt, run, release; re-plan; close."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .backend import Backend
+from .decision import SwapPlan
+from .errors import BlockSwapError, UnsupportedModelError
+from .host import HostStore
+from .layout import ModelProfile
+from .profile import ProfiledModel, profile_model
+from .staging import Staging
+from .swapper import BlockSwapper
+from .trace import Trace
+from .transfer import Counters, Transfer
+
+logger = logging.getLogger(__name__)
+
+Planner = Callable[[ModelProfile], SwapPlan]
+"""Makes the plan at each adopt, from the profile of that moment."""
+
+
+class SessionState(Enum):
+    """Where a session is in its life."""
+
+    IDLE = "idle"
+    """From the begin, or a release, until the next adopt: the session holds no device memory."""
+    ADOPTED = "adopted"
+    """From adopt until a forward begins, and between forwards."""
+    RUNNING = "running"
+    """From the begin of a forward until its end."""
+    CLOSED = "closed"
+    """From close on: nothing is left registered, and the weights are ordinary host memory."""
+
+
+class SwapSession:
+    """Runs a list of blocks that is larger than its device.
+
+        with SwapSession(blocks, planner, backend) as session:
+            for step in steps:
+                with session.forward():
+                    model(...)
+
+    Inside `forward()` the blocks may be called in any order, some, several times or not at all. Between forwards every
+    parameter points at its true bytes, on the host or at its resident copy. The rest of the model is the caller's.
+
+    Args:
+        blocks: Name and module of each block, in execution order.
+        planner: Makes the plan.
+        backend: The device and what it offers.
+        root: The whole model, for the bytes outside the blocks; None if there is nothing else.
+        traced: Records spans of compute, stall and copies.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[tuple[str, nn.Module]],
+        planner: Planner,
+        backend: Backend,
+        *,
+        root: nn.Module | None = None,
+        traced: bool = False,
+    ) -> None:
+        self._named = tuple(blocks)
+        self._root = root
+        self._planner = planner
+        self._backend = backend
+        self._traced = traced
+        self._state = SessionState.IDLE
+        self._store: HostStore | None = None
+        self._transfer: Transfer | None = None
+        self._swapper: BlockSwapper | None = None
+        self._handles: list[RemovableHandle] = []
+        self.plan: SwapPlan | None = None
+        self.trace: Trace | None = None
+        self.counters = Counters()
+
+    def __enter__(self) -> SwapSession:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def state(self) -> SessionState:
+        """Where the session is in its life."""
+        return self._state
+
+    @property
+    def slab_bytes(self) -> int:
+        """Host memory that holds the streamed tensors of the swapped blocks now."""
+        return 0 if self._store is None else sum(slab.pages.size for slab in self._store.slabs.values())
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Host memory that all sessions of this backend have page-locked now."""
+        return self._backend.pin_budget.used_bytes
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """What kept slabs from being page-locked as planned."""
+        return () if self._store is None else tuple(self._store.refusals)
+
+    def adopt(self) -> SwapPlan:
+        """Profiles, plans, and places the blocks.
+
+        Raises:
+            UnsupportedModelError: The blocks cannot be swapped.
+            PlanError: No plan fits.
+            HostMemoryError: The host refused memory.
+            DeviceMemoryError: The device refused memory. In each case the weights are where they were, or in ordinary
+                host memory, and nothing is left registered.
+        """
+        self._expect("adopt", SessionState.IDLE)
+        model = profile_model(self._named, root=self._root)
+        plan = self._planner(model.profile)
+        try:
+            self._open(model, plan)
+        except BaseException:
+            self._drop_device()
+            self._drop_host()
+            raise
+        self.plan = plan
+        self._state = SessionState.ADOPTED
+        logger.info("swapping %d of %d blocks: %s", plan.swapped_count, len(plan.swapped), "; ".join(plan.reasons))
+        return plan
+
+    @contextlib.contextmanager
+    def forward(self, blocks: Sequence[nn.Module] | None = None) -> Iterator[None]:
+        """One forward of the model; adopts before the first.
+
+        Args:
+            blocks: The modules that will be called, where they are others than the session was made with (compiling
+                wraps each block anew). They are hooked for this forward only.
+        """
+        modules = [module for _, module in self._named] if blocks is None else blocks
+        if len(modules) != len(self._named):
+            raise UnsupportedModelError(
+                f"a forward expects the {len(self._named)} blocks the session was made with but got {len(modules)}; "
+                "make a new session for another model"
+            )
+        self._begin(modules)
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            self._end(finished=finished)
+
+    def enter(self, block: int) -> None:
+        """Block `block` is about to run. The hooks call it; so must who calls a block's `forward` directly."""
+        self._expect("enter", SessionState.RUNNING)
+        assert self._swapper is not None
+        if not self._swapper.is_as_left(block):
+            self._adopt_again()
+        self._swapper.enter(block)
+
+    def replan(self, planner: Planner) -> SwapPlan:
+        """Releases, and adopts with another planner; slabs that still hold true bytes are kept."""
+        self.release()
+        self._planner = planner
+        return self.adopt()
+
+    def release(self) -> None:
+        """Every tensor points at its master, and the device memory is free at once. Slabs stay for the next adopt."""
+        self._expect("release", SessionState.IDLE, SessionState.ADOPTED)
+        self._drop_device()
+        self._state = SessionState.IDLE
+
+    def close(self) -> None:
+        """Releases, unlocks the slabs and ends; idempotent. The weights stay in ordinary host memory."""
+        if self._state is SessionState.RUNNING:
+            self._end(finished=False)
+        if self._state is not SessionState.CLOSED:
+            self._drop_device()
+            self._drop_host()
+        self._state = SessionState.CLOSED
+
+    def _expect(self, what: str, *states: SessionState) -> None:
+        if self._state not in states:
+            expected = " or ".join(state.value for state in states)
+            raise BlockSwapError(f"{what} expects a session that is {expected} but got one that is {self._state.value}")
+
+    def _begin(self, modules: Sequence[nn.Module]) -> None:
+        if self._state is SessionState.IDLE:
+            self.adopt()
+        self._expect("forward", SessionState.ADOPTED)
+        if torch.is_grad_enabled():
+            for name, module in self._named:
+                for path, parameter in module.named_parameters():
+                    if parameter.requires_grad:
+                        raise UnsupportedModelError(
+                            f"swapped blocks expect inference but {name}.{path} requires grad and grad is enabled; "
+                            "run under torch.inference_mode() or torch.no_grad()"
+                        )
+        self._state = SessionState.RUNNING
+        for index, module in enumerate(modules):
+            self._handles.append(module.register_forward_pre_hook(self._hook(index), prepend=True))
+
+    def _hook(self, block: int) -> Callable[[nn.Module, object], None]:
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def before_block(module: nn.Module, arguments: object) -> None:
+            self.enter(block)
+
+        return before_block
+
+    def _end(self, *, finished: bool) -> None:
+        self._state = SessionState.ADOPTED
+        while self._handles:
+            self._handles.pop().remove()
+        if self._swapper is None:
+            return
+        if finished:
+            try:
+                self._swapper.leave()
+            except BaseException:
+                self._swapper.abort()
+                raise
+        else:
+            self._swapper.abort()
+
+    def _adopt_again(self) -> None:
+        """Somebody has replaced or moved a tensor of a block: its bytes are read anew, and so is everything."""
+        logger.info("a block's weights were replaced: adopting again")
+        self._drop_device()
+        self._state = SessionState.IDLE
+        self.adopt()
+        self._state = SessionState.RUNNING
+
+    def _open(self, model: ProfiledModel, plan: SwapPlan) -> None:
+        streams = self._backend.open_streams(plan.streams, plan.overlap)
+        if self._store is None:
+            self._store = HostStore(streams, self._backend.registrar, self._backend.pin_budget)
+        self._store.use(streams)
+        self._transfer = Transfer(streams, self.counters)
+        if self._traced:
+            self.trace = self._transfer.trace = Trace(streams)
+            self.trace.start()
+        self._swapper = BlockSwapper(model, plan, self._store, self._transfer, self.trace)
+        staging = self._store.make_staging()
+        if staging:
+            self._transfer.staging = Staging(streams, staging, self._backend.make_worker(streams))
+        self._swapper.prefetch()
+
+    def _drop_device(self) -> None:
+        """Masters back; window, residents and staging gone."""
+        if self._swapper is not None:
+            self._swapper.release()
+            self._swapper = None
+        if self._transfer is not None:
+            self._transfer.close()
+            self._transfer = None
+
+    def _drop_host(self) -> None:
+        if self._store is not None:
+            self._store.release()
+            self._store = None

@@ -1,0 +1,114 @@
+"""SwapSettings: every widget of the node as a typed, validated field; to and from BLOCKSWAPARGS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from .errors import SettingsError
+
+SETTINGS_KEY = "wanvideo_enhanced_blockswap"
+"""Our own key in BLOCKSWAPARGS; the wrapper reads only the keys it knows and hands the rest on."""
+
+EVERY_BLOCK = 10_000
+"""A block count above any model's: the wrapper then loads every block to the host, where we take over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The values a numeric widget accepts, both ends included."""
+
+    lowest: float
+    highest: float
+
+
+RANGES = {
+    "blocks_to_swap": Range(0, 48),
+    "vram_threshold_percent": Range(30.0, 90.0),
+    "num_cuda_streams": Range(1, 16),
+    "bandwidth_target": Range(0.1, 1.0),
+    "vace_blocks_to_swap": Range(0, 15),
+}
+"""Ranges of the numeric widgets; saved workflows rely on them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapSettings:
+    """What the user asked for; one field per widget, in the order that saved workflows store.
+
+    Attributes:
+        blocks_to_swap: Blocks to swap when `auto_hardware_tuning` is off; a count above the model's is cut, and said.
+        enable_cuda_optimization: Copies overlap compute on streams of their own; off: copies on the compute stream.
+        enable_dram_optimization: Streamed weights are page-locked; off: pageable host memory, which a copy blocks on.
+        auto_hardware_tuning: Count, streams and share of VRAM come from the budget, the link and the GPU.
+        vram_threshold_percent: Ceiling on VRAM use after the weights are placed, in percent of the card.
+        num_cuda_streams: Copy streams when `auto_hardware_tuning` is off.
+        bandwidth_target: Share of the available VRAM that block weights and window may fill.
+        offload_txt_emb: Handed to the wrapper: the text embedding layers go to the host after use.
+        offload_img_emb: Handed to the wrapper: the image embedding layers go to the host after use.
+        vace_blocks_to_swap: VACE blocks to swap when `auto_hardware_tuning` is off.
+        debug_mode: Per-block table, checksums and a trace file.
+
+    Raises:
+        SettingsError: A value is of the wrong type, not a number, or outside `RANGES`.
+    """
+
+    blocks_to_swap: int = 0
+    enable_cuda_optimization: bool = True
+    enable_dram_optimization: bool = True
+    auto_hardware_tuning: bool = True
+    vram_threshold_percent: float = 50.0
+    num_cuda_streams: int = 8
+    bandwidth_target: float = 0.8
+    offload_txt_emb: bool = False
+    offload_img_emb: bool = False
+    vace_blocks_to_swap: int = 0
+    debug_mode: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check(field.name, str(field.type), getattr(self, field.name))
+
+    def to_blockswapargs(self) -> dict[str, object]:
+        """BLOCKSWAPARGS as the wrapper reads them: every block to the host, and our settings as plain data."""
+        return {
+            "blocks_to_swap": EVERY_BLOCK,
+            "vace_blocks_to_swap": EVERY_BLOCK,
+            "offload_txt_emb": self.offload_txt_emb,
+            "offload_img_emb": self.offload_img_emb,
+            "use_non_blocking": False,
+            "prefetch_blocks": 0,
+            "block_swap_debug": False,
+            SETTINGS_KEY: {field.name: getattr(self, field.name) for field in fields(self)},
+        }
+
+    @classmethod
+    def from_blockswapargs(cls, arguments: Mapping[str, object]) -> SwapSettings | None:
+        """The settings that `to_blockswapargs` put in, or None where another node made the arguments.
+
+        Fields that an older version did not write get their defaults; fields of a newer one are ignored.
+        """
+        stored = arguments.get(SETTINGS_KEY)
+        if stored is None:
+            return None
+        if not isinstance(stored, Mapping):
+            raise SettingsError(
+                f"BLOCKSWAPARGS[{SETTINGS_KEY!r}] expects a mapping of settings but got {type(stored).__name__}; "
+                "connect the WanVideo Enhanced BlockSwap node itself"
+            )
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in stored.items() if name in known})
+
+
+def _check(name: str, kind: str, value: object) -> None:
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise SettingsError(f"{name} expects True or False but got {value!r}")
+        return
+    allowed = RANGES[name]
+    expected = f"{name} expects a {'whole ' if kind == 'int' else ''}number from {allowed.lowest} to {allowed.highest}"
+    if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
+        raise SettingsError(f"{expected} but got {value!r}")
+    if math.isnan(value) or not allowed.lowest <= value <= allowed.highest:
+        raise SettingsError(f"{expected} but got {value}; change the widget to a value in that range")

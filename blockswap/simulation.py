@@ -1,0 +1,117 @@
+"""The host's side of a simulated device: its worker, its page-locking, its transfer and its backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .backend import Backend
+from .clocks import WORKER
+from .errors import TransferError
+from .pages import PinBudget, Registrar
+from .simulated import SimulatedHardware, SimulatedStreams
+from .staging import Job, Worker
+from .streams import Streams
+from .transfer import Transfer
+
+
+class _SimulatedJob:
+    def __init__(self, worker: SimulatedWorker, work: Callable[[], None], clock: dict[str, int]) -> None:
+        self._worker = worker
+        self._work = work
+        self._handed_over = clock
+        self._done: tuple[dict[str, int], float] | None = None
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        streams = self._worker.streams
+        with streams.acting_as_worker():
+            streams.log.join(WORKER, self._handed_over)
+            try:
+                self._work()
+            except TransferError as failure:
+                self._failure = failure
+            self._done = streams.worker_now()
+
+    def wait(self) -> None:
+        self.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def join(self) -> None:
+        self._worker.run_until(self)
+        assert self._done is not None
+        self._worker.streams.wait_for_worker(*self._done)
+
+
+class SimulatedWorker:
+    """The staging worker, which gets to its work at once or, as the random generator decides, when it is waited for."""
+
+    def __init__(self, streams: SimulatedStreams) -> None:
+        self.streams = streams
+        self._jobs: list[_SimulatedJob] = []
+
+    def submit(self, work: Callable[[], None]) -> Job:
+        job = _SimulatedJob(self, work, self.streams.hand_to_worker())
+        self._jobs.append(job)
+        if self.streams.lands_now():
+            self.run_until(job)
+        return job
+
+    def stop(self) -> None:
+        while self._jobs:
+            self._jobs.pop(0).run()
+
+    def run_until(self, job: _SimulatedJob) -> None:
+        """Does jobs in order until `job` is done."""
+        while job in self._jobs:
+            self._jobs.pop(0).run()
+
+
+class SimulatedRegistrar:
+    """Page-locking that can refuse: counts what is locked.
+
+    Args:
+        refuse_after: Number of locks that succeed before every further one fails with code 2; None never fails.
+    """
+
+    def __init__(self, *, refuse_after: int | None = None) -> None:
+        self.locked: dict[int, int] = {}
+        self._left = refuse_after
+
+    def register(self, pointer: int, nbytes: int) -> int:
+        if self._left is not None:
+            if self._left <= 0:
+                return 2
+            self._left -= 1
+        if pointer in self.locked:
+            return 712
+        self.locked[pointer] = nbytes
+        return 0
+
+    def unregister(self, pointer: int) -> int:
+        return 0 if self.locked.pop(pointer, None) is not None else 713
+
+    def consume_error(self) -> None:
+        """Nothing is pending."""
+
+
+class SimulatedTransfer(Transfer):
+    """A transfer on a simulated device."""
+
+    def __init__(self, hardware: SimulatedHardware | None = None, *, streams: int = 1) -> None:
+        super().__init__(SimulatedStreams(hardware, count=streams))
+
+
+def simulated_backend(
+    streams: SimulatedStreams, *, pin_budget: PinBudget | None = None, registrar: Registrar | None = None
+) -> Backend:
+    """A backend whose device is `streams`, whatever a plan asks for."""
+
+    def open_streams(count: int, overlap: bool) -> Streams:  # noqa: FBT001 - called through Backend.open_streams
+        return streams
+
+    def make_worker(used: Streams) -> Worker:
+        return SimulatedWorker(streams)
+
+    budget = pin_budget or PinBudget(1 << 62)
+    return Backend(streams.device, open_streams, registrar or SimulatedRegistrar(), budget, make_worker)

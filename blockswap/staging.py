@@ -1,0 +1,123 @@
+"""The staged tier: a worker copies pageable slabs through two page-locked staging slabs, while the host goes on."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from .errors import TransferError
+from .host import Slab
+from .pages import PageMemory
+from .streams import Streams
+
+
+class Job(Protocol):
+    """Work handed to a worker."""
+
+    def wait(self) -> None:
+        """Blocks the host until the work is done; raises what it raised."""
+
+    def join(self) -> None:
+        """Blocks the host until the work is over, however it ended."""
+
+
+class Worker(Protocol):
+    """Does jobs in the order they came, beside the host thread."""
+
+    def submit(self, work: Callable[[], None]) -> Job:
+        """Queues `work`."""
+
+    def stop(self) -> None:
+        """Finishes what is queued and ends."""
+
+
+class _ThreadJob:
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._done = threading.Event()
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as failure:  # noqa: BLE001 - handed to the host thread, which raises it in `wait`
+            self._failure = failure
+        finally:
+            self._done.set()
+
+    def wait(self) -> None:
+        self._done.wait()
+        if self._failure is not None:
+            raise TransferError(f"a staged copy to the device failed: {self._failure}") from self._failure
+
+    def join(self) -> None:
+        self._done.wait()
+
+
+class ThreadWorker:
+    """One daemon thread. Jobs of torch copies release the GIL, so the host thread runs on beside them."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[_ThreadJob | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="blockswap staging", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], None]) -> Job:
+        job = _ThreadJob(work)
+        self._jobs.put(job)
+        return job
+
+    def stop(self) -> None:
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.run()
+
+
+class Staging:
+    """Page-locked staging slabs, used in turn, and the worker that fills them.
+
+    Args:
+        streams: The device that reads them.
+        slabs: Page-locked memory, each as large as the largest staged slab.
+        worker: Fills them.
+    """
+
+    def __init__(self, streams: Streams, slabs: Sequence[PageMemory], worker: Worker) -> None:
+        self._streams = streams
+        self._slabs = slabs
+        self._worker = worker
+        self._turn = 0
+
+    def submit(self, slab: Slab, copy: Callable[[torch.Tensor], tuple[Any, ...]]) -> Job:
+        """Queues: fill the next staging slab from `slab`, then `copy` it to the device.
+
+        Args:
+            slab: A pageable slab.
+            copy: Queues the copies from the staging memory it is given; returns the events behind them.
+        """
+        staging = self._slabs[self._turn]
+        self._turn = (self._turn + 1) % len(self._slabs)
+
+        def work() -> None:
+            with self._streams.guard():  # Rule 8
+                staging.settle()  # Rule 7
+                nbytes = slab.used_bytes
+                self._streams.host_copy(staging.tensor[:nbytes], slab.memory[:nbytes])
+                staging.in_flight = copy(staging.tensor)
+
+        slab.reading = self._worker.submit(work)
+        return slab.reading
+
+    def close(self) -> None:
+        """Ends the worker, then gives the staging slabs up."""
+        self._worker.stop()
+        for staging in self._slabs:
+            staging.settle()
+            staging.unpin()

@@ -1,0 +1,233 @@
+"""BlockSwapper: what each block's tensors point at, and when; obeys the ring, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .binding import BlockBinding, Bound
+from .decision import SwapPlan
+from .errors import UnsupportedModelError
+from .host import HostStore
+from .layout import Placement, device_bytes, slab_offsets
+from .profile import ProfiledModel, TensorEntry
+from .schedule import Ring, Step
+from .tensors import element_view, flat, version_of
+from .trace import COMPUTE, STALL, Trace
+from .transfer import Transfer
+
+
+class BlockSwapper:
+    """Places a model's blocks as the plan says and runs them; made at adopt, gone at release.
+
+    Args:
+        model: The profiled blocks, their weights in host memory (or on the device already).
+        plan: The decision.
+        store: Holds the slab of every swapped block.
+        transfer: The device's copies.
+        trace: Receives spans of time; None records nothing.
+
+    Raises:
+        DeviceMemoryError: The device cannot hold the plan; every tensor is as it was before.
+    """
+
+    def __init__(
+        self, model: ProfiledModel, plan: SwapPlan, store: HostStore, transfer: Transfer, trace: Trace | None = None
+    ) -> None:
+        self._model = model
+        self._plan = plan
+        self._store = store
+        self._transfer = transfer
+        self._trace = trace
+        self._ring = Ring(plan.swapped, slots=plan.slots)
+        self._bound: list[Bound] = []
+        self._fixed: list[tuple[TensorEntry, torch.Tensor, torch.Tensor]] = []
+        self._memories: list[torch.Tensor] = []
+        self._running: tuple[int, Any] | None = None
+        try:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self._place()
+                self._blocks = [self._binding(i) for i in range(len(model.entries))]
+        except BaseException:
+            self.release()
+            raise
+
+    def prefetch(self) -> None:
+        """Fills the window with the first blocks, before any forward."""
+        self._obey(self._ring.leave())
+
+    def is_as_left(self, block: int) -> bool:
+        """Whether the tensors of `block` are still the ones that were placed; if not, the swapper must be made anew."""
+        return self._blocks[block].is_as_left()
+
+    def enter(self, block: int) -> None:
+        """Block `block` is about to run: the one before gives its slot back, the next ones are prefetched, and this
+        one's tensors point at the device. Copies are issued first: they are under way while the host re-points.
+        """
+        binding = self._blocks[block]
+        self._finish()
+        if binding.was_edited():
+            self._ring.forget(block)
+        step = self._ring.enter(block)
+        self._obey(step)
+        if step.slot is None:
+            self._transfer.follow()
+            self._running = block, self._mark()
+            return
+        before = self._mark()
+        self._transfer.wait(step.slot)
+        after = self._mark()
+        self._running = block, after
+        binding.point(binding.slots[step.slot])
+        if self._trace is not None:
+            self._trace.add(STALL, block, before, after)
+
+    def leave(self) -> None:
+        """The forward has ended well: the last slot is given back, the next forward's first blocks are prefetched."""
+        self._finish()
+        self._obey(self._ring.leave())
+
+    def abort(self) -> None:
+        """The forward has ended with an exception, wherever it struck: every tensor points at its master, no copy is
+        under way, no slot holds anything.
+        """
+        if self._running is not None:
+            block, self._running = self._running[0], None
+            self._blocks[block].point(self._blocks[block].masters)
+            self._blocks[block].was_edited()
+        self._transfer.reset()
+        self._ring.reset()
+
+    def release(self) -> None:
+        """Every tensor points at its master; residents, small tensors and window are given up. Idempotent."""
+        ours = [*self._memories, *self._transfer.window]
+        inside = [(memory.data_ptr(), memory.data_ptr() + memory.nbytes) for memory in ours]
+        with torch.inference_mode(mode=False), torch.no_grad():
+            for bound in self._bound:
+                address = bound.tensor.data_ptr()
+                if any(begin <= address < end for begin, end in inside):
+                    bound.keep_edits()
+                    with torch._C.DisableTorchFunctionSubclass():
+                        bound.tensor.data = bound.master
+                bound.fetch_replacement()
+        for entry, original, moved in self._fixed:
+            if entry.holder.get(entry.name) is moved:
+                entry.holder[entry.name] = original
+        self._transfer.close_window()
+        for memory in self._memories:
+            self._transfer.free(memory)
+        self._bound, self._fixed, self._memories, self._running = [], [], [], None
+
+    def _finish(self) -> None:
+        """The block that ran has been queued in full: its tensors point at their masters again."""
+        if self._running is None:
+            return
+        (block, began), self._running = self._running, None
+        binding = self._blocks[block]
+        self._transfer.computed(block)
+        if self._trace is not None:
+            self._trace.add(COMPUTE, block, began, self._mark())
+        if binding.streamed:
+            binding.point(binding.masters)
+            if binding.was_edited():
+                raise UnsupportedModelError(
+                    f"{self._model.profile.blocks[block].name} expects weights that its forward only reads but one was "
+                    "edited in place; the edit is lost with its slot: keep that tensor in a buffer"
+                )
+
+    def _obey(self, step: Step) -> None:
+        if step.released is not None:
+            self._transfer.release(step.released)
+        for onload in step.onloads:
+            self._transfer.start(onload.slot, self._store.slabs[onload.block], block=onload.block)
+
+    def _mark(self) -> Any:
+        return None if self._trace is None else self._transfer.mark()
+
+    def _place(self) -> None:
+        """The window, small tensors, residents and slabs; every tensor at its master or its copy on the device."""
+        self._transfer.open_window(slots=self._plan.slots, slot_bytes=self._plan.slot_bytes)
+        everything = [entry for entries in self._model.entries for entry in entries]
+        self._copy_to_device([entry for entry in everything if entry.placement is Placement.SMALL])
+        for entry in everything:
+            if entry.placement is Placement.FIXED:
+                self._move(entry)
+        for block, entries in enumerate(self._model.entries):
+            streamed = [entry for entry in entries if entry.placement is Placement.STREAMED]
+            if self._plan.swapped[block]:
+                self._fill_slab(block, streamed)
+            else:
+                self._store.drop(block)
+                self._copy_to_device(streamed)
+
+    def _fill_slab(self, block: int, streamed: Sequence[TensorEntry]) -> None:
+        tier = self._plan.tiers[block]
+        assert tier is not None, f"block {block} is swapped without a host tier"
+        slab = self._store.put(block, [entry.tensor for entry in streamed], tier=tier)
+        for entry, master in zip(streamed, slab.views, strict=True):
+            with torch._C.DisableTorchFunctionSubclass():
+                self._bound.append(Bound(entry, entry.tensor, master, None, version_of(entry.tensor)))
+                entry.tensor.data = master
+
+    def _copy_to_device(self, entries: Sequence[TensorEntry]) -> None:
+        """Copies tensors into one new device buffer and points them there; those on the device already stay."""
+        device = self._transfer.streams.device
+        entries = [e for e in entries if e.tensor.device != device or device.type == "cpu"]
+        offsets, end = slab_offsets(entry.extent for entry in entries)
+        if not entries:
+            return
+        memory = self._transfer.allocate(device_bytes(end))
+        self._memories.append(memory)
+        starts = {id(entry): offset for entry, offset in zip(entries, offsets, strict=True)}
+        for entry in entries:
+            tensor = entry.tensor
+            start = starts[id(entry.leader or entry)] + entry.offset
+            copy = element_view(memory, tensor, offset=start)
+            flat(copy).copy_(flat(tensor))
+            with torch._C.DisableTorchFunctionSubclass():
+                master = tensor.detach()
+                self._bound.append(Bound(entry, tensor, master, copy, version_of(tensor)))
+                tensor.data = copy
+
+    def _move(self, entry: TensorEntry) -> None:
+        """A tensor that cannot be re-pointed is replaced by a moved one, and comes back at release."""
+        original = entry.tensor
+        moved = original.detach().to(self._transfer.streams.device)
+        if isinstance(original, nn.Parameter):
+            moved = nn.Parameter(moved, requires_grad=original.requires_grad)
+        entry.holder[entry.name] = moved
+        self._fixed.append((entry, original, moved))
+
+    def _binding(self, block: int) -> BlockBinding:
+        entries = self._model.entries[block]
+        streamed = [entry for entry in entries if entry.placement is Placement.STREAMED]
+        small = [entry for entry in entries if entry.placement is Placement.SMALL and not entry.is_buffer]
+        watched = [*streamed, *small]
+        binding = BlockBinding(
+            watched=[entry.tensor for entry in watched],
+            holders=[entry.holder for entry in watched],
+            names=[entry.name for entry in watched],
+            addresses=[entry.tensor.data_ptr() for entry in watched],
+        )
+        if self._plan.swapped[block]:
+            slab = self._store.slabs[block]
+            offsets, _ = slab_offsets(entry.extent for entry in streamed)
+            binding.streamed = [entry.tensor for entry in streamed]
+            binding.counting = [tensor for tensor in binding.streamed if version_of(tensor) is not None]
+            binding.versions = [tensor._version for tensor in binding.counting]
+            binding.masters = list(slab.views)
+            binding.slots = [
+                [element_view(memory, like, offset=offset) for like, offset in zip(slab.views, offsets, strict=True)]
+                for memory in self._transfer.window
+            ]
+        return binding
+
+
+def blocks_of(names: Sequence[str], model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks of the module lists called `names`, those that exist, in execution order."""
+    for name in names:
+        for index, block in enumerate(getattr(model, name, None) or ()):
+            yield f"{name}.{index}", block

@@ -1,0 +1,273 @@
+"""Onload, wait, release: the order of copies and kernels, by eight happens-before rules.
+
+[Note: happens-before]
+
+Actors: the host thread, the staging worker, the compute stream C (the current stream at each block's begin) and the
+copy streams K1..n. An event stands for its last record. The comments `Rule 1` to `Rule 8` mark the lines that keep
+them.
+
+1. Slots are allocated on C; a slot's free event is recorded on C then, and every K waits for it before its first copy.
+2. A copy into a slot waits for the slot's free event, and for every ready event of its previous content.
+3. A block on C waits for all ready events of its slot. If C is another stream than before, it waits for the old one.
+4. A slot's free event is recorded on C when the next block begins or the forward ends, exceptions included.
+5. The window and residents are given up only after C waits for every K.
+6. A slab is written, unregistered or freed only after the host has waited for its last copy.
+7. The worker writes a staging slab after a host-side wait for its last copy to the device; C is told to wait for a
+   ready event only after the worker has recorded it.
+8. Streams, events and memory belong to one device, and calls run with that device current.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .host import Slab
+from .staging import Job, Staging
+from .streams import CudaStreams, InlineStreams, Streams
+from .trace import COPY, Trace
+
+CHUNK_ALIGNMENT = 4096
+"""Bytes at which a slab is cut between copy streams: whole pages, so that no page is read by two copies."""
+
+
+@dataclass(slots=True)
+class Slot:
+    """One device buffer of the window, with the events that guard it.
+
+    Attributes:
+        memory: uint8, `(slot_bytes,)`.
+        free: Recorded on C when the block that used the slot is over.
+        ready: One per copy stream, recorded behind its chunk.
+        pending: The ready events of the present content.
+        consumed: C waits for `pending`, so that `free`, recorded behind that wait, covers them.
+        filling: The staging job that fills the slot, while the worker may not have recorded `pending` yet.
+        filled_bytes: Bytes of the present content.
+        chunks: Views of the slot and of what it was filled from, made once for each block and source.
+    """
+
+    memory: torch.Tensor
+    free: Any
+    ready: tuple[Any, ...]
+    pending: tuple[Any, ...] = ()
+    consumed: bool = True
+    filling: Job | None = None
+    filled_bytes: int = 0
+    chunks: dict[tuple[int, int], list[tuple[Any, torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a transfer has done, in bytes and calls."""
+
+    onloads: int = 0
+    onloaded_bytes: int = 0
+
+
+class Transfer:
+    """A window of slots on one device, filled from slabs. See [Note: happens-before].
+
+    Args:
+        streams: The device's primitives.
+        counters: Counts what is done; a fresh one if None.
+
+    Attributes:
+        staging: Page-locked staging slabs with their worker; None if no slab is staged.
+        trace: Receives the spans of copies; None records nothing.
+    """
+
+    def __init__(self, streams: Streams, counters: Counters | None = None) -> None:
+        self.streams = streams
+        self.counters = counters or Counters()
+        self.staging: Staging | None = None
+        self.trace: Trace | None = None
+        self._slots: tuple[Slot, ...] = ()
+        self._compute: Any = None
+
+    def open_window(self, *, slots: int, slot_bytes: int) -> tuple[torch.Tensor, ...]:
+        """Allocates the window; returns each slot's memory, uint8 `(slot_bytes,)`.
+
+        Raises:
+            DeviceMemoryError: The device cannot hold it; nothing stays allocated.
+        """
+        with self.streams.guard():  # Rule 8
+            self._compute = self.streams.current()
+            memories = [self.streams.allocate(slot_bytes) for _ in range(slots)]
+            self._slots = tuple(
+                Slot(memory, self.streams.event(), tuple(self.streams.event() for _ in self.streams.copy_streams))
+                for memory in memories
+            )
+            for slot in self._slots:
+                self.streams.record(slot.free, self._compute)  # Rule 1
+        return tuple(memories)
+
+    def close_window(self) -> None:
+        """Gives the window up; a prefetch in flight is waited for on the device, not on the host."""
+        with self.streams.guard():  # Rule 8
+            self.drain_to_compute()
+            slots, self._slots = self._slots, ()
+            for slot in slots:
+                self.streams.free(slot.memory)
+
+    @property
+    def window(self) -> tuple[torch.Tensor, ...]:
+        """Each slot's memory, uint8 `(slot_bytes,)`."""
+        return tuple(slot.memory for slot in self._slots)
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Device memory beside the window, uint8 `(nbytes,)`.
+
+        Raises:
+            DeviceMemoryError: The device has no such amount left.
+        """
+        with self.streams.guard():  # Rule 8
+            return self.streams.allocate(nbytes)
+
+    def free(self, memory: torch.Tensor) -> None:
+        """Gives memory beside the window up; call `close_window` first."""
+        with self.streams.guard():  # Rule 8
+            self.streams.free(memory)
+
+    def mark(self) -> Any:
+        """A point in time on the compute stream, for the trace."""
+        with self.streams.guard():  # Rule 8
+            return self.streams.mark(self.streams.current())
+
+    def computed(self, block: int) -> None:
+        """The kernels of `block` have been queued in full, on the stream that was current when it began."""
+        self.streams.computed(block, self._compute)
+
+    def start(self, index: int, slab: Slab, *, block: int) -> None:
+        """Starts to copy `slab`, that of `block`, into slot `index`; returns at once, except from pageable memory."""
+        slot = self._slots[index]
+        with self.streams.guard():  # Rule 8
+            self._await_worker(slot)
+            if slab.is_staged:
+                assert self.staging is not None, "a staged slab needs a transfer with staging"
+                slot.filling = self.staging.submit(
+                    slab, lambda source: self._copy_chunks(slot, source, slab.used_bytes, block)
+                )
+            else:
+                slab.pages.in_flight = self._copy_chunks(slot, slab.memory, slab.used_bytes, block)
+        slot.filled_bytes = slab.used_bytes
+        self.counters.onloads += 1
+        self.counters.onloaded_bytes += slab.used_bytes
+
+    def wait(self, index: int) -> None:
+        """What is queued on the compute stream from now on finds slot `index` filled."""
+        slot = self._slots[index]
+        with self.streams.guard():  # Rule 8
+            self._await_worker(slot)  # Rule 7
+            compute = self.streams.current()
+            self._follow(compute)
+            for event in slot.pending:
+                self.streams.wait(compute, event)  # Rule 3
+            slot.consumed = True
+            self.streams.reads(slot.memory, slot.filled_bytes, compute)
+
+    def follow(self) -> None:
+        """A block without a slot is about to be queued; if the compute stream has changed, it waits for the old one."""
+        with self.streams.guard():  # Rule 8
+            self._follow(self.streams.current())
+
+    def release(self, index: int) -> None:
+        """The block in slot `index` has been queued on the compute stream in full: its slot may be overwritten."""
+        slot = self._slots[index]
+        with self.streams.guard():  # Rule 8
+            compute = self.streams.current()
+            self.streams.reads(slot.memory, slot.filled_bytes, self._compute)
+            self._follow(compute)
+            self.streams.record(slot.free, compute)  # Rule 4
+
+    def drain_to_compute(self) -> None:
+        """The compute stream waits for every copy stream: memory they write may be given up behind this point."""
+        with self.streams.guard():  # Rule 8
+            for slot in self._slots:
+                self._await_worker(slot)
+            compute = self.streams.current()
+            self._follow(compute)
+            for copies in self.streams.copy_streams:
+                event = self.streams.event()
+                self.streams.record(event, copies)
+                self.streams.wait(compute, event)  # Rule 5
+
+    def reset(self) -> None:
+        """After an exception, wherever it struck: waits for all copies on the host; every slot is empty and free."""
+        with self.streams.guard():  # Rule 8
+            for slot in self._slots:
+                job, slot.filling = slot.filling, None
+                if job is not None:
+                    job.join()
+            self.drain_to_compute()
+            compute = self.streams.current()
+            for slot in self._slots:
+                slot.pending, slot.consumed, slot.filled_bytes = (), True, 0
+                self.streams.record(slot.free, compute)  # Rule 4
+
+    def close(self) -> None:
+        """Gives the window and the staging slabs up and ends the worker."""
+        self.close_window()
+        if self.staging is not None:
+            self.staging.close()
+            self.staging = None
+
+    def _copy_chunks(self, slot: Slot, source: torch.Tensor, nbytes: int, block: int) -> tuple[Any, ...]:
+        """Queues copies of `source` into `slot`, a chunk for each copy stream; returns the events behind them.
+
+        Runs in the worker for staged slabs.
+        """
+        chunks = slot.chunks.get((block, source.data_ptr()))
+        if chunks is None:
+            chunks = slot.chunks[block, source.data_ptr()] = self._cut(slot, source, nbytes)
+        before = () if slot.consumed else slot.pending
+        slot.pending, slot.consumed = slot.ready[: len(chunks)], False
+        for copies, _, _ in chunks:
+            self.streams.wait(copies, slot.free)  # Rules 1 and 2
+            for previous in before:
+                self.streams.wait(copies, previous)  # Rule 2
+        for i, (copies, target, part) in enumerate(chunks):
+            begin = None if self.trace is None else self.streams.mark(copies)
+            self.streams.copy(target, part, copies)
+            if self.trace is not None:
+                self.trace.add(f"{COPY} {i}", block, begin, self.streams.mark(copies))
+            self.streams.record(slot.pending[i], copies)
+        return slot.pending
+
+    def _cut(self, slot: Slot, source: torch.Tensor, nbytes: int) -> list[tuple[Any, torch.Tensor, torch.Tensor]]:
+        """For each copy stream that gets a chunk: the stream, the chunk of the slot, the chunk of the source."""
+        copies = self.streams.copy_streams
+        chunk = -(-nbytes // len(copies))
+        chunk = -(-chunk // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
+        begins = range(0, nbytes, chunk)
+        parts = [slice(begin, min(begin + chunk, nbytes)) for begin in begins]
+        with torch.inference_mode(mode=False):
+            return [(stream, slot.memory[part], source[part]) for stream, part in zip(copies, parts, strict=False)]
+
+    def _await_worker(self, slot: Slot) -> None:
+        """Until the worker has recorded the slot's ready events, nobody may wait for them. Raises what it raised."""
+        if slot.filling is not None:
+            slot.filling.wait()
+            slot.filling = None
+
+    def _follow(self, compute: Any) -> None:
+        before, self._compute = self._compute, compute
+        if before is not None and compute != before:
+            event = self.streams.event()
+            self.streams.record(event, before)
+            self.streams.wait(compute, event)  # Rule 3
+
+
+class StreamTransfer(Transfer):
+    """Copies on streams of their own, overlapping compute: CUDA and HIP."""
+
+    def __init__(self, device: torch.device, *, streams: int = 1) -> None:
+        super().__init__(CudaStreams(device, count=streams))
+
+
+class InlineTransfer(Transfer):
+    """Copies on the compute stream, one at a time: devices without streams, and `enable_cuda_optimization` off."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(InlineStreams(device))
