@@ -1,0 +1,48 @@
+"""Readings of the GPU, its link and host memory; None means unknown."""
+
+from .host import read_host_memory
+from .link import measure_link
+from .nvml import Nvml
+from .probe import probe_device, read_device_memory, read_utilisation
+from .rocm import Rocm
+from .spec import (
+    DeviceMemory,
+    DeviceSpec,
+    HardwareUnavailableError,
+    HostMemory,
+    HostPlatform,
+    LinkSpeed,
+    PcieLink,
+    Utilisation,
+    Vendor,
+)
+from .tuning import GpuTier, KnownGpu, find_gpu, tier_for
+from .units import GIB, KIB, MIB, format_bytes, parse_bytes
+
+__all__ = [
+    "GIB",
+    "KIB",
+    "MIB",
+    "DeviceMemory",
+    "DeviceSpec",
+    "GpuTier",
+    "HardwareUnavailableError",
+    "HostMemory",
+    "HostPlatform",
+    "KnownGpu",
+    "LinkSpeed",
+    "Nvml",
+    "PcieLink",
+    "Rocm",
+    "Utilisation",
+    "Vendor",
+    "find_gpu",
+    "format_bytes",
+    "measure_link",
+    "parse_bytes",
+    "probe_device",
+    "read_device_memory",
+    "read_host_memory",
+    "read_utilisation",
+    "tier_for",
+]

@@ -1,0 +1,137 @@
+"""Host memory as this process may use it: RAM, control group, limits and platform."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+from .spec import HostMemory, HostPlatform
+
+logger = logging.getLogger(__name__)
+
+_CONTAINER_FILES = (".dockerenv", "run/.containerenv")
+_CONTAINER_GROUPS = ("docker", "kubepods", "containerd", "lxc", "libpod")
+
+
+def read_host_memory(*, root: Path = Path("/")) -> HostMemory:
+    """Host memory now.
+
+    Page cache counts as available, both for the machine and in the control group: reading a checkpoint fills it, and
+    the kernel drops it when memory is needed.
+
+    Args:
+        root: where /proc, /sys and the marks of containers are looked up.
+    """
+    memory = psutil.virtual_memory()
+    limit, headroom = _read_cgroup(root)
+    if limit is not None and limit >= memory.total:
+        limit = None  # limits nothing; version 1 writes "no limit" as almost 2^63 bytes
+    available = memory.available if headroom is None else min(memory.available, headroom)
+    return HostMemory(
+        physical_bytes=memory.total,
+        available_bytes=max(0, available),
+        cgroup_limit_bytes=limit,
+        memlock_bytes=_read_memlock(),
+        platform=_read_platform(root),
+        in_container=_is_container(root),
+    )
+
+
+def _read_platform(root: Path) -> HostPlatform:
+    if sys.platform == "win32":
+        return HostPlatform.WINDOWS
+    if sys.platform == "darwin":
+        return HostPlatform.MACOS
+    release = _read_text(root / "proc/sys/kernel/osrelease") or ""
+    # WSL1 names Microsoft as well, but shows no GPU at all.
+    return HostPlatform.WSL2 if "microsoft" in release.lower() else HostPlatform.LINUX
+
+
+def _read_memlock() -> int | None:
+    """RLIMIT_MEMLOCK of this process in bytes; None where it is unlimited or the platform has none (Windows)."""
+    if sys.platform == "win32":
+        return None
+    import resource  # exists on POSIX alone
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _is_container(root: Path) -> bool:
+    if any((root / name).exists() for name in _CONTAINER_FILES):
+        return True
+    groups = _read_text(root / "proc/self/cgroup") or ""
+    return any(name in groups for name in _CONTAINER_GROUPS)
+
+
+def _read_cgroup(root: Path) -> tuple[int | None, int | None]:
+    """The tightest limit of the control groups above this process, and what is left under all of them, in bytes.
+
+    Both are None without a limit. Every ancestor counts, because each may have a limit, and used memory, of its own.
+    """
+    limits: list[int] = []
+    headrooms: list[int] = []
+    for folder, names in _memory_groups(root):
+        limit = _read_count(folder / names[0])
+        usage = _read_count(folder / names[1])
+        if limit is None:
+            continue
+        limits.append(limit)
+        if usage is None:
+            logger.warning("%s limits memory to %d bytes but its use is not readable", folder, limit)
+            continue
+        cache = _read_stat(folder / "memory.stat", names[2])
+        headrooms.append(max(0, limit - max(0, usage - cache)))
+    return (min(limits) if limits else None), (min(headrooms) if headrooms else None)
+
+
+def _memory_groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """Folders of this process's memory control groups, innermost first.
+
+    With each come the names of its limit, its usage, and the line of memory.stat that tells reclaimable page cache.
+    """
+    version1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    version2 = ("memory.max", "memory.current", "inactive_file")
+    for line in (_read_text(root / "proc/self/cgroup") or "").splitlines():
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if "memory" in controllers.split(","):
+            mount, names = root / "sys/fs/cgroup/memory", version1
+        elif hierarchy == "0" and not controllers:
+            mount, names = root / "sys/fs/cgroup", version2
+        else:
+            continue
+        # A container often sees the host's path of its group but only its own group, mounted at the root: ancestors
+        # that are not visible are skipped, and the root itself is always tried.
+        path = PurePosixPath(group)
+        for ancestor in (path, *path.parents):
+            folder = mount / str(ancestor).lstrip("/")
+            if folder.is_dir():
+                yield folder, names
+
+
+def _read_text(path: Path) -> str | None:
+    """Text of a small file, or None if it is absent or forbidden."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def _read_count(path: Path) -> int | None:
+    """A byte count from a file; None if there is none, or the word "max"."""
+    text = (_read_text(path) or "").strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _read_stat(path: Path, key: str) -> int:
+    """One figure of memory.stat in bytes; 0 if it is not there, which only makes the reading more careful."""
+    for line in (_read_text(path) or "").splitlines():
+        name, _, value = line.partition(" ")
+        if name == key and value.isdecimal():
+            return int(value)
+    return 0

@@ -1,0 +1,225 @@
+"""Measured host-to-device bandwidth, by number of copy streams; cached per device if asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import mmap
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .probe import probe_device
+from .spec import LinkSpeed
+from .units import MIB
+
+logger = logging.getLogger(__name__)
+
+_STREAM_COUNTS = (1, 2, 4, 8)
+# 64 MiB take 3 ms over PCIe 5.0 x16 and 11 ms over 3.0 x8: long beside a launch, short beside a second.
+_NBYTES = 64 * MIB
+# The median of three, after one copy that is not counted: the first wakes an idle link from a lower generation.
+_REPEATS = 3
+# No figure takes much longer than this, so that a slow link (an external GPU) is measured in a second as well.
+_SECONDS_PER_FIGURE = 0.1
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context, on CUDA and HIP alike
+_CACHE_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _CacheKey:
+    """What a measurement belongs to; a change in any of it asks for a new one."""
+
+    name: str
+    uuid: str | None
+    pci_bus_id: str | None
+    driver: str | None
+    torch_version: str
+    stream_counts: tuple[int, ...]
+    nbytes: int
+
+
+def measure_link(
+    device: torch.device,
+    *,
+    stream_counts: Sequence[int] = _STREAM_COUNTS,
+    nbytes: int = _NBYTES,
+    cache_dir: Path | None = None,
+) -> LinkSpeed:
+    """How fast the device takes bytes from host memory, measured with copies; well under a second.
+
+    Costs `nbytes` of device memory and, one after the other, `nbytes` of ordinary and of page-locked host memory while
+    it runs. Other work on the device slows both the work and the figure. A figure that could not be taken is left out,
+    with one warning.
+
+    Args:
+        device: where to. On devices other than CUDA and HIP, which have no streams here, only the pageable figure is
+            taken; for the CPU that is a copy inside host memory.
+        stream_counts: how many streams share a copy, each count measured on its own, from page-locked memory.
+        nbytes: size of a copy in bytes.
+        cache_dir: folder in which complete measurements are kept and looked up; None neither looks nor keeps.
+
+    Raises:
+        HardwareUnavailableError: there is no such device.
+        ValueError: a stream count or the size is below 1, or a stream has no byte to copy.
+    """
+    counts = tuple(sorted(set(stream_counts)))
+    if not counts or counts[0] < 1 or nbytes < counts[-1]:
+        raise ValueError(
+            f"measure_link expects stream counts from 1 to nbytes ({nbytes}) but got {list(stream_counts)}"
+        )
+    spec = probe_device(device)
+    device = torch.device(spec.torch_device)
+    key = _CacheKey(spec.name, spec.uuid, spec.pci_bus_id, spec.driver, torch.__version__, counts, nbytes)
+    path = None if cache_dir is None else cache_dir / _cache_name(key)
+    cached = None if path is None else _read_cache(path, key)
+    if cached is not None:
+        return cached
+    speed = _measure(device, counts, nbytes)
+    if path is not None and speed.pageable is not None and (speed.pinned or device.type != "cuda"):
+        _write_cache(path, key, speed)
+    return speed
+
+
+def _measure(device: torch.device, counts: tuple[int, ...], nbytes: int) -> LinkSpeed:
+    try:
+        target = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        pageable = _measure_pageable(target)
+        pinned = _measure_pinned(target, counts) if device.type == "cuda" else ()
+    except torch.OutOfMemoryError as exc:
+        logger.warning("the link to %s expects %d free bytes there to be measured: %s", device, nbytes, exc)
+        return LinkSpeed((), None)
+    return LinkSpeed(pinned, pageable)
+
+
+def _measure_pageable(target: torch.Tensor) -> float:
+    """Bytes per second from ordinary memory, by the host's clock, because the host takes part in every such copy."""
+    source = torch.zeros_like(target, device="cpu").fill_(1)  # written: untouched pages all map to one page of zeros
+    module = torch.get_device_module(target.device)
+
+    def copy() -> float:
+        start = time.perf_counter()
+        target.copy_(source)
+        module.synchronize()
+        return time.perf_counter() - start
+
+    return target.nbytes / _typical_seconds(copy)
+
+
+def _measure_pinned(target: torch.Tensor, counts: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
+    """(stream count, bytes per second) from page-locked memory; empty if the driver refuses to page-lock."""
+    # An anonymous mapping is page-locked at its exact size, whereas torch's pin_memory rounds up to a power of two.
+    source = torch.frombuffer(mmap.mmap(-1, target.nbytes), dtype=torch.uint8).fill_(1)
+    cuda: Any = torch.cuda  # untyped, as are streams and events below
+    runtime = cuda.cudart()
+    with cuda.device(target.device):
+        code = int(runtime.cudaHostRegister(source.data_ptr(), source.nbytes, _PORTABLE))
+        if code != 0:
+            logger.warning("the driver refused to page-lock %d bytes (error %d); no pinned figure", source.nbytes, code)
+            _consume_error(target)
+            return ()
+        try:
+            return tuple((count, _measure_streams(source, target, count)) for count in counts)
+        finally:
+            cuda.synchronize()  # the device may still read the pages if a copy raised
+            code = int(runtime.cudaHostUnregister(source.data_ptr()))
+            if code != 0:
+                logger.warning("the driver failed to unlock %d bytes (error %d)", source.nbytes, code)
+                _consume_error(target)
+
+
+def _measure_streams(source: torch.Tensor, target: torch.Tensor, count: int) -> float:
+    """Bytes per second of a copy cut into one chunk per stream, from the first start to the last end."""
+    cuda: Any = torch.cuda
+    main = cuda.current_stream()
+    streams = [cuda.Stream() for _ in range(count)]  # one chunk each, so that chunks overlap one another
+    chunks = list(zip(streams, target.chunk(count), source.chunk(count), strict=False))
+
+    def copy() -> float:
+        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        start.record(main)
+        for stream, to, of in chunks:
+            stream.wait_event(start)
+            with cuda.stream(stream):
+                to.copy_(of, non_blocking=True)
+            main.wait_stream(stream)
+        end.record(main)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3  # from milliseconds
+
+    return target.nbytes / _typical_seconds(copy)
+
+
+def _typical_seconds(copy: Callable[[], float]) -> float:
+    """Median duration of a copy after one that is not counted, within the time set aside for one figure."""
+    spent = copy()
+    samples: list[float] = []
+    while len(samples) < _REPEATS and (not samples or spent < _SECONDS_PER_FIGURE):
+        samples.append(copy())
+        spent += samples[-1]
+    # A clock may be too coarse for a copy of a few bytes; one tick of it is then the best that is known.
+    return max(statistics.median(samples), time.get_clock_info("perf_counter").resolution)
+
+
+def _consume_error(target: torch.Tensor) -> None:
+    """Take a failed call's error out of the runtime, or the next kernel that is launched would report it as its own."""
+    try:
+        target[:1].fill_(0)
+        torch.cuda.synchronize()
+    except RuntimeError as exc:
+        logger.debug("pending error consumed: %s", exc)
+
+
+def _cache_name(key: _CacheKey) -> str:
+    identity = json.dumps([key.name, key.uuid, key.pci_bus_id])
+    return f"link-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+
+
+def _read_cache(path: Path, key: _CacheKey) -> LinkSpeed | None:
+    """The measurement kept for this key; None if there is none, or the file cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as exc:
+        logger.warning("%s cannot be read (%s); the link is measured again", path, exc)
+        return None
+    try:
+        record: dict[str, Any] = json.loads(text)
+        if record["format"] != _CACHE_FORMAT or record["key"] != _as_json(key):
+            return None
+        pinned = tuple((int(count), float(speed)) for count, speed in record["pinned"])
+        return LinkSpeed(pinned, float(record["pageable"]))
+    except (ValueError, TypeError, KeyError) as exc:
+        logger.warning("%s is not a measurement of a link (%r); it is measured again", path, exc)
+        return None
+
+
+def _write_cache(path: Path, key: _CacheKey, speed: LinkSpeed) -> None:
+    """Keep a measurement: written beside its place, then moved there, so that no reader sees half of it."""
+    record = {"format": _CACHE_FORMAT, "key": _as_json(key), "pinned": speed.pinned, "pageable": speed.pageable}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(record, file, indent=1)
+            Path(draft).replace(path)
+        except OSError:
+            Path(draft).unlink(missing_ok=True)
+            raise
+    except OSError as exc:
+        logger.warning("%s cannot be written (%s); the link will be measured again next time", path, exc)
+
+
+def _as_json(key: _CacheKey) -> Any:
+    """The key as reading its JSON gives it: lists for tuples."""
+    return json.loads(json.dumps(asdict(key)))

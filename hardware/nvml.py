@@ -1,0 +1,144 @@
+"""NVIDIA's management library: the only file that knows pynvml."""
+
+from __future__ import annotations
+
+import logging
+from types import ModuleType, TracebackType
+from typing import Any, NewType
+
+from .spec import DeviceMemory, HardwareUnavailableError, PcieLink, Utilisation
+
+logger = logging.getLogger(__name__)
+
+NvmlHandle = NewType("NvmlHandle", object)
+
+# What importing a vendor's binding is known to raise. Three packages on PyPI install a module called pynvml, and they
+# overwrite each other's files; what is left may fail in any of these ways.
+_IMPORT_FAILURES = (ImportError, OSError, KeyError, AttributeError, SystemExit)
+_UUID_PREFIXES = ("GPU-", "MIG-")
+
+
+class Nvml:
+    """The library, initialised while the `with` block lasts.
+
+    Devices are found by UUID or PCI address, never by ordinal: NVML ignores CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER.
+    Every query fails alone: one that the device, the driver or the binding does not support gives None, with one
+    warning per query and `with` block.
+    """
+
+    def __init__(self) -> None:
+        self._library: ModuleType | None = None
+        self._warned: set[str] = set()
+
+    def __enter__(self) -> Nvml:
+        """Load and initialise the library.
+
+        Raises:
+            HardwareUnavailableError: nvidia-ml-py is not installed or broken, or there is no NVIDIA driver.
+        """
+        try:
+            import pynvml  # type: ignore[import-untyped, unused-ignore]
+        except _IMPORT_FAILURES as exc:
+            message = f"NVML expects the Python package nvidia-ml-py but importing pynvml raised {exc!r}"
+            raise HardwareUnavailableError(f"{message}; pip install nvidia-ml-py") from exc
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError as exc:
+            message = f"NVML expects an NVIDIA driver but nvmlInit failed: {exc}"
+            raise HardwareUnavailableError(f"{message}; check that nvidia-smi runs") from exc
+        self._library = pynvml
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._query("nvmlShutdown")
+        self._library = None
+
+    def find(self, *, uuid: str | None, pci_bus_id: str | None) -> NvmlHandle | None:
+        """The device with this identity, or None if NVML does not show it.
+
+        The PCI address is asked only without a UUID: a MIG instance has the address of the GPU that holds it, whose
+        readings are not its own and may be forbidden.
+
+        Args:
+            uuid: with or without its prefix "GPU-" or "MIG-"; torch gives it without. None if unknown.
+            pci_bus_id: domain:bus:device.function in hexadecimal; None if unknown.
+        """
+        unknown = ("NVMLError_NotFound",)
+        if uuid is None:
+            found = (
+                None
+                if pci_bus_id is None
+                else self._query("nvmlDeviceGetHandleByPciBusId", pci_bus_id, missing=unknown)
+            )
+            return None if found is None else NvmlHandle(found)
+        prefixed = uuid.startswith(_UUID_PREFIXES)
+        for candidate in (uuid,) if prefixed else tuple(prefix + uuid for prefix in _UUID_PREFIXES):
+            found = self._query("nvmlDeviceGetHandleByUUID", candidate, missing=unknown)
+            if found is not None:
+                return NvmlHandle(found)
+        return None
+
+    def driver(self) -> str | None:
+        """Version of the driver, such as "580.95.05"."""
+        return _text(self._query("nvmlSystemGetDriverVersion"))
+
+    def name(self, handle: NvmlHandle) -> str | None:
+        """Name of the device."""
+        return _text(self._query("nvmlDeviceGetName", handle))
+
+    def uuid(self, handle: NvmlHandle) -> str | None:
+        """UUID of the device, with its prefix."""
+        return _text(self._query("nvmlDeviceGetUUID", handle))
+
+    def memory(self, handle: NvmlHandle) -> DeviceMemory | None:
+        """Memory of the device; None for one that shares the host's memory, where NVML supports no such query."""
+        info = self._query("nvmlDeviceGetMemoryInfo", handle)
+        if info is None:
+            return None
+        return DeviceMemory(int(info.total), min(int(info.free), int(info.total)), "NVML")
+
+    def utilisation(self, handle: NvmlHandle) -> Utilisation:
+        """How busy the device was; both figures are None for MIG instances and Tegra, which do not count it."""
+        rates = self._query("nvmlDeviceGetUtilizationRates", handle)
+        if rates is None:
+            return Utilisation(None, None)
+        return Utilisation(float(rates.gpu), float(rates.memory))
+
+    def pcie(self, handle: NvmlHandle) -> PcieLink | None:
+        """The link of the device; None if no part of it is known, as on devices without one."""
+        link = PcieLink(
+            generation=self._query("nvmlDeviceGetCurrPcieLinkGeneration", handle),
+            width=self._query("nvmlDeviceGetCurrPcieLinkWidth", handle),
+            max_generation=self._query("nvmlDeviceGetMaxPcieLinkGeneration", handle),
+            max_width=self._query("nvmlDeviceGetMaxPcieLinkWidth", handle),
+        )
+        return None if link == PcieLink(None, None, None, None) else link
+
+    def _query(self, function: str, *arguments: object, missing: tuple[str, ...] = ()) -> Any:
+        """The answer of one function of the library, or None.
+
+        Args:
+            function: its name; older bindings lack newer functions, older drivers answer them with FunctionNotFound.
+            arguments: what it takes.
+            missing: names of errors that are an answer ("no such device") and need no warning.
+
+        Raises:
+            RuntimeError: called outside the `with` block.
+        """
+        library = self._library
+        if library is None:
+            raise RuntimeError(f"Nvml expects to be used inside its with block but {function} was called outside")
+        try:
+            return getattr(library, function)(*arguments)
+        except (library.NVMLError, AttributeError) as exc:
+            if type(exc).__name__ not in missing and function not in self._warned:
+                self._warned.add(function)
+                logger.warning("NVML cannot answer %s (%s); this reading stays unknown", function, exc)
+            return None
+
+
+def _text(value: str | bytes | None) -> str | None:
+    """Text of a string that old bindings give as bytes."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value

@@ -1,0 +1,238 @@
+"""The measured link: for real on the CPU, and with a recording stand-in for torch.cuda."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+
+import pytest
+import torch
+from wanvideo_enhanced_blockswap.hardware import MIB, HardwareUnavailableError, LinkSpeed, link, measure_link
+
+CPU = torch.device("cpu")
+NBYTES = MIB
+
+
+def warnings_in(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+class FakeCuda:
+    """torch.cuda as far as the measurement uses it: copies take the time of a table and calls are recorded."""
+
+    def __init__(self, *, register=0, milliseconds=None, copy_error=None):
+        self.calls = []
+        self.streams = 0
+        self._register = register
+        self._milliseconds = milliseconds or {}
+        self._copy_error = copy_error
+
+    def cudart(self):
+        return self
+
+    def cudaHostRegister(self, pointer, size, flags):  # noqa: N802 - the runtime's name
+        self.calls.append(("register", pointer, size, flags))
+        return self._register
+
+    def cudaHostUnregister(self, pointer):  # noqa: N802 - the runtime's name
+        self.calls.append(("unregister", pointer))
+        return 0
+
+    def synchronize(self):
+        self.calls.append(("synchronize",))
+
+    def device(self, _device):
+        return contextlib.nullcontext()
+
+    def stream(self, _stream):
+        if self._copy_error is not None:
+            raise self._copy_error
+        return contextlib.nullcontext()
+
+    def current_stream(self):
+        self.streams = 0
+        return self.Stream(main=True)
+
+    def Stream(self, *, main=False):  # noqa: N802 - torch's name
+        self.streams += 0 if main else 1
+        return self
+
+    def wait_event(self, _event):
+        pass
+
+    def wait_stream(self, _stream):
+        pass
+
+    def Event(self, *, enable_timing):  # noqa: N802 - torch's name
+        assert enable_timing
+        return FakeEvent(self)
+
+    def copy_milliseconds(self):
+        return self._milliseconds[self.streams]
+
+
+class FakeEvent:
+    def __init__(self, cuda):
+        self._cuda = cuda
+
+    def record(self, _stream):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, _end):
+        return self._cuda.copy_milliseconds()
+
+
+@pytest.fixture
+def measure_pinned(monkeypatch):
+    """The pinned part of a measurement, on a stand-in for torch.cuda."""
+
+    def measure(cuda, counts=(1, 2)):
+        monkeypatch.setattr(torch, "cuda", cuda)
+        return link._measure_pinned(torch.empty(NBYTES, dtype=torch.uint8), counts)
+
+    return measure
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """A first measurement of the CPU, made to stand out, and the file that keeps it."""
+    measure_link(CPU, nbytes=NBYTES, cache_dir=tmp_path)
+    (path,) = tmp_path.iterdir()
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"pageable": 12345.0}))
+    return path
+
+
+def test_the_cpu_has_a_pageable_figure_and_no_pinned_one():
+    speed = measure_link(CPU, nbytes=NBYTES)
+    assert speed.pinned == ()
+    assert speed.pageable > 0
+
+
+def test_a_slow_pageable_copy_is_made_only_twice(monkeypatch):
+    readings = iter([0.0, 0.9, 1.0, 1.9])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(readings))
+    assert measure_link(CPU, nbytes=NBYTES).pageable == pytest.approx(NBYTES / 0.9)
+
+
+def test_a_measurement_works_inside_inference_mode():
+    with torch.inference_mode():
+        assert measure_link(CPU, nbytes=NBYTES).pageable > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU answers")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(HardwareUnavailableError, match="cuda:0"):
+        measure_link(torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize(("counts", "nbytes"), [((), NBYTES), ((0, 1), NBYTES), ((1, 8), 7), ((1,), 0)])
+def test_counts_that_cannot_share_a_copy_are_refused(counts, nbytes):
+    with pytest.raises(ValueError, match="stream counts from 1"):
+        measure_link(CPU, stream_counts=counts, nbytes=nbytes)
+
+
+def test_a_device_without_room_leaves_every_figure_out_with_one_warning(monkeypatch, tmp_path, caplog):
+    def fail(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch, "empty", fail)
+    assert measure_link(CPU, nbytes=NBYTES, cache_dir=tmp_path) == LinkSpeed((), None)
+    assert len(warnings_in(caplog)) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_stream_count_has_its_own_pinned_figure(measure_pinned):
+    figures = measure_pinned(FakeCuda(milliseconds={1: 4.0, 2: 2.0}))
+    assert figures == ((1, pytest.approx(NBYTES / 4e-3)), (2, pytest.approx(NBYTES / 2e-3)))
+
+
+def test_the_pages_are_locked_at_their_exact_size_and_unlocked_after_the_last_copy(measure_pinned):
+    cuda = FakeCuda(milliseconds={1: 4.0, 2: 2.0})
+    measure_pinned(cuda)
+    (register, pointer, size, _flags), *rest = cuda.calls
+    assert (register, size) == ("register", NBYTES)
+    assert rest == [("synchronize",), ("unregister", pointer)]
+
+
+def test_a_copy_that_raises_leaves_no_page_locked(measure_pinned):
+    cuda = FakeCuda(copy_error=RuntimeError("unspecified launch failure"))
+    with pytest.raises(RuntimeError, match="launch failure"):
+        measure_pinned(cuda)
+    assert cuda.calls[-1][0] == "unregister"
+
+
+def test_a_driver_that_refuses_to_page_lock_leaves_no_pinned_figure_and_one_warning(measure_pinned, caplog):
+    assert measure_pinned(FakeCuda(register=1)) == ()
+    assert len(warnings_in(caplog)) == 1
+    assert "error 1" in warnings_in(caplog)[0]
+
+
+def test_after_a_refusal_the_pending_error_is_taken_out_and_nothing_is_unlocked(measure_pinned):
+    cuda = FakeCuda(register=2)
+    measure_pinned(cuda)
+    assert [call[0] for call in cuda.calls] == ["register", "synchronize"]
+
+
+def test_a_slow_link_is_copied_over_only_twice(measure_pinned, monkeypatch):
+    cuda = FakeCuda(milliseconds={1: 900.0})
+    copies = []
+    monkeypatch.setattr(cuda, "copy_milliseconds", lambda: copies.append(1) or 900.0)
+    measure_pinned(cuda, (1,))
+    assert len(copies) == 2
+
+
+def test_a_kept_measurement_is_not_taken_again(cached):
+    assert measure_link(CPU, nbytes=NBYTES, cache_dir=cached.parent) == LinkSpeed((), 12345.0)
+
+
+@pytest.mark.parametrize("changes", [{"nbytes": 2 * NBYTES}, {"stream_counts": (1,)}])
+def test_a_measurement_of_another_kind_is_taken_again(cached, changes):
+    speed = measure_link(CPU, **({"nbytes": NBYTES, "cache_dir": cached.parent} | changes))
+    assert speed.pageable != 12345.0
+
+
+def test_another_torch_measures_again(cached, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "0.0.1")
+    assert measure_link(CPU, nbytes=NBYTES, cache_dir=cached.parent).pageable != 12345.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", "null", '{"format": 1}', "\x00\xff", '{"format": 1, "key": KEY, "pinned": 3, "pageable": 1}']
+    + [f'{{"format": 1, "key": KEY, "pinned": [], "pageable": {value}}}' for value in ("NaN", "-1", "null", '"fast"')],
+)
+def test_a_corrupt_file_is_ignored_with_one_warning_and_rewritten(cached, caplog, text):
+    key = json.dumps(json.loads(cached.read_text())["key"])
+    cached.write_bytes(text.replace("KEY", key).encode("latin-1"))
+    speed = measure_link(CPU, nbytes=NBYTES, cache_dir=cached.parent)
+    assert len(warnings_in(caplog)) == 1
+    assert json.loads(cached.read_text())["pageable"] == speed.pageable
+
+
+def test_writing_leaves_no_draft_behind(cached):
+    assert [path.name for path in cached.parent.iterdir()] == [cached.name]
+
+
+def test_a_write_that_fails_halfway_keeps_the_old_file_and_warns(cached, monkeypatch, caplog):
+    before = cached.read_text()
+
+    def fail(*_args, **_kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(json, "dump", fail)
+    measure_link(CPU, nbytes=2 * NBYTES, cache_dir=cached.parent)
+    assert cached.read_text() == before
+    assert [path.name for path in cached.parent.iterdir()] == [cached.name]
+    assert "disk full" in warnings_in(caplog)[0]
+
+
+def test_a_folder_that_cannot_be_made_costs_the_file_and_not_the_measurement(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    assert measure_link(CPU, nbytes=NBYTES, cache_dir=tmp_path / "file" / "cache").pageable > 0
+    assert warnings_in(caplog)

@@ -1,0 +1,291 @@
+"""The way from a torch device to its vendor's readings, with torch.cuda and the vendors faked; the CPU is real."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import ModuleType, SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from fake_vendors import ADDRESS, UUID, Lookup, NVMLError, NVMLError_NotSupported
+from wanvideo_enhanced_blockswap.hardware import (
+    MIB,
+    DeviceMemory,
+    DeviceSpec,
+    HardwareUnavailableError,
+    Nvml,
+    PcieLink,
+    Rocm,
+    Utilisation,
+    Vendor,
+    probe_device,
+    read_device_memory,
+    read_utilisation,
+)
+
+CUDA = torch.device("cuda:0")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU answers")
+
+
+@pytest.fixture
+def install_hpu(monkeypatch):
+    """Give torch an hpu module with these functions."""
+
+    def install(**functions):
+        module = ModuleType("torch.hpu")
+        for name, function in ({"is_available": lambda: True, "device_count": lambda: 1} | functions).items():
+            setattr(module, name, function)
+        monkeypatch.setattr(torch, "hpu", module, raising=False)
+        monkeypatch.setattr(torch, "get_device_module", lambda device: getattr(torch, device.type))
+        return torch.device("hpu")
+
+    return install
+
+
+def warnings_in(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def spec(vendor, *, uuid=UUID, address=ADDRESS):
+    return DeviceSpec("GPU", vendor, "cuda:0", uuid, address, None, None, None, None, None)
+
+
+def test_the_cpu_is_described_as_it_is():
+    found = probe_device(torch.device("cpu"))
+    assert found.name
+    assert (found.vendor, found.torch_device, found.pcie) == (Vendor.OTHER, "cpu", None)
+    assert found.total_bytes == psutil.virtual_memory().total
+
+
+def test_the_cpu_has_no_device_memory():
+    assert read_device_memory(torch.device("cpu")) is None
+
+
+def test_the_utilisation_of_the_cpu_is_unknown_without_a_warning(caplog):
+    assert read_utilisation(probe_device(torch.device("cpu"))) == Utilisation(None, None)
+    assert not warnings_in(caplog)
+
+
+@no_gpu
+@pytest.mark.parametrize("read", [probe_device, read_device_memory])
+@pytest.mark.parametrize("name", ["cuda", "cuda:99", "xpu", "mps", "hpu", "meta"])
+def test_a_device_that_is_not_there_is_refused_with_its_name_and_a_way_out(read, name):
+    with pytest.raises(HardwareUnavailableError, match=rf"^{name} expects .*use cpu"):
+        read(torch.device(name))
+
+
+@pytest.mark.parametrize("read", [probe_device, read_device_memory])
+def test_an_index_beyond_the_last_device_is_refused_with_those_that_exist(install_cuda, read):
+    install_cuda()
+    with pytest.raises(
+        HardwareUnavailableError, match=r"cuda:99 expects 100 .* finds 2 \(cuda:0, cuda:1\); choose one"
+    ):
+        read(torch.device("cuda:99"))
+
+
+def test_a_device_that_does_not_open_is_unavailable_and_keeps_the_cause(install_cuda, monkeypatch):
+    install_cuda()
+    error = RuntimeError("CUDA driver version is insufficient")
+
+    def fail(_device):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+    with pytest.raises(HardwareUnavailableError, match="driver version is insufficient") as caught:
+        probe_device(CUDA)
+    assert caught.value.__cause__ is error
+
+
+def test_an_nvidia_card_is_described_by_torch_and_nvml_together(install_cuda, install_nvml):
+    install_cuda()
+    install_nvml()
+    assert probe_device(CUDA) == DeviceSpec(
+        name="NVIDIA GeForce RTX 4090",
+        vendor=Vendor.NVIDIA,
+        torch_device="cuda:0",
+        uuid=f"GPU-{UUID}",
+        pci_bus_id=ADDRESS,
+        compute_units=128,
+        is_integrated=False,
+        driver="580.95.05",
+        total_bytes=1000,
+        pcie=PcieLink(1, 16, 4, 16),
+    )
+
+
+def test_a_device_without_an_index_is_the_current_one(install_cuda, install_nvml):
+    install_cuda()
+    install_nvml()
+    assert probe_device(torch.device("cuda")).torch_device == "cuda:1"
+
+
+def test_without_nvml_the_card_is_described_by_torch_with_one_warning(install_cuda, monkeypatch, caplog):
+    install_cuda()
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    found = probe_device(CUDA)
+    assert (found.uuid, found.driver, found.pcie, found.compute_units) == (UUID, None, None, 128)
+    assert len(warnings_in(caplog)) == 1
+
+
+def test_a_card_that_nvml_does_not_show_keeps_what_torch_and_the_driver_say(install_cuda, install_nvml, caplog):
+    install_cuda()
+    install_nvml(nvmlDeviceGetHandleByUUID=Lookup({}))
+    found = probe_device(CUDA)
+    assert (found.uuid, found.driver, found.pcie) == (UUID, "580.95.05", None)
+    assert len(warnings_in(caplog)) == 1
+
+
+def test_a_torch_too_old_to_tell_uuid_and_address_leaves_them_unknown(install_cuda, install_nvml):
+    install_cuda(uuid=None, pci_domain_id=None, pci_bus_id=None, pci_device_id=None, is_integrated=None)
+    install_nvml()
+    found = probe_device(CUDA)
+    assert (found.uuid, found.pci_bus_id, found.is_integrated) == (None, None, None)
+
+
+def test_an_address_is_written_in_hexadecimal(install_cuda, install_nvml):
+    install_cuda(pci_domain_id=1, pci_bus_id=0xC1, pci_device_id=31)
+    install_nvml()
+    assert probe_device(CUDA).pci_bus_id == "0001:c1:1f.0"
+
+
+@pytest.mark.usefixtures("no_amdsmi")
+def test_a_torch_built_for_hip_makes_the_card_an_amd_one(install_cuda):
+    install_cuda(hip="6.4", name="AMD Radeon RX 7900 XTX")
+    assert probe_device(CUDA).vendor is Vendor.AMD
+
+
+@pytest.mark.usefixtures("no_amdsmi")
+def test_an_amd_card_behind_zluda_is_not_taken_for_an_nvidia_one(install_cuda):
+    install_cuda(name="AMD Radeon RX 6800 [ZLUDA]")
+    assert probe_device(CUDA).vendor is Vendor.AMD
+
+
+def test_device_memory_is_what_torch_reads(install_cuda):
+    install_cuda(free=700, total=1000)
+    assert read_device_memory(CUDA) == DeviceMemory(1000, 700, "torch.cuda.mem_get_info")
+
+
+@pytest.mark.parametrize(("available", "free"), [(600, 600), (5000, 1000)])
+def test_an_integrated_device_has_free_what_the_host_has(install_cuda, monkeypatch, available, free):
+    install_cuda(is_integrated=1, free=10, total=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=5000, available=available))
+    memory = read_device_memory(CUDA)
+    assert (memory.total_bytes, memory.free_bytes) == (1000, free)
+    assert "integrated" in memory.source
+
+
+def test_an_integrated_device_may_claim_more_free_than_it_has(install_cuda, monkeypatch):
+    install_cuda(hip="6.4", is_integrated=1, free=120_000, total=62_500)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=128_000, available=50_000))
+    assert read_device_memory(CUDA).free_bytes == 50_000
+
+
+@pytest.mark.parametrize(
+    ("hip", "system", "free"),
+    [("6.4", "win32", 550), ("6.4", "linux", 700), (None, "win32", 700)],
+)
+def test_only_hip_on_windows_has_a_share_set_aside_for_others(install_cuda, monkeypatch, hip, system, free):
+    install_cuda(hip=hip, free=700, total=1000)
+    monkeypatch.setattr(sys, "platform", system)
+    assert read_device_memory(CUDA).free_bytes == free
+
+
+def test_a_reading_that_cannot_be_is_replaced_by_the_drivers(install_cuda, install_nvml, caplog):
+    install_cuda(free=2000, total=1000)
+    install_nvml()
+    assert read_device_memory(CUDA) == DeviceMemory(1000, 700, "NVML")
+    assert len(warnings_in(caplog)) == 1
+
+
+def test_the_drivers_reading_of_an_amd_card_is_asked_by_its_address(install_cuda, install_amdsmi):
+    install_cuda(hip="6.4", free=99_000 * MIB, total=24_500 * MIB)
+    install_amdsmi()
+    assert read_device_memory(CUDA) == DeviceMemory(24560 * MIB, 24000 * MIB, "amdsmi")
+
+
+def test_a_drivers_reading_of_another_size_is_of_another_device(install_cuda, install_nvml):
+    install_cuda(free=2000, total=500)
+    install_nvml()
+    assert read_device_memory(CUDA) is None
+
+
+def test_without_any_reading_that_can_be_believed_memory_is_unknown(install_cuda, install_nvml):
+    install_cuda(free=2000, total=1000)
+    install_nvml(nvmlInit=NVMLError("Driver Not Loaded"))
+    assert read_device_memory(CUDA) is None
+
+
+def test_a_device_module_with_mem_get_info_is_asked_for_it(install_hpu):
+    device = install_hpu(current_device=lambda: 0, mem_get_info=lambda _device: (30, 96))
+    assert read_device_memory(device) == DeviceMemory(96, 30, "torch.hpu.mem_get_info")
+
+
+def test_a_device_module_that_counts_only_its_own_says_so(install_hpu):
+    device = install_hpu(
+        get_device_properties=lambda _device: SimpleNamespace(total_memory=96), memory_allocated=lambda _device: 6
+    )
+    assert read_device_memory(device) == DeviceMemory(96, 90, "torch.hpu, this process alone")
+
+
+def test_the_names_that_mps_gives_its_figures_are_known(install_hpu):
+    device = install_hpu(recommended_max_memory=lambda: 96, driver_allocated_memory=lambda: 16)
+    assert read_device_memory(device) == DeviceMemory(96, 80, "torch.hpu, this process alone")
+
+
+def test_a_device_module_without_memory_functions_is_unavailable(install_hpu):
+    with pytest.raises(HardwareUnavailableError, match=r"hpu:0 expects torch\.hpu\.mem_get_info"):
+        read_device_memory(install_hpu())
+
+
+def test_a_memory_function_that_fails_is_unavailable(install_hpu):
+    def fail(_device):
+        raise NotImplementedError("no such counter")
+
+    with pytest.raises(HardwareUnavailableError, match="no such counter"):
+        read_device_memory(install_hpu(mem_get_info=fail))
+
+
+def test_a_device_of_another_vendor_is_described_by_what_its_module_has(install_hpu):
+    found = probe_device(install_hpu(get_device_name=lambda _device: "GAUDI3"))
+    assert (found.name, found.vendor, found.torch_device) == ("GAUDI3", Vendor.OTHER, "hpu:0")
+    assert (found.total_bytes, found.compute_units, found.is_integrated) == (None, None, None)
+
+
+def test_utilisation_of_an_nvidia_card_comes_from_nvml(install_nvml):
+    install_nvml()
+    assert read_utilisation(spec(Vendor.NVIDIA)) == Utilisation(83.0, 41.0)
+
+
+def test_utilisation_of_an_amd_card_comes_from_its_address(install_amdsmi):
+    install_amdsmi()
+    assert read_utilisation(spec(Vendor.AMD)) == Utilisation(64.0, 32.0)
+
+
+def test_without_nvml_utilisation_is_unknown_with_one_warning(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert read_utilisation(spec(Vendor.NVIDIA)) == Utilisation(None, None)
+    assert len(warnings_in(caplog)) == 1
+
+
+def test_sampling_with_an_open_reader_initialises_once(install_nvml):
+    module = install_nvml()
+    with Nvml() as nvml:
+        for _ in range(3):
+            read_utilisation(spec(Vendor.NVIDIA), reader=nvml)
+    assert [call for call in module.calls if call[0] == "nvmlInit"] == [("nvmlInit",)]
+
+
+def test_sampling_with_an_open_reader_warns_once(install_nvml, caplog):
+    install_nvml(nvmlDeviceGetUtilizationRates=NVMLError_NotSupported("no"))
+    with Nvml() as nvml:
+        for _ in range(3):
+            read_utilisation(spec(Vendor.NVIDIA), reader=nvml)
+    assert len(warnings_in(caplog)) == 1
+
+
+@pytest.mark.usefixtures("no_amdsmi")
+def test_utilisation_of_a_card_without_an_address_is_unknown():
+    with Rocm() as rocm:
+        assert read_utilisation(spec(Vendor.AMD, address=None), reader=rocm) == Utilisation(None, None)

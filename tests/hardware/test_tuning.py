@@ -1,0 +1,133 @@
+"""The table of tiers, the formula for unknown GPUs, and the GPUs that can be planned for."""
+
+from __future__ import annotations
+
+import pytest
+from wanvideo_enhanced_blockswap.hardware import GIB, DeviceSpec, Vendor, find_gpu, tier_for
+
+
+def tier(name, *, units=None, threshold=50.0):
+    spec = DeviceSpec(name, Vendor.NVIDIA, "cuda:0", None, None, units, None, None, None, None)
+    found = tier_for(spec, vram_threshold_percent=threshold)
+    return found.max_streams, pytest.approx(found.bandwidth_target)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA GeForce RTX 5090", (16, 0.90)),
+        ("NVIDIA GeForce RTX 4090", (16, 0.90)),
+        ("NVIDIA GeForce RTX 4090 D", (16, 0.90)),
+        ("NVIDIA GeForce RTX 3090", (12, 0.80)),
+        ("NVIDIA GeForce RTX 3080", (12, 0.80)),
+        ("AMD Radeon RX 7900 XTX", (12, 0.80)),
+        ("AMD Radeon RX 7900 XT", (10, 0.80)),
+        ("NVIDIA GeForce RTX 3060", (8, 0.70)),
+        ("AMD Radeon RX 6900 XT", (8, 0.70)),
+    ],
+)
+def test_a_gpu_of_the_table_gets_its_row(name, expected):
+    assert tier(name, units=82) == expected
+
+
+def test_the_table_goes_before_the_formula():
+    assert tier("NVIDIA GeForce RTX 4090", units=128, threshold=80.0) == (16, 0.90)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 3080 Ti", "NVIDIA GeForce RTX 3090 Ti", "RTX 3080 12GB"])
+def test_a_ti_of_the_30_series_shares_the_row_of_its_chip(name):
+    assert tier(name, units=80) == (12, 0.80)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 5090 Laptop GPU",
+        "NVIDIA GeForce RTX 3080 Ti Laptop GPU",
+    ],
+)
+def test_a_laptop_gpu_does_not_get_the_row_of_the_desktop_card_it_is_named_after(name):
+    assert tier(name, units=76) == (8, 0.70)
+
+
+@pytest.mark.parametrize("name", ["AMD Radeon RX 7900 GRE", "NVIDIA RTX 4000 Ada", "NVIDIA GeForce RTX 30900"])
+def test_a_name_that_merely_resembles_a_row_gets_the_lowest_tier(name):
+    assert tier(name, units=80) == (8, 0.70)
+
+
+@pytest.mark.parametrize(
+    ("units", "threshold", "expected"),
+    [
+        (100, 50.0, (10, 0.70)),
+        (132, 50.0, (13, 0.70)),
+        (132, 20.0, (13, 0.80)),
+        (132, 0.0, (13, 0.90)),
+        (304, 50.0, (16, 0.70)),
+        (99, 0.0, (8, 0.70)),
+        (None, 0.0, (8, 0.70)),
+    ],
+)
+def test_a_large_unknown_gpu_follows_the_formula(units, threshold, expected):
+    assert tier("NVIDIA H200", units=units, threshold=threshold) == expected
+
+
+def test_the_reason_names_the_gpu_and_its_compute_units():
+    spec = DeviceSpec("NVIDIA H200", Vendor.NVIDIA, "cuda:0", None, None, 132, None, None, None, None)
+    reason = tier_for(spec, vram_threshold_percent=50.0).reason
+    assert "NVIDIA H200" in reason
+    assert "132" in reason
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 100.5, float("nan")])
+def test_a_threshold_that_is_no_percentage_is_refused(threshold):
+    with pytest.raises(ValueError, match="expects 0 to 100"):
+        tier("NVIDIA GeForce RTX 4090", threshold=threshold)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("rtx 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("4090", "RTX 4090"),
+        ("rtx4090 24 GB", "RTX 4090"),
+        ("RTX-5090", "RTX 5090"),
+        ("3060", "RTX 3060 12GB"),
+        ("RTX 3060 12GB", "RTX 3060 12GB"),
+        ("7900xtx", "RX 7900 XTX"),
+        ("AMD Radeon RX 7900 XTX", "RX 7900 XTX"),
+        ("nvidia h200", "H200"),
+    ],
+)
+def test_a_known_gpu_is_found_whatever_case_vendor_and_series(name, found):
+    assert find_gpu(name).name == found
+
+
+@pytest.mark.parametrize(
+    "name", ["RTX 4090 Laptop", "RTX 3080 Ti", "RTX 3090 Ti", "RTX 3060 8GB", "RX 7900 GRE", "", "NVIDIA", "banana"]
+)
+def test_a_gpu_without_figures_is_refused_with_the_known_names(name):
+    with pytest.raises(ValueError, match="expects a known model") as caught:
+        find_gpu(name)
+    assert "RTX 3060 12GB, RTX 3090, RTX 4090, RTX 5090, RX 7900 XTX, H200" in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "option"), [("rtx", "RTX 3090 or RTX 4090"), ("rx 7900", "RX 7900 XTX")])
+def test_a_name_that_several_models_share_is_refused_with_what_it_could_be(name, option):
+    with pytest.raises(ValueError, match="expects one model") as caught:
+        find_gpu(name)
+    assert option in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["3060", "3090", "4090", "5090", "7900 xtx", "h200"])
+def test_the_figures_of_a_known_gpu_say_that_nobody_measured_them(name):
+    assert "assumed, not measured" in find_gpu(name).source
+
+
+def test_the_figures_of_a_known_gpu_are_in_bytes_and_operations_per_second():
+    gpu = find_gpu("rtx 4090")
+    assert gpu.total_bytes == 24 * GIB
+    assert gpu.linear_flops == pytest.approx(150e12)
+    assert gpu.attention_flops == pytest.approx(130e12)
+    assert gpu.link_bytes_per_second == pytest.approx(25e9)

@@ -1,0 +1,62 @@
+"""Byte counts as people write them."""
+
+from __future__ import annotations
+
+import pytest
+from wanvideo_enhanced_blockswap.hardware import GIB, KIB, MIB, format_bytes, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("12GiB", 12 * GIB),
+        ("8 GB", 8 * 10**9),
+        ("512MiB", 512 * MIB),
+        ("123", 123),
+        ("0", 0),
+        (" 1.5 gib ", 3 * GIB // 2),
+        ("0.1GB", 10**8),
+        ("64KiB", 64 * KIB),
+        ("7b", 7),
+        ("1TiB", 1024 * GIB),
+    ],
+)
+def test_a_size_is_parsed_with_decimal_and_binary_units_kept_apart(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "-1", "-2GiB", "nan", "inf", "12G", "GiB", "1e9", "1 2", "1,5GiB", "٣GiB", "0x10"]
+)
+def test_rubbish_is_refused_with_the_text_and_an_example(text):
+    with pytest.raises(ValueError, match="write it like 12GiB") as caught:
+        parse_bytes(text)
+    assert repr(text) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["9" * 40, "2000000TiB"])
+def test_a_size_beyond_any_machine_is_refused(text):
+    with pytest.raises(ValueError, match="at most"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (KIB, "1.0 KiB"),
+        (int(12.34 * GIB), "12.3 GiB"),
+        (MIB - 1, "1.0 MiB"),
+        (GIB - 1, "1.0 GiB"),
+        (2048 * GIB, "2048.0 GiB"),
+        (-3 * MIB, "-3.0 MiB"),
+    ],
+)
+def test_a_count_is_shown_in_the_largest_unit_that_keeps_it_above_one(n, expected):
+    assert format_bytes(n) == expected
+
+
+@pytest.mark.parametrize("n", [0, 512, 3 * KIB, 5 * MIB, 24 * GIB])
+def test_a_round_count_that_is_shown_parses_back_to_itself(n):
+    assert parse_bytes(format_bytes(n)) == n
