@@ -95,6 +95,11 @@ class SwapSession:
         return self._state
 
     @property
+    def window(self) -> tuple[torch.Tensor, ...]:
+        """The device memory of each slot, uint8 `(slot_bytes,)`; empty while nothing is adopted."""
+        return () if self._transfer is None else self._transfer.window
+
+    @property
     def slab_bytes(self) -> int:
         """Host memory that holds the streamed tensors of the swapped blocks now."""
         return 0 if self._store is None else sum(slab.pages.size for slab in self._store.slabs.values())

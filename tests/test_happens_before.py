@@ -1,0 +1,187 @@
+"""The eight rules of order, the release, the prefetch and the wrap-around: each has a run here that fails without it.
+
+`test_mutants.py` takes them out of the code one by one and sees these tests fail.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toys import Block, Model, Simulation, fixed_plan, toy
+from wanvideo_enhanced_blockswap.blockswap import HostTier, TransferError
+from wanvideo_enhanced_blockswap.blockswap.schedule import Ring, VirtualTime, spread, steady_time
+from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedHardware
+from wanvideo_enhanced_blockswap.blockswap.trace import COMPUTE, COPY, STALL, Trace, total_ms
+
+LATENESS = [0.0, 1.0]
+
+
+def run(simulation: Simulation, model: Model, planner, *orders) -> None:
+    """Forwards through a session; outputs must be the unswapped model's."""
+    x = torch.randn(2, 16)
+    with torch.inference_mode():
+        wanted = [model(x, order) for order in orders]
+        with simulation.session(model, planner) as session:
+            for order, want in zip(orders, wanted, strict=True):
+                with session.forward():
+                    assert torch.equal(model(x, order), want)
+
+
+@pytest.mark.parametrize("lateness", LATENESS)
+def test_rule_1_the_first_copy_waits_for_the_windows_allocation(lateness: float) -> None:
+    run(Simulation(lateness=lateness), toy(3), fixed_plan([True] * 3), None)
+
+
+@pytest.mark.parametrize("lateness", LATENESS)
+def test_rule_2_a_copy_waits_for_the_block_that_last_read_its_slot(lateness: float) -> None:
+    run(Simulation(lateness=lateness), toy(5), fixed_plan([True] * 5), None, None, None)
+
+
+@pytest.mark.parametrize("lateness", LATENESS)
+def test_rule_2_a_copy_waits_for_the_copies_of_a_block_that_was_passed_by(lateness: float) -> None:
+    torch.manual_seed(0)
+    # Blocks of different sizes are cut at different bytes: a chunk meets chunks of other streams in its slot.
+    model = Model([Block(16, hidden) for hidden in (200, 600, 100, 400, 300, 150)])
+    simulation = Simulation(lateness=lateness, streams=3)
+    run(simulation, model, fixed_plan([True] * 6, streams=3), None, [0, 3, 5], [4], None)
+
+
+@pytest.mark.parametrize("lateness", LATENESS)
+def test_rule_3_a_block_waits_for_every_chunk_of_its_slot(lateness: float) -> None:
+    torch.manual_seed(0)
+    model = Model([Block(16, 400) for _ in range(4)])
+    run(Simulation(lateness=lateness, streams=3), model, fixed_plan([True] * 4, streams=3), None, None)
+
+
+@pytest.mark.parametrize("swapped", [[True] * 4, [True, False, True, True]])
+def test_rule_3_a_new_compute_stream_waits_for_the_old_one(swapped: list[bool]) -> None:
+    simulation, model = Simulation(lateness=0.0), toy(4)
+    x = torch.randn(2, 16)
+    with torch.inference_mode():
+        want = model(x)
+        with simulation.session(model, fixed_plan(swapped)) as session:
+            for _ in range(3):
+                with session.forward():
+                    y = model(x, [0])
+                    simulation.streams.use_another_compute_stream()
+                    y = model(y, [1, 2])
+                    simulation.streams.use_another_compute_stream()
+                    y = model(y, [3])
+                assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("lateness", LATENESS)
+def test_rule_4_a_slot_is_free_only_when_the_next_block_begins(lateness: float) -> None:
+    run(Simulation(lateness=lateness), toy(6), fixed_plan([True] * 6, slots=3), None, None)
+
+
+def test_rule_4_a_slot_is_free_after_an_exception() -> None:
+    simulation, model = Simulation(lateness=1.0), toy(4)
+    x = torch.randn(2, 16)
+    with torch.inference_mode(), simulation.session(model, fixed_plan([True] * 4)) as session:
+        want = model(x)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError), session.forward():
+                model(x, [0, 1])[0, 0] / (1 // 0)
+            with session.forward():
+                assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("lateness", LATENESS)
+def test_rule_5_the_window_is_given_up_behind_the_prefetch_that_writes_it(lateness: float) -> None:
+    simulation, model = Simulation(lateness=lateness), toy(4)
+    with torch.inference_mode(), simulation.session(model, fixed_plan([True] * 4)) as session:
+        with session.forward():
+            model(torch.randn(2, 16))
+        session.release()
+        assert simulation.streams.allocated_bytes == 0
+
+
+@pytest.mark.parametrize("lateness", LATENESS)
+def test_rule_6_a_slab_is_unlocked_behind_the_host_wait_for_its_last_copy(lateness: float) -> None:
+    simulation, model = Simulation(lateness=lateness), toy(4)
+    with torch.inference_mode():
+        with simulation.session(model, fixed_plan([True] * 4)) as session, session.forward():
+            model(torch.randn(2, 16))
+        assert simulation.registrar.locked == {}
+
+
+@pytest.mark.parametrize("lateness", LATENESS)
+def test_rule_7_the_worker_waits_for_the_last_copy_from_its_staging_slab(lateness: float) -> None:
+    run(Simulation(lateness=lateness), toy(5), fixed_plan([True] * 5, slots=3, tiers=HostTier.STAGED), None, None)
+
+
+def test_rule_7_a_block_waits_until_the_worker_has_recorded() -> None:
+    run(Simulation(lateness=1.0), toy(5), fixed_plan([True] * 5, tiers=HostTier.STAGED), None, None)
+
+
+def test_rule_8_calls_run_with_the_windows_device_current() -> None:
+    run(Simulation(streams=2), toy(4), fixed_plan([True] * 4, streams=2), None, [0, 2], None)
+
+
+@pytest.mark.parametrize("tier", [HostTier.PINNED, HostTier.STAGED])
+def test_release_shows_every_parameter_its_master_between_forwards(tier: HostTier) -> None:
+    simulation, model = Simulation(), toy(4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.inference_mode(), simulation.session(model, fixed_plan([True] * 4, tiers=tier)) as session:
+        window = [range(0)]
+        for _ in range(2):
+            with session.forward():
+                model(torch.randn(2, 16))
+            window = [range(m.data_ptr(), m.data_ptr() + m.nbytes) for m in session.window]
+            assert len(window) == 2
+            assert not any(p.data_ptr() in slot for p in model.parameters() for slot in window)
+            assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def timed(model: Model, planner, *, compute_ms: float, copy_ms: float, forwards: int = 4) -> Trace:
+    """A run in virtual time in which each block computes and copies for so long; the trace of the last forward."""
+    slab = 2 * 16 * 24 * 4
+    hardware = SimulatedHardware(link_bytes_per_ms=slab / copy_ms, default_compute_ms=compute_ms)
+    simulation = Simulation(hardware=hardware)
+    with torch.inference_mode(), simulation.session(model, planner, traced=True) as session:
+        session.adopt()
+        for _ in range(forwards):
+            session.trace.start()
+            with session.forward():
+                model(torch.randn(2, 16))
+        return session.trace
+
+
+def test_prefetch_copies_a_block_while_the_one_before_computes() -> None:
+    spans = timed(toy(6), fixed_plan([True] * 6), compute_ms=2.0, copy_ms=1.5).spans()
+    compute = {span.block: span for span in spans if span.lane == COMPUTE}
+    copies = {span.block: span for span in spans if span.lane.startswith(COPY)}
+    for block in range(2, 6):
+        assert copies[block].begin_ms < compute[block - 1].end_ms
+        assert copies[block].end_ms <= compute[block].begin_ms
+    assert total_ms(spans, STALL) == 0
+
+
+def test_wrap_around_copies_the_next_forwards_first_blocks_before_it_begins() -> None:
+    spans = timed(toy(6), fixed_plan([True] * 6), compute_ms=2.0, copy_ms=1.5).spans()
+    end = max(span.end_ms for span in spans if span.lane == COMPUTE)
+    behind = [span.block for span in spans if span.lane.startswith(COPY) and span.end_ms > end - 2.0]
+    assert behind == [0, 1]
+
+
+def test_compute_and_copies_in_virtual_time_take_what_the_schedule_says() -> None:
+    for swapped, ratio in ((8, 0.5), (6, 1.25), (4, 3.0)):
+        flags = spread(8, swapped)
+        spans = timed(toy(8), fixed_plan(flags), compute_ms=1.0, copy_ms=ratio, forwards=12).spans()
+        time = VirtualTime(Ring(flags, slots=2), compute=[1.0] * 8, transfer=[ratio] * 8)
+        predicted = steady_time(time, [range(8)])
+        assert total_ms(spans, STALL) == pytest.approx(predicted.stall)
+        assert total_ms(spans, COMPUTE) == pytest.approx(predicted.compute)
+
+
+def test_a_violation_names_both_accesses() -> None:
+    simulation, model = Simulation(lateness=0.0), toy(3)
+    with torch.inference_mode(), simulation.session(model, fixed_plan([True] * 3)) as session:
+        session.adopt()
+        slot = session.window[0]
+        with (
+            simulation.streams.guard(),
+            pytest.raises(TransferError, match=r"read of .* on compute .* write of .* on copy 0"),
+        ):
+            simulation.streams.reads(slot, slot.nbytes, simulation.streams.current())

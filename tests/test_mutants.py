@@ -1,0 +1,192 @@
+"""Takes each rule of order, the release, the prefetch and the wrap-around out of the code, and sees its test fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of the code, and the test that must fail with it.
+
+    Attributes:
+        name: What is broken.
+        file: In which module of blockswap/.
+        before: Text that stands there exactly once.
+        after: What it becomes.
+        test: Name (or begin of it) of the test in test_happens_before.py.
+    """
+
+    name: str
+    file: str
+    before: str
+    after: str
+    test: str
+
+
+MUTANTS = [
+    Mutant(
+        "rule 1: no free event at allocation",
+        "transfer.py",
+        "                self.streams.record(slot.free, self._compute)  # Rule 1\n",
+        "                pass\n",
+        "test_rule_1_the_first_copy_waits_for_the_windows_allocation",
+    ),
+    Mutant(
+        "rule 2: no wait for the free event",
+        "transfer.py",
+        "            self.streams.wait(copies, slot.free)  # Rules 1 and 2\n",
+        "",
+        "test_rule_2_a_copy_waits_for_the_block_that_last_read_its_slot",
+    ),
+    Mutant(
+        "rule 2: no wait for the previous content's copies",
+        "transfer.py",
+        "                self.streams.wait(copies, previous)  # Rule 2\n",
+        "                pass\n",
+        "test_rule_2_a_copy_waits_for_the_copies_of_a_block_that_was_passed_by",
+    ),
+    Mutant(
+        "rule 3: a wait for the first chunk only",
+        "transfer.py",
+        "            for event in slot.pending:\n                self.streams.wait(compute, event)  # Rule 3\n",
+        "            for event in slot.pending[:1]:\n                self.streams.wait(compute, event)\n",
+        "test_rule_3_a_block_waits_for_every_chunk_of_its_slot",
+    ),
+    Mutant(
+        "rule 3: a new compute stream does not wait for the old",
+        "transfer.py",
+        "            self.streams.wait(compute, event)  # Rule 3\n\n\nclass StreamTransfer",
+        "\n\nclass StreamTransfer",
+        "test_rule_3_a_new_compute_stream_waits_for_the_old_one",
+    ),
+    Mutant(
+        "rule 4: no free event at the release",
+        "transfer.py",
+        "            self._follow(compute)\n            self.streams.record(slot.free, compute)  # Rule 4\n",
+        "            self._follow(compute)\n",
+        "test_rule_4_a_slot_is_free_only_when_the_next_block_begins",
+    ),
+    Mutant(
+        "rule 4: no free event after an exception",
+        "transfer.py",
+        "                slot.pending, slot.consumed, slot.filled_bytes = (), True, 0\n"
+        "                self.streams.record(slot.free, compute)  # Rule 4\n",
+        "                slot.pending, slot.consumed, slot.filled_bytes = (), True, 0\n",
+        "test_rule_4_a_slot_is_free_after_an_exception",
+    ),
+    Mutant(
+        "rule 5: the window goes while copies write it",
+        "transfer.py",
+        "                self.streams.wait(compute, event)  # Rule 5\n",
+        "",
+        "test_rule_5_the_window_is_given_up_behind_the_prefetch_that_writes_it",
+    ),
+    Mutant(
+        "rule 6: no host wait before unlocking",
+        "pages.py",
+        "            self.streams.host_wait(event)  # Rule 6\n",
+        "            pass\n",
+        "test_rule_6_a_slab_is_unlocked_behind_the_host_wait_for_its_last_copy",
+    ),
+    Mutant(
+        "rule 7: the worker overwrites a staging slab that is being copied",
+        "staging.py",
+        "                staging.settle()  # Rule 7\n",
+        "",
+        "test_rule_7_the_worker_waits_for_the_last_copy_from_its_staging_slab",
+    ),
+    Mutant(
+        "rule 7: a block does not wait for the worker",
+        "transfer.py",
+        "            self._await_worker(slot)  # Rule 7\n",
+        "",
+        "test_rule_7_a_block_waits_until_the_worker_has_recorded",
+    ),
+    Mutant(
+        "rule 8: a copy is started with another device current",
+        "transfer.py",
+        "        slot = self._slots[index]\n        with self.streams.guard():  # Rule 8\n            self._await_worker(slot)\n"
+        "            if slab.is_staged:",
+        "        slot = self._slots[index]\n        if True:\n            self._await_worker(slot)\n            if slab.is_staged:",
+        "test_rule_8_calls_run_with_the_windows_device_current",
+    ),
+    Mutant(
+        "release: slots are never given back",
+        "swapper.py",
+        "            self._transfer.release(step.released)\n",
+        "            pass\n",
+        "test_rule_4_a_slot_is_free_only_when_the_next_block_begins",
+    ),
+    Mutant(
+        "release: parameters stay in their slot",
+        "swapper.py",
+        "            binding.point(binding.masters)\n            if binding.was_edited",
+        "            if binding.was_edited",
+        "test_release_shows_every_parameter_its_master_between_forwards",
+    ),
+    Mutant(
+        "prefetch: only the block that begins is onloaded",
+        "schedule.py",
+        "tuple(ahead[: len(self._content)])",
+        "tuple(ahead[:1])",
+        "test_prefetch_copies_a_block_while_the_one_before_computes",
+    ),
+    Mutant(
+        "wrap-around: nothing is onloaded at the end of a forward",
+        "schedule.py",
+        "return Step(self._release(), self._fill(0), None)",
+        "return Step(self._release(), (), None)",
+        "test_wrap_around_copies_the_next_forwards_first_blocks_before_it_begins",
+    ),
+]
+
+
+def run_test(package: Path, test: str) -> subprocess.CompletedProcess[str]:
+    """Runs one test of test_happens_before.py against the package in `package`."""
+    environment = {**os.environ, "PYTHONPATH": f"{package}{os.pathsep}{ROOT / 'tests'}"}
+    (package / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    arguments = ["-q", "-x", "-p", "no:cacheprovider", "-c", "pytest.ini", f"--confcutdir={ROOT / 'tests'}"]
+    target = str(ROOT / "tests" / "test_happens_before.py") + f"::{test}"
+    command = [sys.executable, "-m", "pytest", *arguments, target]
+    return subprocess.run(command, env=environment, cwd=package, capture_output=True, text=True, check=False)
+
+
+def copy_package(target: Path) -> Path:
+    """A copy of the shipped package under its import name, which PYTHONPATH puts before the installed one."""
+    package = target / "wanvideo_enhanced_blockswap"
+    shutil.copytree(ROOT / "blockswap", package / "blockswap", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "hardware", package / "hardware", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("__init__.py", "nodes.py"):
+        shutil.copy(ROOT / name, package / name)
+    return package
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_the_test_of_a_rule_fails_when_the_rule_is_broken(mutant: Mutant, tmp_path: Path) -> None:
+    path = copy_package(tmp_path) / "blockswap" / mutant.file
+    source = path.read_text()
+    assert source.count(mutant.before) == 1, f"{mutant.name}: the code has changed; write the mutant anew"
+    path.write_text(source.replace(mutant.before, mutant.after))
+    result = run_test(tmp_path, mutant.test)
+    assert result.returncode == 1, f"{mutant.name} survived:\n{result.stdout}\n{result.stderr}"
+    assert "TransferError" in result.stdout or "AssertionError" in result.stdout or "assert " in result.stdout
+
+
+def test_every_rules_test_passes_when_nothing_is_broken(tmp_path: Path) -> None:
+    package = copy_package(tmp_path)
+    result = run_test(tmp_path, "test_rule_1_the_first_copy_waits_for_the_windows_allocation")
+    assert result.returncode == 0, result.stdout + result.stderr
+    probe = "import wanvideo_enhanced_blockswap.blockswap.transfer as t; print(t.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    where = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)
+    assert Path(where.stdout.strip()).is_relative_to(package)
