@@ -30,11 +30,13 @@ class Bound:
     copy: torch.Tensor | None
     version: int | None
 
-    def keep_edits(self) -> None:
-        """Copies the device's bytes to the master if they were written to since, or may have been."""
+    def keep_edits(self) -> int:
+        """Copies the device's bytes to the master if they were written to since, or may have been; returns how many."""
         version = version_of(self.tensor)
-        if self.copy is not None and (version != self.version or (version is None and self.entry.is_buffer)):
-            flat(self.master).copy_(flat(self.copy))
+        if self.copy is None or (version == self.version and not (version is None and self.entry.is_buffer)):
+            return 0
+        flat(self.master).copy_(flat(self.copy))
+        return self.master.nbytes
 
     def fetch_replacement(self) -> None:
         """A buffer that a forward has assigned anew goes to where the one before was found."""

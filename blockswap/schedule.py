@@ -175,7 +175,7 @@ class ForwardTime:
     Attributes:
         elapsed: From the end of the forward before to the end of this one.
         compute: Sum of the durations of the blocks that ran.
-        stall: What compute waited for copies: `elapsed - compute`.
+        stall: What compute waited for copies: the rest of `elapsed`.
         transferred: Link time of the copies that were started in this forward.
         onloads: Number of those copies.
     """
@@ -213,39 +213,38 @@ class VirtualTime:
         self._link_idle_at = 0.0
         self._free_at = [0.0] * len(ring.content)
         self._ready_at = [0.0] * len(ring.content)
+        self._stall = 0.0
+        self._busy = 0.0
+        self._onloads = 0
 
     def forward(self, blocks: Iterable[int]) -> ForwardTime:
         """Run `blocks` in this order, then end the forward."""
-        begin, compute, transferred, onloads = self._now, 0.0, 0.0, 0
+        begin, compute, self._stall, self._busy, self._onloads = self._now, 0.0, 0.0, 0.0, 0
         for block in blocks:
             step = self._ring.enter(block)
-            transferred += self._copies(step)
-            onloads += len(step.onloads)
+            self._obey(step)
             if step.slot is not None:
-                self._now = max(self._now, self._ready_at[step.slot])
+                self._stall_until(self._ready_at[step.slot])
             self._now += self._compute[block]
             compute += self._compute[block]
-        step = self._ring.leave()
-        transferred += self._copies(step)
-        onloads += len(step.onloads)
-        elapsed = self._now - begin
-        return ForwardTime(elapsed, compute, elapsed - compute, transferred, onloads)
+        self._obey(self._ring.leave())
+        return ForwardTime(self._now - begin, compute, self._stall, self._busy, self._onloads)
 
-    def _copies(self, step: Step) -> float:
+    def _obey(self, step: Step) -> None:
         if step.released is not None:
             self._free_at[step.released] = self._now
-        begin = self._link_idle_at
-        busy = 0.0
         for onload in step.onloads:
             # A copy waits for its slot's free event; copies behind it on the same streams wait with it.
-            begin = max(begin, self._free_at[onload.slot])
-            begin += self._transfer[onload.block]
-            busy += self._transfer[onload.block]
-            self._ready_at[onload.slot] = begin
+            begin = max(self._link_idle_at, self._free_at[onload.slot])
+            self._link_idle_at = self._ready_at[onload.slot] = begin + self._transfer[onload.block]
+            self._busy += self._transfer[onload.block]
+            self._onloads += 1
             if onload.block in self._blocking:
-                self._now = max(self._now, begin)
-        self._link_idle_at = begin
-        return busy
+                self._stall_until(self._link_idle_at)
+
+    def _stall_until(self, moment: float) -> None:
+        self._stall += max(0.0, moment - self._now)
+        self._now = max(self._now, moment)
 
 
 def spread(count: int, swapped: int) -> tuple[bool, ...]:

@@ -109,7 +109,7 @@ class BlockSwapper:
             for bound in self._bound:
                 address = bound.tensor.data_ptr()
                 if any(begin <= address < end for begin, end in inside):
-                    bound.keep_edits()
+                    self._transfer.counters.returned_bytes += bound.keep_edits()
                     with torch._C.DisableTorchFunctionSubclass():
                         bound.tensor.data = bound.master
                 bound.fetch_replacement()
@@ -187,6 +187,7 @@ class BlockSwapper:
             start = starts[id(entry.leader or entry)] + entry.offset
             copy = element_view(memory, tensor, offset=start)
             flat(copy).copy_(flat(tensor))
+            self._transfer.counters.placed_bytes += tensor.nbytes
             with torch._C.DisableTorchFunctionSubclass():
                 master = tensor.detach()
                 self._bound.append(Bound(entry, tensor, master, copy, version_of(tensor)))

@@ -60,10 +60,19 @@ class Slot:
 
 @dataclass(slots=True)
 class Counters:
-    """What a transfer has done, in bytes and calls."""
+    """What has been copied.
+
+    Attributes:
+        onloads: Copies of a slab into a slot.
+        onloaded_bytes: Bytes of these.
+        placed_bytes: Bytes of residents and small tensors copied to the device at adopt.
+        returned_bytes: Bytes copied back to the host: of buffers that a forward has changed, never of weights.
+    """
 
     onloads: int = 0
     onloaded_bytes: int = 0
+    placed_bytes: int = 0
+    returned_bytes: int = 0
 
 
 class Transfer:

@@ -1,0 +1,162 @@
+"""The command line: demo, plan, probe, simulate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from .blockswap.errors import BlockSwapError
+from .hardware import HardwareUnavailableError
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+PROGRAM = "python -m wanvideo_enhanced_blockswap"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    With `--json`, standard output holds one JSON object and nothing else: the result, or `{"error": …}`.
+
+    Returns:
+        0; 1 if the command failed or did not show what it is there to show; 2 for a command line that cannot be read.
+    """
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        result = options.run(options)
+    except (BlockSwapError, HardwareUnavailableError) as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        if options.json:
+            print(json.dumps({"error": str(failure)}))
+        return 1
+    print(json.dumps(result.data) if options.json else result.text)
+    return 0 if result.succeeded else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="Runs Wan video models that are larger than the GPU.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _add_demo(commands)
+    _add_plan(commands)
+    _add_probe(commands)
+    _add_simulate(commands)
+    return parser
+
+
+def _add(commands: Commands, name: str, said: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=said, description=said)
+    command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    command.add_argument("--verbose", action="store_true", help="log what is decided, to standard error")
+    return command
+
+
+def _add_demo(commands: Commands) -> None:
+    demo = _add(commands, "demo", "A real Wan transformer with random weights denoises, unswapped and swapped.")
+    demo.add_argument("--preset", choices=("small", "1.3b", "14b"), default="small", help="dimensions of the model")
+    demo.add_argument("--blocks-to-swap", metavar="N", help="a number, half or all; left out: automatic")
+    demo.add_argument("--device", default="auto", help="auto, cpu (simulated), cuda or cuda:N")
+    demo.add_argument("--vram", metavar="SIZE", help="memory of the card, such as 12GiB; left out: half the model")
+    demo.add_argument("--link", metavar="GB/s", type=_positive, help="host-to-device bandwidth of a simulated device")
+    demo.add_argument("--steps", type=_count, default=4, help="denoising steps (default 4)")
+    demo.add_argument("--slots", type=_count, metavar="N", help="slots of the window; left out: the planner's choice")
+    demo.add_argument("--streams", type=_count, metavar="N", help="copy streams; left out: measured, or 1")
+    demo.add_argument("--shape", metavar="WxHxF", help="size of the video; left out: the preset's")
+    demo.add_argument("--seed", type=int, default=0, help="of weights and noise (default 0)")
+    demo.add_argument("--picture", default="blockswap_timeline.png", metavar="PNG", help="where the timeline is drawn")
+    demo.set_defaults(run=_command("demo"))
+
+
+def _add_plan(commands: Commands) -> None:
+    plan = _add(commands, "plan", "From a checkpoint's header alone: what would be swapped on this or that GPU.")
+    plan.add_argument("model", help="a .safetensors or .gguf file of a Wan transformer")
+    plan.add_argument("--vram", metavar="SIZE", help="memory of the card, such as 12GiB; left out: this machine's")
+    plan.add_argument("--ram", metavar="SIZE", help="host memory that is available; left out: this machine's")
+    plan.add_argument("--gpu", metavar="NAME", help="a known GPU, such as 'RTX 4090'")
+    plan.add_argument("--link", metavar="GB/s", type=_positive, help="host-to-device bandwidth")
+    plan.add_argument("--shape", default="832x480x81", metavar="WxHxF", help="size of the video (default 832x480x81)")
+    plan.add_argument("--blocks-to-swap", metavar="N", help="a number, half or all; left out: automatic")
+    plan.add_argument(
+        "--vram-threshold-percent", type=_percent, default=50.0, metavar="P", help="ceiling on VRAM use (default 50)"
+    )
+    plan.set_defaults(run=_command("plan"))
+
+
+def _add_probe(commands: Commands) -> None:
+    probe = _add(commands, "probe", "What the hardware layer reads, and the measured link.")
+    probe.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    probe.set_defaults(run=_command("probe"))
+
+
+def _add_simulate(commands: Commands) -> None:
+    simulate = _add(commands, "simulate", "Forwards in virtual time, by the schedule that the swapper runs.")
+    simulate.add_argument("--blocks", type=_count, required=True, help="blocks of the model")
+    simulate.add_argument("--swapped", required=True, help="how many of them are swapped, or a share such as 50%%")
+    simulate.add_argument("--ratio", type=_not_negative, required=True, help="transfer over compute time of a block")
+    simulate.add_argument("--slots", type=_count, help="slots of the window; left out: the planner's choice")
+    simulate.add_argument("--uneven", type=_share, default=0.0, help="block sizes vary by this share, such as 0.5")
+    simulate.add_argument("--skip", type=_list, default=[], help="blocks skipped in every second forward, such as 9,10")
+    simulate.add_argument("--empty", action="store_true", help="every second forward runs no block")
+    simulate.add_argument("--vace", type=_count_or_none, default=0, help="VACE blocks, run in every second forward")
+    simulate.add_argument("--seed", type=int, default=0, help="of the sizes (default 0)")
+    simulate.set_defaults(run=_command("simulate"))
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], object]:
+    def run(options: argparse.Namespace) -> object:
+        # Imported when it runs: `--help` and mistyped options answer without loading torch.
+        from . import commands
+
+        return getattr(commands, name)(options)
+
+    return run
+
+
+def _number(text: str, *, lowest: float, highest: float, expected: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not lowest <= value <= highest or math.isinf(value):
+        raise argparse.ArgumentTypeError(f"expects {expected} but got {text!r}")
+    return value
+
+
+def _positive(text: str) -> float:
+    return _number(text, lowest=sys.float_info.min, highest=math.inf, expected="a number above 0")
+
+
+def _not_negative(text: str) -> float:
+    return _number(text, lowest=0.0, highest=math.inf, expected="a number, 0 or more,")
+
+
+def _share(text: str) -> float:
+    return _number(text, lowest=0.0, highest=0.99, expected="a share from 0 to 0.99")
+
+
+def _percent(text: str) -> float:
+    return _number(text, lowest=30.0, highest=90.0, expected="a percentage from 30 to 90")
+
+
+def _whole(text: str, *, lowest: int) -> int:
+    value = _number(text, lowest=lowest, highest=100_000, expected=f"a whole number from {lowest} to 100000")
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"expects a whole number but got {text!r}")
+    return int(value)
+
+
+def _count(text: str) -> int:
+    return _whole(text, lowest=1)
+
+
+def _count_or_none(text: str) -> int:
+    return _whole(text, lowest=0)
+
+
+def _list(text: str) -> list[int]:
+    return [_whole(part, lowest=0) for part in text.split(",")]

@@ -1,0 +1,50 @@
+"""A picture of one step: when blocks computed, waited, and were copied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..blockswap.errors import BlockSwapError
+from ..blockswap.trace import COMPUTE, STALL, Span
+
+COLOURS = {COMPUTE: "#4878a8", STALL: "#c44e52"}
+COPY_COLOUR = "#6aa84f"
+
+
+def draw_timeline(spans: Sequence[Span], path: Path, *, title: str) -> None:
+    """Writes a PNG with a lane for compute (stalls in red) and one for each copy stream.
+
+    Raises:
+        BlockSwapError: matplotlib is missing, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as cause:
+        raise BlockSwapError(
+            "the picture expects matplotlib but it is not installed; "
+            "run pip install 'wanvideo-enhanced-blockswap[demo]'"
+        ) from cause
+    copies = sorted({span.lane for span in spans} - {COMPUTE, STALL})
+    lanes = {lane: -i for i, lane in enumerate([COMPUTE, *copies])}
+    lanes[STALL] = lanes[COMPUTE]
+    figure = Figure(figsize=(14, 1.6 + 0.6 * len(copies)), layout="constrained")
+    axes = figure.add_subplot()
+    for lane, height in lanes.items():
+        bars = [(span.begin_ms, span.duration_ms) for span in spans if span.lane == lane]
+        axes.broken_barh(
+            bars, (height - 0.4, 0.8), color=COLOURS.get(lane, COPY_COLOUR), edgecolor="white", linewidth=0.4
+        )
+    begin, end = min(s.begin_ms for s in spans), max(s.end_ms for s in spans)
+    for span in spans:
+        if span.lane != STALL and span.duration_ms > (end - begin) / 80:
+            middle = span.begin_ms + span.duration_ms / 2
+            axes.text(middle, lanes[span.lane], str(span.block), ha="center", va="center", color="white", fontsize=8)
+    axes.set_yticks([lanes[lane] for lane in [COMPUTE, *copies]], [COMPUTE, *copies])
+    axes.set_xlabel("ms; numbers are blocks, red is compute waiting for a copy")
+    axes.set_title(title, fontsize=10)
+    axes.margins(x=0.01)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as cause:
+        raise BlockSwapError(f"the picture expects a path that can be written but got {path}: {cause}") from cause

@@ -1,0 +1,60 @@
+"""`probe`: what the hardware layer reads, and the measured link."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import asdict
+from enum import Enum
+
+from ..hardware import (
+    format_bytes,
+    measure_link,
+    probe_device,
+    read_device_memory,
+    read_host_memory,
+    tier_for,
+)
+from .device import choose_device
+from .result import Result, table
+
+THRESHOLD_PERCENT = 50.0
+"""The node's default; the tier of an unknown GPU depends on it."""
+
+
+def probe(options: Namespace) -> Result:
+    """Reads the device, the host and the link between them.
+
+    Raises:
+        HardwareUnavailableError: There is no such device.
+        SettingsError: The device's name is not one.
+    """
+    device = choose_device(options.device)
+    spec, memory, host = probe_device(device), read_device_memory(device), read_host_memory()
+    link = measure_link(device)
+    tier = tier_for(spec, vram_threshold_percent=THRESHOLD_PERCENT)
+    readings = {"device": spec, "device_memory": memory, "host_memory": host, "link": link, "tier": tier}
+    data = {name: None if value is None else _plain(asdict(value)) for name, value in readings.items()}
+    rows = [["", ""]]
+    for name, value in data.items():
+        fields = {"": "unknown"} if value is None else value
+        rows += [[f"{name}.{field}" if field else name, _said(field, one)] for field, one in fields.items()]
+    return Result(data, table(rows).strip("\n"))
+
+
+def _plain(fields: dict[str, object]) -> dict[str, object]:
+    return {
+        name: value.value if isinstance(value, Enum) else _plain(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+    }
+
+
+def _said(field: str, value: object) -> str:
+    if value is None:
+        return "unknown"
+    if field.endswith("_bytes") and isinstance(value, int):
+        return format_bytes(value)
+    if field == "pageable" and isinstance(value, float):
+        return f"{value / 1e9:.1f} GB/s"
+    if field == "pinned" and isinstance(value, tuple):
+        return ", ".join(f"{count} streams {speed / 1e9:.1f} GB/s" for count, speed in value) or "unknown"
+    return str(value)

@@ -1,0 +1,124 @@
+"""`simulate`: forwards in virtual time, with the schedule that the swapper runs, against the bound."""
+
+from __future__ import annotations
+
+import random
+from argparse import Namespace
+from collections.abc import Sequence
+
+from ..blockswap.budget import MemoryBudget
+from ..blockswap.decision import PlanRequest, SwapPlan, Timing
+from ..blockswap.errors import SettingsError
+from ..blockswap.layout import BlockProfile, ModelProfile, Placement, TensorProfile
+from ..blockswap.plan import plan_swap
+from ..blockswap.schedule import Ring, VirtualTime, steady_time
+from .result import Result
+
+BLOCK_BYTES = 1 << 30
+"""Size of a block in the simulation; only the ratio of transfer to compute has a meaning."""
+
+UNLIMITED = 1 << 62
+
+
+def simulate(options: Namespace) -> Result:
+    """Step time over the bound max(compute, transfer) of what ran, in steady state.
+
+    Times are in units of one block's compute.
+
+    Raises:
+        SettingsError: An option has a value that cannot be meant.
+    """
+    count, vace = options.blocks, options.vace
+    swapped, sizes = _swapped(options.swapped, count), _sizes(count + vace, options.uneven, options.seed)
+    patterns = _patterns(options, count, vace)
+    plan = _plan(sizes, count, vace, swapped, options)
+    transfer = [size * options.ratio for size in sizes]
+    time = VirtualTime(Ring(plan.swapped, slots=plan.slots), compute=sizes, transfer=transfer)
+    forward = steady_time(time, patterns)
+    compute = sum(sizes[i] for pattern in patterns for i in pattern) / len(patterns)
+    moved = sum(transfer[i] for pattern in patterns for i in pattern if plan.swapped[i]) / len(patterns)
+    # With a slot for each swapped block nothing needs to move.
+    bound = max(compute, moved if plan.slots < plan.swapped_count else 0.0)
+    ratio = forward.elapsed / bound if bound else 1.0
+    data = {
+        "step_time": forward.elapsed,
+        "bound": bound,
+        "ratio_to_bound": ratio,
+        "compute": forward.compute,
+        "transfer": forward.transferred,
+        "stall": forward.stall,
+        "blocks": count + vace,
+        "blocks_swapped": plan.swapped_count,
+        "slots": plan.slots,
+        "transfer_over_compute": options.ratio,
+    }
+    text = (
+        f"{plan.swapped_count} of {count + vace} blocks swapped through {plan.slots} slots, "
+        f"a transfer takes {options.ratio:g} x a block's compute\n"
+        f"step time  {forward.elapsed:9.3f} block times (compute {forward.compute:.3f}, stall {forward.stall:.3f})\n"
+        f"bound      {bound:9.3f} block times\n"
+        f"ratio      {ratio:9.4f}"
+    )
+    return Result(data, text)
+
+
+def _swapped(asked: str, count: int) -> int:
+    """A number of blocks, from a number or a share of `count`."""
+    try:
+        swapped = round(count * float(asked[:-1]) / 100) if asked.endswith("%") else int(asked)
+    except (ValueError, OverflowError):
+        raise SettingsError(f"--swapped expects a number of blocks or a share such as 50% but got {asked!r}") from None
+    if not 0 <= swapped <= count:
+        raise SettingsError(
+            f"--swapped expects 0 to {count}, the number of --blocks, but got {swapped}; lower it or raise --blocks"
+        )
+    return swapped
+
+
+def _sizes(count: int, uneven: float, seed: int) -> list[float]:
+    """Block sizes with mean 1, each within 1 +- `uneven`."""
+    generator = random.Random(seed)
+    return [1.0 + uneven * generator.uniform(-1.0, 1.0) for _ in range(count)]
+
+
+def _patterns(options: Namespace, count: int, vace: int) -> Sequence[Sequence[int]]:
+    """The blocks of each forward: all; and in every second forward those that guidance leaves."""
+    everything = list(range(vace + count))
+    skipped = {vace + i for i in options.skip}
+    beyond = [i for i in options.skip if not 0 <= i < count]
+    if beyond:
+        raise SettingsError(f"--skip expects blocks from 0 to {count - 1} but got {beyond[0]}")
+    if options.empty:
+        return [everything, []]
+    if skipped or vace:
+        return [everything, [i for i in everything if i >= vace and i not in skipped]]
+    return [everything]
+
+
+def _plan(sizes: Sequence[float], count: int, vace: int, swapped: int, options: Namespace) -> SwapPlan:
+    """The planner's own choice of blocks and, unless given, of slots, with memory without end."""
+
+    def block(name: str, size: float) -> BlockProfile:
+        return BlockProfile(name, (TensorProfile("weight", round(size * BLOCK_BYTES), Placement.STREAMED),))
+
+    names = [f"vace_blocks.{i}" for i in range(vace)] + [f"blocks.{i}" for i in range(count)]
+    profile = ModelProfile(tuple(block(name, size) for name, size in zip(names, sizes, strict=True)))
+    speed = BLOCK_BYTES / options.ratio * 1e3 if options.ratio else float(UNLIMITED)
+    request = PlanRequest(
+        blocks_to_swap=swapped,
+        vace_blocks_to_swap=round(vace * swapped / count),
+        slots=options.slots,
+        timing=Timing(compute_ms=tuple(sizes), pinned_bytes_per_s=speed),
+    )
+    budget = MemoryBudget(
+        total_bytes=UNLIMITED,
+        used_bytes=0,
+        available_bytes=UNLIMITED,
+        ceiling_bytes=UNLIMITED,
+        activation_bytes=None,
+        weight_bytes=UNLIMITED,
+        host_bytes=UNLIMITED,
+        host_held_bytes=0,
+        pin_bytes=UNLIMITED,
+    )
+    return plan_swap(profile, budget, request)

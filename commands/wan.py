@@ -1,0 +1,172 @@
+"""A real Wan transformer with random weights, and the denoising loop that it runs in."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..blockswap.errors import BlockSwapError, HostMemoryError
+from ..hardware import format_bytes
+
+GUIDANCE = 5.0
+"""Scale of classifier-free guidance, Wan's own default for text to video."""
+
+POOL_ELEMENTS = 1 << 22
+"""Random numbers drawn once and laid over the weights again and again, each time from another place: 14 billion draws
+would take minutes and show nothing more."""
+
+TURN = 1_048_583
+"""How far the pool is turned from one part to the next: a prime, so that the parts do not soon meet again."""
+
+HOST_SHARE = 1.1
+"""Host memory that a model needs over its bytes: a block is held twice while its slab is filled."""
+
+SIMULATED_SHARE = 2.1
+"""The same where the device is simulated: its memory is the host's too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Dimensions of a Wan transformer, and of the video it denoises.
+
+    Attributes:
+        layers: Number of blocks.
+        heads: Attention heads of 128 channels (64 in the small model).
+        head_width: Channels of a head.
+        ffn_width: Channels inside the feed-forward layers.
+        text_width: Channels of the text embedding.
+        shape: Width, height and frames of the video in pixels.
+    """
+
+    layers: int
+    heads: int
+    head_width: int
+    ffn_width: int
+    text_width: int
+    shape: tuple[int, int, int]
+
+
+PRESETS = {
+    # 2.2 MB a block in bf16: small enough for a CPU, large enough to stream.
+    "small": Preset(12, 4, 64, 1024, 128, (128, 128, 9)),
+    # Wan 2.1 T2V 1.3B and 14B (transformer/config.json of Wan-AI's diffusers repositories).
+    "1.3b": Preset(30, 12, 128, 8960, 4096, (256, 256, 9)),
+    "14b": Preset(40, 40, 128, 13824, 4096, (480, 480, 17)),
+}
+
+
+def expected_bytes(preset: Preset) -> int:
+    """Bytes of the preset's blocks in bf16, from its dimensions alone."""
+    width = preset.heads * preset.head_width
+    return 2 * preset.layers * (8 * width * width + 2 * width * preset.ffn_width)
+
+
+def refuse_if_too_large(name: str, preset: Preset, *, available_bytes: int, is_simulated: bool) -> None:
+    """Raises HostMemoryError, with numbers, where the host cannot hold the model."""
+    need = int(expected_bytes(preset) * (SIMULATED_SHARE if is_simulated else HOST_SHARE))
+    if need > available_bytes:
+        raise HostMemoryError(
+            f"--preset {name} expects {format_bytes(need)} of host memory for {preset.layers} blocks in bf16 but got "
+            f"{format_bytes(available_bytes)} available; take a smaller preset or a machine with more memory"
+        )
+
+
+def build(preset: Preset, *, seed: int) -> nn.Module:
+    """Diffusers' WanTransformer3DModel in bf16 on the host, with weights from `seed`."""
+    try:
+        from diffusers import WanTransformer3DModel
+    except ImportError as cause:
+        raise BlockSwapError(
+            "the demo expects diffusers but it is not installed; run pip install 'wanvideo-enhanced-blockswap[demo]'"
+        ) from cause
+    with torch.device("meta"):
+        model = WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=preset.heads,
+            attention_head_dim=preset.head_width,
+            in_channels=16,
+            out_channels=16,
+            text_dim=preset.text_width,
+            freq_dim=256,
+            ffn_dim=preset.ffn_width,
+            num_layers=preset.layers,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+        )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    # The rotary table is computed, not loaded: it is made anew with data.
+    model.rope = type(model.rope)(preset.head_width, (1, 2, 2), model.rope.max_seq_len)
+    _fill(model, seed)
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def _fill(model: nn.Module, seed: int) -> None:
+    pool = torch.randn(POOL_ELEMENTS, generator=torch.Generator().manual_seed(seed))
+    begin = 0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            flat = parameter.view(-1)
+            scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.02
+            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            for part in flat.split(POOL_ELEMENTS):
+                wrapped = torch.cat((pool[begin:], pool[:begin]))[: part.numel()]
+                part.copy_(wrapped * scale + centre)
+                begin = (begin + TURN) % POOL_ELEMENTS
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run starts from, on the device: latents `(1, 16, frames, rows, columns)`, text `(1, 512, text_width)`."""
+
+    latents: torch.Tensor
+    positive: torch.Tensor
+    negative: torch.Tensor
+
+
+def make_inputs(preset: Preset, shape: tuple[int, int, int], device: torch.device, *, seed: int) -> Inputs:
+    """Noise and text embeddings from `seed`."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    width, height, frames = shape
+    latents = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, generator=generator)
+    texts = [torch.randn(1, 512, preset.text_width, generator=generator) for _ in range(2)]
+    latents, positive, negative = (t.to(torch.bfloat16).to(device) for t in (latents, *texts))
+    return Inputs(latents, positive, negative)
+
+
+def denoise(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    steps: int,
+    forward: Callable[[], contextlib.AbstractContextManager[object]],
+    after_step: Callable[[], object],
+) -> torch.Tensor:
+    """Latents after `steps` Euler steps of flow matching with classifier-free guidance: two forwards a step.
+
+    Args:
+        model: The transformer.
+        inputs: What to start from.
+        steps: Number of steps.
+        forward: Gives the context that each forward runs in.
+        after_step: Called after each step.
+    """
+    latents = inputs.latents
+    sigmas = [1.0 - i / steps for i in range(steps + 1)]
+    with torch.inference_mode():
+        for sigma, following in itertools.pairwise(sigmas):
+            time = torch.full((1,), 1000.0 * sigma, device=latents.device)
+            flows = []
+            for text in (inputs.positive, inputs.negative):
+                with forward():
+                    flows.append(model(latents, time, text, return_dict=False)[0])
+            flow = flows[1] + GUIDANCE * (flows[0] - flows[1])
+            latents = latents + (following - sigma) * flow
+            after_step()
+    return latents
