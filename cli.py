@@ -7,11 +7,10 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
-from .blockswap.errors import BlockSwapError
-from .hardware import HardwareUnavailableError
+from .commands.result import Result
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -27,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 if the command failed or did not show what it is there to show; 2 for a command line that cannot be read.
     """
     options = _parser().parse_args(arguments)
+    # Here and in the commands, and not at the head: `--help` and mistyped options answer without loading torch.
+    from .blockswap.errors import BlockSwapError
+    from .hardware import HardwareUnavailableError
+
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         result = options.run(options)
@@ -69,7 +72,7 @@ def _add_demo(commands: Commands) -> None:
     demo.add_argument("--shape", metavar="WxHxF", help="size of the video; left out: the preset's")
     demo.add_argument("--seed", type=int, default=0, help="of weights and noise (default 0)")
     demo.add_argument("--picture", default="blockswap_timeline.png", metavar="PNG", help="where the timeline is drawn")
-    demo.set_defaults(run=_command("demo"))
+    demo.set_defaults(run=_demo)
 
 
 def _add_plan(commands: Commands) -> None:
@@ -84,13 +87,13 @@ def _add_plan(commands: Commands) -> None:
     plan.add_argument(
         "--vram-threshold-percent", type=_percent, default=50.0, metavar="P", help="ceiling on VRAM use (default 50)"
     )
-    plan.set_defaults(run=_command("plan"))
+    plan.set_defaults(run=_plan)
 
 
 def _add_probe(commands: Commands) -> None:
     probe = _add(commands, "probe", "What the hardware layer reads, and the measured link.")
     probe.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    probe.set_defaults(run=_command("probe"))
+    probe.set_defaults(run=_probe)
 
 
 def _add_simulate(commands: Commands) -> None:
@@ -104,17 +107,31 @@ def _add_simulate(commands: Commands) -> None:
     simulate.add_argument("--empty", action="store_true", help="every second forward runs no block")
     simulate.add_argument("--vace", type=_count_or_none, default=0, help="VACE blocks, run in every second forward")
     simulate.add_argument("--seed", type=int, default=0, help="of the sizes (default 0)")
-    simulate.set_defaults(run=_command("simulate"))
+    simulate.set_defaults(run=_simulate)
 
 
-def _command(name: str) -> Callable[[argparse.Namespace], object]:
-    def run(options: argparse.Namespace) -> object:
-        # Imported when it runs: `--help` and mistyped options answer without loading torch.
-        from . import commands
+def _demo(options: argparse.Namespace) -> Result:
+    from .commands.demo import demo
 
-        return getattr(commands, name)(options)
+    return demo(options)
 
-    return run
+
+def _plan(options: argparse.Namespace) -> Result:
+    from .commands.plan import plan
+
+    return plan(options)
+
+
+def _probe(options: argparse.Namespace) -> Result:
+    from .commands.probe import probe
+
+    return probe(options)
+
+
+def _simulate(options: argparse.Namespace) -> Result:
+    from .commands.simulate import simulate
+
+    return simulate(options)
 
 
 def _number(text: str, *, lowest: float, highest: float, expected: str) -> float:

@@ -18,6 +18,7 @@ from .host import HostStore
 from .layout import ModelProfile
 from .profile import ProfiledModel, profile_model
 from .staging import Staging
+from .streams import Streams
 from .swapper import BlockSwapper
 from .trace import Trace
 from .transfer import Counters, Transfer
@@ -98,6 +99,11 @@ class SwapSession:
     def window(self) -> tuple[torch.Tensor, ...]:
         """The device memory of each slot, uint8 `(slot_bytes,)`; empty while nothing is adopted."""
         return () if self._transfer is None else self._transfer.window
+
+    @property
+    def streams(self) -> Streams | None:
+        """The device's primitives; None while nothing is adopted."""
+        return None if self._transfer is None else self._transfer.streams
 
     @property
     def slab_bytes(self) -> int:

@@ -59,7 +59,7 @@ def plan(options: Namespace) -> Result:
     request = PlanRequest(
         blocks_to_swap=_count(options.blocks_to_swap, checkpoint.architecture.blocks),
         vace_blocks_to_swap=checkpoint.architecture.vace_blocks if options.blocks_to_swap == "all" else 0,
-        timing=Timing(compute_ms=_compute_ms(checkpoint, gpu, tokens), pinned_bytes_per_s=_link(options.link)),
+        timing=_timing(checkpoint, gpu, tokens, options.link),
     )
     decided = plan_swap(checkpoint.model, budget, request)
     data = _data(checkpoint, decided) | {"card": card, "vram_bytes": total_bytes, "tokens": tokens}
@@ -124,16 +124,13 @@ def parse_shape(shape: str) -> tuple[int, int, int]:
     return width, height, frames
 
 
-def _compute_ms(checkpoint: CheckpointProfile, gpu: KnownGpu | None, tokens: int) -> tuple[float, ...] | None:
-    if gpu is None:
-        return None
+def _timing(checkpoint: CheckpointProfile, gpu: KnownGpu | None, tokens: int, link: float | None) -> Timing:
+    """Durations and speeds; unknown without both a GPU and a link (in GB/s)."""
+    if gpu is None or link is None:
+        return Timing()
     linear, attention = block_flops(checkpoint.architecture, tokens)
     block_ms = (linear / gpu.linear_flops + attention / gpu.attention_flops) * 1e3
-    return (block_ms,) * len(checkpoint.model.blocks)
-
-
-def _link(gigabytes_per_s: float | None) -> float | None:
-    return None if gigabytes_per_s is None else gigabytes_per_s * 1e9
+    return Timing(compute_ms=(block_ms,) * len(checkpoint.model.blocks), pinned_bytes_per_s=link * 1e9)
 
 
 def _data(checkpoint: CheckpointProfile, decided: SwapPlan) -> dict[str, object]:

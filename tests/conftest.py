@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import pretend_accelerator
 import pytest
+import torch
 
 if TYPE_CHECKING:
-    import torch
     from pretend_accelerator import PretendHpu
+
+# Several test processes on a few cores: threads that spin for one another would take most of the time.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def pretend_device() -> torch.device:
     """The pretend accelerator's device; skips where no C++ compiler can build it, and fails where the build fails."""
-    torch = pytest.importorskip("torch", reason="the pretend accelerator is a torch device")
-    import pretend_accelerator
-
     reason = pretend_accelerator.is_supported()
     if reason is not None:
         pytest.skip(reason)
@@ -28,7 +29,6 @@ def pretend_device() -> torch.device:
 @pytest.fixture
 def pretend_stats(pretend_device: torch.device) -> Iterator[PretendHpu]:
     """The pretend accelerator's module, torch.hpu, with counters at zero and no cap, before the test and after it."""
-    import torch
 
     def reset() -> None:
         torch.hpu.set_memory_limit(None)

@@ -62,6 +62,7 @@ def fixed_plan(
     slots: int = 2,
     tiers: Sequence[HostTier] | HostTier = HostTier.PINNED,
     streams: int = 1,
+    overlap: bool = True,
 ) -> Callable[[ModelProfile], SwapPlan]:
     """A planner that decides just this, and promises the device memory that it takes."""
 
@@ -76,7 +77,7 @@ def fixed_plan(
             slots=used,
             slot_bytes=slot_bytes,
             streams=streams,
-            overlap=True,
+            overlap=overlap,
             tiers=tuple(t if s else None for t, s in zip(tier, swapped, strict=True)),
             device_bytes=profile.small_device_bytes + profile.resident_device_bytes(residents) + used * slot_bytes,
             slab_bytes=sum(align(profile.blocks[i].slab_bytes, 4096) for i in inside),

@@ -1,0 +1,182 @@
+"""StreamTransfer on a real CUDA or ROCm device: order, overlap, memory, page-locking."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from toys import Block, Model, alternating, fixed_plan
+from wanvideo_enhanced_blockswap.blockswap import HostTier, PinBudget, SwapSession, backend_for
+from wanvideo_enhanced_blockswap.blockswap.trace import COMPUTE, COPY, total_ms
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
+]
+
+WIDTH, HIDDEN, BLOCKS = 1024, 8192, 8
+SPIN_CYCLES = 20_000_000
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def large_model(seed: int = 0) -> Model:
+    torch.manual_seed(seed)
+    return Model([Block(WIDTH, HIDDEN) for _ in range(BLOCKS)])
+
+
+def session_of(model: Model, planner, device: torch.device, **options: bool) -> SwapSession:
+    return SwapSession(model.named, planner, backend_for(device, pin_budget=PinBudget(1 << 40)), **options)
+
+
+def unswapped(model: Model, x: torch.Tensor) -> torch.Tensor:
+    model.to(x.device)
+    y = model(x)
+    model.to("cpu")
+    return y
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])
+@pytest.mark.parametrize("tier", list(HostTier))
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@torch.inference_mode()
+def test_outputs_equal_the_unswapped_model(device: torch.device, streams: int, tier: HostTier, slots: int) -> None:
+    model, x = large_model(), torch.randn(4, WIDTH, device=device)
+    want = unswapped(model, x)
+    planner = fixed_plan([True] * BLOCKS, slots=slots, tiers=tier, streams=streams)
+    with session_of(model, planner, device) as session:
+        for _ in range(5):
+            with session.forward():
+                assert torch.equal(model(x), want)
+
+
+@torch.inference_mode()
+def test_outputs_are_right_when_compute_lags_far_behind_the_host(device: torch.device) -> None:
+    model, x = large_model(), torch.randn(4, WIDTH, device=device)
+    want = unswapped(model, x)
+    with session_of(model, fixed_plan([True] * BLOCKS, streams=2), device) as session:
+        outputs = []
+        for _ in range(3):
+            with session.forward():
+                y = x
+                for block in model.blocks:
+                    torch.cuda._sleep(SPIN_CYCLES)
+                    y = block(y)
+                outputs.append(y)
+        assert all(torch.equal(y, want) for y in outputs)
+
+
+@torch.inference_mode()
+def test_outputs_are_right_when_copies_lag_far_behind_compute(device: torch.device) -> None:
+    model, x = large_model(), torch.randn(4, WIDTH, device=device)
+    want = unswapped(model, x)
+    with session_of(model, fixed_plan([True] * BLOCKS, streams=2), device) as session:
+        session.adopt()
+        for _ in range(3):
+            with session.forward():
+                for copies in session.streams.copy_streams:
+                    with torch.cuda.stream(copies):
+                        torch.cuda._sleep(SPIN_CYCLES)
+                y = model(x)
+            assert torch.equal(y, want)
+
+
+@torch.inference_mode()
+def test_a_compute_stream_changed_amid_a_forward_keeps_order(device: torch.device) -> None:
+    model, x = large_model(), torch.randn(4, WIDTH, device=device)
+    want = unswapped(model, x)
+    other = torch.cuda.Stream(device)
+    with session_of(model, fixed_plan([True] * BLOCKS), device) as session:
+        for _ in range(3):
+            with session.forward():
+                y = model(x, range(4))
+                other.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(other):
+                    y = model(y, range(4, BLOCKS))
+                torch.cuda.current_stream().wait_stream(other)
+            assert torch.equal(y, want)
+
+
+@torch.inference_mode()
+def test_copies_overlap_compute(device: torch.device) -> None:
+    """With compute about as long as a copy, a forward takes clearly less than both one behind the other."""
+    model, x = large_model(), torch.randn(4, WIDTH, device=device)
+
+    def forward_ms(*, overlap: bool) -> float:
+        plan = fixed_plan([True] * BLOCKS, streams=1, overlap=overlap)
+        with session_of(model, plan, device) as session:
+            times = []
+            for _ in range(6):
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                with session.forward():
+                    y = x
+                    for block in model.blocks:
+                        y = block(y)
+                        torch.cuda._sleep(SPIN_CYCLES)
+                torch.cuda.synchronize()
+                times.append((time.perf_counter() - begin) * 1e3)
+            return sorted(times[1:])[2]
+
+    assert forward_ms(overlap=True) < 0.9 * forward_ms(overlap=False)
+
+
+@torch.inference_mode()
+def test_the_trace_shows_copies_beside_compute(device: torch.device) -> None:
+    model, x = large_model(), torch.randn(4, WIDTH, device=device)
+    with session_of(model, fixed_plan([True] * BLOCKS), device, traced=True) as session:
+        for _ in range(2):
+            with session.forward():
+                model(x)
+        spans = session.trace.spans()
+    assert total_ms(spans, COMPUTE) > 0
+    assert sum(span.duration_ms for span in spans if span.lane.startswith(COPY)) > 0
+
+
+@torch.inference_mode()
+def test_memory_never_exceeds_the_plan_however_far_the_host_runs_ahead(device: torch.device) -> None:
+    model, x = large_model(), torch.randn(4, WIDTH, device=device)
+    unswapped(model, x)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(device)
+    with session_of(model, fixed_plan(alternating(BLOCKS), slots=2, streams=2), device) as session:
+        plan = session.adopt()
+        assert torch.cuda.memory_allocated(device) - before <= plan.device_bytes
+        held = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(10):
+            torch.cuda._sleep(SPIN_CYCLES)
+            with session.forward():
+                model(x)
+        activations = 16 * x.shape[0] * HIDDEN * 4
+        assert torch.cuda.max_memory_allocated(device) - held <= activations
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated(device) - before <= activations
+
+
+@torch.inference_mode()
+def test_slabs_are_page_locked_while_the_session_lives_and_not_after(device: torch.device) -> None:
+    model, x = large_model(), torch.randn(4, WIDTH, device=device)
+    session = session_of(model, fixed_plan([True] * BLOCKS), device)
+    with session:
+        with session.forward():
+            model(x)
+        assert all(block.up.is_pinned() for block in model.blocks)
+        assert session.pinned_bytes == session.slab_bytes
+    assert not any(block.up.is_pinned() for block in model.blocks)
+    assert session.pinned_bytes == 0
+
+
+@torch.inference_mode()
+def test_a_refused_pin_leaves_no_pending_error_behind(device: torch.device) -> None:
+    model, x = large_model(), torch.randn(4, WIDTH, device=device)
+    want = unswapped(model, x)
+    torch.cuda.cudart().cudaHostRegister(8, 4096, 1)
+    with session_of(model, fixed_plan([True] * BLOCKS), device) as session, session.forward():
+        y = model(x)
+    torch.cuda.synchronize()
+    assert torch.equal(y, want)

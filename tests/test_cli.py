@@ -1,0 +1,184 @@
+"""The command line: what it prints for a person, for a program, and when it is asked for what cannot be."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import wan_tensors, write_safetensors
+from wanvideo_enhanced_blockswap.cli import main
+from wanvideo_enhanced_blockswap.commands.meter import CopyCounter
+from wanvideo_enhanced_blockswap.hardware import HostMemory, HostPlatform
+
+DEMO_FIELDS = {
+    "outputs_equal",
+    "weights_d2h_bytes",
+    "planned_weight_bytes",
+    "peak_weight_bytes",
+    "swapped_bytes",
+    "slab_bytes",
+    "blocks",
+    "blocks_swapped",
+    "slots",
+    "stall_ms_per_forward",
+    "step_ms",
+    "device",
+    "measured_by",
+}
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict]:
+    code = main([*arguments, "--json"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1, lines
+    return code, json.loads(lines[0])
+
+
+def check_promises(shown: dict) -> None:
+    assert shown.keys() >= DEMO_FIELDS
+    assert shown["outputs_equal"] is True
+    assert shown["weights_d2h_bytes"] == 0
+    assert 0 < shown["peak_weight_bytes"] <= shown["planned_weight_bytes"]
+    assert shown["slab_bytes"] <= 1.01 * shown["swapped_bytes"]
+    assert shown["swapped_bytes"] >= shown["blocks_swapped"] * (1 << 20)
+    assert shown["step_ms"] > 0
+
+
+@pytest.mark.parametrize(("asked", "swapped"), [("0", 0), ("1", 1), ("half", 6), ("all", 12), (None, None)])
+def test_the_demo_keeps_its_promises_on_a_simulated_device(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, asked: str | None, swapped: int | None
+) -> None:
+    picture = tmp_path / "timeline.png"
+    options = [] if asked is None else ["--blocks-to-swap", asked]
+    code, shown = run_json(capsys, "demo", "--device", "cpu", "--steps", "1", "--picture", str(picture), *options)
+    assert code == 0
+    check_promises(shown)
+    assert shown["measured_by"] == "accounting"
+    assert shown["blocks_swapped"] == swapped or (asked is None and 2 < shown["blocks_swapped"] < shown["blocks"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("asked", ["0", "1", "half", "all", None])
+def test_the_demo_keeps_its_promises_on_a_device_that_counts_for_itself(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, pretend_stats, asked: str | None
+) -> None:
+    options = [] if asked is None else ["--blocks-to-swap", asked]
+    picture = str(tmp_path / "t.png")
+    code, shown = run_json(capsys, "demo", "--device", "hpu:0", "--steps", "1", "--picture", picture, *options)
+    assert code == 0
+    check_promises(shown)
+    assert shown["measured_by"] == "pretend"
+    slots_are_enough = shown["slots"] == shown["blocks_swapped"]
+    streamed = shown["blocks_swapped"] * (shown["swapped_bytes"] // max(1, shown["blocks_swapped"]))
+    assert shown["h2d_bytes"] >= shown["unswapped_weight_bytes"] - 100_000
+    assert shown["h2d_bytes"] >= (1 if slots_are_enough else 2) * streamed
+
+
+def test_the_dispatcher_counts_the_copies_that_the_device_counts(pretend_device: torch.device, pretend_stats) -> None:
+    from pretend_accelerator import install
+
+    before = install().copy_stats()
+    with CopyCounter() as counter:
+        there = torch.randn(1000).to(pretend_device)
+        there.copy_(torch.zeros(1000))
+        back = there[:10].cpu()
+        there + there
+    now = install().copy_stats()
+    assert back.device.type == "cpu"
+    assert counter.moved.to_device == now["h2d_bytes"] - before["h2d_bytes"] == 8000
+    assert counter.moved.to_host == now["d2h_bytes"] - before["d2h_bytes"] == 40
+
+
+def test_the_demo_says_it_all_to_a_person(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["demo", "--device", "cpu", "--steps", "1", "--picture", str(tmp_path / "t.png")]) == 0
+    said = capsys.readouterr()
+    assert "outputs equal: yes, bit for bit" in said.out
+    assert "stall per forward" in said.out
+    assert "swapped: 100%" in said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["demo", "--blocks-to-swap", "13"], r"0 to 12.*got 13"),
+        (["demo", "--blocks-to-swap", "-1"], r"0 to 12.*got -1"),
+        (["demo", "--blocks-to-swap", "nan"], r"whole number.*got 'nan'"),
+        (["demo", "--blocks-to-swap", "most"], r"half or all.*got 'most'"),
+        (["demo", "--device", "toaster"], r"--device expects.*'toaster'"),
+        (["demo", "--device", "cuda:99"], r"--device expects.*'cuda:99'"),
+        (["demo", "--vram", "1MiB"], r"--vram expects more than"),
+        (["demo", "--vram=-5GiB"], r"--vram"),
+        (["demo", "--vram", "nan"], r"--vram"),
+        (["demo", "--shape", "32x"], r"WxHxF.*'32x'"),
+        (["plan", "missing.safetensors", "--vram", "12GiB"], r"missing\.safetensors"),
+        (["simulate", "--blocks", "4", "--swapped", "5", "--ratio", "1"], r"0 to 4.*got 5"),
+        (["simulate", "--blocks", "4", "--swapped", "x", "--ratio", "1"], r"got 'x'"),
+        (["simulate", "--blocks", "4", "--swapped", "nan%", "--ratio", "1"], r"--swapped"),
+        (["simulate", "--blocks", "4", "--swapped", "2", "--ratio", "1", "--skip", "4"], r"0 to 3.*got 4"),
+    ],
+)
+def test_a_bad_value_gets_one_clear_error(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    assert main([*arguments, "--json"]) == 1
+    printed = capsys.readouterr()
+    error = json.loads(printed.out)["error"]
+    assert len(printed.err.splitlines()) == 1
+    assert re.search(said, error), error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["simulate", "--blocks", "0", "--swapped", "0", "--ratio", "1"],
+        ["simulate", "--blocks", "4", "--swapped", "2", "--ratio", "nan"],
+        ["simulate", "--blocks", "4", "--swapped", "2", "--ratio", "-1"],
+        ["simulate", "--blocks", "4", "--swapped", "2", "--ratio", "inf"],
+        ["simulate", "--blocks", "4", "--swapped", "2", "--ratio", "1", "--slots", "0"],
+        ["demo", "--steps", "0"],
+        ["demo", "--link", "0"],
+        ["demo", "--preset", "70b"],
+        [],
+    ],
+)
+def test_a_command_line_that_cannot_be_read_ends_with_code_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+
+
+def test_a_preset_that_the_host_cannot_hold_is_refused_with_numbers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = HostMemory(8 << 30, 6 << 30, None, None, HostPlatform.LINUX, False)
+    monkeypatch.setattr("wanvideo_enhanced_blockswap.commands.demo.read_host_memory", lambda: small)
+    code, shown = run_json(capsys, "demo", "--preset", "14b")
+    assert code == 1
+    assert "14b" in shown["error"]
+    assert "6.0 GiB" in shown["error"]
+
+
+def test_simulate_meets_the_bound_where_two_slots_suffice(capsys: pytest.CaptureFixture[str]) -> None:
+    code, shown = run_json(capsys, "simulate", "--blocks", "40", "--swapped", "20", "--ratio", "1.5", "--slots", "2")
+    assert code == 0
+    assert shown["step_time"] == pytest.approx(shown["bound"] * shown["ratio_to_bound"])
+    assert shown["ratio_to_bound"] <= 1.01
+
+
+def test_plan_knows_no_stall_without_a_link_and_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = write_safetensors(tmp_path / "wan.safetensors", wan_tensors())
+    common = ["plan", str(path), "--vram", "12GiB", "--shape", "64x64x5"]
+    assert run_json(capsys, *common)[1]["stall_ms_per_forward"] is None
+    assert run_json(capsys, *common, "--gpu", "RTX 4090")[1]["stall_ms_per_forward"] is None
+    assert run_json(capsys, *common, "--link", "12")[1]["stall_ms_per_forward"] is None
+    known = run_json(capsys, *common, "--gpu", "RTX 4090", "--link", "12", "--blocks-to-swap", "all")[1]
+    assert known["stall_ms_per_forward"] >= 0
+    assert known["blocks_swapped"] == known["blocks"]
+
+
+def test_probe_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    code, shown = run_json(capsys, "probe", "--device", "cpu")
+    assert code == 0
+    assert shown["device"]["torch_device"] == "cpu"
+    assert shown["host_memory"]["physical_bytes"] > 0
