@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from .errors import SettingsError
 from .schedule import ForwardTime
 
 STAGING_SLABS = 2
@@ -40,6 +41,14 @@ class Timing:
     host_copy_bytes_per_s: float | None = None
     streams: int = 1
 
+    def __post_init__(self) -> None:
+        for name in ("pinned_bytes_per_s", "pageable_bytes_per_s", "host_copy_bytes_per_s"):
+            speed = getattr(self, name)
+            if speed is not None and not speed > 0:
+                raise SettingsError(f"{name} expects more than 0 bytes per second, or None, but got {speed}")
+        if self.compute_ms is not None and not all(ms >= 0 for ms in self.compute_ms):
+            raise SettingsError(f"compute_ms expects durations of 0 or more but got {min(self.compute_ms)}")
+
     def bytes_per_s(self, tier: HostTier) -> float | None:
         """Bandwidth of one host tier, or None if what it depends on is unknown."""
         if tier is HostTier.PINNED:
@@ -70,6 +79,12 @@ class PlanRequest:
     pin: bool = True
     slots: int | None = None
     timing: Timing = field(default_factory=Timing)
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("blocks_to_swap", 0), ("vace_blocks_to_swap", 0), ("slots", 1)):
+            count = getattr(self, name)
+            if count is not None and (not isinstance(count, int) or count < lowest):
+                raise SettingsError(f"{name} expects a whole number from {lowest} but got {count!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

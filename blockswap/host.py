@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,8 @@ class Slab:
         used_bytes: Length from the first tensor's first byte to the last one's last: what an onload copies.
         views: The master of each tensor: its dtype, shape and strides over the slab's bytes.
         tier: How the bytes travel.
+        sources: Where each tensor's bytes came from; empty once they were edited.
+        versions: In-place edits that each tensor had counted when it was put here.
         reading: The staging job that reads the slab, if any.
     """
 
@@ -59,6 +62,7 @@ class Slab:
     views: tuple[torch.Tensor, ...]
     tier: HostTier
     sources: tuple[_Source, ...] = ()
+    versions: tuple[int | None, ...] = ()
     reading: Any = None
 
     @property
@@ -89,15 +93,30 @@ class Slab:
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the slab's bytes are these tensors': its own masters, or the living storage it was filled from."""
-        return len(tensors) == len(self.views) and all(
-            (tensor.data_ptr() == view.data_ptr() and same_layout(tensor, view))
-            or (bool(self.sources) and self.sources[i].is_still(tensor))
-            for i, (view, tensor) in enumerate(zip(self.views, tensors, strict=True))
+        return self.fits(tensors) and all(
+            self.is_master(i, tensor) or (bool(self.sources) and self.sources[i].is_still(tensor))
+            for i, tensor in enumerate(tensors)
         )
 
     def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether tensors of these dtypes, shapes and strides lie in the slab as they are."""
         return len(tensors) == len(self.views) and all(map(same_layout, tensors, self.views))
+
+    def is_master(self, index: int, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` points at the slab's own bytes of the tensor at `index`."""
+        return tensor.data_ptr() == self.views[index].data_ptr()
+
+    def may_be_refilled(self, tensors: Sequence[torch.Tensor], pointers: Sequence[int]) -> bool:
+        """Whether nobody's bytes are lost if the slab is filled with other ones.
+
+        Args:
+            tensors: What it is to be filled with.
+            pointers: Addresses of all tensors of the model, sorted: weights may have changed places.
+        """
+        begin = self.memory.data_ptr()
+        inside = pointers[bisect_left(pointers, begin) : bisect_left(pointers, begin + self.pages.size)]
+        own = {t.data_ptr() for i, t in enumerate(tensors[: len(self.views)]) if self.is_master(i, t)}
+        return self.fits(tensors) and own.issuperset(inside)
 
 
 @dataclass(slots=True)
@@ -118,19 +137,25 @@ class HostStore:
     slabs: dict[int, Slab] = field(default_factory=dict)
     refusals: list[str] = field(default_factory=list)
 
-    def put(self, block: int, tensors: Sequence[torch.Tensor], *, tier: HostTier) -> Slab:
+    def put(self, block: int, tensors: Sequence[torch.Tensor], *, tier: HostTier, pointers: Sequence[int]) -> Slab:
         """The slab that holds the tensors of `block`, made or filled if need be, in `tier` or the best below it.
+
+        Args:
+            block: Index of the block.
+            tensors: Its streamed tensors.
+            tier: Where they should be.
+            pointers: Addresses of all tensors of the model, sorted.
 
         Raises:
             HostMemoryError: The system has no memory for it.
         """
         slab = self.slabs.get(block)
-        if slab is None or not (slab.holds(tensors) or slab.fits(tensors)):
-            if slab is not None:
-                slab.settle()
-                slab.pages.unpin()
-            slab = self.slabs[block] = self._make(tensors)
-        if not slab.holds(tensors):
+        if slab is not None and slab.versions != tuple(map(version_of, tensors)):
+            slab.sources = ()
+        if slab is None or not slab.holds(tensors):
+            if slab is None or not slab.may_be_refilled(tensors, pointers):
+                self.drop(block)
+                slab = self.slabs[block] = self._make(tensors)
             slab.fill(tensors)
         self._move(slab, tier)
         return slab

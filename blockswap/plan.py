@@ -86,20 +86,21 @@ def _slots(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest, sw
     fewest, most = SLOT_CHOICES
     if count <= fewest or weight_bytes(profile, swapped, most) > budget.weight_bytes:
         return min(fewest, count)
-    return most if _pays(profile, request, (swapped, fewest), (swapped, most)) else fewest
+    return most if _pays(profile, budget, request, (swapped, fewest), (swapped, most)) else fewest
 
 
 def _pays(
     profile: ModelProfile,
+    budget: MemoryBudget,
     request: PlanRequest,
     choice: tuple[Sequence[bool], int],
     other: tuple[Sequence[bool], int],
 ) -> bool:
     """Whether `other` (blocks swapped, slots) is faster than `choice` by more than the model's error."""
-    tier = HostTier.PINNED if request.pin else HostTier.PAGEABLE
-    times = [
-        predict(profile, swapped, slots, [tier] * len(swapped), request.timing) for swapped, slots in (choice, other)
-    ]
+    times = []
+    for swapped, slots in (choice, other):
+        tiers, _, _ = _tiers(profile, budget, request, swapped)
+        times.append(predict(profile, swapped, slots, tiers, request.timing))
     if times[0] is None or times[1] is None:
         return False
     return times[1].elapsed < (1 - WORTH_A_SLOT) * times[0].elapsed
@@ -130,7 +131,7 @@ def _auto(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest) -> 
         )
     best = fitting[0]
     for other in fitting[1:]:
-        best = other if _pays(profile, request, best, other) else best
+        best = other if _pays(profile, budget, request, best, other) else best
     need = format_bytes(weight_bytes(profile, *best))
     return *best, f"{sum(best[0])} of {count} blocks are swapped, the fewest that fit: {need} of {target}"
 
@@ -145,6 +146,10 @@ def predict(
     """One forward of all blocks in virtual time, in ms, or None where a speed is unknown."""
     if timing.compute_ms is None:
         return None
+    if len(timing.compute_ms) != len(swapped):
+        raise PlanError(
+            f"compute_ms expects a duration for each of {len(swapped)} blocks but got {len(timing.compute_ms)}"
+        )
     transfer = [0.0] * len(swapped)
     for i, tier in enumerate(tiers):
         if swapped[i] and tier is not None:
@@ -161,39 +166,36 @@ def predict(
 def _tiers(
     profile: ModelProfile, budget: MemoryBudget, request: PlanRequest, swapped: Sequence[bool]
 ) -> tuple[tuple[HostTier | None, ...], int, list[str]]:
-    """Host tier of each block, page-locked bytes, and the reasons where not all is pinned."""
+    """Host tier of each block, bytes of the staging slabs, and the reasons where not all is pinned."""
     inside = [i for i, is_swapped in enumerate(swapped) if is_swapped]
     sizes = {i: profile.blocks[i].slab_host_bytes for i in inside}
+    pageable = tuple(HostTier.PAGEABLE if s else None for s in swapped)
     if not request.pin or not request.overlap:
         why = "page-locked memory is switched off" if not request.pin else "copies on the compute stream need no pins"
-        return tuple(HostTier.PAGEABLE if s else None for s in swapped), 0, [why] if inside else []
+        return pageable, 0, [why] if inside else []
     wanted = sum(sizes.values())
     if wanted <= budget.pin_bytes:
-        return tuple(HostTier.PINNED if s else None for s in swapped), wanted, []
-    staging = STAGING_SLABS * max(sizes.values())
+        return tuple(HostTier.PINNED if s else None for s in swapped), 0, []
     short = f"pinned memory: {format_bytes(wanted)} wanted, {format_bytes(budget.pin_bytes)} may be had"
-    if staging > budget.pin_bytes:
-        return tuple(HostTier.PAGEABLE if s else None for s in swapped), 0, [f"{short}; all blocks stay pageable"]
-    pinned, left = set[int](), budget.pin_bytes - staging
-    # The pinned blocks are spread among the swapped ones, so that the worker has time between two of its own.
-    for count in range(len(inside), 0, -1):
+    # As many as fit are pinned, spread among the swapped ones: the worker has time between two of its own.
+    for count in range(len(inside) - 1, -1, -1):
         pinned = {i for i, chosen in zip(inside, spread(len(inside), count), strict=True) if chosen}
-        if sum(sizes[i] for i in pinned) <= left:
+        staging = STAGING_SLABS * max(size for i, size in sizes.items() if i not in pinned)
+        if sum(sizes[i] for i in pinned) + staging <= budget.pin_bytes:
             break
-        pinned = set()
+    else:
+        return pageable, 0, [f"{short}; all blocks stay pageable"]
     tiers = tuple((HostTier.PINNED if i in pinned else HostTier.STAGED) if s else None for i, s in enumerate(swapped))
-    said = (
-        f"{short}; {len(inside) - len(pinned)} of {len(inside)} swapped blocks go through {STAGING_SLABS} staging slabs"
-    )
-    return tiers, sum(sizes[i] for i in pinned) + staging, [said]
+    through = f"{len(inside) - count} of {len(inside)} swapped blocks go through {STAGING_SLABS} staging slabs"
+    return tiers, staging, [f"{short}; {through}"]
 
 
 def _complete(
     profile: ModelProfile, budget: MemoryBudget, request: PlanRequest, swapped: tuple[bool, ...], slots: int
 ) -> SwapPlan:
-    tiers, pinned_bytes, reasons = _tiers(profile, budget, request, swapped)
+    tiers, staging_bytes, reasons = _tiers(profile, budget, request, swapped)
     inside = [i for i, is_swapped in enumerate(swapped) if is_swapped]
-    staged = [profile.blocks[i].slab_host_bytes for i in inside if tiers[i] is HostTier.STAGED]
+    pinned = sum(profile.blocks[i].slab_host_bytes for i in inside if tiers[i] is HostTier.PINNED)
     device_bytes = weight_bytes(profile, swapped, slots)
     if device_bytes > budget.weight_bytes:
         reasons.append(
@@ -212,8 +214,8 @@ def _complete(
         tiers=tiers,
         device_bytes=device_bytes,
         slab_bytes=sum(profile.blocks[i].slab_host_bytes for i in inside),
-        pinned_bytes=pinned_bytes,
-        staging_bytes=STAGING_SLABS * max(staged, default=0),
+        pinned_bytes=pinned + staging_bytes,
+        staging_bytes=staging_bytes,
         streamed_bytes=sum(profile.blocks[i].slab_bytes for i in inside) if slots < len(inside) else 0,
         forward=predict(profile, swapped, slots, tiers, request.timing),
         over_ceiling=device_bytes > budget.weight_bytes,

@@ -56,11 +56,10 @@ class Expectation:
         self.next_forward = self._every
 
     def runs(self, block: int) -> None:
-        """Block `block` runs; if that was not expected, nothing is expected any more until the forwards repeat."""
+        """Block `block` runs; if that was not expected, every block is until the forward ends."""
         self._ran |= 1 << block
         if not self.this_forward >> block & 1:
             self.this_forward = self.next_forward = self._every
-            self._history.clear()
 
     def ends(self) -> None:
         """The forward has ended."""
@@ -71,7 +70,8 @@ class Expectation:
         self.next_forward = self._after([*self._history, self.this_forward])
 
     def _after(self, history: Sequence[int]) -> int:
-        for period in range(1, self.LONGEST_PERIOD + 1):
+        # The longest first: of three forwards, two may be alike.
+        for period in range(self.LONGEST_PERIOD, 0, -1):
             if len(history) >= 2 * period and history[-period:] == history[-2 * period : -period]:
                 return history[-period]
         return self._every

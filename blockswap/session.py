@@ -80,6 +80,7 @@ class SwapSession:
         self._transfer: Transfer | None = None
         self._swapper: BlockSwapper | None = None
         self._handles: list[RemovableHandle] = []
+        self._hooks = [self._hook(index) for index in range(len(self._named))]
         self.plan: SwapPlan | None = None
         self.trace: Trace | None = None
         self.counters = Counters()
@@ -213,8 +214,8 @@ class SwapSession:
                             "run under torch.inference_mode() or torch.no_grad()"
                         )
         self._state = SessionState.RUNNING
-        for index, module in enumerate(modules):
-            self._handles.append(module.register_forward_pre_hook(self._hook(index), prepend=True))
+        for module, hook in zip(modules, self._hooks, strict=True):
+            self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
 
     def _hook(self, block: int) -> Callable[[nn.Module, object], None]:
         @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -110,5 +109,5 @@ def _check(name: str, kind: str, value: object) -> None:
     expected = f"{name} expects a {'whole ' if kind == 'int' else ''}number from {allowed.lowest} to {allowed.highest}"
     if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
         raise SettingsError(f"{expected} but got {value!r}")
-    if math.isnan(value) or not allowed.lowest <= value <= allowed.highest:
+    if not allowed.lowest <= value <= allowed.highest:
         raise SettingsError(f"{expected} but got {value}; change the widget to a value in that range")

@@ -71,6 +71,7 @@ class BlockSwapper:
         self._finish()
         if binding.was_edited():
             self._ring.forget(block)
+            self._store.slabs[block].sources = ()
         step = self._ring.enter(block)
         self._obey(step)
         if step.slot is None:
@@ -155,18 +156,19 @@ class BlockSwapper:
         for entry in everything:
             if entry.placement is Placement.FIXED:
                 self._move(entry)
+        pointers = sorted(entry.tensor.data_ptr() for entry in everything if entry.placement is Placement.STREAMED)
         for block, entries in enumerate(self._model.entries):
             streamed = [entry for entry in entries if entry.placement is Placement.STREAMED]
             if self._plan.swapped[block]:
-                self._fill_slab(block, streamed)
+                self._fill_slab(block, streamed, pointers)
             else:
                 self._store.drop(block)
                 self._copy_to_device(streamed)
 
-    def _fill_slab(self, block: int, streamed: Sequence[TensorEntry]) -> None:
+    def _fill_slab(self, block: int, streamed: Sequence[TensorEntry], pointers: Sequence[int]) -> None:
         tier = self._plan.tiers[block]
         assert tier is not None, f"block {block} is swapped without a host tier"
-        slab = self._store.put(block, [entry.tensor for entry in streamed], tier=tier)
+        slab = self._store.put(block, [entry.tensor for entry in streamed], tier=tier, pointers=pointers)
         for entry, master in zip(streamed, slab.views, strict=True):
             with torch._C.DisableTorchFunctionSubclass():
                 self._bound.append(Bound(entry, entry.tensor, master, None, version_of(entry.tensor)))

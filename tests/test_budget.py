@@ -1,0 +1,149 @@
+"""The balance of VRAM and DRAM, in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from wanvideo_enhanced_blockswap.blockswap.budget import MemoryBudget, MemoryReadings, make_budget
+from wanvideo_enhanced_blockswap.hardware.units import GIB, MIB
+
+generated = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+"""The same examples in every run, on machines of any speed."""
+
+CARD = MemoryReadings(
+    device_total_bytes=24 * GIB,
+    device_free_bytes=20 * GIB,
+    unused_cache_bytes=2 * GIB,
+    own_bytes=1 * GIB,
+    host_available_bytes=50 * GIB,
+    pin_budget_bytes=30 * GIB,
+    host_held_bytes=5 * GIB,
+)
+"""24 GiB of which 1 GiB is in use by others and by activations."""
+
+
+def balance(readings: MemoryReadings = CARD, **options: Any) -> MemoryBudget:
+    """The budget with the widgets' defaults."""
+    return make_budget(readings, **{"vram_threshold_percent": 50.0, "bandwidth_target": 0.8, **options})
+
+
+def gib(bytes_: int) -> float:
+    """For comparisons up to the byte that a cut fraction may differ by."""
+    return pytest.approx(bytes_ / GIB, abs=2 / GIB)
+
+
+READINGS = st.builds(
+    lambda total, free, **rest: MemoryReadings(device_total_bytes=total, device_free_bytes=min(free, total), **rest),
+    total=st.integers(0, 1 << 40),
+    free=st.integers(0, 1 << 40),
+    unused_cache_bytes=st.integers(0, 1 << 38),
+    own_bytes=st.integers(0, 1 << 38),
+    host_available_bytes=st.integers(0, 1 << 42),
+    pin_budget_bytes=st.integers(0, 1 << 42),
+)
+
+
+@pytest.mark.parametrize(
+    ("term", "expected_gib"),
+    [
+        ("total_bytes", 24),
+        ("used_bytes", 1),
+        ("available_bytes", 24 - 1 - 2.4),
+        ("ceiling_bytes", 12 - 1),
+        ("weight_bytes", 11),
+        ("limit_bytes", 23),
+        ("host_bytes", 40),
+        ("host_held_bytes", 5),
+        ("pin_bytes", 30),
+    ],
+)
+def test_each_term_of_the_balance_of_a_24_gib_card(term: str, expected_gib: float) -> None:
+    assert gib(getattr(balance(), term)) == expected_gib
+
+
+def test_the_balance_is_that_of_the_brief_for_the_card_in_its_log() -> None:
+    total, used, reserve = int(32606.6 * MIB), 2048 * MIB, int(3260.66 * MIB)
+    readings = MemoryReadings(
+        device_total_bytes=total,
+        device_free_bytes=total - used,
+        host_available_bytes=int(39256.2 * MIB),
+        pin_budget_bytes=0,
+    )
+    budget = balance(readings)
+    assert budget.available_bytes == pytest.approx(total - used - reserve, abs=MIB)
+    assert budget.host_bytes == pytest.approx(39256.2 * 0.8 * MIB, abs=MIB)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "target", "activations_gib", "expected_gib"),
+    [
+        pytest.param(50.0, 0.8, None, 11, id="the ceiling"),
+        pytest.param(30.0, 0.8, None, 6.2, id="a lower ceiling"),
+        pytest.param(90.0, 0.8, None, 16.48, id="the share of what is available"),
+        pytest.param(90.0, 1.0, None, 20.6, id="all that is available"),
+        pytest.param(50.0, 0.1, None, 2.06, id="a small share"),
+        pytest.param(50.0, 0.8, 4, 11, id="activations that leave enough"),
+        pytest.param(50.0, 0.8, 15, 5.6, id="activations that leave less"),
+        pytest.param(50.0, 0.8, 21, 0, id="activations that leave nothing"),
+    ],
+)
+def test_the_smallest_term_is_the_budget_for_weights(
+    threshold: float, target: float, activations_gib: int | None, expected_gib: float
+) -> None:
+    activations = None if activations_gib is None else activations_gib * GIB
+    budget = balance(vram_threshold_percent=threshold, bandwidth_target=target, activation_bytes=activations)
+    assert gib(budget.weight_bytes) == expected_gib
+
+
+@pytest.mark.parametrize("activations", [None, 0, 3 * GIB])
+def test_unknown_activations_stay_unknown_and_known_ones_are_kept(activations: int | None) -> None:
+    assert balance(activation_bytes=activations).activation_bytes == activations
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(MemoryReadings)])
+def test_a_negative_reading_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} expects bytes, 0 or more, but got -1"):
+        dataclasses.replace(CARD, **{name: -1})
+
+
+def test_more_free_than_there_is_is_refused_with_both_numbers() -> None:
+    with pytest.raises(ValueError, match=f"at most the total of {24 * GIB} but got {24 * GIB + 1}"):
+        dataclasses.replace(CARD, device_free_bytes=24 * GIB + 1)
+
+
+def test_a_free_card_may_be_free_to_the_last_byte() -> None:
+    assert balance(dataclasses.replace(CARD, device_free_bytes=24 * GIB)).used_bytes == 0
+
+
+@pytest.mark.parametrize("term", ["weight_bytes", "available_bytes", "ceiling_bytes", "limit_bytes"])
+def test_a_card_that_others_fill_leaves_nothing(term: str) -> None:
+    full = dataclasses.replace(CARD, device_free_bytes=0, unused_cache_bytes=0, own_bytes=0)
+    assert getattr(balance(full), term) == 0
+
+
+@generated
+@given(READINGS, st.floats(30, 90), st.floats(0.1, 1), st.none() | st.integers(0, 1 << 40))
+def test_the_budget_is_never_negative_and_never_above_what_is_left(
+    readings: MemoryReadings, threshold: float, target: float, activations: int | None
+) -> None:
+    budget = balance(readings, vram_threshold_percent=threshold, bandwidth_target=target, activation_bytes=activations)
+    assert 0 <= budget.weight_bytes <= budget.available_bytes <= budget.limit_bytes <= budget.total_bytes
+
+
+@pytest.mark.parametrize("counter", ["own_bytes", "unused_cache_bytes"])
+@generated
+@given(readings=READINGS, share=st.floats(0, 1))
+def test_the_budget_does_not_change_when_our_weights_or_the_cache_take_free_memory(
+    counter: str, readings: MemoryReadings, share: float
+) -> None:
+    moved = int(share * readings.device_free_bytes)
+    after = dataclasses.replace(
+        readings,
+        device_free_bytes=readings.device_free_bytes - moved,
+        **{counter: getattr(readings, counter) + moved},
+    )
+    assert balance(after) == balance(readings)

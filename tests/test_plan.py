@@ -1,0 +1,494 @@
+"""Which blocks a plan swaps, through how many slots, from where, what it promises, and when it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from wanvideo_enhanced_blockswap.blockswap.budget import MemoryBudget
+from wanvideo_enhanced_blockswap.blockswap.decision import HostTier, PlanRequest, SwapPlan, Timing
+from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
+from wanvideo_enhanced_blockswap.blockswap.layout import BlockProfile, ModelProfile, Placement, TensorProfile
+from wanvideo_enhanced_blockswap.blockswap.plan import plan_swap
+from wanvideo_enhanced_blockswap.hardware.units import GIB, MIB, format_bytes
+
+generated = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+"""The same examples in every run, on machines of any speed."""
+
+PLENTY = 1 << 50
+BALANCE = 33 * 8 * MIB / 40e-3
+"""Link speed at which copying 33 blocks of 8 MiB takes as long as computing 40 blocks of 1 ms."""
+
+
+def block(index: int, *sizes: int, small: int = 0, prefix: str = "blocks.") -> BlockProfile:
+    """A block with streamed tensors of these sizes and one small tensor."""
+    tensors = [TensorProfile(f"w{i}", size, Placement.STREAMED) for i, size in enumerate(sizes)]
+    return BlockProfile(f"{prefix}{index}", (*tensors, TensorProfile("scale", small, Placement.SMALL)))
+
+
+def equal(count: int, size: int = 8 * MIB, *, vace: int = 0) -> ModelProfile:
+    """A model of equal blocks, VACE blocks first."""
+    first = [block(i, size, prefix="vace_blocks.") for i in range(vace)]
+    return ModelProfile((*first, *(block(i, size) for i in range(count))))
+
+
+def budget(weights: int = PLENTY, *, limit: int = PLENTY, pin: int = PLENTY, host: int = PLENTY) -> MemoryBudget:
+    """What may be spent on weights, on the device at all, and on the host."""
+    return MemoryBudget(
+        total_bytes=limit,
+        used_bytes=0,
+        available_bytes=limit,
+        ceiling_bytes=limit,
+        activation_bytes=None,
+        weight_bytes=weights,
+        host_bytes=host,
+        host_held_bytes=0,
+        pin_bytes=pin,
+    )
+
+
+def timing(profile: ModelProfile, pinned: float, *, compute_ms: float = 1.0, **options: Any) -> Timing:
+    """The same compute time for every block, and a link."""
+    return Timing(compute_ms=(compute_ms,) * len(profile.blocks), pinned_bytes_per_s=pinned, **options)
+
+
+def ceil(size: int, granularity: int) -> int:
+    return (size + granularity - 1) // granularity * granularity
+
+
+def slab(sizes: Sequence[int]) -> int:
+    """Bytes of tensors laid one behind the other on a grid of 256."""
+    return sum(ceil(size, 256) for size in sizes[:-1]) + sizes[-1]
+
+
+def device_weights(blocks: Sequence[Sequence[int]], small: Sequence[int], swapped: Sequence[bool], slots: int) -> int:
+    """Device memory of residents, small tensors and window, worked out from the sizes of the tensors alone."""
+    slabs = [ceil(slab(sizes), 512) for sizes in blocks]
+    inside = [size for size, is_swapped in zip(slabs, swapped, strict=True) if is_swapped]
+    window = min(slots, len(inside)) * max(inside, default=0)
+    return sum(slabs) - sum(inside) + window + ceil(slab(small), 512)
+
+
+def evenly(count: int, swapped: int) -> list[bool]:
+    """The blocks at which a line of slope swapped / count passes a whole number."""
+    return [int((i + 1) * swapped / count + 1e-9) > int(i * swapped / count + 1e-9) for i in range(count)]
+
+
+SIZES = st.lists(st.lists(st.integers(1, 5000), min_size=1, max_size=4), min_size=1, max_size=12)
+"""Bytes of the streamed tensors of each block."""
+
+SHARE = st.floats(0, 1.1)
+"""Part of a memory that a budget is."""
+
+
+def model(blocks: Sequence[Sequence[int]]) -> ModelProfile:
+    """A model of blocks with these streamed tensors, and a small one of 4 bytes each."""
+    return ModelProfile(tuple(block(i, *sizes, small=4) for i, sizes in enumerate(blocks)))
+
+
+# Automatic: which and how many
+
+
+@generated
+@given(SIZES, SHARE, st.sampled_from([True, False]))
+def test_the_fewest_blocks_that_fit_are_swapped(blocks: list[list[int]], share: float, overlap: bool) -> None:
+    count, slots, small = len(blocks), 2 if overlap else 1, [4] * len(blocks)
+    weights = int(share * device_weights(blocks, small, [False] * count, 0))
+    ways = [(k, device_weights(blocks, small, evenly(count, k), slots)) for k in range(count + 1)]
+    fitting = [k for k, need in ways if need <= weights and (k == 0 or k > slots)]
+    plan = plan_swap(model(blocks), budget(weights), PlanRequest(overlap=overlap))
+    assert list(plan.swapped) == evenly(count, min(fitting, default=count))
+    assert plan.over_ceiling == (not fitting)
+
+
+@generated
+@given(SIZES, SHARE, st.floats(1e4, 1e8), st.floats(0.001, 10))
+def test_with_three_slots_too_the_fewest_blocks_that_fit_are_swapped(
+    blocks: list[list[int]], share: float, speed: float, compute_ms: float
+) -> None:
+    profile, count, small = model(blocks), len(blocks), [4] * len(blocks)
+    weights = int(share * device_weights(blocks, small, [False] * count, 0))
+    request = PlanRequest(timing=timing(profile, speed, compute_ms=compute_ms))
+    plan = plan_swap(profile, budget(weights), request)
+    fewer = range(plan.slots + 1, plan.swapped_count)
+    assert all(device_weights(blocks, small, evenly(count, k), plan.slots) > weights for k in fewer)
+
+
+@generated
+@given(SIZES, SHARE, st.floats(1e4, 1e8), st.none() | st.integers(1, 5))
+def test_auto_never_swaps_as_few_blocks_as_there_are_slots_unless_nothing_fits(
+    blocks: list[list[int]], share: float, speed: float, slots: int | None
+) -> None:
+    profile = model(blocks)
+    weights = int(share * device_weights(blocks, [4] * len(blocks), [False] * len(blocks), 0))
+    plan = plan_swap(profile, budget(weights), PlanRequest(slots=slots, timing=timing(profile, speed)))
+    assert plan.swapped_count == 0 or plan.swapped_count > plan.slots or plan.over_ceiling
+
+
+@pytest.mark.parametrize("spare", [0, 1, GIB])
+def test_a_model_that_fits_is_left_alone(spare: int) -> None:
+    plan = plan_swap(equal(40), budget(40 * 8 * MIB + 512 * 20 + spare), PlanRequest())
+    assert (plan.swapped_count, plan.slots, plan.streamed_bytes, plan.pinned_bytes) == (0, 0, 0, 0)
+
+
+def test_one_byte_less_than_the_model_needs_is_enough_to_swap() -> None:
+    profile = equal(40)
+    exact = plan_swap(profile, budget(), PlanRequest()).device_bytes
+    counts = [plan_swap(profile, budget(size), PlanRequest()).swapped_count for size in (exact, exact - 1)]
+    assert counts == [0, 3]
+
+
+@pytest.mark.parametrize("available_gib", [3.1, 5.3, 8.2, 10.9])
+def test_the_count_is_that_of_the_brief_and_the_two_blocks_that_the_window_holds(available_gib: float) -> None:
+    size, count, available = 350 * MIB, 40, int(available_gib * GIB)
+    overflow = count * size - available
+    brief = max(1, int(overflow / size) + 1)
+    assert plan_swap(equal(count, size), budget(available), PlanRequest()).swapped_count == brief + 2
+
+
+def test_where_nothing_fits_every_block_is_swapped_through_two_slots_and_it_is_said() -> None:
+    plan = plan_swap(equal(40), budget(10 * MIB), PlanRequest())
+    assert (plan.swapped_count, plan.slots, plan.over_ceiling) == (40, 2, True)
+    assert any("over the budget of 10.0 MiB" in reason for reason in plan.reasons)
+
+
+def test_auto_does_not_read_the_manual_count_of_vace_blocks() -> None:
+    profile, weights = equal(8, vace=4), budget(80 * MIB)
+    plans = [plan_swap(profile, weights, PlanRequest(vace_blocks_to_swap=count)) for count in (0, 1, 4)]
+    assert plans[0] == plans[1] == plans[2]
+
+
+# Manual
+
+
+@pytest.mark.parametrize(
+    ("main", "vace", "expected"),
+    [
+        (0, 0, "....|........"),
+        (2, 0, "....|...x...x"),
+        (0, 2, ".x.x|........"),
+        (3, 1, "...x|..x..x.x"),
+        (8, 4, "xxxx|xxxxxxxx"),
+    ],
+)
+def test_vace_blocks_and_main_blocks_are_counted_and_spread_apart(main: int, vace: int, expected: str) -> None:
+    plan = plan_swap(equal(8, vace=4), budget(), PlanRequest(blocks_to_swap=main, vace_blocks_to_swap=vace))
+    picture = "".join("x" if is_swapped else "." for is_swapped in plan.swapped)
+    assert f"{picture[:4]}|{picture[4:]}" == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "count"), [("blocks_to_swap", 48, 8), ("blocks_to_swap", 9, 8), ("vace_blocks_to_swap", 15, 4)]
+)
+def test_a_count_above_the_models_is_cut_and_said(name: str, asked: int, count: int) -> None:
+    request = dataclasses.replace(PlanRequest(blocks_to_swap=0), **{name: asked})
+    plan = plan_swap(equal(8, vace=4), budget(), request)
+    assert plan.swapped_count == count
+    assert f"{name} is cut from {asked} to {count}, the number of blocks the model has" in plan.reasons
+
+
+@pytest.mark.parametrize(("main", "vace"), [(8, 4), (0, 0), (3, 2)])
+def test_a_count_that_the_model_has_is_not_said_to_be_cut(main: int, vace: int) -> None:
+    plan = plan_swap(equal(8, vace=4), budget(), PlanRequest(blocks_to_swap=main, vace_blocks_to_swap=vace))
+    assert not any("cut" in reason for reason in plan.reasons)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_manual_count_that_fills_its_slots_moves_nothing_and_says_so(count: int) -> None:
+    plan = plan_swap(equal(8), budget(), PlanRequest(blocks_to_swap=count))
+    assert (plan.slots, plan.streamed_bytes) == (count, 0)
+    assert any("nothing moves after the first forward" in reason for reason in plan.reasons)
+
+
+@generated
+@given(st.integers(1, 48).flatmap(lambda count: st.tuples(st.just(count), st.integers(1, count))))
+def test_swapped_blocks_are_spread_evenly(case: tuple[int, int]) -> None:
+    count, swapped = case
+    indices = plan_swap(equal(count), budget(), PlanRequest(blocks_to_swap=swapped)).swapped_indices
+    gaps = {after - before for before, after in itertools.pairwise([*indices, indices[0] + count])}
+    assert len(indices) == swapped
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_a_manual_count_is_kept_over_the_budget_and_said() -> None:
+    plan = plan_swap(equal(8), budget(30 * MIB), PlanRequest(blocks_to_swap=5))
+    assert (plan.swapped_count, plan.over_ceiling) == (5, True)
+    assert any("over the budget of 30.0 MiB" in reason for reason in plan.reasons)
+
+
+# Bytes
+
+
+@generated
+@given(SIZES, st.integers(0, 12), st.integers(1, 4))
+def test_device_bytes_are_exactly_residents_small_tensors_and_slots(
+    blocks: list[list[int]], count: int, slots: int
+) -> None:
+    plan = plan_swap(model(blocks), budget(), PlanRequest(blocks_to_swap=count, slots=slots))
+    assert plan.device_bytes == device_weights(blocks, [4] * len(blocks), plan.swapped, slots)
+
+
+@generated
+@given(SIZES, st.integers(0, 12), st.integers(1, 4))
+def test_streamed_bytes_are_the_slabs_of_the_swapped_blocks(blocks: list[list[int]], count: int, slots: int) -> None:
+    plan = plan_swap(model(blocks), budget(), PlanRequest(blocks_to_swap=count, slots=slots))
+    expected = sum(slab(blocks[i]) for i in plan.swapped_indices)
+    assert plan.streamed_bytes == (expected if plan.swapped_count > slots else 0)
+
+
+TENSORS = st.lists(st.integers(16 * 1024, 4 * MIB), min_size=1, max_size=24).filter(lambda sizes: sum(sizes) >= MIB)
+
+
+@generated
+@given(st.lists(TENSORS, min_size=1, max_size=8), st.integers(1, 8))
+def test_slabs_take_at_most_one_percent_more_than_what_is_streamed(blocks: list[list[int]], count: int) -> None:
+    plan = plan_swap(model(blocks), budget(), PlanRequest(blocks_to_swap=count))
+    streamed = sum(sum(blocks[i]) for i in plan.swapped_indices)
+    assert streamed <= plan.slab_bytes <= 1.01 * streamed
+
+
+# Slots
+
+
+@pytest.mark.parametrize(
+    ("count", "speed", "slots"),
+    [
+        pytest.param(33, BALANCE, 3, id="near balance"),
+        pytest.param(33, 4 * BALANCE, 2, id="a fast link"),
+        pytest.param(33, BALANCE / 4, 2, id="a slow link"),
+        pytest.param(2, BALANCE, 2, id="two swapped blocks"),
+        pytest.param(1, BALANCE, 1, id="one swapped block"),
+    ],
+)
+def test_a_third_slot_is_taken_where_it_pays_alone(count: int, speed: float, slots: int) -> None:
+    profile = equal(40)
+    plan = plan_swap(profile, budget(), PlanRequest(blocks_to_swap=count, timing=timing(profile, speed)))
+    assert plan.slots == slots
+
+
+@generated
+@given(SIZES, SHARE, st.floats(1e4, 1e8), st.floats(0.001, 10))
+def test_a_third_slot_is_taken_only_where_the_forward_is_faster_than_with_two(
+    blocks: list[list[int]], share: float, speed: float, compute_ms: float
+) -> None:
+    profile = model(blocks)
+    weights = budget(int(share * device_weights(blocks, [4] * len(blocks), [False] * len(blocks), 0)))
+    request = PlanRequest(timing=timing(profile, speed, compute_ms=compute_ms))
+    chosen, two = (plan_swap(profile, weights, dataclasses.replace(request, slots=slots)) for slots in (None, 2))
+    assert chosen.forward is not None
+    assert two.forward is not None
+    assert chosen == two if chosen.slots <= 2 else chosen.forward.elapsed < two.forward.elapsed
+
+
+@pytest.mark.parametrize("pin_mib", [100, 0], ids=["mostly staged", "pageable"])
+@pytest.mark.parametrize("count", [None, 33])
+def test_no_third_slot_is_taken_where_the_tiers_that_can_be_had_make_it_no_faster(
+    pin_mib: int, count: int | None
+) -> None:
+    profile, spend = equal(40), budget(100 * MIB, pin=pin_mib * MIB)
+    slower = {"pageable_bytes_per_s": BALANCE / 2, "host_copy_bytes_per_s": BALANCE / 3}
+    request = PlanRequest(blocks_to_swap=count, timing=timing(profile, BALANCE, **slower))
+    assert plan_swap(profile, spend, request) == plan_swap(profile, spend, dataclasses.replace(request, slots=2))
+
+
+def test_a_third_slot_that_the_budget_does_not_hold_is_not_taken() -> None:
+    profile = equal(40)
+    request = PlanRequest(blocks_to_swap=33, timing=timing(profile, BALANCE))
+    exact = plan_swap(profile, budget(), request).device_bytes
+    slots = [plan_swap(profile, budget(size), request).slots for size in (exact, exact - 1)]
+    assert slots == [3, 2]
+
+
+@pytest.mark.parametrize("known", [{}, {"compute_ms": (1.0,) * 40}, {"pinned_bytes_per_s": BALANCE}])
+def test_without_known_speeds_there_are_two_slots(known: dict[str, Any]) -> None:
+    request = PlanRequest(blocks_to_swap=33, timing=Timing(**known))
+    assert plan_swap(equal(40), budget(), request).slots == 2
+
+
+@pytest.mark.parametrize(("asked", "count", "slots"), [(1, 8, 1), (4, 8, 4), (4, 3, 3)])
+def test_slots_that_are_asked_for_are_taken(asked: int, count: int, slots: int) -> None:
+    plan = plan_swap(equal(8), budget(), PlanRequest(blocks_to_swap=count, slots=asked))
+    assert plan.slots == slots
+
+
+@pytest.mark.parametrize("count", [None, 5])
+def test_without_overlap_there_is_one_slot_one_stream_and_nothing_page_locked(count: int | None) -> None:
+    profile = equal(8)
+    speeds = timing(profile, BALANCE, pageable_bytes_per_s=BALANCE / 2, streams=8)
+    plan = plan_swap(profile, budget(50 * MIB), PlanRequest(blocks_to_swap=count, overlap=False, timing=speeds))
+    assert plan.swapped_count > 0
+    assert (plan.slots, plan.streams, plan.overlap, plan.pinned_bytes) == (1, 1, False, 0)
+    assert set(plan.tiers) <= {None, HostTier.PAGEABLE}
+
+
+# Host tiers
+
+
+def tiers(plan: SwapPlan) -> list[HostTier | None]:
+    """Host tiers of the swapped blocks."""
+    return [tier for tier, is_swapped in zip(plan.tiers, plan.swapped, strict=True) if is_swapped]
+
+
+@pytest.mark.parametrize(
+    ("pin_mib", "pinned", "staged", "pageable", "locked_mib"),
+    [
+        pytest.param(80, 10, 0, 0, 80, id="all"),
+        pytest.param(79, 7, 3, 0, 72, id="all but some, which go through two staging slabs"),
+        pytest.param(24, 1, 9, 0, 24, id="one"),
+        pytest.param(16, 0, 10, 0, 16, id="the staging slabs alone"),
+        pytest.param(15, 0, 0, 10, 0, id="not even those"),
+        pytest.param(0, 0, 0, 10, 0, id="none"),
+    ],
+)
+def test_the_pin_budget_decides_the_tiers(
+    pin_mib: int, pinned: int, staged: int, pageable: int, locked_mib: int
+) -> None:
+    plan = plan_swap(equal(12), budget(pin=pin_mib * MIB), PlanRequest(blocks_to_swap=10))
+    counts = [tiers(plan).count(tier) for tier in (HostTier.PINNED, HostTier.STAGED, HostTier.PAGEABLE)]
+    assert (counts, plan.pinned_bytes) == ([pinned, staged, pageable], locked_mib * MIB)
+
+
+@pytest.mark.parametrize(
+    ("pin_mib", "said"), [(79, "3 of 10 swapped blocks go through 2 staging slabs"), (15, "pageable")]
+)
+def test_a_tier_below_the_best_is_said_with_numbers(pin_mib: int, said: str) -> None:
+    plan = plan_swap(equal(12), budget(pin=pin_mib * MIB), PlanRequest(blocks_to_swap=10))
+    reason = next(reason for reason in plan.reasons if said in reason)
+    assert f"80.0 MiB wanted, {pin_mib}.0 MiB may be had" in reason
+
+
+def test_page_locking_that_is_switched_off_leaves_all_pageable() -> None:
+    plan = plan_swap(equal(12), budget(), PlanRequest(blocks_to_swap=10, pin=False))
+    assert (set(tiers(plan)), plan.pinned_bytes, plan.staging_bytes) == ({HostTier.PAGEABLE}, 0, 0)
+
+
+@pytest.mark.parametrize("pin", [0, 24 * MIB, PLENTY])
+def test_resident_blocks_have_no_host_tier(pin: int) -> None:
+    plan = plan_swap(equal(12), budget(pin=pin), PlanRequest(blocks_to_swap=5))
+    assert [tier is not None for tier in plan.tiers] == list(plan.swapped)
+
+
+@st.composite
+def pin_cases(draw: st.DrawFn) -> tuple[list[list[int]], int, int]:
+    """Blocks, how many of them are swapped, and a pin budget between nothing and a little more than all of them."""
+    blocks = draw(st.lists(st.lists(st.integers(1, 40_000), min_size=1, max_size=2), min_size=1, max_size=12))
+    wanted = sum(ceil(slab(sizes), mmap.PAGESIZE) for sizes in blocks)
+    return blocks, draw(st.integers(1, len(blocks))), draw(st.integers(0, wanted + mmap.PAGESIZE))
+
+
+@generated
+@given(pin_cases())
+def test_never_more_is_page_locked_than_the_pin_budget(case: tuple[list[list[int]], int, int]) -> None:
+    blocks, count, pin = case
+    plan = plan_swap(model(blocks), budget(pin=pin), PlanRequest(blocks_to_swap=count))
+    assert plan.staging_bytes <= plan.pinned_bytes <= pin
+
+
+@generated
+@given(pin_cases())
+@example(([[9 * mmap.PAGESIZE]] * 11 + [[10 * mmap.PAGESIZE]], 12, 108 * mmap.PAGESIZE))
+def test_page_locked_bytes_are_the_pinned_slabs_and_two_staging_slabs(case: tuple[list[list[int]], int, int]) -> None:
+    blocks, count, pin = case
+    plan = plan_swap(model(blocks), budget(pin=pin), PlanRequest(blocks_to_swap=count))
+    pages = [ceil(slab(sizes), mmap.PAGESIZE) for sizes in blocks]
+    pinned = [size for size, tier in zip(pages, plan.tiers, strict=True) if tier is HostTier.PINNED]
+    staged = [size for size, tier in zip(pages, plan.tiers, strict=True) if tier is HostTier.STAGED]
+    assert plan.staging_bytes == 2 * max(staged, default=0)
+    assert plan.pinned_bytes == sum(pinned) + plan.staging_bytes
+
+
+# Prediction
+
+
+@pytest.mark.parametrize(
+    ("pin", "request_", "known"),
+    [
+        (PLENTY, PlanRequest(), {"compute_ms"}),
+        (PLENTY, PlanRequest(), {"pinned_bytes_per_s", "pageable_bytes_per_s", "host_copy_bytes_per_s"}),
+        (PLENTY, PlanRequest(), {"compute_ms", "pageable_bytes_per_s", "host_copy_bytes_per_s"}),
+        (PLENTY, PlanRequest(pin=False), {"compute_ms", "pinned_bytes_per_s", "host_copy_bytes_per_s"}),
+        (30 * MIB, PlanRequest(), {"compute_ms", "pinned_bytes_per_s", "pageable_bytes_per_s"}),
+        (PLENTY, PlanRequest(overlap=False), {"compute_ms", "pinned_bytes_per_s"}),
+    ],
+    ids=["no link", "no compute time", "pinned", "pageable", "staged", "without overlap"],
+)
+def test_a_stall_is_unknown_where_compute_or_the_link_is(pin: int, request_: PlanRequest, known: set[str]) -> None:
+    speeds = {name: (1.0,) * 12 if name == "compute_ms" else BALANCE for name in known}
+    request = dataclasses.replace(request_, blocks_to_swap=10, timing=Timing(**speeds))
+    plan = plan_swap(equal(12), budget(pin=pin), request)
+    assert (plan.forward, plan.stall_ms) == (None, None)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_model_that_fits_never_stalls_whatever_the_link(known: bool) -> None:
+    profile = equal(12)
+    request = PlanRequest(timing=Timing(compute_ms=(1.0,) * 12, pinned_bytes_per_s=BALANCE if known else None))
+    assert plan_swap(profile, budget(), request).stall_ms == 0
+
+
+@pytest.mark.parametrize(
+    ("speed", "elapsed_ms"), [(8 * MIB / 2e-3, 24.0), (8 * MIB / 4e-3, 48.0), (8 * MIB / 0.5e-3, 12.0)]
+)
+def test_a_forward_takes_the_longer_of_compute_and_transfer(speed: float, elapsed_ms: float) -> None:
+    profile = equal(12)
+    plan = plan_swap(profile, budget(), PlanRequest(blocks_to_swap=12, timing=timing(profile, speed)))
+    assert plan.forward is not None
+    assert plan.forward.elapsed == pytest.approx(elapsed_ms)
+    assert plan.stall_ms == pytest.approx(elapsed_ms - 12)
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+def test_the_copy_streams_are_those_that_the_link_was_measured_with(streams: int) -> None:
+    plan = plan_swap(equal(8), budget(), PlanRequest(blocks_to_swap=5, timing=Timing(streams=streams)))
+    assert plan.streams == streams
+
+
+# Refusals
+
+
+def test_a_window_that_the_device_cannot_hold_is_refused_with_numbers() -> None:
+    profile = equal(40, 100 * MIB)
+    with pytest.raises(PlanError) as caught:
+        plan_swap(profile, budget(150 * MIB, limit=199 * MIB), PlanRequest())
+    assert all(part in str(caught.value) for part in ("2 slots of 100.0 MiB", "199.0 MiB", "quantised"))
+
+
+@pytest.mark.parametrize("count", [None, 5])
+def test_a_device_that_holds_the_plan_to_the_last_byte_is_enough(count: int | None) -> None:
+    profile = equal(8)
+    request = PlanRequest(blocks_to_swap=count)
+    need = plan_swap(profile, budget(40 * MIB), request).device_bytes
+    assert plan_swap(profile, budget(40 * MIB, limit=need), request).device_bytes == need
+    with pytest.raises(PlanError, match="of device memory"):
+        plan_swap(profile, budget(40 * MIB, limit=need - 1), request)
+
+
+@pytest.mark.parametrize(
+    ("pin", "held", "need"),
+    [
+        pytest.param(PLENTY, 0, 64 * MIB, id="all blocks"),
+        pytest.param(30 * MIB, 0, 80 * MIB, id="all blocks and two staging slabs"),
+        pytest.param(PLENTY, 60 * MIB, 4 * MIB, id="all blocks but what is there already"),
+    ],
+)
+def test_a_host_that_lacks_one_byte_is_refused_with_numbers(pin: int, held: int, need: int) -> None:
+    def plan(host: int) -> SwapPlan:
+        spend = dataclasses.replace(budget(pin=pin, host=host), host_held_bytes=held)
+        return plan_swap(equal(8), spend, PlanRequest(blocks_to_swap=5))
+
+    assert plan(need).swapped_count == 5
+    with pytest.raises(PlanError, match="the host expects") as caught:
+        plan(need - 1)
+    assert all(part in str(caught.value) for part in (format_bytes(need), format_bytes(need - 1), "8 blocks"))
+
+
+@pytest.mark.parametrize("count", [None, 0, 5])
+def test_a_model_without_blocks_is_refused(count: int | None) -> None:
+    with pytest.raises(PlanError, match="a model with blocks"):
+        plan_swap(ModelProfile(()), budget(), PlanRequest(blocks_to_swap=count))
