@@ -16,7 +16,7 @@ from .errors import (
 from .layout import BlockProfile, ModelProfile, Placement, TensorProfile
 from .pages import PinBudget
 from .plan import plan_swap
-from .profile import profile_model
+from .profile import blocks_of, profile_model
 from .session import SessionState, SwapSession
 from .settings import SwapSettings
 
@@ -45,6 +45,7 @@ __all__ = [
     "TransferError",
     "UnsupportedModelError",
     "backend_for",
+    "blocks_of",
     "make_budget",
     "plan_swap",
     "profile_model",

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .profile import TensorEntry
-from .tensors import flat, version_of
+from .profile import HOST_NAMES, TensorEntry
+from .tensors import copy_bytes, version_of
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class Bound:
         version = version_of(self.tensor)
         if self.copy is None or (version == self.version and not (version is None and self.entry.is_buffer)):
             return 0
-        flat(self.master).copy_(flat(self.copy))
+        copy_bytes(self.master, self.copy)
         return self.master.nbytes
 
     def fetch_replacement(self) -> None:
@@ -52,6 +52,9 @@ class BlockBinding:
     Attributes:
         watched: Every tensor that must still be what and where it was left. Small buffers are not among them: a
             forward may assign them anew.
+        moved: Tensors that cannot be re-pointed, with the dict and name that hold their moved copy.
+        buffers: Each module's dict of buffers, with the names that hold one.
+        device: Where all of them must be.
         holders: The dict that holds each watched tensor.
         names: Its name there.
         addresses: Where each watched tensor's bytes are between forwards.
@@ -66,6 +69,9 @@ class BlockBinding:
     holders: list[dict[str, torch.Tensor | None]]
     names: list[str]
     addresses: list[int]
+    moved: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]]
+    buffers: list[tuple[dict[str, torch.Tensor | None], set[str]]]
+    device: torch.device
     counting: list[torch.Tensor] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     streamed: list[torch.Tensor] = field(default_factory=list)
@@ -77,7 +83,19 @@ class BlockBinding:
         with torch._C.DisableTorchFunctionSubclass():
             if [tensor.data_ptr() for tensor in self.watched] != self.addresses:
                 return False
-        return all(map(operator.is_, map(dict.get, self.holders, self.names), self.watched))
+        return (
+            all(map(operator.is_, map(dict.get, self.holders, self.names), self.watched))
+            and all(holder.get(name) is moved and moved.device == self.device for holder, name, moved in self.moved)
+            and all(self._are_buffers_in_place(holder, names) for holder, names in self.buffers)
+        )
+
+    def _are_buffers_in_place(self, holder: dict[str, torch.Tensor | None], names: set[str]) -> bool:
+        """Whether each buffer is still there, no other is, and all are on the device."""
+        return all(
+            name in HOST_NAMES or (name in names and tensor.device == self.device)
+            for name, tensor in holder.items()
+            if tensor is not None
+        )
 
     def was_edited(self) -> bool:
         """Whether a tensor of the block was edited in place since the last look; looks."""

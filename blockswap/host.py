@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +15,14 @@ from .decision import STAGING_SLABS, HostTier
 from .layout import slab_offsets
 from .pages import REGISTER_RESULTS, PageMemory, PinBudget, Registrar
 from .streams import Streams
-from .tensors import element_view, flat, same_layout, span_bytes, version_of
+from .tensors import copy_bytes, element_view, flat, same_layout, span_bytes, storage_key, version_of
 
 logger = logging.getLogger(__name__)
+
+
+SAMPLED_ELEMENTS = 4096
+"""Elements by which an inference tensor is compared with what was read from it before. It counts no edits; one that
+changes weights as a LoRA does changes nearly all of them."""
 
 
 @dataclass(slots=True)
@@ -26,21 +31,29 @@ class _Source:
 
     storage: StorageWeakRef
     place: tuple[Any, ...]
+    sample: torch.Tensor | None
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Source:
-        return cls(StorageWeakRef(tensor.untyped_storage()), _place(tensor))
+        return cls(StorageWeakRef(tensor.untyped_storage()), _place(tensor), _sample(tensor))
 
     def is_still(self, tensor: torch.Tensor) -> bool:
-        return (
-            not self.storage.expired()
-            and self.storage.cdata == tensor.untyped_storage()._cdata
-            and self.place == _place(tensor)
-        )
+        if self.storage.expired() or self.storage.cdata != storage_key(tensor) or self.place != _place(tensor):
+            return False
+        sample = _sample(tensor)
+        return self.sample is None or (sample is not None and torch.equal(self.sample, sample))
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, version_of(tensor)
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Some bytes of a tensor that does not count its edits; None for one that does."""
+    if version_of(tensor) is not None or tensor.numel() == 0:
+        return None
+    elements = flat(tensor)
+    return elements[:: max(1, elements.numel() // SAMPLED_ELEMENTS)].clone().view(torch.uint8)
 
 
 @dataclass(slots=True)
@@ -53,7 +66,7 @@ class Slab:
         views: The master of each tensor: its dtype, shape and strides over the slab's bytes.
         tier: How the bytes travel.
         sources: Where each tensor's bytes came from; empty once they were edited.
-        versions: In-place edits that each tensor had counted when it was put here.
+        bound: The tensors that point at the masters, held weakly, and the in-place edits each had counted.
         reading: The staging job that reads the slab, if any.
     """
 
@@ -62,7 +75,7 @@ class Slab:
     views: tuple[torch.Tensor, ...]
     tier: HostTier
     sources: tuple[_Source, ...] = ()
-    versions: tuple[int | None, ...] = ()
+    bound: tuple[tuple[weakref.ref[torch.Tensor], int | None], ...] = ()
     reading: Any = None
 
     @property
@@ -85,38 +98,41 @@ class Slab:
     def fill(self, tensors: Sequence[torch.Tensor]) -> None:
         """Writes the tensors' bytes into their masters, unless they are these masters already."""
         self.settle()
-        with torch.inference_mode(mode=False), torch.no_grad():
-            for view, tensor in zip(self.views, tensors, strict=True):
-                if tensor.data_ptr() != view.data_ptr():
-                    flat(view).copy_(flat(tensor))
-        self.sources = tuple(_Source.of(tensor) for tensor in tensors)
+        for view, tensor in zip(self.views, tensors, strict=True):
+            if tensor.data_ptr() != view.data_ptr():
+                copy_bytes(view, tensor)
+        self.sources = tuple(map(_Source.of, tensors))
+
+    def bind(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Points `tensors` at their masters."""
+        with torch._C.DisableTorchFunctionSubclass():
+            for tensor, master in zip(tensors, self.views, strict=True):
+                tensor.data = master
+        self.bound = tuple((weakref.ref(tensor), version_of(tensor)) for tensor in tensors)
+
+    def notice_edits(self) -> None:
+        """Forgets where the bytes came from if a tensor that points at them was edited since."""
+        for reference, version in self.bound:
+            tensor = reference()
+            if tensor is not None and version_of(tensor) != version:
+                self.sources = ()
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the slab's bytes are these tensors': its own masters, or the living storage it was filled from."""
         return self.fits(tensors) and all(
-            self.is_master(i, tensor) or (bool(self.sources) and self.sources[i].is_still(tensor))
-            for i, tensor in enumerate(tensors)
+            tensor.data_ptr() == view.data_ptr() or (bool(self.sources) and self.sources[i].is_still(tensor))
+            for i, (view, tensor) in enumerate(zip(self.views, tensors, strict=True))
         )
 
     def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether tensors of these dtypes, shapes and strides lie in the slab as they are."""
+        """Whether tensors of these dtypes, shapes, strides and kinds lie in the slab as they are."""
         return len(tensors) == len(self.views) and all(map(same_layout, tensors, self.views))
 
-    def is_master(self, index: int, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` points at the slab's own bytes of the tensor at `index`."""
-        return tensor.data_ptr() == self.views[index].data_ptr()
-
-    def may_be_refilled(self, tensors: Sequence[torch.Tensor], pointers: Sequence[int]) -> bool:
-        """Whether nobody's bytes are lost if the slab is filled with other ones.
-
-        Args:
-            tensors: What it is to be filled with.
-            pointers: Addresses of all tensors of the model, sorted: weights may have changed places.
-        """
-        begin = self.memory.data_ptr()
-        inside = pointers[bisect_left(pointers, begin) : bisect_left(pointers, begin + self.pages.size)]
-        own = {t.data_ptr() for i, t in enumerate(tensors[: len(self.views)]) if self.is_master(i, t)}
-        return self.fits(tensors) and own.issuperset(inside)
+    def is_only_ours(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether nobody but the slab and `tensors` holds its bytes: no weight kept aside, state dict, other block."""
+        own = sum(tensor.data_ptr() == view.data_ptr() for tensor, view in zip(tensors, self.views, strict=True))
+        # The views, `memory`, and the storage object that asks.
+        return torch._C._storage_Use_Count(storage_key(self.memory)) <= len(self.views) + own + 2
 
 
 @dataclass(slots=True)
@@ -128,7 +144,7 @@ class HostStore:
         registrar: Page-locks for it; None where nothing can be locked.
         budget: Shared by all stores of the process.
         slabs: Slab of each swapped block.
-        refusals: What kept a block from its planned tier; each is said once.
+        refusals: What kept a block from its planned tier at this adopt.
     """
 
     streams: Streams
@@ -136,28 +152,29 @@ class HostStore:
     budget: PinBudget
     slabs: dict[int, Slab] = field(default_factory=dict)
     refusals: list[str] = field(default_factory=list)
+    _said: set[str] = field(default_factory=set)
 
-    def put(self, block: int, tensors: Sequence[torch.Tensor], *, tier: HostTier, pointers: Sequence[int]) -> Slab:
+    def put(self, block: int, tensors: Sequence[torch.Tensor], *, tier: HostTier) -> Slab:
         """The slab that holds the tensors of `block`, made or filled if need be, in `tier` or the best below it.
 
         Args:
             block: Index of the block.
             tensors: Its streamed tensors.
             tier: Where they should be.
-            pointers: Addresses of all tensors of the model, sorted.
 
         Raises:
             HostMemoryError: The system has no memory for it.
         """
         slab = self.slabs.get(block)
-        if slab is not None and slab.versions != tuple(map(version_of, tensors)):
-            slab.sources = ()
+        if slab is not None:
+            slab.notice_edits()
         if slab is None or not slab.holds(tensors):
-            if slab is None or not slab.may_be_refilled(tensors, pointers):
+            if slab is None or not (slab.fits(tensors) and slab.is_only_ours(tensors)):
                 self.drop(block)
                 slab = self.slabs[block] = self._make(tensors)
             slab.fill(tensors)
         self._move(slab, tier)
+        slab.bind(tensors)
         return slab
 
     def drop(self, block: int) -> None:
@@ -173,7 +190,8 @@ class HostStore:
             self.drop(block)
 
     def use(self, streams: Streams) -> None:
-        """From here on `streams` read the slabs; copies of others are waited for first."""
+        """A new adopt: `streams` read the slabs from here on; copies of others are waited for first."""
+        self.refusals.clear()
         if streams is not self.streams:
             for slab in self.slabs.values():
                 slab.settle()
@@ -224,7 +242,9 @@ class HostStore:
 
     def _refuse(self, why: str) -> None:
         self.refusals.append(why)
-        logger.warning("%s; what is left stays pageable, and its copies are slower", why)
+        if why not in self._said:
+            self._said.add(why)
+            logger.warning("%s; what is left stays pageable, and its copies are slower", why)
 
     def _make(self, tensors: Sequence[torch.Tensor]) -> Slab:
         offsets, used_bytes = slab_offsets(map(span_bytes, tensors))

@@ -62,7 +62,8 @@ class TensorProfile:
 
     Attributes:
         name: Dotted name inside the block, without `_orig_mod.`.
-        nbytes: Span of its strides times the item size, as stored; 0 if another tensor's span already holds it.
+        nbytes: Span of its strides times the item size, as stored; 0 if another tensor's span already holds it. Of a
+            FIXED tensor, what its parts take when they are allocated.
         placement: Where it lives.
         reason: Why it does not stream; empty if it does.
     """

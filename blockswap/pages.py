@@ -60,7 +60,7 @@ class CudaRegistrar:
         try:
             torch.zeros(1, device=self._device)
             torch.cuda.synchronize(self._device)
-        except torch.AcceleratorError as pending:
+        except RuntimeError as pending:  # AcceleratorError since torch 2.8
             logger.debug("consumed the pending error of a failed registration: %s", pending)
 
 

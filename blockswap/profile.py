@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .errors import UnsupportedModelError
-from .layout import BlockProfile, ModelProfile, Placement, TensorProfile, small_cutoff
+from .layout import BlockProfile, ModelProfile, Placement, TensorProfile, device_bytes, small_cutoff
 from .tensors import span_bytes
 
 HOST_NAMES = frozenset({"block_id"})
@@ -65,10 +65,19 @@ class ProfiledModel:
     Attributes:
         profile: Bytes and placements.
         entries: Of each block, one for each of `profile.blocks[i].tensors`.
+        buffers: Of each block, the dicts of buffers of its modules; a forward or a patch may add to them.
     """
 
     profile: ModelProfile
     entries: tuple[tuple[TensorEntry, ...], ...]
+    buffers: tuple[tuple[dict[str, torch.Tensor | None], ...], ...]
+
+
+def blocks_of(model: nn.Module, names: Sequence[str] = ("vace_blocks", "blocks")) -> tuple[tuple[str, nn.Module], ...]:
+    """Name and module of each block in those of the model's lists that exist, in the order of `names`."""
+    return tuple(
+        (f"{name}.{index}", block) for name in names for index, block in enumerate(getattr(model, name, None) or ())
+    )
 
 
 def profile_model(blocks: Sequence[tuple[str, nn.Module]], *, root: nn.Module | None = None) -> ProfiledModel:
@@ -96,7 +105,8 @@ def profile_model(blocks: Sequence[tuple[str, nn.Module]], *, root: nn.Module | 
         BlockProfile(name, tuple(TensorProfile(e.path, e.extent, e.placement, e.reason) for e in block))
         for (name, _), block in zip(blocks, entries, strict=True)
     )
-    return ProfiledModel(ModelProfile(profiles, other), entries)
+    buffers = tuple(tuple(m._buffers for m in block.modules() if m._buffers) for _, block in blocks)
+    return ProfiledModel(ModelProfile(profiles, other), entries, buffers)
 
 
 def _entries(block_name: str, block: nn.Module) -> Iterator[TensorEntry]:
@@ -122,12 +132,30 @@ def _place(block_name: str, block: Sequence[TensorEntry]) -> None:
     cutoff = small_cutoff(sum(entry.extent for entry in block))
     for entry in block:
         entry.placement, entry.reason = _placement(entry, cutoff)
+        if entry.placement is Placement.FIXED:
+            entry.extent = sum(map(device_bytes, _parts(entry.tensor)))
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    if tensor.layout is torch.strided and _has_own_storage(tensor):
-        return span_bytes(tensor)
-    return tensor.numel() * tensor.element_size()
+    """Memory of a tensor, of all its parts."""
+    return sum(_parts(tensor))
+
+
+def _parts(tensor: torch.Tensor) -> list[int]:
+    """Bytes of each piece of memory a tensor is made of: one, unless it is made of other tensors."""
+    if not _has_own_storage(tensor):
+        if not hasattr(tensor, "__tensor_flatten__"):
+            return [tensor.numel() * tensor.element_size()]
+        return [size for name in tensor.__tensor_flatten__()[0] for size in _parts(getattr(tensor, name))]
+    if tensor.layout is torch.strided:
+        return [span_bytes(tensor)]
+    if tensor.layout is torch.sparse_coo:
+        parts = [tensor._values(), tensor._indices()]
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = [tensor.values(), tensor.crow_indices(), tensor.col_indices()]
+    else:
+        parts = [tensor.values(), tensor.ccol_indices(), tensor.row_indices()]
+    return list(map(span_bytes, parts))
 
 
 def _placement(entry: TensorEntry, cutoff: int) -> tuple[Placement, str]:

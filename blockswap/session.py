@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 
@@ -42,6 +43,33 @@ class SessionState(Enum):
     """From close on: nothing is left registered, and the weights are ordinary host memory."""
 
 
+class _Holdings:
+    """What a session holds on the device and in page-locked memory. It does not know the session, so that it can be
+    given up when a session is dropped without `close`.
+    """
+
+    def __init__(self) -> None:
+        self.store: HostStore | None = None
+        self.transfer: Transfer | None = None
+        self.swapper: BlockSwapper | None = None
+
+    def drop_device(self) -> None:
+        """Masters back; window, residents and staging gone."""
+        if self.swapper is not None:
+            self.swapper.release()
+            self.swapper = None
+        if self.transfer is not None:
+            self.transfer.close()
+            self.transfer = None
+
+    def drop(self) -> None:
+        """The same, and no slab stays locked."""
+        self.drop_device()
+        if self.store is not None:
+            self.store.release()
+            self.store = None
+
+
 class SwapSession:
     """Runs a list of blocks that is larger than its device.
 
@@ -57,7 +85,7 @@ class SwapSession:
         blocks: Name and module of each block, in execution order.
         planner: Makes the plan.
         backend: The device and what it offers.
-        root: The whole model, for the bytes outside the blocks; None if there is nothing else.
+        root: The whole model, for the bytes outside the blocks; held weakly. None if there is nothing else.
         traced: Records spans of compute, stall and copies.
     """
 
@@ -71,14 +99,13 @@ class SwapSession:
         traced: bool = False,
     ) -> None:
         self._named = tuple(blocks)
-        self._root = root
+        self._root = None if root is None else weakref.ref(root)
         self._planner = planner
         self._backend = backend
         self._traced = traced
         self._state = SessionState.IDLE
-        self._store: HostStore | None = None
-        self._transfer: Transfer | None = None
-        self._swapper: BlockSwapper | None = None
+        self._holds = _Holdings()
+        weakref.finalize(self, self._holds.drop)
         self._handles: list[RemovableHandle] = []
         self._hooks = [self._hook(index) for index in range(len(self._named))]
         self.plan: SwapPlan | None = None
@@ -99,17 +126,17 @@ class SwapSession:
     @property
     def window(self) -> tuple[torch.Tensor, ...]:
         """The device memory of each slot, uint8 `(slot_bytes,)`; empty while nothing is adopted."""
-        return () if self._transfer is None else self._transfer.window
+        return () if self._holds.transfer is None else self._holds.transfer.window
 
     @property
     def streams(self) -> Streams | None:
         """The device's primitives; None while nothing is adopted."""
-        return None if self._transfer is None else self._transfer.streams
+        return None if self._holds.transfer is None else self._holds.transfer.streams
 
     @property
     def slab_bytes(self) -> int:
         """Host memory that holds the streamed tensors of the swapped blocks now."""
-        return 0 if self._store is None else sum(slab.pages.size for slab in self._store.slabs.values())
+        return 0 if self._holds.store is None else sum(slab.pages.size for slab in self._holds.store.slabs.values())
 
     @property
     def pinned_bytes(self) -> int:
@@ -119,7 +146,7 @@ class SwapSession:
     @property
     def refusals(self) -> tuple[str, ...]:
         """What kept slabs from being page-locked as planned."""
-        return () if self._store is None else tuple(self._store.refusals)
+        return () if self._holds.store is None else tuple(self._holds.store.refusals)
 
     def adopt(self) -> SwapPlan:
         """Profiles, plans, and places the blocks.
@@ -132,13 +159,12 @@ class SwapSession:
                 host memory, and nothing is left registered.
         """
         self._expect("adopt", SessionState.IDLE)
-        model = profile_model(self._named, root=self._root)
+        model = profile_model(self._named, root=None if self._root is None else self._root())
         plan = self._planner(model.profile)
         try:
             self._open(model, plan)
         except BaseException:
-            self._drop_device()
-            self._drop_host()
+            self._holds.drop()
             raise
         self.plan = plan
         self._state = SessionState.ADOPTED
@@ -170,10 +196,10 @@ class SwapSession:
     def enter(self, block: int) -> None:
         """Block `block` is about to run. The hooks call it; so must who calls a block's `forward` directly."""
         self._expect("enter", SessionState.RUNNING)
-        assert self._swapper is not None
-        if not self._swapper.is_as_left(block):
+        assert self._holds.swapper is not None
+        if not self._holds.swapper.is_as_left(block):
             self._adopt_again()
-        self._swapper.enter(block)
+        self._holds.swapper.enter(block)
 
     def replan(self, planner: Planner) -> SwapPlan:
         """Releases, and adopts with another planner; slabs that still hold true bytes are kept."""
@@ -184,16 +210,14 @@ class SwapSession:
     def release(self) -> None:
         """Every tensor points at its master, and the device memory is free at once. Slabs stay for the next adopt."""
         self._expect("release", SessionState.IDLE, SessionState.ADOPTED)
-        self._drop_device()
+        self._holds.drop_device()
         self._state = SessionState.IDLE
 
     def close(self) -> None:
         """Releases, unlocks the slabs and ends; idempotent. The weights stay in ordinary host memory."""
         if self._state is SessionState.RUNNING:
             self._end(finished=False)
-        if self._state is not SessionState.CLOSED:
-            self._drop_device()
-            self._drop_host()
+        self._holds.drop()
         self._state = SessionState.CLOSED
 
     def _expect(self, what: str, *states: SessionState) -> None:
@@ -202,76 +226,75 @@ class SwapSession:
             raise BlockSwapError(f"{what} expects a session that is {expected} but got one that is {self._state.value}")
 
     def _begin(self, modules: Sequence[nn.Module]) -> None:
+        self._expect("forward", SessionState.IDLE, SessionState.ADOPTED)
+        if torch.is_grad_enabled():
+            self._refuse_grad()
         if self._state is SessionState.IDLE:
             self.adopt()
-        self._expect("forward", SessionState.ADOPTED)
-        if torch.is_grad_enabled():
-            for name, module in self._named:
-                for path, parameter in module.named_parameters():
-                    if parameter.requires_grad:
-                        raise UnsupportedModelError(
-                            f"swapped blocks expect inference but {name}.{path} requires grad and grad is enabled; "
-                            "run under torch.inference_mode() or torch.no_grad()"
-                        )
         self._state = SessionState.RUNNING
-        for module, hook in zip(modules, self._hooks, strict=True):
-            self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
+        try:
+            for module, hook in zip(modules, self._hooks, strict=True):
+                self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
+        except BaseException:
+            self._end(finished=False)
+            raise
+
+    def _refuse_grad(self) -> None:
+        for name, module in self._named:
+            for path, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    raise UnsupportedModelError(
+                        f"swapped blocks expect inference but {name}.{path} requires grad and grad is enabled; "
+                        "run under torch.inference_mode() or torch.no_grad()"
+                    )
 
     def _hook(self, block: int) -> Callable[[nn.Module, object], None]:
+        session = weakref.ref(self)  # a session that is dropped must not wait for the garbage collector
+
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def before_block(module: nn.Module, arguments: object) -> None:
-            self.enter(block)
+            alive = session()
+            assert alive is not None, "hooks are registered only inside a session's forward"
+            alive.enter(block)
 
         return before_block
 
     def _end(self, *, finished: bool) -> None:
-        self._state = SessionState.ADOPTED
         while self._handles:
             self._handles.pop().remove()
-        if self._swapper is None:
+        if self._state is not SessionState.RUNNING:
+            return  # closed inside the forward, or an adopt inside it has failed
+        self._state = SessionState.ADOPTED
+        swapper = self._holds.swapper
+        assert swapper is not None
+        if not finished:
+            swapper.abort()
             return
-        if finished:
-            try:
-                self._swapper.leave()
-            except BaseException:
-                self._swapper.abort()
-                raise
-        else:
-            self._swapper.abort()
+        try:
+            swapper.leave()
+        except BaseException:
+            swapper.abort()
+            raise
 
     def _adopt_again(self) -> None:
         """Somebody has replaced or moved a tensor of a block: its bytes are read anew, and so is everything."""
         logger.info("a block's weights were replaced: adopting again")
-        self._drop_device()
+        self._holds.drop_device()
         self._state = SessionState.IDLE
         self.adopt()
         self._state = SessionState.RUNNING
 
     def _open(self, model: ProfiledModel, plan: SwapPlan) -> None:
         streams = self._backend.open_streams(plan.streams, plan.overlap)
-        if self._store is None:
-            self._store = HostStore(streams, self._backend.registrar, self._backend.pin_budget)
-        self._store.use(streams)
-        self._transfer = Transfer(streams, self.counters)
+        if self._holds.store is None:
+            self._holds.store = HostStore(streams, self._backend.registrar, self._backend.pin_budget)
+        self._holds.store.use(streams)
+        self._holds.transfer = Transfer(streams, self.counters)
         if self._traced:
-            self.trace = self._transfer.trace = Trace(streams)
+            self.trace = self._holds.transfer.trace = Trace(streams)
             self.trace.start()
-        self._swapper = BlockSwapper(model, plan, self._store, self._transfer, self.trace)
-        staging = self._store.make_staging()
+        self._holds.swapper = BlockSwapper(model, plan, self._holds.store, self._holds.transfer, self.trace)
+        staging = self._holds.store.make_staging()
         if staging:
-            self._transfer.staging = Staging(streams, staging, self._backend.make_worker(streams))
-        self._swapper.prefetch()
-
-    def _drop_device(self) -> None:
-        """Masters back; window, residents and staging gone."""
-        if self._swapper is not None:
-            self._swapper.release()
-            self._swapper = None
-        if self._transfer is not None:
-            self._transfer.close()
-            self._transfer = None
-
-    def _drop_host(self) -> None:
-        if self._store is not None:
-            self._store.release()
-            self._store = None
+            self._holds.transfer.staging = Staging(streams, staging, self._backend.make_worker(streams))
+        self._holds.swapper.prefetch()

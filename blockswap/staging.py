@@ -63,7 +63,7 @@ class ThreadWorker:
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[_ThreadJob | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="blockswap staging", daemon=True)
+        self._thread = threading.Thread(target=_work_off, args=(self._jobs,), name="blockswap staging", daemon=True)
         self._thread.start()
 
     def submit(self, work: Callable[[], None]) -> Job:
@@ -75,9 +75,10 @@ class ThreadWorker:
         self._jobs.put(None)
         self._thread.join()
 
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job.run()
+
+def _work_off(jobs: queue.SimpleQueue[_ThreadJob | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job.run()
 
 
 class Staging:

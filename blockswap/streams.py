@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -149,6 +149,8 @@ class InlineStreams:
     """
 
     def __init__(self, device: torch.device) -> None:
+        if device.index is None and device.type != "cpu":
+            device = torch.device(device.type, torch.get_device_module(device).current_device())
         self.device = device
         self.copy_streams = ("inline",)
 
@@ -204,15 +206,37 @@ class InlineStreams:
 
 
 def allocate_bytes(device: torch.device, nbytes: int) -> torch.Tensor:
-    """Bytes on a device, as a normal (not an inference) tensor, or one clear error.
+    """Bytes on a device, as a normal (not an inference) tensor.
 
     Raises:
         DeviceMemoryError: The device has no such amount left.
     """
+    with _one_clear_error(device, nbytes), torch.inference_mode(mode=False):
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of any kind on a device.
+
+    Raises:
+        DeviceMemoryError: The device has not so much left.
+    """
+    with _one_clear_error(device, tensor.numel() * tensor.element_size()):
+        return tensor.to(device)
+
+
+OUT_OF_MEMORY = 2
+"""cudaErrorMemoryAllocation and hipErrorOutOfMemory: a driver's refusal, where torch's allocator was not asked."""
+
+
+@contextlib.contextmanager
+def _one_clear_error(device: torch.device, nbytes: int) -> Iterator[None]:
     try:
-        with torch.inference_mode(mode=False):
-            return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    except torch.OutOfMemoryError as cause:
+        yield
+    except RuntimeError as cause:
+        # torch.OutOfMemoryError, or AcceleratorError (torch 2.8 and later) with the driver's code.
+        if not isinstance(cause, torch.OutOfMemoryError) and getattr(cause, "error_code", None) != OUT_OF_MEMORY:
+            raise
         raise DeviceMemoryError(
             f"{device} expects {nbytes:,} free bytes for block weights but ran out of memory; "
             "lower vram_threshold_percent, swap more blocks, or close other programs on the GPU"

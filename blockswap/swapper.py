@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from .host import HostStore
 from .layout import Placement, device_bytes, slab_offsets
 from .profile import ProfiledModel, TensorEntry
 from .schedule import Ring, Step
-from .tensors import element_view, flat, version_of
+from .streams import to_device
+from .tensors import copy_bytes, element_view, span_bytes, storage_key, version_of
 from .trace import COMPUTE, STALL, Trace
 from .transfer import Transfer
 
@@ -48,7 +49,7 @@ class BlockSwapper:
         self._memories: list[torch.Tensor] = []
         self._running: tuple[int, Any] | None = None
         try:
-            with torch.inference_mode(mode=False), torch.no_grad():
+            with torch.no_grad():
                 self._place()
                 self._blocks = [self._binding(i) for i in range(len(model.entries))]
         except BaseException:
@@ -61,6 +62,8 @@ class BlockSwapper:
 
     def is_as_left(self, block: int) -> bool:
         """Whether the tensors of `block` are still the ones that were placed; if not, the swapper must be made anew."""
+        if self._running is not None and self._running[0] == block:
+            self._finish()
         return self._blocks[block].is_as_left()
 
     def enter(self, block: int) -> None:
@@ -105,11 +108,10 @@ class BlockSwapper:
     def release(self) -> None:
         """Every tensor points at its master; residents, small tensors and window are given up. Idempotent."""
         ours = [*self._memories, *self._transfer.window]
-        inside = [(memory.data_ptr(), memory.data_ptr() + memory.nbytes) for memory in ours]
-        with torch.inference_mode(mode=False), torch.no_grad():
+        inside = {storage_key(memory) for memory in ours}
+        with torch.no_grad():
             for bound in self._bound:
-                address = bound.tensor.data_ptr()
-                if any(begin <= address < end for begin, end in inside):
+                if storage_key(bound.tensor) in inside:
                     self._transfer.counters.returned_bytes += bound.keep_edits()
                     with torch._C.DisableTorchFunctionSubclass():
                         bound.tensor.data = bound.master
@@ -156,23 +158,21 @@ class BlockSwapper:
         for entry in everything:
             if entry.placement is Placement.FIXED:
                 self._move(entry)
-        pointers = sorted(entry.tensor.data_ptr() for entry in everything if entry.placement is Placement.STREAMED)
         for block, entries in enumerate(self._model.entries):
             streamed = [entry for entry in entries if entry.placement is Placement.STREAMED]
             if self._plan.swapped[block]:
-                self._fill_slab(block, streamed, pointers)
+                self._fill_slab(block, streamed)
             else:
                 self._store.drop(block)
                 self._copy_to_device(streamed)
 
-    def _fill_slab(self, block: int, streamed: Sequence[TensorEntry], pointers: Sequence[int]) -> None:
+    def _fill_slab(self, block: int, streamed: Sequence[TensorEntry]) -> None:
         tier = self._plan.tiers[block]
         assert tier is not None, f"block {block} is swapped without a host tier"
-        slab = self._store.put(block, [entry.tensor for entry in streamed], tier=tier, pointers=pointers)
-        for entry, master in zip(streamed, slab.views, strict=True):
-            with torch._C.DisableTorchFunctionSubclass():
-                self._bound.append(Bound(entry, entry.tensor, master, None, version_of(entry.tensor)))
-                entry.tensor.data = master
+        tensors = [entry.tensor for entry in streamed]
+        slab = self._store.put(block, tensors, tier=tier)
+        for entry, tensor, master in zip(streamed, tensors, slab.views, strict=True):
+            self._bound.append(Bound(entry, tensor, master, None, version_of(tensor)))
 
     def _copy_to_device(self, entries: Sequence[TensorEntry]) -> None:
         """Copies tensors into one new device buffer and points them there; those on the device already stay."""
@@ -188,8 +188,8 @@ class BlockSwapper:
             tensor = entry.tensor
             start = starts[id(entry.leader or entry)] + entry.offset
             copy = element_view(memory, tensor, offset=start)
-            flat(copy).copy_(flat(tensor))
-            self._transfer.counters.placed_bytes += tensor.nbytes
+            copy_bytes(copy, tensor)
+            self._transfer.counters.placed_bytes += span_bytes(tensor)
             with torch._C.DisableTorchFunctionSubclass():
                 master = tensor.detach()
                 self._bound.append(Bound(entry, tensor, master, copy, version_of(tensor)))
@@ -198,7 +198,7 @@ class BlockSwapper:
     def _move(self, entry: TensorEntry) -> None:
         """A tensor that cannot be re-pointed is replaced by a moved one, and comes back at release."""
         original = entry.tensor
-        moved = original.detach().to(self._transfer.streams.device)
+        moved = to_device(original.detach(), self._transfer.streams.device)
         if isinstance(original, nn.Parameter):
             moved = nn.Parameter(moved, requires_grad=original.requires_grad)
         entry.holder[entry.name] = moved
@@ -214,6 +214,12 @@ class BlockSwapper:
             holders=[entry.holder for entry in watched],
             names=[entry.name for entry in watched],
             addresses=[entry.tensor.data_ptr() for entry in watched],
+            moved=[(entry.holder, entry.name, moved) for entry, _, moved in self._fixed if entry in entries],
+            buffers=[
+                (holder, {name for name, tensor in holder.items() if tensor is not None})
+                for holder in self._model.buffers[block]
+            ],
+            device=self._transfer.streams.device,
         )
         if self._plan.swapped[block]:
             slab = self._store.slabs[block]
@@ -227,10 +233,3 @@ class BlockSwapper:
                 for memory in self._transfer.window
             ]
         return binding
-
-
-def blocks_of(names: Sequence[str], model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks of the module lists called `names`, those that exist, in execution order."""
-    for name in names:
-        for index, block in enumerate(getattr(model, name, None) or ()):
-            yield f"{name}.{index}", block

@@ -99,23 +99,23 @@ class Transfer:
         """Allocates the window; returns each slot's memory, uint8 `(slot_bytes,)`.
 
         Raises:
-            DeviceMemoryError: The device cannot hold it; nothing stays allocated.
+            DeviceMemoryError: The device cannot hold it; `close_window` gives up what it does hold.
         """
         with self.streams.guard():  # Rule 8
             self._compute = self.streams.current()
-            memories = [self.streams.allocate(slot_bytes) for _ in range(slots)]
-            self._slots = tuple(
-                Slot(memory, self.streams.event(), tuple(self.streams.event() for _ in self.streams.copy_streams))
-                for memory in memories
-            )
-            for slot in self._slots:
+            for _ in range(slots):
+                # One by one: what has been allocated when a later one fails is given up by `close_window`.
+                ready = tuple(self.streams.event() for _ in self.streams.copy_streams)
+                slot = Slot(self.streams.allocate(slot_bytes), self.streams.event(), ready)
+                self._slots = (*self._slots, slot)
                 self.streams.record(slot.free, self._compute)  # Rule 1
-        return tuple(memories)
+        return self.window
 
     def close_window(self) -> None:
         """Gives the window up; a prefetch in flight is waited for on the device, not on the host."""
         with self.streams.guard():  # Rule 8
-            self.drain_to_compute()
+            self._join_worker()
+            self._drain_to_compute()
             slots, self._slots = self._slots, ()
             for slot in slots:
                 self.streams.free(slot.memory)
@@ -190,11 +190,9 @@ class Transfer:
             self._follow(compute)
             self.streams.record(slot.free, compute)  # Rule 4
 
-    def drain_to_compute(self) -> None:
-        """The compute stream waits for every copy stream: memory they write may be given up behind this point."""
+    def _drain_to_compute(self) -> None:
+        """The compute stream waits for all that is queued on the copy streams: what they write may be given up then."""
         with self.streams.guard():  # Rule 8
-            for slot in self._slots:
-                self._await_worker(slot)
             compute = self.streams.current()
             self._follow(compute)
             for copies in self.streams.copy_streams:
@@ -205,11 +203,8 @@ class Transfer:
     def reset(self) -> None:
         """After an exception, wherever it struck: waits for all copies on the host; every slot is empty and free."""
         with self.streams.guard():  # Rule 8
-            for slot in self._slots:
-                job, slot.filling = slot.filling, None
-                if job is not None:
-                    job.join()
-            self.drain_to_compute()
+            self._join_worker()
+            self._drain_to_compute()
             compute = self.streams.current()
             for slot in self._slots:
                 slot.pending, slot.consumed, slot.filled_bytes = (), True, 0
@@ -248,7 +243,7 @@ class Transfer:
         """For each copy stream that gets a chunk: the stream, the chunk of the slot, the chunk of the source."""
         copies = self.streams.copy_streams
         chunk = -(-nbytes // len(copies))
-        chunk = -(-chunk // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
+        chunk = max(1, -(-chunk // CHUNK_ALIGNMENT)) * CHUNK_ALIGNMENT
         begins = range(0, nbytes, chunk)
         parts = [slice(begin, min(begin + chunk, nbytes)) for begin in begins]
         with torch.inference_mode(mode=False):
@@ -256,9 +251,16 @@ class Transfer:
 
     def _await_worker(self, slot: Slot) -> None:
         """Until the worker has recorded the slot's ready events, nobody may wait for them. Raises what it raised."""
-        if slot.filling is not None:
-            slot.filling.wait()
-            slot.filling = None
+        job, slot.filling = slot.filling, None
+        if job is not None:
+            job.wait()
+
+    def _join_worker(self) -> None:
+        """Until the worker is done, it may queue copies; what it raised no longer matters."""
+        for slot in self._slots:
+            job, slot.filling = slot.filling, None
+            if job is not None:
+                job.join()
 
     def _follow(self, compute: Any) -> None:
         before, self._compute = self._compute, compute

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..blockswap.backend import Backend, backend_for
 from ..blockswap.decision import SwapPlan, Timing
 from ..blockswap.pages import PinBudget
+from ..blockswap.profile import blocks_of
 from ..blockswap.session import SwapSession
 from ..blockswap.simulated import SimulatedHardware, SimulatedStreams
 from ..blockswap.simulation import simulated_backend
@@ -69,7 +70,7 @@ class Stage:
     clock = "virtual"
 
     def __init__(self, model: nn.Module, inputs: Inputs, device: torch.device, *, steps: int, quiet: bool) -> None:
-        self.blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]  # type: ignore[arg-type]
+        self.blocks = blocks_of(model)
         self.device = device
         self._model = model
         self._inputs = inputs

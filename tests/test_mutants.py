@@ -115,9 +115,9 @@ MUTANTS = [
     Mutant(
         "rule 8: a copy is started with another device current",
         "transfer.py",
-        "        slot = self._slots[index]\n        with self.streams.guard():  # Rule 8\n            self._await_worker(slot)\n"
+        "        with self.streams.guard():  # Rule 8\n            self._await_worker(slot)\n"
         "            if slab.is_staged:",
-        "        slot = self._slots[index]\n        if True:\n            self._await_worker(slot)\n            if slab.is_staged:",
+        "        if True:\n            self._await_worker(slot)\n            if slab.is_staged:",
         "test_rule_8_calls_run_with_the_windows_device_current",
     ),
     Mutant(
@@ -153,7 +153,8 @@ MUTANTS = [
 
 def run_test(package: Path, test: str) -> subprocess.CompletedProcess[str]:
     """Runs one test of test_happens_before.py against the package in `package`."""
-    environment = {**os.environ, "PYTHONPATH": f"{package}{os.pathsep}{ROOT / 'tests'}"}
+    paths = [package, ROOT / "tests", ROOT / "tests" / "pretend"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     (package / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
     arguments = ["-q", "-x", "-p", "no:cacheprovider", "-c", "pytest.ini", f"--confcutdir={ROOT / 'tests'}"]
     target = str(ROOT / "tests" / "test_happens_before.py") + f"::{test}"

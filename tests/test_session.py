@@ -1,0 +1,266 @@
+"""A session's life: adopt, run, release, re-plan, close; what it copies, what it refuses, what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+from toys import Model, Simulation, alternating, fixed_plan, toy
+from wanvideo_enhanced_blockswap.blockswap import (
+    Backend,
+    BlockSwapError,
+    SessionState,
+    SwapSession,
+    UnsupportedModelError,
+)
+
+COUNT = 6
+SLAB = 3072  # of a toy block: two matrices of 16 x 24 float32
+
+
+def x_of() -> torch.Tensor:
+    return torch.randn(3, 16, generator=torch.Generator().manual_seed(7))
+
+
+def run(session: SwapSession, model: Model, x: torch.Tensor | None = None) -> torch.Tensor:
+    with torch.no_grad(), session.forward():
+        return model(x_of() if x is None else x)
+
+
+def truth_of(model: Model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(x_of())
+
+
+def addresses(model: nn.Module) -> list[int]:
+    return [parameter.data_ptr() for parameter in model.parameters()]
+
+
+def assert_nothing_left(simulation: Simulation) -> None:
+    assert simulation.registrar.locked == {}
+    assert simulation.pin_budget.used_bytes == 0
+    assert simulation.streams.allocated_bytes == 0
+
+
+@contextlib.contextmanager
+def counted_fills(monkeypatch: pytest.MonkeyPatch) -> object:
+    """The blocks' tensors that were copied into slabs."""
+    from wanvideo_enhanced_blockswap.blockswap.host import Slab
+
+    fills: list[int] = []
+    fill = Slab.fill
+    monkeypatch.setattr(Slab, "fill", lambda slab, tensors: fills.append(len(tensors)) or fill(slab, tensors))
+    yield fills
+
+
+# ---------------------------------------------------------------------------------------------- memory and traffic
+
+
+@pytest.mark.parametrize("swapped", [[False] * COUNT, alternating(COUNT), [True] * COUNT])
+@pytest.mark.parametrize("slots", [1, 2, 3, COUNT])
+def test_device_memory_never_exceeds_the_plan_and_is_free_after_release(swapped: list[bool], slots: int) -> None:
+    model, simulation = toy(COUNT), Simulation()
+    session = simulation.session(model, fixed_plan(swapped, slots=slots))
+    for _ in range(3):
+        run(session, model)
+    assert simulation.streams.peak_bytes <= session.plan.device_bytes
+    session.release()
+    assert simulation.streams.allocated_bytes == 0
+    session.close()
+    assert_nothing_left(simulation)
+
+
+def test_each_forward_onloads_each_swapped_block_once_and_a_window_at_most_beyond() -> None:
+    model, simulation = toy(COUNT), Simulation()
+    with simulation.session(model, fixed_plan([True] * COUNT)) as session:
+        for _ in range(4):
+            run(session, model)
+        streamed = 4 * COUNT * SLAB
+        assert streamed <= session.counters.onloaded_bytes <= streamed + 2 * SLAB
+
+
+def test_as_many_slots_as_swapped_blocks_move_nothing_after_the_first_forward() -> None:
+    model, simulation = toy(COUNT), Simulation()
+    with simulation.session(model, fixed_plan([True] * COUNT, slots=COUNT)) as session:
+        for _ in range(4):
+            run(session, model)
+        assert session.counters.onloads == COUNT
+
+
+def test_in_steady_state_no_device_memory_is_allocated() -> None:
+    model, simulation = toy(COUNT), Simulation()
+    with simulation.session(model, fixed_plan(alternating(COUNT))) as session:
+        run(session, model)
+        simulation.streams.allocate = None  # whoever calls it fails
+        for _ in range(3):
+            run(session, model)
+
+
+def test_slabs_take_their_exact_pages_and_pins_are_counted() -> None:
+    model, simulation = toy(COUNT), Simulation()
+    with simulation.session(model, fixed_plan([True] * COUNT)) as session:
+        session.adopt()
+        assert session.slab_bytes == session.pinned_bytes == COUNT * 4096
+        assert sum(simulation.registrar.locked.values()) == COUNT * 4096
+
+
+def test_adopting_again_copies_nothing_into_slabs_that_hold_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, simulation = toy(COUNT), Simulation()
+    truth = truth_of(model)
+    with counted_fills(monkeypatch) as fills, simulation.session(model, fixed_plan([True] * COUNT)) as session:
+        for _ in range(3):
+            assert torch.equal(run(session, model), truth)
+            session.release()
+        assert len(fills) == COUNT
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 5), (5, 2), (0, 6), (6, 0), (3, 3)])
+def test_a_re_plan_to_more_or_fewer_swapped_blocks_computes_the_same(first: int, then: int) -> None:
+    model, simulation = toy(COUNT), Simulation()
+    truth = truth_of(model)
+    with simulation.session(model, fixed_plan([i < first for i in range(COUNT)])) as session:
+        assert torch.equal(run(session, model), truth)
+        plan = session.replan(fixed_plan([i < then for i in range(COUNT)]))
+        simulation.streams.peak_bytes = simulation.streams.allocated_bytes
+        assert torch.equal(run(session, model), truth)
+        assert simulation.streams.peak_bytes <= plan.device_bytes
+        assert len(simulation.registrar.locked) == then
+    assert_nothing_left(simulation)
+    assert torch.equal(truth_of(model), truth)
+
+
+def test_a_re_plan_fills_only_the_slabs_of_newly_swapped_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, simulation = toy(COUNT), Simulation()
+    with counted_fills(monkeypatch) as fills:
+        with simulation.session(model, fixed_plan([i < 2 for i in range(COUNT)])) as session:
+            run(session, model)
+            session.replan(fixed_plan([i < 5 for i in range(COUNT)]))
+        assert len(fills) == 5
+
+
+def test_two_sessions_share_one_pin_budget() -> None:
+    one, other = Simulation(), Simulation()
+    backend = Backend(
+        other.backend.device, other.backend.open_streams, other.registrar, one.pin_budget, other.backend.make_worker
+    )
+    one.pin_budget.limit_bytes = 8 * 4096
+    models = toy(COUNT), toy(COUNT, seed=1)
+    truths = [truth_of(model) for model in models]
+    first = one.session(models[0], fixed_plan([True] * COUNT))
+    second = SwapSession(models[1].named, fixed_plan([True] * COUNT), backend)
+    for _ in range(2):
+        assert torch.equal(run(first, models[0]), truths[0])
+        assert torch.equal(run(second, models[1]), truths[1])
+    assert one.pin_budget.used_bytes <= 8 * 4096
+    assert second.refusals
+    first.close()
+    second.close()
+    assert_nothing_left(one)
+    assert other.registrar.locked == {}
+
+
+# --------------------------------------------------------------------------------------------------- what it refuses
+
+
+def do(session: SwapSession, act: str) -> None:
+    """One call of the session's interface."""
+    if act == "forward":
+        with session.forward():
+            pass
+    elif act == "enter":
+        session.enter(0)
+    elif act == "replan":
+        session.replan(fixed_plan([True] * 2))
+    else:
+        getattr(session, act)()
+
+
+@pytest.mark.parametrize(
+    ("bring", "act", "sentence"),
+    [
+        ([], "enter", "enter expects a session that is running but got one that is idle"),
+        (["adopt"], "adopt", "adopt expects a session that is idle but got one that is adopted"),
+        (["adopt"], "enter", "enter expects a session that is running but got one that is adopted"),
+        (["close"], "adopt", "adopt expects a session that is idle but got one that is closed"),
+        (["close"], "release", "release expects a session that is idle or adopted but got one that is closed"),
+        (["close"], "forward", "forward expects a session that is idle or adopted but got one that is closed"),
+        (["close"], "replan", "release expects a session that is idle or adopted but got one that is closed"),
+    ],
+)
+def test_an_illegal_transition_names_both_states(bring: list[str], act: str, sentence: str) -> None:
+    session = Simulation().session(toy(2), fixed_plan([True] * 2))
+    for step in bring:
+        getattr(session, step)()
+    with pytest.raises(BlockSwapError, match=sentence), torch.no_grad():
+        do(session, act)
+    session.close()
+
+
+@pytest.mark.parametrize("act", ["adopt", "release", "forward", "replan"])
+def test_an_illegal_transition_inside_a_forward_is_refused_and_the_next_forward_runs(act: str) -> None:
+    model = toy(4)
+    truth = truth_of(model)
+    with Simulation().session(model, fixed_plan([True] * 4)) as session:
+
+        def misuse(*arguments: object) -> None:
+            do(session, act)
+
+        handle = model.blocks[3].register_forward_hook(misuse)
+        with pytest.raises(BlockSwapError, match="got one that is running"):
+            run(session, model)
+        handle.remove()
+        assert torch.equal(run(session, model), truth)
+
+
+def test_closing_inside_a_forward_closes_for_good() -> None:
+    model, simulation = toy(4), Simulation()
+    truth = truth_of(model)
+    session = simulation.session(model, fixed_plan([True] * 4))
+    with torch.no_grad(), session.forward():
+        model(x_of())
+        session.close()
+    assert session.state is SessionState.CLOSED
+    assert_nothing_left(simulation)
+    assert torch.equal(truth_of(model), truth)
+
+
+def test_close_is_idempotent() -> None:
+    simulation = Simulation()
+    session = simulation.session(toy(2), fixed_plan([True] * 2))
+    session.adopt()
+    session.close()
+    session.close()
+    assert session.state is SessionState.CLOSED
+    assert_nothing_left(simulation)
+
+
+def test_grad_on_weights_that_require_it_is_refused_before_anything_changes() -> None:
+    model, simulation = toy(4), Simulation()
+    model.blocks[2].down.requires_grad_()
+    before = addresses(model)
+    session = simulation.session(model, fixed_plan([True] * 4))
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.2\.down requires grad"), session.forward():
+        model(x_of())
+    assert addresses(model) == before
+    assert_nothing_left(simulation)
+    session.close()
+
+
+def test_a_forward_over_another_number_of_blocks_is_refused() -> None:
+    model = toy(4)
+    with Simulation().session(model, fixed_plan([True] * 4)) as session:
+        with pytest.raises(UnsupportedModelError, match="the 4 blocks the session was made with but got 3"):
+            session.forward(blocks=list(model.blocks)[:3]).__enter__()
+        assert session.state is SessionState.IDLE
+
+
+def test_a_forward_over_something_that_takes_no_hooks_leaves_no_hook_and_the_next_one_runs() -> None:
+    model = toy(3)
+    truth = truth_of(model)
+    with Simulation().session(model, fixed_plan([True] * 3)) as session:
+        with pytest.raises(AttributeError), torch.no_grad():
+            session.forward(blocks=[model.blocks[0], model.blocks[1], lambda x: x]).__enter__()
+        assert not any(block._forward_pre_hooks for block in model.blocks)
+        assert torch.equal(run(session, model), truth)

@@ -1,0 +1,217 @@
+"""What fails in a session, and what it leaves behind: true weights, nothing locked, no thread."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+
+import pytest
+import torch
+from test_session import COUNT, assert_nothing_left, run, truth_of
+from torch import nn
+from toys import Simulation, fixed_plan, toy
+from wanvideo_enhanced_blockswap.blockswap import (
+    Backend,
+    DeviceMemoryError,
+    HostMemoryError,
+    HostTier,
+    PinBudget,
+    PlanError,
+    SessionState,
+    SwapSession,
+    TransferError,
+    pages,
+)
+from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedHardware
+from wanvideo_enhanced_blockswap.blockswap.simulation import SimulatedRegistrar
+from wanvideo_enhanced_blockswap.blockswap.staging import ThreadWorker
+from wanvideo_enhanced_blockswap.blockswap.streams import InlineStreams
+
+
+@pytest.mark.parametrize("short", range(0, 26000, 1500))
+def test_device_out_of_memory_at_adopt_changes_nothing_and_more_memory_cures_it(short: int) -> None:
+    model = toy(COUNT)
+    truth, swapped = truth_of(model), [i % 3 == 0 for i in range(COUNT)]
+    measure = Simulation()
+    with measure.session(toy(COUNT), fixed_plan(swapped)) as session:
+        need = session.adopt().device_bytes
+    if short >= need:
+        short = need - 1
+    simulation = Simulation(hardware=SimulatedHardware(memory_bytes=short))
+    session = simulation.session(model, fixed_plan(swapped))
+    with pytest.raises(DeviceMemoryError):
+        session.adopt()
+    assert session.state is SessionState.IDLE
+    assert_nothing_left(simulation)
+    assert torch.equal(truth_of(model), truth)
+    object.__setattr__(simulation.streams.hardware, "memory_bytes", need)
+    assert torch.equal(run(session, model), truth)
+    session.close()
+    assert_nothing_left(simulation)
+
+
+@pytest.mark.parametrize("pages_had", range(5))
+def test_a_host_that_refuses_memory_leaves_true_weights_and_nothing_registered(
+    pages_had: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, simulation = toy(4), Simulation(refuse_after=2)
+    truth, left, real = truth_of(model), [pages_had], pages._Pages
+
+    def stingy(*arguments: int) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(12, "Cannot allocate memory")
+        return real(*arguments)
+
+    session = simulation.session(model, fixed_plan([True] * 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(pages, "_Pages", stingy)
+        with pytest.raises(HostMemoryError, match=r"bytes for a block's weights but the system refused"):
+            session.adopt()
+    assert_nothing_left(simulation)
+    assert torch.equal(truth_of(model), truth)
+    assert torch.equal(run(session, model), truth)
+    session.close()
+
+
+@pytest.mark.parametrize("locks", range(7))
+def test_page_locking_refused_midway_still_computes_the_same(locks: int) -> None:
+    model, simulation = toy(5), Simulation(refuse_after=locks)
+    truth = truth_of(model)
+    with simulation.session(model, fixed_plan([True] * 5)) as session:
+        for _ in range(3):
+            assert torch.equal(run(session, model), truth)
+        assert bool(session.refusals) == (locks < 5)
+    assert_nothing_left(simulation)
+
+
+def test_a_plan_that_cannot_be_made_leaves_the_session_usable() -> None:
+    model, simulation = toy(3), Simulation()
+    truth = truth_of(model)
+
+    def impossible(profile: object) -> None:
+        raise PlanError("no plan fits")
+
+    with simulation.session(model, fixed_plan([True] * 3)) as session:
+        run(session, model)
+        with pytest.raises(PlanError):
+            session.replan(impossible)
+        assert session.state is SessionState.IDLE
+        session.replan(fixed_plan([False] * 3))
+        assert torch.equal(run(session, model), truth)
+
+
+def test_a_larger_weight_that_does_not_fit_fails_clearly_and_a_smaller_one_then_runs() -> None:
+    model, simulation = toy(4), Simulation()
+    with simulation.session(model, fixed_plan([True] * 4)) as session:
+        run(session, model)
+        limit = session.plan.device_bytes
+        object.__setattr__(simulation.streams.hardware, "memory_bytes", limit)
+        small = model.blocks[2].up
+        model.blocks[2].up = nn.Parameter(torch.randn(500, 16), requires_grad=False)
+        with pytest.raises(DeviceMemoryError):
+            run(session, model)
+        model.blocks[2].up = small
+        assert torch.equal(run(session, model), truth_of(model))
+    assert_nothing_left(simulation)
+
+
+@pytest.mark.parametrize("ends", ["release", "close", "forward"])
+def test_a_staged_copy_that_fails_is_said_and_ends_nothing_for_good(ends: str) -> None:
+    model, simulation = toy(4), Simulation(lateness=1.0)
+    truth = truth_of(model)
+    session = simulation.session(model, fixed_plan([True] * 4, tiers=HostTier.STAGED))
+    run(session, model)
+    host_copy = simulation.streams.host_copy
+
+    def fail(*arguments: object) -> None:
+        raise TransferError("the host copy failed")
+
+    simulation.streams.host_copy = fail
+    with contextlib.suppress(TransferError):
+        run(session, model) if ends == "forward" else getattr(session, ends)()
+    simulation.streams.host_copy = host_copy
+    if ends != "close":
+        assert torch.equal(run(session, model), truth)
+    session.close()
+    assert_nothing_left(simulation)
+    assert torch.equal(truth_of(model), truth)
+
+
+def threaded(registrar: SimulatedRegistrar) -> Backend:
+    """Copies in a real thread, over host memory."""
+    device = torch.device("cpu")
+    return Backend(
+        device, lambda count, overlap: InlineStreams(device), registrar, PinBudget(1 << 40), lambda _: ThreadWorker()
+    )
+
+
+def staging_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "blockswap staging"]
+
+
+def test_a_real_worker_computes_the_same_and_no_thread_is_left_after_close() -> None:
+    model, registrar = toy(COUNT), SimulatedRegistrar()
+    truth = truth_of(model)
+    session = SwapSession(model.named, fixed_plan([True] * COUNT, tiers=HostTier.STAGED), threaded(registrar))
+    for round_ in range(20):
+        assert torch.equal(run(session, model), truth)
+        assert len(staging_threads()) == 1
+        if round_ % 7 == 0:
+            session.release()
+            assert staging_threads() == []
+    session.close()
+    assert staging_threads() == []
+    assert registrar.locked == {}
+
+
+def test_a_real_worker_that_fails_is_said_and_no_thread_is_left_after_close() -> None:
+    model, registrar = toy(COUNT), SimulatedRegistrar()
+    truth = truth_of(model)
+    backend = threaded(registrar)
+    streams = InlineStreams(backend.device)
+    broken = Backend(backend.device, lambda *_: streams, registrar, backend.pin_budget, backend.make_worker)
+    session = SwapSession(model.named, fixed_plan([True] * COUNT, tiers=HostTier.STAGED), broken)
+    run(session, model)
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("the disk is on fire")
+
+    streams.host_copy = fail
+    with pytest.raises(TransferError, match=r"staged copy to the device failed: the disk is on fire"):
+        run(session, model)
+    del streams.host_copy
+    assert torch.equal(run(session, model), truth)
+    session.close()
+    assert staging_threads() == []
+    assert registrar.locked == {}
+
+
+@pytest.mark.parametrize("tier", HostTier)
+def test_a_session_and_model_dropped_without_close_leave_nothing_registered(tier: HostTier) -> None:
+    model, simulation = toy(4), Simulation()
+    run(simulation.session(model, fixed_plan([True] * 4, tiers=tier)), model)
+    del model
+    gc.collect()
+    assert simulation.registrar.locked == {}
+    assert simulation.pin_budget.used_bytes == 0
+
+
+@pytest.mark.parametrize("tier", HostTier)
+def test_a_session_dropped_without_close_leaves_nothing_registered_while_its_model_lives(tier: HostTier) -> None:
+    model, simulation = toy(4), Simulation()
+    truth = truth_of(model)
+    run(simulation.session(model, fixed_plan([True] * 4, tiers=tier)), model)
+    gc.collect()
+    assert simulation.registrar.locked == {}
+    assert torch.equal(truth_of(model), truth)
+
+
+def test_a_session_dropped_without_close_leaves_no_thread() -> None:
+    model, registrar = toy(4), SimulatedRegistrar()
+    run(SwapSession(model.named, fixed_plan([True] * 4, tiers=HostTier.STAGED), threaded(registrar)), model)
+    gc.collect()
+    for thread in staging_threads():
+        thread.join(timeout=1)
+    assert staging_threads() == []
