@@ -83,11 +83,14 @@ class BlockBinding:
         with torch._C.DisableTorchFunctionSubclass():
             if [tensor.data_ptr() for tensor in self.watched] != self.addresses:
                 return False
-        return (
-            all(map(operator.is_, map(dict.get, self.holders, self.names), self.watched))
-            and all(holder.get(name) is moved and moved.device == self.device for holder, name, moved in self.moved)
-            and all(self._are_buffers_in_place(holder, names) for holder, names in self.buffers)
-        )
+        if not all(map(operator.is_, map(dict.get, self.holders, self.names), self.watched)):
+            return False
+        return not (self.moved or self.buffers) or self._is_the_rest_as_left()
+
+    def _is_the_rest_as_left(self) -> bool:
+        return all(
+            holder.get(name) is moved and moved.device == self.device for holder, name, moved in self.moved
+        ) and all(self._are_buffers_in_place(holder, names) for holder, names in self.buffers)
 
     def _are_buffers_in_place(self, holder: dict[str, torch.Tensor | None], names: set[str]) -> bool:
         """Whether each buffer is still there, no other is, and all are on the device."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
-WINDOWS_KEPT = 512
-"""Windows worked out once and kept: a model's blocks times the few patterns in which its forwards alternate."""
+MOVES_KEPT = 512
+"""Moves worked out once and kept: a model's blocks times the few patterns in which its forwards alternate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +98,15 @@ class Ring:
             raise ValueError(f"a ring expects at least 1 slot for {len(self._order)} swapped blocks but got {slots}")
         self._count = len(swapped)
         self._swapped = tuple(swapped)
-        self._content: list[int | None] = [None] * min(slots, len(self._order))
+        self._content: tuple[int | None, ...] = (None,) * min(slots, len(self._order))
         self._in_use: int | None = None
         self._expected = Expectation(self._count)
-        self._windows: dict[tuple[int, int, int], tuple[int, ...]] = {}
+        self._moves: dict[tuple[object, ...], tuple[tuple[Onload, ...], tuple[int | None, ...]]] = {}
 
     @property
     def content(self) -> tuple[int | None, ...]:
         """The block that each slot holds or is being filled with; None for a slot never filled since the last reset."""
-        return tuple(self._content)
+        return self._content
 
     def enter(self, block: int) -> Step:
         """Block `block` is about to run, whatever ran before it."""
@@ -125,12 +125,11 @@ class Ring:
 
     def forget(self, block: int) -> None:
         """The bytes of `block` have changed on the host: a slot that holds it holds nothing of use."""
-        if block in self._content:
-            self._content[self._content.index(block)] = None
+        self._content = tuple(None if held == block else held for held in self._content)
 
     def reset(self) -> None:
         """No slot holds anything: after an exception, or when the window has been given up."""
-        self._content = [None] * len(self._content)
+        self._content = (None,) * len(self._content)
         self._in_use = None
         self._expected = Expectation(self._count)
 
@@ -139,29 +138,34 @@ class Ring:
         return released
 
     def _fill(self, position: int) -> tuple[Onload, ...]:
+        key = position, self._expected.this_forward, self._expected.next_forward, self._content
+        move = self._moves.get(key)
+        if move is None:
+            if len(self._moves) >= MOVES_KEPT:
+                self._moves.clear()
+            move = self._moves[key] = self._move(position)
+        onloads, self._content = move
+        return onloads
+
+    def _move(self, position: int) -> tuple[tuple[Onload, ...], tuple[int | None, ...]]:
+        """The onloads that are due when the block at `position` runs, and what the slots hold with them."""
         window = self._window(position)
         missing = [block for block in window if block not in self._content]
-        if not missing:
-            return ()
         victims = [slot for slot, held in enumerate(self._content) if held is None or held not in window]
         victims.sort(key=lambda slot: self._distance(self._content[slot], position), reverse=True)
         onloads = tuple(Onload(block, slot) for block, slot in zip(missing, victims, strict=False))
+        content = list(self._content)
         for onload in onloads:
-            self._content[onload.slot] = onload.block
-        return onloads
+            content[onload.slot] = onload.block
+        return onloads, tuple(content)
 
     def _window(self, position: int) -> tuple[int, ...]:
         """The blocks that the slots should hold when the block at `position` runs, the soonest used first."""
-        key = position, self._expected.this_forward, self._expected.next_forward
-        window = self._windows.get(key)
-        if window is None:
-            if len(self._windows) >= WINDOWS_KEPT:
-                self._windows.clear()
-            ahead = [i for i in self._order if i >= position and key[1] >> i & 1]
-            ahead += [i for i in self._order if i not in ahead and key[2] >> i & 1]
-            ahead += [i for i in self._order if i not in ahead]
-            window = self._windows[key] = tuple(ahead[: len(self._content)])
-        return window
+        this, following = self._expected.this_forward, self._expected.next_forward
+        ahead = [i for i in self._order if i >= position and this >> i & 1]
+        ahead += [i for i in self._order if i not in ahead and following >> i & 1]
+        ahead += [i for i in self._order if i not in ahead]
+        return tuple(ahead[: len(self._content)])
 
     def _distance(self, block: int | None, position: int) -> int:
         """How many blocks ahead of `position` a slot's content is used; an empty slot counts as never."""
