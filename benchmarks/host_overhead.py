@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from wanvideo_enhanced_blockswap.blockswap import (
     SwapSession,
     backend_for,
 )
+from wanvideo_enhanced_blockswap.hardware import probe_device
 
 BLOCKS = 40
 TENSORS = 25
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "us_per_block_gguf_like": round(packed, 2),
         "tensors_per_block": TENSORS,
         "device": str(device),
-        "machine": platform.processor() or platform.machine(),
+        "machine": probe_device(torch.device("cpu")).name,
         "torch": torch.__version__,
     }
     if options.json:

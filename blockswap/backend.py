@@ -40,6 +40,6 @@ def backend_for(device: torch.device, *, pin_budget: PinBudget) -> Backend:
         return Backend(device, lambda count, overlap: InlineStreams(device), None, pin_budget, lambda _: ThreadWorker())
 
     def open_streams(count: int, overlap: bool) -> Streams:  # noqa: FBT001 - called through Backend.open_streams
-        return CudaStreams(device, count=count) if overlap else InlineStreams(device)
+        return CudaStreams(device, count=count if overlap else 0)
 
     return Backend(device, open_streams, CudaRegistrar(device), pin_budget, lambda _: ThreadWorker())

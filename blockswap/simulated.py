@@ -105,6 +105,7 @@ class SimulatedStreams:
         self.peak_bytes = 0
         self.current_device = 1
         self._compute_streams = 0
+        self._homes: dict[int, SimulatedStream] = {}
         self._actor = HOST
         self._now_ms = {HOST: 0.0, WORKER: 0.0}
         self._link_idle_ms = 0.0
@@ -156,13 +157,15 @@ class SimulatedStreams:
             memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
         self._issue(self.compute_stream, "allocating memory")
         self.log.write(self.compute_stream.name, memory.data_ptr(), nbytes, "allocation")
+        self._homes[memory.data_ptr()] = self.compute_stream
         return memory
 
     def free(self, memory: torch.Tensor) -> None:
         self._check_device("freeing memory")
-        self._issue(self.compute_stream, "freeing memory")
+        # As torch's allocator: memory goes back to the stream it was allocated on, whichever is current.
+        home = self._homes.pop(memory.data_ptr())
         self.allocated_bytes -= memory.nbytes
-        self.log.write(self.compute_stream.name, memory.data_ptr(), memory.nbytes, "giving up")
+        self.log.write(home.name, memory.data_ptr(), memory.nbytes, "giving up")
         self.log.forget(memory.data_ptr(), memory.nbytes)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: SimulatedStream) -> None:

@@ -1,4 +1,4 @@
-"""What a device offers to a transfer: streams, events, memory and copies, on CUDA or HIP, and where there are none."""
+"""What a device offers to a transfer: streams, events, memory, copies; on CUDA or HIP, and where it has no streams."""
 
 from __future__ import annotations
 
@@ -80,17 +80,19 @@ class CudaStreams:
 
     Args:
         device: The device, with or without index.
-        count: Number of copy streams.
+        count: Number of copy streams; 0 for none of their own: copies run on the stream that is current now, in order
+            with its kernels.
     """
 
     def __init__(self, device: torch.device, *, count: int) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device(device.type, index)
         # Copies queued here overlap the kernels of the compute stream; several overlap one another's launch gaps.
-        self.copy_streams = tuple(torch.cuda.Stream(self.device) for _ in range(count))
+        own = tuple(torch.cuda.Stream(self.device) for _ in range(count))
+        self.copy_streams = own or (torch.cuda.current_stream(self.device),)
 
     def guard(self) -> contextlib.AbstractContextManager[object]:
-        return torch.cuda.device(self.device)
+        return torch.cuda.device(self.device.index)
 
     def current(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device)
@@ -143,10 +145,7 @@ class CudaStreams:
 
 
 class InlineStreams:
-    """A device without streams, or one whose streams are not to be used: every copy is done when it has been asked for.
-
-    On CUDA the copies run on the compute stream itself, in order with the kernels before and after them.
-    """
+    """A device without streams: every copy is done when it has been asked for."""
 
     def __init__(self, device: torch.device) -> None:
         if device.index is None and device.type != "cpu":
@@ -155,7 +154,7 @@ class InlineStreams:
         self.copy_streams = ("inline",)
 
     def guard(self) -> contextlib.AbstractContextManager[object]:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        return contextlib.nullcontext()
 
     def current(self) -> str:
         return "inline"

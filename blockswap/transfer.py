@@ -10,7 +10,7 @@ them.
 2. A copy into a slot waits for the slot's free event, and for every ready event of its previous content.
 3. A block on C waits for all ready events of its slot. If C is another stream than before, it waits for the old one.
 4. A slot's free event is recorded on C when the next block begins or the forward ends, exceptions included.
-5. The window and residents are given up only after C waits for every K.
+5. The window and residents are given up only after C, and the stream they were allocated on, waits for every K.
 6. A slab is written, unregistered or freed only after the host has waited for its last copy.
 7. The worker writes a staging slab after a host-side wait for its last copy to the device; C is told to wait for a
    ready event only after the worker has recorded it.
@@ -93,7 +93,8 @@ class Transfer:
         self.staging: Staging | None = None
         self.trace: Trace | None = None
         self._slots: tuple[Slot, ...] = ()
-        self._compute: Any = None
+        self._compute: Any = None  # the stream that the last block was queued on
+        self._home: Any = None  # the stream that memory was allocated on, to which the allocator gives it back
 
     def open_window(self, *, slots: int, slot_bytes: int) -> tuple[torch.Tensor, ...]:
         """Allocates the window; returns each slot's memory, uint8 `(slot_bytes,)`.
@@ -102,7 +103,7 @@ class Transfer:
             DeviceMemoryError: The device cannot hold it; `close_window` gives up what it does hold.
         """
         with self.streams.guard():  # Rule 8
-            self._compute = self.streams.current()
+            self._home = self._compute = self.streams.current()
             for _ in range(slots):
                 # One by one: what has been allocated when a later one fails is given up by `close_window`.
                 ready = tuple(self.streams.event() for _ in self.streams.copy_streams)
@@ -191,14 +192,20 @@ class Transfer:
             self.streams.record(slot.free, compute)  # Rule 4
 
     def _drain_to_compute(self) -> None:
-        """The compute stream waits for all that is queued on the copy streams: what they write may be given up then."""
-        with self.streams.guard():  # Rule 8
-            compute = self.streams.current()
-            self._follow(compute)
-            for copies in self.streams.copy_streams:
-                event = self.streams.event()
-                self.streams.record(event, copies)
-                self.streams.wait(compute, event)  # Rule 5
+        """The compute stream waits for all that is queued on the copy streams, and the home stream for both: what they
+        use may be given up then.
+        """
+        compute = self.streams.current()
+        self._follow(compute)
+        for copies in self.streams.copy_streams:
+            self._wait_for(compute, copies)  # Rule 5
+        if self._home is not None and self._home != compute:
+            self._wait_for(self._home, compute)  # Rule 5
+
+    def _wait_for(self, stream: Any, other: Any) -> None:
+        event = self.streams.event()
+        self.streams.record(event, other)
+        self.streams.wait(stream, event)
 
     def reset(self) -> None:
         """After an exception, wherever it struck: waits for all copies on the host; every slot is empty and free."""
@@ -265,9 +272,7 @@ class Transfer:
     def _follow(self, compute: Any) -> None:
         before, self._compute = self._compute, compute
         if before is not None and compute != before:
-            event = self.streams.event()
-            self.streams.record(event, before)
-            self.streams.wait(compute, event)  # Rule 3
+            self._wait_for(compute, before)  # Rule 3
 
 
 class StreamTransfer(Transfer):
@@ -281,4 +286,4 @@ class InlineTransfer(Transfer):
     """Copies on the compute stream, one at a time: devices without streams, and `enable_cuda_optimization` off."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(InlineStreams(device))
+        super().__init__(CudaStreams(device, count=0) if device.type == "cuda" else InlineStreams(device))

@@ -97,6 +97,16 @@ def test_rule_5_the_window_is_given_up_behind_the_prefetch_that_writes_it(latene
         assert simulation.streams.allocated_bytes == 0
 
 
+def test_rule_5_memory_goes_back_to_the_stream_it_was_allocated_on() -> None:
+    simulation, model = Simulation(lateness=1.0), toy(4)
+    with torch.inference_mode(), simulation.session(model, fixed_plan([True, False, True, True])) as session:
+        session.adopt()
+        simulation.streams.use_another_compute_stream()
+        with session.forward():
+            model(torch.randn(2, 16))
+        session.release()
+
+
 @pytest.mark.parametrize("lateness", LATENESS)
 def test_rule_6_a_slab_is_unlocked_behind_the_host_wait_for_its_last_copy(lateness: float) -> None:
     simulation, model = Simulation(lateness=lateness), toy(4)

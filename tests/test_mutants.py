@@ -65,8 +65,8 @@ MUTANTS = [
     Mutant(
         "rule 3: a new compute stream does not wait for the old",
         "transfer.py",
-        "            self.streams.wait(compute, event)  # Rule 3\n\n\nclass StreamTransfer",
-        "\n\nclass StreamTransfer",
+        "            self._wait_for(compute, before)  # Rule 3\n",
+        "            pass\n",
         "test_rule_3_a_new_compute_stream_waits_for_the_old_one",
     ),
     Mutant(
@@ -87,9 +87,16 @@ MUTANTS = [
     Mutant(
         "rule 5: the window goes while copies write it",
         "transfer.py",
-        "                self.streams.wait(compute, event)  # Rule 5\n",
-        "",
+        "            self._wait_for(compute, copies)  # Rule 5\n",
+        "            pass\n",
         "test_rule_5_the_window_is_given_up_behind_the_prefetch_that_writes_it",
+    ),
+    Mutant(
+        "rule 5: the stream that memory was allocated on does not wait",
+        "transfer.py",
+        "            self._wait_for(self._home, compute)  # Rule 5\n",
+        "            pass\n",
+        "test_rule_5_memory_goes_back_to_the_stream_it_was_allocated_on",
     ),
     Mutant(
         "rule 6: no host wait before unlocking",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 
 import pytest
 import torch
 from toys import Block, Model, alternating, fixed_plan
 from wanvideo_enhanced_blockswap.blockswap import HostTier, PinBudget, SwapSession, backend_for
+from wanvideo_enhanced_blockswap.blockswap.pages import CudaRegistrar
 from wanvideo_enhanced_blockswap.blockswap.trace import COMPUTE, COPY, total_ms
 
 pytestmark = [
@@ -101,28 +103,38 @@ def test_a_compute_stream_changed_amid_a_forward_keeps_order(device: torch.devic
             assert torch.equal(y, want)
 
 
+def typical_ms(run, repeats: int = 5) -> float:
+    """Median wall time of `run` until the device is done, after one run to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return sorted(times[1:])[repeats // 2]
+
+
 @torch.inference_mode()
 def test_copies_overlap_compute(device: torch.device) -> None:
-    """With compute about as long as a copy, a forward takes clearly less than both one behind the other."""
+    """With compute as long as the copies, a forward takes clearly less than both one behind the other."""
     model, x = large_model(), torch.randn(4, WIDTH, device=device)
+    cycles_per_ms = SPIN_CYCLES / typical_ms(lambda: torch.cuda._sleep(SPIN_CYCLES))
 
-    def forward_ms(*, overlap: bool) -> float:
-        plan = fixed_plan([True] * BLOCKS, streams=1, overlap=overlap)
-        with session_of(model, plan, device) as session:
-            times = []
-            for _ in range(6):
-                torch.cuda.synchronize()
-                begin = time.perf_counter()
-                with session.forward():
-                    y = x
-                    for block in model.blocks:
-                        y = block(y)
-                        torch.cuda._sleep(SPIN_CYCLES)
-                torch.cuda.synchronize()
-                times.append((time.perf_counter() - begin) * 1e3)
-            return sorted(times[1:])[2]
+    def forward_ms(*, overlap: bool, spin: int) -> float:
+        def forward() -> None:
+            with session.forward():
+                y = x
+                for block in model.blocks:
+                    y = block(y)
+                    torch.cuda._sleep(spin)
 
-    assert forward_ms(overlap=True) < 0.9 * forward_ms(overlap=False)
+        with session_of(model, fixed_plan([True] * BLOCKS, overlap=overlap), device) as session:
+            return typical_ms(forward)
+
+    copies_ms = forward_ms(overlap=False, spin=1)
+    spin = int(copies_ms / BLOCKS * cycles_per_ms)
+    assert forward_ms(overlap=True, spin=spin) < 0.8 * forward_ms(overlap=False, spin=spin)
 
 
 @torch.inference_mode()
@@ -171,12 +183,9 @@ def test_slabs_are_page_locked_while_the_session_lives_and_not_after(device: tor
     assert session.pinned_bytes == 0
 
 
-@torch.inference_mode()
 def test_a_refused_pin_leaves_no_pending_error_behind(device: torch.device) -> None:
-    model, x = large_model(), torch.randn(4, WIDTH, device=device)
-    want = unswapped(model, x)
-    torch.cuda.cudart().cudaHostRegister(8, 4096, 1)
-    with session_of(model, fixed_plan([True] * BLOCKS), device) as session, session.forward():
-        y = model(x)
-    torch.cuda.synchronize()
-    assert torch.equal(y, want)
+    registrar = CudaRegistrar(device)
+    assert registrar.register(mmap.PAGESIZE, mmap.PAGESIZE) != 0
+    registrar.consume_error()
+    assert torch.ones(2, device=device).sum().item() == 2
+    torch.cuda.synchronize(device)
