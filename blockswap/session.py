@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from .backend import Backend
 from .decision import SwapPlan
 from .errors import BlockSwapError, UnsupportedModelError
+from .holdings import Holdings
 from .host import HostStore
 from .layout import ModelProfile
 from .profile import ProfiledModel, profile_model
@@ -41,33 +42,6 @@ class SessionState(Enum):
     """From the begin of a forward until its end."""
     CLOSED = "closed"
     """From close on: nothing is left registered, and the weights are ordinary host memory."""
-
-
-class _Holdings:
-    """What a session holds on the device and in page-locked memory. It does not know the session, so that it can be
-    given up when a session is dropped without `close`.
-    """
-
-    def __init__(self) -> None:
-        self.store: HostStore | None = None
-        self.transfer: Transfer | None = None
-        self.swapper: BlockSwapper | None = None
-
-    def drop_device(self) -> None:
-        """Masters back; window, residents and staging gone."""
-        if self.swapper is not None:
-            self.swapper.release()
-            self.swapper = None
-        if self.transfer is not None:
-            self.transfer.close()
-            self.transfer = None
-
-    def drop(self) -> None:
-        """The same, and no slab stays locked."""
-        self.drop_device()
-        if self.store is not None:
-            self.store.release()
-            self.store = None
 
 
 class SwapSession:
@@ -104,7 +78,7 @@ class SwapSession:
         self._backend = backend
         self._traced = traced
         self._state = SessionState.IDLE
-        self._holds = _Holdings()
+        self._holds = Holdings()
         weakref.finalize(self, self._holds.drop)
         self._handles: list[RemovableHandle] = []
         self._hooks = [self._hook(index) for index in range(len(self._named))]
@@ -249,10 +223,15 @@ class SwapSession:
                     )
 
     def _hook(self, block: int) -> Callable[[nn.Module, object], None]:
-        session = weakref.ref(self)  # a session that is dropped must not wait for the garbage collector
+        # A session that is dropped must not wait for the garbage collector: the hook holds it weakly.
+        holds, session = self._holds, weakref.ref(self)
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def before_block(module: nn.Module, arguments: object) -> None:
+            swapper = holds.swapper
+            if swapper is not None and swapper.is_as_left(block):
+                swapper.enter(block)
+                return
             alive = session()
             assert alive is not None, "hooks are registered only inside a session's forward"
             alive.enter(block)
