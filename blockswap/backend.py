@@ -39,7 +39,16 @@ def backend_for(device: torch.device, *, pin_budget: PinBudget) -> Backend:
     if device.type != "cuda":
         return Backend(device, lambda count, overlap: InlineStreams(device), None, pin_budget, lambda _: ThreadWorker())
 
+    index = torch.cuda.current_device() if device.index is None else device.index
+    device = torch.device(device.type, index)
+    # Kept: torch hands streams out of a pool of 32 for each device, and new ones at each adopt would soon be others'.
+    opened: dict[int, Streams] = {}
+
     def open_streams(count: int, overlap: bool) -> Streams:  # noqa: FBT001 - called through Backend.open_streams
-        return CudaStreams(device, count=count if overlap else 0)
+        if not overlap:
+            return CudaStreams(device, count=0)
+        if count not in opened:
+            opened[count] = CudaStreams(device, count=count)
+        return opened[count]
 
     return Backend(device, open_streams, CudaRegistrar(device), pin_budget, lambda _: ThreadWorker())

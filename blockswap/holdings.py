@@ -18,17 +18,25 @@ class Holdings:
         self.swapper: BlockSwapper | None = None
 
     def drop_device(self) -> None:
-        """Masters back; window, residents and staging gone."""
-        if self.swapper is not None:
-            self.swapper.release()
-            self.swapper = None
-        if self.transfer is not None:
-            self.transfer.close()
-            self.transfer = None
+        """Masters back; window, residents and staging gone, whatever fails on the way."""
+        swapper, transfer = self.swapper, self.transfer
+        self.swapper = self.transfer = None
+        try:
+            if swapper is not None:
+                swapper.release()
+        finally:
+            if transfer is not None:
+                transfer.close()
 
     def drop(self) -> None:
-        """The same, and no slab stays locked."""
-        self.drop_device()
-        if self.store is not None:
-            self.store.release()
-            self.store = None
+        """The same, and no slab stays locked. Copies are waited for on the host, also those that were struck amid."""
+        store, self.store = self.store, None
+        try:
+            if self.transfer is not None:
+                self.transfer.reset()
+        finally:
+            try:
+                self.drop_device()
+            finally:
+                if store is not None:
+                    store.release()

@@ -67,7 +67,6 @@ class Slab:
         tier: How the bytes travel.
         sources: Where each tensor's bytes came from; empty once they were edited.
         bound: The tensors that point at the masters, held weakly, and the in-place edits each had counted.
-        reading: The staging job that reads the slab, if any.
     """
 
     pages: PageMemory
@@ -76,7 +75,6 @@ class Slab:
     tier: HostTier
     sources: tuple[_Source, ...] = ()
     bound: tuple[tuple[weakref.ref[torch.Tensor], int | None], ...] = ()
-    reading: Any = None
 
     @property
     def memory(self) -> torch.Tensor:
@@ -89,10 +87,7 @@ class Slab:
         return self.tier is HostTier.STAGED
 
     def settle(self) -> None:
-        """Waits on the host until nothing reads the slab any more: neither a copy nor the worker."""
-        if self.reading is not None:
-            self.reading.join()
-            self.reading = None
+        """Waits on the host until no copy reads the slab any more. The worker has ended: it goes with the window."""
         self.pages.settle()
 
     def fill(self, tensors: Sequence[torch.Tensor]) -> None:

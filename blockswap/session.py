@@ -113,6 +113,12 @@ class SwapSession:
         return 0 if self._holds.store is None else sum(slab.pages.size for slab in self._holds.store.slabs.values())
 
     @property
+    def slab_addresses(self) -> tuple[int, ...]:
+        """Where the slabs are, by block: they stay there as long as they hold the blocks' bytes."""
+        store = self._holds.store
+        return () if store is None else tuple(slab.memory.data_ptr() for _, slab in sorted(store.slabs.items()))
+
+    @property
     def pinned_bytes(self) -> int:
         """Host memory that all sessions of this backend have page-locked now."""
         return self._backend.pin_budget.used_bytes
@@ -239,8 +245,9 @@ class SwapSession:
         return before_block
 
     def _end(self, *, finished: bool) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         if self._state is not SessionState.RUNNING:
             return  # closed inside the forward, or an adopt inside it has failed
         self._state = SessionState.ADOPTED

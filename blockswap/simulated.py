@@ -21,6 +21,7 @@ import torch
 
 from .clocks import HOST, WORKER, AccessLog
 from .errors import DeviceMemoryError, TransferError
+from .tensors import storage_key
 
 POISON = 0xFF
 
@@ -103,9 +104,9 @@ class SimulatedStreams:
         self.log = AccessLog()
         self.allocated_bytes = 0
         self.peak_bytes = 0
-        self.current_device = 1
+        self._current_device = {HOST: 1, WORKER: 1}
         self._compute_streams = 0
-        self._homes: dict[int, SimulatedStream] = {}
+        self._homes: dict[int, tuple[int, int, SimulatedStream]] = {}
         self._actor = HOST
         self._now_ms = {HOST: 0.0, WORKER: 0.0}
         self._link_idle_ms = 0.0
@@ -157,19 +158,24 @@ class SimulatedStreams:
             memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
         self._issue(self.compute_stream, "allocating memory")
         self.log.write(self.compute_stream.name, memory.data_ptr(), nbytes, "allocation")
-        self._homes[memory.data_ptr()] = self.compute_stream
+        self._homes[storage_key(memory)] = memory.data_ptr(), nbytes, self.compute_stream
         return memory
 
     def free(self, memory: torch.Tensor) -> None:
         self._check_device("freeing memory")
         # As torch's allocator: memory goes back to the stream it was allocated on, whichever is current.
-        home = self._homes.pop(memory.data_ptr())
+        _, _, home = self._homes.pop(storage_key(memory))
         self.allocated_bytes -= memory.nbytes
         self.log.write(home.name, memory.data_ptr(), memory.nbytes, "giving up")
         self.log.forget(memory.data_ptr(), memory.nbytes)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: SimulatedStream) -> None:
         self._issue(stream, "queueing a copy")
+        first, last = target.data_ptr(), target.data_ptr() + target.nbytes
+        if not any(start <= first and last <= start + nbytes for start, nbytes, _ in self._homes.values()):
+            raise TransferError(
+                f"a copy expects allocated device memory but its {target.nbytes:,} bytes are not (any more)"
+            )
         self.log.read(stream.name, source.data_ptr(), source.nbytes, "copy to the device")
         self.log.write(stream.name, target.data_ptr(), target.nbytes, "copy to the device")
         begin = max(stream.now_ms, self._link_idle_ms)
@@ -255,16 +261,18 @@ class SimulatedStreams:
         return event.stream, event.position
 
     def _check_device(self, what: str) -> None:
-        if self.current_device != 0:
+        current = self._current_device[self._actor]
+        if current != 0:
             raise TransferError(
-                f"{what} expects device 0 to be current but device {self.current_device} is; "
+                f"{what} expects device 0 to be current for the {self._actor} but device {current} is; "
                 "run it inside the streams' guard"
             )
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
-        before, self.current_device = self.current_device, 0
+        actor = self._actor
+        before, self._current_device[actor] = self._current_device[actor], 0
         try:
             yield
         finally:
-            self.current_device = before
+            self._current_device[actor] = before

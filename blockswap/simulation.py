@@ -8,16 +8,15 @@ from .backend import Backend
 from .clocks import WORKER
 from .errors import TransferError
 from .pages import PinBudget, Registrar
-from .simulated import SimulatedHardware, SimulatedStreams
+from .simulated import SimulatedStreams
 from .staging import Job, Worker
 from .streams import Streams
-from .transfer import Transfer
 
 
 class _SimulatedJob:
     def __init__(self, worker: SimulatedWorker, work: Callable[[], None], clock: dict[str, int]) -> None:
         self._worker = worker
-        self._work = work
+        self._work: Callable[[], None] | None = work
         self._handed_over = clock
         self._done: tuple[dict[str, int], float] | None = None
         self._failure: BaseException | None = None
@@ -26,8 +25,10 @@ class _SimulatedJob:
         streams = self._worker.streams
         with streams.acting_as_worker():
             streams.log.join(WORKER, self._handed_over)
+            work, self._work = self._work, None
+            assert work is not None, "a job runs once"
             try:
-                self._work()
+                work()
             except TransferError as failure:
                 self._failure = failure
             self._done = streams.worker_now()
@@ -72,10 +73,12 @@ class SimulatedRegistrar:
 
     Args:
         refuse_after: Number of locks that succeed before every further one fails with code 2; None never fails.
+        streams: The device whose copies must be over when a lock is given up; None checks nothing.
     """
 
-    def __init__(self, *, refuse_after: int | None = None) -> None:
+    def __init__(self, *, refuse_after: int | None = None, streams: SimulatedStreams | None = None) -> None:
         self.locked: dict[int, int] = {}
+        self._streams = streams
         self._left = refuse_after
 
     def register(self, pointer: int, nbytes: int) -> int:
@@ -89,17 +92,15 @@ class SimulatedRegistrar:
         return 0
 
     def unregister(self, pointer: int) -> int:
-        return 0 if self.locked.pop(pointer, None) is not None else 713
+        nbytes = self.locked.pop(pointer, None)
+        if nbytes is None:
+            return 713
+        if self._streams is not None:
+            self._streams.host_writes(pointer, nbytes)
+        return 0
 
     def consume_error(self) -> None:
         """Nothing is pending."""
-
-
-class SimulatedTransfer(Transfer):
-    """A transfer on a simulated device."""
-
-    def __init__(self, hardware: SimulatedHardware | None = None, *, streams: int = 1) -> None:
-        super().__init__(SimulatedStreams(hardware, count=streams))
 
 
 def simulated_backend(
@@ -114,4 +115,4 @@ def simulated_backend(
         return SimulatedWorker(streams)
 
     budget = pin_budget or PinBudget(1 << 62)
-    return Backend(streams.device, open_streams, registrar or SimulatedRegistrar(), budget, make_worker)
+    return Backend(streams.device, open_streams, registrar or SimulatedRegistrar(streams=streams), budget, make_worker)

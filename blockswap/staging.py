@@ -37,13 +37,16 @@ class Worker(Protocol):
 
 class _ThreadJob:
     def __init__(self, work: Callable[[], None]) -> None:
-        self._work = work
+        self._work: Callable[[], None] | None = work
         self._done = threading.Event()
         self._failure: BaseException | None = None
 
     def run(self) -> None:
+        # Work that is done must not keep the slot it filled alive: device memory is to be free at release.
+        work, self._work = self._work, None
+        assert work is not None, "a job runs once"
         try:
-            self._work()
+            work()
         except BaseException as failure:  # noqa: BLE001 - handed to the host thread, which raises it in `wait`
             self._failure = failure
         finally:
@@ -79,6 +82,7 @@ class ThreadWorker:
 def _work_off(jobs: queue.SimpleQueue[_ThreadJob | None]) -> None:
     while (job := jobs.get()) is not None:
         job.run()
+        del job
 
 
 class Staging:
@@ -113,8 +117,7 @@ class Staging:
                 self._streams.host_copy(staging.tensor[:nbytes], slab.memory[:nbytes])
                 staging.in_flight = copy(staging.tensor)
 
-        slab.reading = self._worker.submit(work)
-        return slab.reading
+        return self._worker.submit(work)
 
     def close(self) -> None:
         """Ends the worker, then gives the staging slabs up."""

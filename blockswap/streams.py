@@ -140,6 +140,7 @@ class CudaStreams:
         return mark
 
     def elapsed_ms(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        begin.synchronize()
         end.synchronize()
         return float(begin.elapsed_time(end))
 

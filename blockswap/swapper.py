@@ -107,6 +107,7 @@ class BlockSwapper:
 
     def release(self) -> None:
         """Every tensor points at its master; residents, small tensors and window are given up. Idempotent."""
+        self._transfer.follow()
         ours = [*self._memories, *self._transfer.window]
         inside = {storage_key(memory) for memory in ours}
         with torch.no_grad():
@@ -201,8 +202,8 @@ class BlockSwapper:
         moved = to_device(original.detach(), self._transfer.streams.device)
         if isinstance(original, nn.Parameter):
             moved = nn.Parameter(moved, requires_grad=original.requires_grad)
-        entry.holder[entry.name] = moved
         self._fixed.append((entry, original, moved))
+        entry.holder[entry.name] = moved
 
     def _binding(self, block: int) -> BlockBinding:
         entries = self._model.entries[block]

@@ -26,7 +26,7 @@ import torch
 
 from .host import Slab
 from .staging import Job, Staging
-from .streams import CudaStreams, InlineStreams, Streams
+from .streams import Streams
 from .trace import COPY, Trace
 
 CHUNK_ALIGNMENT = 4096
@@ -191,27 +191,30 @@ class Transfer:
             self._follow(compute)
             self.streams.record(slot.free, compute)  # Rule 4
 
-    def _drain_to_compute(self) -> None:
+    def _drain_to_compute(self) -> list[Any]:
         """The compute stream waits for all that is queued on the copy streams, and the home stream for both: what they
-        use may be given up then.
+        use may be given up then. Returns the events behind the copies.
         """
         compute = self.streams.current()
         self._follow(compute)
-        for copies in self.streams.copy_streams:
-            self._wait_for(compute, copies)  # Rule 5
+        events = [self._wait_for(compute, copies) for copies in self.streams.copy_streams]  # Rule 5
         if self._home is not None and self._home != compute:
             self._wait_for(self._home, compute)  # Rule 5
+        return events
 
-    def _wait_for(self, stream: Any, other: Any) -> None:
+    def _wait_for(self, stream: Any, other: Any) -> Any:
+        """`stream` waits for all that is queued on `other`; returns the event between them."""
         event = self.streams.event()
         self.streams.record(event, other)
         self.streams.wait(stream, event)
+        return event
 
     def reset(self) -> None:
         """After an exception, wherever it struck: waits for all copies on the host; every slot is empty and free."""
         with self.streams.guard():  # Rule 8
             self._join_worker()
-            self._drain_to_compute()
+            for event in self._drain_to_compute():
+                self.streams.host_wait(event)  # Rule 6: a copy that was struck has left no event with its slab
             compute = self.streams.current()
             for slot in self._slots:
                 slot.pending, slot.consumed, slot.filled_bytes = (), True, 0
@@ -219,10 +222,12 @@ class Transfer:
 
     def close(self) -> None:
         """Gives the window and the staging slabs up and ends the worker."""
-        self.close_window()
-        if self.staging is not None:
-            self.staging.close()
-            self.staging = None
+        staging, self.staging = self.staging, None
+        try:
+            self.close_window()
+        finally:
+            if staging is not None:
+                staging.close()
 
     def _copy_chunks(self, slot: Slot, source: torch.Tensor, nbytes: int, block: int) -> tuple[Any, ...]:
         """Queues copies of `source` into `slot`, a chunk for each copy stream; returns the events behind them.
@@ -273,17 +278,3 @@ class Transfer:
         before, self._compute = self._compute, compute
         if before is not None and compute != before:
             self._wait_for(compute, before)  # Rule 3
-
-
-class StreamTransfer(Transfer):
-    """Copies on streams of their own, overlapping compute: CUDA and HIP."""
-
-    def __init__(self, device: torch.device, *, streams: int = 1) -> None:
-        super().__init__(CudaStreams(device, count=streams))
-
-
-class InlineTransfer(Transfer):
-    """Copies on the compute stream, one at a time: devices without streams, and `enable_cuda_optimization` off."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(CudaStreams(device, count=0) if device.type == "cuda" else InlineStreams(device))

@@ -5,12 +5,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from toys import Block, Model, Simulation, fixed_plan, toy
-from wanvideo_enhanced_blockswap.blockswap import HostTier, TransferError
+from wanvideo_enhanced_blockswap.blockswap import HostTier, SwapSession, TransferError, binding, transfer
 from wanvideo_enhanced_blockswap.blockswap.schedule import Ring, VirtualTime, spread, steady_time
 from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedHardware
+from wanvideo_enhanced_blockswap.blockswap.staging import ThreadWorker
+from wanvideo_enhanced_blockswap.blockswap.streams import InlineStreams
 from wanvideo_enhanced_blockswap.blockswap.trace import COMPUTE, COPY, STALL, Trace, total_ms
 
 LATENESS = [0.0, 1.0]
@@ -109,11 +115,57 @@ def test_rule_5_memory_goes_back_to_the_stream_it_was_allocated_on() -> None:
 
 @pytest.mark.parametrize("lateness", LATENESS)
 def test_rule_6_a_slab_is_unlocked_behind_the_host_wait_for_its_last_copy(lateness: float) -> None:
+    """A release waits for the prefetch on the device only; the slabs are unlocked when their blocks become resident."""
     simulation, model = Simulation(lateness=lateness), toy(4)
-    with torch.inference_mode():
-        with simulation.session(model, fixed_plan([True] * 4)) as session, session.forward():
+    with torch.inference_mode(), simulation.session(model, fixed_plan([True] * 4)) as session:
+        with session.forward():
             model(torch.randn(2, 16))
+        session.replan(fixed_plan([False] * 4))
         assert simulation.registrar.locked == {}
+
+
+@pytest.mark.parametrize("lateness", LATENESS)
+def test_rule_6_a_slab_is_refilled_behind_the_host_wait_for_its_last_copy(lateness: float) -> None:
+    simulation, model, x = Simulation(lateness=lateness), toy(4), torch.randn(2, 16)
+    with simulation.session(model, fixed_plan([True] * 4)) as session, torch.no_grad():
+        with session.forward():
+            model(x)
+        slabs = session.slab_addresses
+        session.release()
+        for block in model.blocks:
+            block.up, block.down = (torch.nn.Parameter(p * 2, requires_grad=False) for p in (block.up, block.down))
+        want = toy(4)
+        for block in want.blocks:
+            block.up.mul_(2), block.down.mul_(2)
+        with session.forward():
+            assert torch.equal(model(x), want(x))
+        assert session.slab_addresses == slabs
+
+
+@pytest.mark.parametrize("tier", [HostTier.PINNED, HostTier.STAGED])
+@pytest.mark.parametrize("struck", range(1, 12))
+def test_rule_6_a_slab_is_unlocked_behind_copies_that_were_struck_amid(
+    tier: HostTier, struck: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What strikes between two chunks leaves copies under way that no slab knows of."""
+    monkeypatch.setattr(transfer, "CHUNK_ALIGNMENT", 64)
+    simulation, model = Simulation(lateness=1.0, streams=3), toy(4)
+    left, copy = [struck], simulation.streams.copy
+
+    def striking(*arguments: object) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise TransferError("struck")
+        copy(*arguments)
+
+    monkeypatch.setattr(simulation.streams, "copy", striking)
+    planner = fixed_plan([True] * 4, tiers=tier, streams=3)
+    with torch.inference_mode():
+        with pytest.raises(TransferError, match="struck"):
+            run(simulation, model, planner, None, None, None, None)
+        assert simulation.registrar.locked == {}
+        assert simulation.streams.allocated_bytes == 0
+        run(simulation, model, planner, None)
 
 
 @pytest.mark.parametrize("lateness", LATENESS)
@@ -127,6 +179,57 @@ def test_rule_7_a_block_waits_until_the_worker_has_recorded() -> None:
 
 def test_rule_8_calls_run_with_the_windows_device_current() -> None:
     run(Simulation(streams=2), toy(4), fixed_plan([True] * 4, streams=2), None, [0, 2], None)
+
+
+def test_rule_7_the_window_goes_only_when_the_worker_is_done() -> None:
+    simulation, model = Simulation(lateness=1.0), toy(5)
+    with torch.inference_mode(), simulation.session(model, fixed_plan([True] * 5, tiers=HostTier.STAGED)) as session:
+        with session.forward():
+            model(torch.randn(2, 16))
+        session.release()
+
+
+def test_rule_7_two_staging_slabs_are_used_in_turn() -> None:
+    simulation, model = Simulation(lateness=0.0), toy(5)
+    sources = []
+    copy = simulation.streams.host_copy
+    simulation.streams.host_copy = lambda target, source: (sources.append(target.data_ptr()), copy(target, source))
+    run(simulation, model, fixed_plan([True] * 5, tiers=HostTier.STAGED), None)
+    assert len(set(sources)) == 2
+    assert all(one != other for one, other in itertools.pairwise(sources))
+
+
+def test_release_orders_a_changed_buffer_behind_the_kernels_that_changed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small buffer is copied back on the compute stream: a new one must have waited for the old one by then."""
+    simulation, model, seen = Simulation(), toy(3), []
+    keep_edits, wait = binding.Bound.keep_edits, simulation.streams.wait
+    monkeypatch.setattr(binding.Bound, "keep_edits", lambda bound: (seen.append("copied back"), keep_edits(bound))[1])
+    monkeypatch.setattr(simulation.streams, "wait", lambda *waits: (seen.append("waited"), wait(*waits))[1])
+    with torch.inference_mode(), simulation.session(model, fixed_plan([False] * 3)) as session:
+        with session.forward():
+            model(torch.randn(2, 16))
+        simulation.streams.use_another_compute_stream()
+        seen.clear()
+        session.release()
+    assert seen[:2] == ["waited", "copied back"]
+
+
+@torch.inference_mode()
+def test_device_memory_is_free_at_release_in_every_tier() -> None:
+    """With the real worker: work that is done must not keep the slot it filled."""
+    for tier in HostTier:
+        simulation, model = Simulation(lateness=0.0), toy(4)
+        backend = dataclasses.replace(simulation.backend, make_worker=lambda _: ThreadWorker())
+        # The simulation has one acting thread: the worker's own clock is not its subject here.
+        streams = InlineStreams(torch.device("cpu"))
+        backend = dataclasses.replace(backend, open_streams=lambda count, overlap, streams=streams: streams)
+        with SwapSession(model.named, fixed_plan([True] * 4, tiers=tier), backend) as session:
+            with session.forward():
+                model(torch.randn(2, 16))
+            window = [StorageWeakRef(memory.untyped_storage()) for memory in session.window]
+            assert len(window) == 2
+            session.release()
+            assert all(memory.expired() for memory in window), tier
 
 
 @pytest.mark.parametrize("tier", [HostTier.PINNED, HostTier.STAGED])

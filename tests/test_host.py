@@ -311,7 +311,7 @@ def test_a_store_without_a_registrar_falls_to_pageable_without_a_word(caplog: py
 
 
 def test_a_system_without_memory_is_said_with_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> None:
+    def refuse(fileno: int, length: int, **options: int) -> None:
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(pages, "_Pages", refuse)

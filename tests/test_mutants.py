@@ -87,8 +87,8 @@ MUTANTS = [
     Mutant(
         "rule 5: the window goes while copies write it",
         "transfer.py",
-        "            self._wait_for(compute, copies)  # Rule 5\n",
-        "            pass\n",
+        "events = [self._wait_for(compute, copies) for copies in self.streams.copy_streams]  # Rule 5\n",
+        "events = []\n",
         "test_rule_5_the_window_is_given_up_behind_the_prefetch_that_writes_it",
     ),
     Mutant(
@@ -104,6 +104,27 @@ MUTANTS = [
         "            self.streams.host_wait(event)  # Rule 6\n",
         "            pass\n",
         "test_rule_6_a_slab_is_unlocked_behind_the_host_wait_for_its_last_copy",
+    ),
+    Mutant(
+        "rule 6: no host wait for copies that were struck",
+        "transfer.py",
+        "                self.streams.host_wait(event)  # Rule 6",
+        "                pass  #",
+        "test_rule_6_a_slab_is_unlocked_behind_copies_that_were_struck_amid",
+    ),
+    Mutant(
+        "rule 7: the window goes while the worker fills it",
+        "transfer.py",
+        "            self._join_worker()\n            self._drain_to_compute()\n            slots,",
+        "            self._drain_to_compute()\n            slots,",
+        "test_rule_7_the_window_goes_only_when_the_worker_is_done",
+    ),
+    Mutant(
+        "rule 8: the worker copies with another device current",
+        "staging.py",
+        "            with self._streams.guard():  # Rule 8\n",
+        "            if True:\n",
+        "test_rule_7_a_block_waits_until_the_worker_has_recorded",
     ),
     Mutant(
         "rule 7: the worker overwrites a staging slab that is being copied",

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toys import Block, Model, Simulation, fixed_plan
-from wanvideo_enhanced_blockswap.blockswap import HostTier
+from wanvideo_enhanced_blockswap.blockswap import HostTier, transfer
 
 CASES = 2000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_chunks() -> Iterator[None]:
+    """Slabs of toys are cut between streams as large ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "CHUNK_ALIGNMENT", 64)
+        yield
 
 
 class Boom(BaseException):

@@ -58,11 +58,11 @@ def test_a_host_that_refuses_memory_leaves_true_weights_and_nothing_registered(
     model, simulation = toy(4), Simulation(refuse_after=2)
     truth, left, real = truth_of(model), [pages_had], pages._Pages
 
-    def stingy(*arguments: int) -> object:
+    def stingy(*arguments: int, **options: int) -> object:
         left[0] -= 1
         if left[0] < 0:
             raise OSError(12, "Cannot allocate memory")
-        return real(*arguments)
+        return real(*arguments, **options)
 
     session = simulation.session(model, fixed_plan([True] * 4))
     with monkeypatch.context() as patch:

@@ -121,7 +121,7 @@ class Striking:
         {"enter", "_finish", "_obey", "point", "was_edited", "is_as_left"},
         {"start", "wait", "release", "follow", "_copy_chunks", "_follow", "_await_worker"},
         {"leave", "_release", "_fill", "runs", "ends"},
-        {"abort", "reset", "drain_to_compute"},
+        {"abort", "reset", "_drain_to_compute"},
     ],
     ids=["swapper", "transfer", "ring", "clean-up"],
 )

@@ -106,7 +106,7 @@ class Simulation:
         hardware: SimulatedHardware | None = None,
     ) -> None:
         self.streams = SimulatedStreams(hardware or SimulatedHardware(lateness=lateness, seed=seed), count=streams)
-        self.registrar = SimulatedRegistrar(refuse_after=refuse_after)
+        self.registrar = SimulatedRegistrar(refuse_after=refuse_after, streams=self.streams)
         self.pin_budget = PinBudget(pin_bytes)
         self.backend: Backend = simulated_backend(self.streams, pin_budget=self.pin_budget, registrar=self.registrar)
 
