@@ -98,7 +98,8 @@ class CudaStreams:
         return torch.cuda.current_stream(self.device)
 
     def event(self) -> torch.cuda.Event:
-        return torch.cuda.Event()
+        # Blocking: a thread that waits for it, the staging worker above all, gives its core away meanwhile.
+        return torch.cuda.Event(blocking=True)
 
     def record(self, event: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
         event.record(stream)

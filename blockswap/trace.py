@@ -38,6 +38,8 @@ class Span:
 class Trace:
     """Records marks while it runs and turns them into spans afterwards: reading a mark waits for the device.
 
+    What is recorded is kept until the next `start`.
+
     Attributes:
         streams: Where the marks are set.
     """
