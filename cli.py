@@ -6,13 +6,20 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 from .commands.result import Result
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+MOST_RATIO = 1e6
+"""Transfer over compute; beyond it, durations lose their digits."""
+
+INTERRUPTED = 130
+"""What shells report of a program that SIGINT has ended."""
 
 PROGRAM = "python -m wanvideo_enhanced_blockswap"
 
@@ -23,9 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     With `--json`, standard output holds one JSON object and nothing else: the result, or `{"error": …}`.
 
     Returns:
-        0; 1 if the command failed or did not show what it is there to show; 2 for a command line that cannot be read.
+        0; 1 if the command failed or did not show what it is there to show; 2 for a command line that cannot be read;
+        130 after an interrupt.
     """
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        options = _parser().parse_args(words)
+    except UsageError as failure:
+        return _fail(f"{failure} (--help tells more)", 2, as_json="--json" in words)
     # Here and in the commands, and not at the head: `--help` and mistyped options answer without loading torch.
     from .blockswap.errors import BlockSwapError
     from .hardware import HardwareUnavailableError
@@ -33,17 +45,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         result = options.run(options)
+        print(json.dumps(result.data) if options.json else result.text, flush=True)
     except (BlockSwapError, HardwareUnavailableError) as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        if options.json:
-            print(json.dumps({"error": str(failure)}))
+        return _fail(str(failure), 1, as_json=options.json)
+    except ModuleNotFoundError as failure:
+        return _fail(f"the command expects {failure.name} but it is not installed", 1, as_json=options.json)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED, as_json=options.json)
+    except BrokenPipeError:
+        # Whoever read the output has gone; what is left must not be tried again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    print(json.dumps(result.data) if options.json else result.text)
     return 0 if result.succeeded else 1
 
 
+def _fail(message: str, code: int, *, as_json: bool) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": message}))
+    return code
+
+
+class UsageError(Exception):
+    """The command line cannot be read."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises what argparse would print and exit with."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Runs Wan video models that are larger than the GPU.")
+    parser = Parser(prog=PROGRAM, description="Runs Wan video models that are larger than the GPU.")
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_demo(commands)
     _add_plan(commands)
@@ -70,7 +105,7 @@ def _add_demo(commands: Commands) -> None:
     demo.add_argument("--slots", type=_count, metavar="N", help="slots of the window; left out: the planner's choice")
     demo.add_argument("--streams", type=_count, metavar="N", help="copy streams; left out: measured, or 1")
     demo.add_argument("--shape", metavar="WxHxF", help="size of the video; left out: the preset's")
-    demo.add_argument("--seed", type=int, default=0, help="of weights and noise (default 0)")
+    demo.add_argument("--seed", type=_count_or_zero, default=0, help="of weights and noise (default 0)")
     demo.add_argument("--picture", default="blockswap_timeline.png", metavar="PNG", help="where the timeline is drawn")
     demo.set_defaults(run=_demo)
 
@@ -105,8 +140,8 @@ def _add_simulate(commands: Commands) -> None:
     simulate.add_argument("--uneven", type=_share, default=0.0, help="block sizes vary by this share, such as 0.5")
     simulate.add_argument("--skip", type=_list, default=[], help="blocks skipped in every second forward, such as 9,10")
     simulate.add_argument("--empty", action="store_true", help="every second forward runs no block")
-    simulate.add_argument("--vace", type=_count_or_none, default=0, help="VACE blocks, run in every second forward")
-    simulate.add_argument("--seed", type=int, default=0, help="of the sizes (default 0)")
+    simulate.add_argument("--vace", type=_count_or_zero, default=0, help="VACE blocks, run in every second forward")
+    simulate.add_argument("--seed", type=_count_or_zero, default=0, help="of the sizes (default 0)")
     simulate.set_defaults(run=_simulate)
 
 
@@ -149,7 +184,7 @@ def _positive(text: str) -> float:
 
 
 def _not_negative(text: str) -> float:
-    return _number(text, lowest=0.0, highest=math.inf, expected="a number, 0 or more,")
+    return _number(text, lowest=0.0, highest=MOST_RATIO, expected=f"a number from 0 to {MOST_RATIO:g}")
 
 
 def _share(text: str) -> float:
@@ -171,7 +206,7 @@ def _count(text: str) -> int:
     return _whole(text, lowest=1)
 
 
-def _count_or_none(text: str) -> int:
+def _count_or_zero(text: str) -> int:
     return _whole(text, lowest=0)
 
 

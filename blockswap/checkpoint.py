@@ -32,8 +32,6 @@ MATRIX_DIMENSIONS = 2
 LONGEST_SAFETENSORS_HEADER = 100_000_000
 """Bytes; the safetensors format refuses longer ones, so a larger number is some other file's first bytes."""
 
-INSTALL = "pip install 'wanvideo-enhanced-blockswap[demo]'"
-
 
 @dataclass(frozen=True, slots=True)
 class CheckpointProfile:
@@ -98,7 +96,7 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as exc:
-        raise CheckpointError(f"reading {path.name} needs the safetensors package: {INSTALL}") from exc
+        raise CheckpointError(f"reading {path.name} needs the safetensors package: pip install safetensors") from exc
     tensors = {}
     try:
         with safe_open(path, framework="np") as file:
@@ -140,7 +138,7 @@ def _read_gguf(path: Path) -> dict[str, StoredTensor]:
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
     except ImportError as exc:
-        raise CheckpointError(f"reading {path.name} needs the gguf package: {INSTALL}") from exc
+        raise CheckpointError(f"reading {path.name} needs the gguf package: pip install gguf") from exc
 
     class SizeCheckingReader(GGUFReader):  # type: ignore[misc]  # gguf has no types
         """Tells a file that is cut short by its tensor table, before the reader maps tensors that are not there."""

@@ -229,8 +229,9 @@ def _refuse_what_cannot_be(profile: ModelProfile, budget: MemoryBudget, plan: Sw
             f"the block weights expect {format_bytes(plan.device_bytes)} of device memory "
             f"({plan.slots} slots of {format_bytes(plan.slot_bytes)}, {len(plan.swapped) - plan.swapped_count} "
             f"resident blocks, {format_bytes(profile.small_device_bytes)} of small tensors) but got "
-            f"{format_bytes(budget.limit_bytes)} that are not in use; swap more blocks, close other programs on the "
-            "GPU, or take a smaller or quantised model"
+            f"{format_bytes(budget.limit_bytes)} that are not in use; "
+            f"{'swap more blocks, ' if not all(plan.swapped) else ''}close other programs on the GPU, or take a "
+            "smaller or quantised model"
         )
     need = profile.block_bytes + plan.staging_bytes - budget.host_held_bytes
     if need > budget.host_bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..blockswap.architecture import tokens_for
 from ..blockswap.budget import MemoryReadings, make_budget
 from ..blockswap.decision import PlanRequest, SwapPlan, Timing
 from ..blockswap.errors import SettingsError
@@ -19,7 +20,7 @@ from ..blockswap.settings import SwapSettings
 from ..hardware import MIB, HostMemory, format_bytes, measure_link, probe_device, read_device_memory, read_host_memory
 from .demo_report import Demonstration, report
 from .device import choose_device
-from .picture import draw_timeline
+from .picture import check_picture, draw_timeline
 from .plan import parse_count, parse_shape, parse_size
 from .result import Result
 from .stage import FORWARDS_PER_STEP, DeviceStage, Run, Stage
@@ -42,6 +43,8 @@ def demo(options: Namespace) -> Result:
     device, preset, host = choose_device(options.device), PRESETS[options.preset], read_host_memory()
     asked = None if options.blocks_to_swap is None else parse_count(options.blocks_to_swap, preset.layers)
     shape = preset.shape if options.shape is None else parse_shape(options.shape)
+    tokens_for(preset.architecture, *shape)  # refuses a shape that is not one
+    check_picture(Path(options.picture))
     is_simulated = device.type == "cpu"
     refuse_if_too_large(options.preset, preset, available_bytes=host.available_bytes, is_simulated=is_simulated)
     model = build(preset, seed=options.seed)

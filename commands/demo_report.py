@@ -8,6 +8,11 @@ from ..blockswap.decision import SwapPlan
 from ..hardware import format_bytes
 from .result import Result, table
 
+VIRTUAL = (
+    "no GPU here: the device is simulated, and its times are predictions: blocks compute for as long as they took on "
+    "this CPU, and copies take what the assumed link makes of them"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demonstration:
@@ -15,9 +20,9 @@ class Demonstration:
 
     Attributes:
         outputs_equal: The latents of both runs are equal bit for bit.
-        weights_d2h_bytes: Bytes copied back to the host by the swapped run, adopt and release included, beyond what the
-            unswapped run copies.
-        h2d_bytes: Bytes copied to the device by the same run.
+        weights_d2h_bytes: Bytes copied back to the host in one swapped step, adopt and release included, beyond what an
+            unswapped step copies.
+        h2d_bytes: Bytes copied to the device in the same step.
         planned_weight_bytes: Device memory for block weights that the plan announced.
         peak_weight_bytes: Device memory that block weights took at most.
         unswapped_weight_bytes: Device memory of the block weights in the unswapped run.
@@ -80,17 +85,27 @@ def report(shown: Demonstration, plan: SwapPlan, *, card: str) -> Result:
     lines = [
         f"{card}",
         f"plan: {blocks}  (R resident, s swapped)",
-        f"      {plan.slots} slots of {format_bytes(plan.slot_bytes)}, {plan.streams} copy streams",
+        f"      {window_text(plan)}",
         *(f"      {reason}" for reason in plan.reasons),
         "",
         _table(shown),
         "",
         f"outputs equal: {'yes, bit for bit' if shown.outputs_equal else 'NO'}",
         f"link: {_speed(shown.link_bytes_per_s)}{' (assumed)' if shown.clock == 'virtual' else ''}",
-        f"bytes counted by: {shown.measured_by}; times by the {shown.clock} clock; timeline: {shown.picture}",
+        f"bytes counted by: {shown.measured_by}; timeline: {shown.picture}",
+        *([VIRTUAL] if shown.clock == "virtual" else []),
         *(f"BROKEN: {failure}" for failure in shown.failures),
     ]
     return Result(asdict(shown) | {"reasons": list(plan.reasons)}, "\n".join(lines), succeeded=not shown.failures)
+
+
+def window_text(plan: SwapPlan) -> str:
+    """The window in words."""
+    if not plan.slots:
+        return "no window"
+    slots = "1 slot" if plan.slots == 1 else f"{plan.slots} slots"
+    streams = "1 copy stream" if plan.streams == 1 else f"{plan.streams} copy streams"
+    return f"{slots} of {format_bytes(plan.slot_bytes)}, {streams}"
 
 
 def _speed(bytes_per_s: float | None) -> str:
@@ -109,7 +124,7 @@ def _table(shown: Demonstration) -> str:
                 format_bytes(shown.planned_weight_bytes),
             ],
             ["host memory of swapped blocks", "", format_bytes(shown.slab_bytes), format_bytes(shown.swapped_bytes)],
-            ["copied to the device", "", format_bytes(shown.h2d_bytes), ""],
+            ["copied to the device, adopt and one step", "", format_bytes(shown.h2d_bytes), ""],
             ["weights copied back", "", format_bytes(shown.weights_d2h_bytes), format_bytes(0)],
             ["step", f"{shown.unswapped_step_ms:.1f} ms", f"{shown.step_ms:.1f} ms", ""],
             [

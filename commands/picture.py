@@ -5,26 +5,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..blockswap.errors import BlockSwapError
+from ..blockswap.errors import BlockSwapError, SettingsError
 from ..blockswap.trace import COMPUTE, STALL, Span
 
 COLOURS = {COMPUTE: "#4878a8", STALL: "#c44e52"}
 COPY_COLOUR = "#6aa84f"
 
 
+def check_picture(path: Path) -> None:
+    """Refuses, before anything has run, a picture that could not be drawn afterwards.
+
+    Raises:
+        SettingsError: The path is not one of a PNG in a folder that exists.
+        BlockSwapError: matplotlib is missing.
+    """
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise SettingsError(f"--picture expects the path of a .png file but got {str(path)!r}")
+    if not path.absolute().parent.is_dir():
+        raise SettingsError(f"--picture expects a folder that exists but got {str(path)!r}; make the folder first")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as cause:
+        raise BlockSwapError(
+            f"the picture expects matplotlib but it cannot be imported ({cause}); run pip install matplotlib"
+        ) from cause
+
+
 def draw_timeline(spans: Sequence[Span], path: Path, *, title: str) -> None:
     """Writes a PNG with a lane for compute (stalls in red) and one for each copy stream.
 
     Raises:
-        BlockSwapError: matplotlib is missing, or the file cannot be written.
+        BlockSwapError: The file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as cause:
-        raise BlockSwapError(
-            "the picture expects matplotlib but it is not installed; "
-            "run pip install 'wanvideo-enhanced-blockswap[demo]'"
-        ) from cause
+    from matplotlib.figure import Figure
+
     copies = sorted({span.lane for span in spans} - {COMPUTE, STALL})
     lanes = {lane: -i for i, lane in enumerate([COMPUTE, *copies])}
     lanes[STALL] = lanes[COMPUTE]

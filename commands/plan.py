@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from ..blockswap.architecture import block_flops, tokens_for
 from ..blockswap.budget import MemoryReadings, make_budget
 from ..blockswap.checkpoint import CheckpointProfile, read_checkpoint
 from ..blockswap.decision import PlanRequest, SwapPlan, Timing
-from ..blockswap.errors import SettingsError
+from ..blockswap.errors import PlanError, SettingsError
 from ..blockswap.plan import plan_swap
 from ..blockswap.settings import SwapSettings
 from ..hardware import (
@@ -21,6 +22,7 @@ from ..hardware import (
     read_device_memory,
     read_host_memory,
 )
+from .demo_report import window_text
 from .device import choose_device
 from .result import Result, table
 
@@ -37,6 +39,9 @@ def plan(options: Namespace) -> Result:
     gpu = _gpu(options.gpu)
     total_bytes, card = _card(options.vram, gpu)
     host = read_host_memory()
+    if options.ram is not None:
+        ram_bytes = parse_size("--ram", options.ram)
+        host = replace(host, physical_bytes=ram_bytes, available_bytes=ram_bytes, cgroup_limit_bytes=None)
     other = checkpoint.model.other_bytes
     if other > total_bytes:
         raise SettingsError(
@@ -46,8 +51,8 @@ def plan(options: Namespace) -> Result:
     readings = MemoryReadings(
         device_total_bytes=total_bytes,
         device_free_bytes=total_bytes - other,
-        host_available_bytes=host.available_bytes if options.ram is None else parse_size("--ram", options.ram),
-        pin_budget_bytes=host.pin_budget_bytes if options.ram is None else parse_size("--ram", options.ram),
+        host_available_bytes=host.available_bytes,
+        pin_budget_bytes=host.pin_budget_bytes,
     )
     defaults = SwapSettings()
     budget = make_budget(
@@ -61,7 +66,10 @@ def plan(options: Namespace) -> Result:
         vace_blocks_to_swap=checkpoint.architecture.vace_blocks if options.blocks_to_swap == "all" else 0,
         timing=_timing(checkpoint, gpu, tokens, options.link),
     )
-    decided = plan_swap(checkpoint.model, budget, request)
+    try:
+        decided = plan_swap(checkpoint.model, budget, request)
+    except PlanError as failure:
+        raise PlanError(f"{failure} (--ram and --vram plan for another machine)") from failure
     data = _data(checkpoint, decided) | {"card": card, "vram_bytes": total_bytes, "tokens": tokens}
     return Result(data, _text(options, checkpoint, decided, card, total_bytes))
 
@@ -145,6 +153,7 @@ def _data(checkpoint: CheckpointProfile, decided: SwapPlan) -> dict[str, object]
         "other_bytes": model.other_bytes,
         "planned_weight_bytes": decided.device_bytes,
         "slab_bytes": decided.slab_bytes,
+        "host_bytes": model.block_bytes + decided.staging_bytes,
         "pinned_bytes": decided.pinned_bytes,
         "host_tiers": sorted({tier.value for tier in decided.tiers if tier is not None}),
         "streamed_bytes_per_forward": decided.streamed_bytes,
@@ -163,14 +172,18 @@ def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, 
         ["card", f"{card}, {format_bytes(total_bytes)}"],
         ["blocks", f"{len(model.blocks)}, {format_bytes(model.block_bytes)}"],
         ["outside the blocks", format_bytes(model.other_bytes)],
-        ["swapped", f"{decided.swapped_count} through {decided.slots} slots of {format_bytes(decided.slot_bytes)}"],
+        ["swapped", f"{decided.swapped_count}, {window_text(decided)}"],
         ["block weights on the device", format_bytes(decided.device_bytes)],
-        ["page-locked host memory", format_bytes(decided.pinned_bytes)],
+        ["host memory for the blocks", format_bytes(model.block_bytes + decided.staging_bytes)],
+        ["page-locked part of it", format_bytes(decided.pinned_bytes)],
         ["copied per forward", format_bytes(decided.streamed_bytes)],
     ]
     forward = decided.forward
     if forward is None:
-        rows.append(["stall per forward", "unknown: give --gpu and --link"])
+        missing = " and ".join(
+            name for name, given in (("--gpu", options.gpu), ("--link", options.link)) if given is None
+        )
+        rows.append(["stall per forward", f"unknown: give {missing}"])
     else:
         at = f"at {options.shape}, with the rates assumed for this GPU"
         rows.append(["compute per forward", f"{forward.compute:,.0f} ms {at}"])

@@ -19,6 +19,8 @@ BLOCK_BYTES = 1 << 30
 
 UNLIMITED = 1 << 62
 
+WHOLE_PERCENT = 100.0
+
 
 def simulate(options: Namespace) -> Result:
     """Step time over the bound max(compute, transfer) of what ran, in steady state.
@@ -68,7 +70,7 @@ def _swapped(asked: str, count: int) -> int:
         swapped = round(count * float(asked[:-1]) / 100) if asked.endswith("%") else int(asked)
     except (ValueError, OverflowError):
         raise SettingsError(f"--swapped expects a number of blocks or a share such as 50% but got {asked!r}") from None
-    if not 0 <= swapped <= count:
+    if not 0 <= swapped <= count or (asked.endswith("%") and not float(asked[:-1]) <= WHOLE_PERCENT):
         raise SettingsError(
             f"--swapped expects 0 to {count}, the number of --blocks, but got {swapped}; lower it or raise --blocks"
         )

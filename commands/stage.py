@@ -98,9 +98,9 @@ class Stage:
             link_bytes_per_ms=timing.pinned_bytes_per_s / 1e3, compute_ms=dict(enumerate(timing.compute_ms))
         )
         streams = SimulatedStreams(hardware, count=decided.streams)
-        run = self._session_run(
-            decided, simulated_backend(streams, pin_budget=pins), lambda: streams.compute_stream.now_ms
-        )
+        backend = simulated_backend(streams, pin_budget=pins)
+        run = self._session_run(decided, backend, lambda: streams.compute_stream.now_ms)
+        run.moved = self._count_one_step(decided, backend)
         run.weight_bytes = streams.peak_bytes
         return run
 
@@ -137,10 +137,14 @@ class Stage:
             trace.start()
             run.latents = self._loop(self._steps, session.forward, after_step, "swapped")
             run.slab_bytes, run.pinned_bytes = session.slab_bytes, session.pinned_bytes
-            session.release()
-            counters = session.counters
-        run.moved = Moved(counters.onloaded_bytes + counters.placed_bytes, counters.returned_bytes)
         return run
+
+    def _count_one_step(self, decided: SwapPlan, backend: Backend) -> Moved:
+        """Bytes that the engine's own books say were copied in one step, adopt and release included."""
+        with SwapSession(self.blocks, lambda _: decided, backend) as session:
+            self._loop(1, session.forward, lambda: None, "counting")
+        counters = session.counters
+        return Moved(counters.onloaded_bytes + counters.placed_bytes, counters.returned_bytes)
 
     def _loop(
         self,
@@ -192,11 +196,11 @@ class DeviceStage(Stage):
         self._move_rest()
         before = self._meter.allocated()
         self._meter.reset_peak()
-        run = self._session_run(decided, backend_for(self.device, pin_budget=pins), self._now_ms)
+        backend = backend_for(self.device, pin_budget=pins)
+        run = self._session_run(decided, backend, self._now_ms)
         run.weight_bytes = self._meter.peak() - before
         with self._meter.count_copies() as moved:
-            with SwapSession(self.blocks, lambda _: decided, backend_for(self.device, pin_budget=pins)) as session:
-                self._loop(1, session.forward, lambda: None, "counting")
+            self._count_one_step(decided, backend)
             run.moved = moved()
         return run
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..blockswap.architecture import WanArchitecture
 from ..blockswap.errors import BlockSwapError, HostMemoryError
 from ..hardware import format_bytes
 
@@ -24,7 +25,8 @@ TURN = 1_048_583
 """How far the pool is turned from one part to the next: a prime, so that the parts do not soon meet again."""
 
 HOST_SHARE = 1.1
-"""Host memory that a model needs over its bytes: a block is held twice while its slab is filled."""
+"""Host memory that a model needs over its bytes: a block is held twice while its slab is filled, and the rest of the
+model, Python and torch come on top."""
 
 SIMULATED_SHARE = 2.1
 """The same where the device is simulated: its memory is the host's too."""
@@ -36,7 +38,7 @@ class Preset:
 
     Attributes:
         layers: Number of blocks.
-        heads: Attention heads of 128 channels (64 in the small model).
+        heads: Attention heads.
         head_width: Channels of a head.
         ffn_width: Channels inside the feed-forward layers.
         text_width: Channels of the text embedding.
@@ -50,9 +52,23 @@ class Preset:
     text_width: int
     shape: tuple[int, int, int]
 
+    @property
+    def architecture(self) -> WanArchitecture:
+        """The same sizes, as a checkpoint's header gives them."""
+        return WanArchitecture(
+            width=self.heads * self.head_width,
+            ffn_width=self.ffn_width,
+            heads=self.heads,
+            blocks=self.layers,
+            vace_blocks=0,
+            patch=(1, 2, 2),
+            in_channels=16,
+            latent_channels=16,
+        )
+
 
 PRESETS = {
-    # 2.2 MB a block in bf16: small enough for a CPU, large enough to stream.
+    # 2.1 MB a block in bf16: small enough for a CPU, large enough to stream.
     "small": Preset(12, 4, 64, 1024, 128, (128, 128, 9)),
     # Wan 2.1 T2V 1.3B and 14B (transformer/config.json of Wan-AI's diffusers repositories).
     "1.3b": Preset(30, 12, 128, 8960, 4096, (256, 256, 9)),
@@ -82,7 +98,7 @@ def build(preset: Preset, *, seed: int) -> nn.Module:
         from diffusers import WanTransformer3DModel
     except ImportError as cause:
         raise BlockSwapError(
-            "the demo expects diffusers but it is not installed; run pip install 'wanvideo-enhanced-blockswap[demo]'"
+            f"the demo expects diffusers but it cannot be imported ({cause}); run pip install diffusers"
         ) from cause
     with torch.device("meta"):
         model = WanTransformer3DModel(

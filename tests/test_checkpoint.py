@@ -239,5 +239,5 @@ def test_a_library_that_is_not_installed_is_named_with_the_way_to_install_it(
     monkeypatch.setitem(sys.modules, library, None)
     file = tmp_path / f"wan{suffix}"
     file.touch()
-    with pytest.raises(CheckpointError, match=rf"needs the {library} package: pip install '.*\[demo\]'"):
+    with pytest.raises(CheckpointError, match=rf"needs the {library} package: pip install {library}$"):
         read_checkpoint(file)

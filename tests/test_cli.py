@@ -113,6 +113,8 @@ def test_the_demo_says_it_all_to_a_person(capsys: pytest.CaptureFixture[str], tm
         (["demo", "--vram=-5GiB"], r"--vram"),
         (["demo", "--vram", "nan"], r"--vram"),
         (["demo", "--shape", "32x"], r"WxHxF.*'32x'"),
+        (["demo", "--shape", "17x16x1"], r"width expects a multiple of 16 but got 17"),
+        (["simulate", "--blocks", "4", "--swapped", "101%", "--ratio", "1"], r"--swapped expects"),
         (["plan", "missing.safetensors", "--vram", "12GiB"], r"missing\.safetensors"),
         (["simulate", "--blocks", "4", "--swapped", "5", "--ratio", "1"], r"0 to 4.*got 5"),
         (["simulate", "--blocks", "4", "--swapped", "x", "--ratio", "1"], r"got 'x'"),
@@ -138,14 +140,40 @@ def test_a_bad_value_gets_one_clear_error(capsys: pytest.CaptureFixture[str], ar
         ["simulate", "--blocks", "4", "--swapped", "2", "--ratio", "1", "--slots", "0"],
         ["demo", "--steps", "0"],
         ["demo", "--link", "0"],
+        ["demo", "--seed", "99999999999999999999999"],
         ["demo", "--preset", "70b"],
         [],
     ],
 )
-def test_a_command_line_that_cannot_be_read_ends_with_code_2(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
+def test_a_command_line_that_cannot_be_read_ends_with_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert main([*arguments, "--json"]) == 2
+    assert "error" in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("picture", ["", "folder", "x.banana", "nowhere/x.png"])
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    code, shown = run_json(capsys, "demo", "--picture", picture)
+    assert code == 1
+    assert shown["error"].startswith("--picture expects")
+
+
+def test_an_interrupt_ends_with_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(device: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wanvideo_enhanced_blockswap.commands.probe.measure_link", interrupted)
+    code, shown = run_json(capsys, "probe", "--device", "cpu")
+    assert (code, shown) == (130, {"error": "interrupted"})
 
 
 def test_a_preset_that_the_host_cannot_hold_is_refused_with_numbers(
