@@ -9,17 +9,16 @@ from pathlib import Path
 import torch
 
 from ..blockswap.architecture import tokens_for
-from ..blockswap.budget import MemoryReadings, make_budget
 from ..blockswap.decision import PlanRequest, SwapPlan, Timing
 from ..blockswap.errors import SettingsError
 from ..blockswap.layout import ModelProfile
 from ..blockswap.pages import PinBudget
 from ..blockswap.plan import plan_swap, weight_bytes
 from ..blockswap.profile import profile_model
-from ..blockswap.settings import SwapSettings
-from ..hardware import MIB, HostMemory, format_bytes, measure_link, probe_device, read_device_memory, read_host_memory
+from ..hardware import MIB, format_bytes, measure_link, probe_device, read_device_memory, read_host_memory
 from .demo_report import Demonstration, report
 from .device import choose_device
+from .memory import card_budget
 from .picture import check_picture, draw_timeline
 from .plan import parse_count, parse_shape, parse_size
 from .result import Result
@@ -53,12 +52,13 @@ def demo(options: Namespace) -> Result:
     stage = make_stage(model, inputs, device, steps=options.steps, quiet=options.json)
     profile = profile_model(stage.blocks, root=model).profile
     vram_bytes = _vram_bytes(options.vram, profile, device)
+    budget = card_budget(profile, vram_bytes, host, held_bytes=profile.block_bytes)
     unswapped, compute_ms = stage.run_unswapped()
     timing = _timing(options, device, compute_ms, profile.blocks[0].slab_bytes)
     # Only CUDA, HIP and the simulated device have streams and page-locking.
     overlaps = device.type in ("cpu", "cuda")
     request = PlanRequest(blocks_to_swap=asked, overlap=overlaps, pin=overlaps, slots=options.slots, timing=timing)
-    decided = _plan(request, profile, vram_bytes, host)
+    decided = plan_swap(profile, budget, request)
     swapped = stage.run_swapped(decided, timing, PinBudget(host.pin_budget_bytes))
     swapped.weight_bytes -= unswapped.above_weights_bytes
     title = f"{options.preset}: {decided.swapped_count} of {len(decided.swapped)} blocks swapped, the last step"
@@ -80,9 +80,6 @@ def _vram_bytes(asked: str | None, profile: ModelProfile, device: torch.device) 
         raise SettingsError(
             f"--vram expects at most the {format_bytes(there)} of {device} but got {format_bytes(size)}"
         )
-    if size < profile.other_bytes:
-        need = format_bytes(profile.other_bytes)
-        raise SettingsError(f"--vram expects more than the {need} outside the blocks but got {format_bytes(size)}")
     return size
 
 
@@ -102,23 +99,6 @@ def _timing(options: Namespace, device: torch.device, compute_ms: tuple[float, .
         pageable_bytes_per_s=link.pageable,
         streams=options.streams or best,
     )
-
-
-def _plan(request: PlanRequest, profile: ModelProfile, vram_bytes: int, host: HostMemory) -> SwapPlan:
-    readings = MemoryReadings(
-        device_total_bytes=vram_bytes,
-        device_free_bytes=vram_bytes - profile.other_bytes,
-        host_available_bytes=host.available_bytes,
-        pin_budget_bytes=host.pin_budget_bytes,
-        host_held_bytes=profile.block_bytes,
-    )
-    settings = SwapSettings()
-    budget = make_budget(
-        readings,
-        vram_threshold_percent=settings.vram_threshold_percent,
-        bandwidth_target=settings.bandwidth_target,
-    )
-    return plan_swap(profile, budget, request)
 
 
 def _compare(

@@ -7,12 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..blockswap.architecture import block_flops, tokens_for
-from ..blockswap.budget import MemoryReadings, make_budget
 from ..blockswap.checkpoint import CheckpointProfile, read_checkpoint
 from ..blockswap.decision import PlanRequest, SwapPlan, Timing
 from ..blockswap.errors import PlanError, SettingsError
 from ..blockswap.plan import plan_swap
-from ..blockswap.settings import SwapSettings
 from ..hardware import (
     KnownGpu,
     find_gpu,
@@ -24,6 +22,7 @@ from ..hardware import (
 )
 from .demo_report import window_text
 from .device import choose_device
+from .memory import card_budget
 from .result import Result, table
 
 
@@ -42,24 +41,7 @@ def plan(options: Namespace) -> Result:
     if options.ram is not None:
         ram_bytes = parse_size("--ram", options.ram)
         host = replace(host, physical_bytes=ram_bytes, available_bytes=ram_bytes, cgroup_limit_bytes=None)
-    other = checkpoint.model.other_bytes
-    if other > total_bytes:
-        raise SettingsError(
-            f"--vram expects more than the {format_bytes(other)} that lie outside the blocks but got "
-            f"{format_bytes(total_bytes)}; take a larger GPU or a smaller model"
-        )
-    readings = MemoryReadings(
-        device_total_bytes=total_bytes,
-        device_free_bytes=total_bytes - other,
-        host_available_bytes=host.available_bytes,
-        pin_budget_bytes=host.pin_budget_bytes,
-    )
-    defaults = SwapSettings()
-    budget = make_budget(
-        readings,
-        vram_threshold_percent=options.vram_threshold_percent,
-        bandwidth_target=defaults.bandwidth_target,
-    )
+    budget = card_budget(checkpoint.model, total_bytes, host, vram_threshold_percent=options.vram_threshold_percent)
     tokens = tokens_for(checkpoint.architecture, *parse_shape(options.shape))
     request = PlanRequest(
         blocks_to_swap=_count(options.blocks_to_swap, checkpoint.architecture.blocks),

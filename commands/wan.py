@@ -120,7 +120,7 @@ def build(preset: Preset, *, seed: int) -> nn.Module:
     # The rotary table is computed, not loaded: it is made anew with data.
     model.rope = type(model.rope)(preset.head_width, (1, 2, 2), model.rope.max_seq_len)
     _fill(model, seed)
-    return model.eval().requires_grad_(requires_grad=False)
+    return model.train(mode=False).requires_grad_(requires_grad=False)
 
 
 def _fill(model: nn.Module, seed: int) -> None:

@@ -1,0 +1,48 @@
+"""The budget of a card that may not be here: its memory less what lies outside the blocks."""
+
+from __future__ import annotations
+
+from ..blockswap.budget import MemoryBudget, MemoryReadings, make_budget
+from ..blockswap.errors import SettingsError
+from ..blockswap.layout import ModelProfile
+from ..blockswap.settings import SwapSettings
+from ..hardware import HostMemory, format_bytes
+
+
+def card_budget(
+    profile: ModelProfile,
+    vram_bytes: int,
+    host: HostMemory,
+    *,
+    held_bytes: int = 0,
+    vram_threshold_percent: float = SwapSettings().vram_threshold_percent,
+) -> MemoryBudget:
+    """What a plan may spend on a card of `vram_bytes` that holds nothing but the model.
+
+    Args:
+        profile: The model.
+        vram_bytes: Memory of the card.
+        host: Memory of the host.
+        held_bytes: Bytes of the blocks that the host holds already.
+        vram_threshold_percent: Ceiling on VRAM use, in percent; the node's default if not given.
+
+    Raises:
+        SettingsError: What lies outside the blocks alone is larger than the card.
+    """
+    if vram_bytes < profile.other_bytes:
+        raise SettingsError(
+            f"--vram expects more than the {format_bytes(profile.other_bytes)} that lie outside the blocks but got "
+            f"{format_bytes(vram_bytes)}; take a larger GPU or a smaller model"
+        )
+    readings = MemoryReadings(
+        device_total_bytes=vram_bytes,
+        device_free_bytes=vram_bytes - profile.other_bytes,
+        host_available_bytes=host.available_bytes,
+        pin_budget_bytes=host.pin_budget_bytes,
+        host_held_bytes=held_bytes,
+    )
+    return make_budget(
+        readings,
+        vram_threshold_percent=vram_threshold_percent,
+        bandwidth_target=SwapSettings().bandwidth_target,
+    )
