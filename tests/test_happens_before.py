@@ -76,6 +76,21 @@ def test_rule_3_a_new_compute_stream_waits_for_the_old_one(swapped: list[bool]) 
                 assert torch.equal(y, want)
 
 
+def test_rule_3_a_new_compute_stream_waits_for_the_old_one_before_a_resident_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Residents and small tensors were copied to the device on the stream that was current at adopt."""
+    simulation, model, waiting = Simulation(), toy(2), []
+    wait = simulation.streams.wait
+    monkeypatch.setattr(simulation.streams, "wait", lambda *waits: (waiting.append(waits[0]), wait(*waits))[1])
+    with torch.inference_mode(), simulation.session(model, fixed_plan([False] * 2)) as session:
+        session.adopt()
+        simulation.streams.use_another_compute_stream()
+        with session.forward():
+            model(torch.randn(2, 16), [0])
+            assert waiting == [simulation.streams.compute_stream]
+
+
 @pytest.mark.parametrize("lateness", LATENESS)
 def test_rule_4_a_slot_is_free_only_when_the_next_block_begins(lateness: float) -> None:
     run(Simulation(lateness=lateness), toy(6), fixed_plan([True] * 6, slots=3), None, None)

@@ -70,6 +70,13 @@ MUTANTS = [
         "test_rule_3_a_new_compute_stream_waits_for_the_old_one",
     ),
     Mutant(
+        "rule 3: a new compute stream does not wait before a resident block",
+        "swapper.py",
+        "        if step.slot is None:\n            self._transfer.follow()\n",
+        "        if step.slot is None:\n",
+        "test_rule_3_a_new_compute_stream_waits_for_the_old_one_before_a_resident_block",
+    ),
+    Mutant(
         "rule 4: no free event at the release",
         "transfer.py",
         "            self._follow(compute)\n            self.streams.record(slot.free, compute)  # Rule 4\n",
