@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .decision import STAGING_SLABS, HostTier
 from .layout import slab_offsets
-from .pages import REGISTER_RESULTS, PageMemory, PinBudget, Registrar
+from .pages import PageMemory, PinBudget, Registrar, register_result
 from .streams import Streams
 from .tensors import copy_bytes, element_view, flat, same_layout, span_bytes, storage_key, version_of
 
@@ -216,10 +216,6 @@ class HostStore:
             slab.tier = HostTier.PAGEABLE
         return []
 
-    def bytes_in(self, tier: HostTier) -> int:
-        """Host memory of the slabs of one tier."""
-        return sum(slab.pages.size for slab in self.slabs.values() if slab.tier is tier)
-
     def lock(self, pages: PageMemory, what: str, *, again: bool = False) -> bool:
         """Page-locks, with one retry; a refusal is said, and ends the trying unless `again`."""
         if self.registrar is None or (self.refusals and not again):
@@ -231,8 +227,7 @@ class HostStore:
             return False
         result = pages.pin(self.registrar, self.budget) and pages.pin(self.registrar, self.budget)
         if result:
-            why = REGISTER_RESULTS.get(result, "an error of the driver")
-            self._refuse(f"{what} of {pages.size:,} bytes could not be page-locked: code {result}, {why}")
+            self._refuse(f"{what} of {pages.size:,} bytes could not be page-locked: {register_result(result)}")
         return not result
 
     def _refuse(self, why: str) -> None:

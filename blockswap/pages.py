@@ -28,6 +28,11 @@ REGISTER_RESULTS = {
 """What the return codes of cudaHostRegister and hipHostRegister mean (cudaError_t)."""
 
 
+def register_result(code: int) -> str:
+    """A driver's error code in words."""
+    return f"code {code}, {REGISTER_RESULTS.get(code, 'an error of the driver')}"
+
+
 class Registrar(Protocol):
     """Page-locks host memory for a device."""
 
@@ -199,9 +204,8 @@ class _Use:
         result = registrar.unregister(self._pointer)
         budget.used_bytes -= self._size
         if result != 0:
-            why = REGISTER_RESULTS.get(result, "an error of the driver")
             registrar.consume_error()
-            logger.warning("unregistering %d bytes of host memory failed with code %d: %s", self._size, result, why)
+            logger.warning("unregistering %d bytes of host memory failed: %s", self._size, register_result(result))
 
     def end(self) -> None:
         """The pages are about to be unmapped."""

@@ -113,12 +113,6 @@ class SwapSession:
         return 0 if self._holds.store is None else sum(slab.pages.size for slab in self._holds.store.slabs.values())
 
     @property
-    def slab_addresses(self) -> tuple[int, ...]:
-        """Where the slabs are, by block: they stay there as long as they hold the blocks' bytes."""
-        store = self._holds.store
-        return () if store is None else tuple(slab.memory.data_ptr() for _, slab in sorted(store.slabs.items()))
-
-    @property
     def pinned_bytes(self) -> int:
         """Host memory that all sessions of this backend have page-locked now."""
         return self._backend.pin_budget.used_bytes

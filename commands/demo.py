@@ -40,7 +40,7 @@ def demo(options: Namespace) -> Result:
         PlanError: No plan fits.
     """
     device, preset, host = choose_device(options.device), PRESETS[options.preset], read_host_memory()
-    asked = None if options.blocks_to_swap is None else parse_count(options.blocks_to_swap, preset.layers)
+    asked = parse_count(options.blocks_to_swap, preset.layers)
     shape = preset.shape if options.shape is None else parse_shape(options.shape)
     tokens_for(preset.architecture, *shape)  # refuses a shape that is not one
     check_picture(Path(options.picture))

@@ -44,7 +44,7 @@ def plan(options: Namespace) -> Result:
     budget = card_budget(checkpoint.model, total_bytes, host, vram_threshold_percent=options.vram_threshold_percent)
     tokens = tokens_for(checkpoint.architecture, *parse_shape(options.shape))
     request = PlanRequest(
-        blocks_to_swap=_count(options.blocks_to_swap, checkpoint.architecture.blocks),
+        blocks_to_swap=parse_count(options.blocks_to_swap, checkpoint.architecture.blocks),
         vace_blocks_to_swap=checkpoint.architecture.vace_blocks if options.blocks_to_swap == "all" else 0,
         timing=_timing(checkpoint, gpu, tokens, options.link),
     )
@@ -84,14 +84,10 @@ def _card(vram: str | None, gpu: KnownGpu | None) -> tuple[int, str]:
     return memory.total_bytes, probe_device(device).name
 
 
-def _count(asked: str | None, blocks: int) -> int | None:
+def parse_count(asked: str | None, blocks: int) -> int | None:
+    """A number of blocks: 0 to `blocks`, `half` or `all`; None, which leaves it to the plan, stays None."""
     if asked is None:
         return None
-    return parse_count(asked, blocks)
-
-
-def parse_count(asked: str, blocks: int) -> int:
-    """A number of blocks: 0 to `blocks`, `half` or `all`."""
     named = {"half": blocks // 2, "all": blocks}
     if asked in named:
         return named[asked]
