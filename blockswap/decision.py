@@ -134,6 +134,16 @@ class SwapPlan:
         return tuple(i for i, is_swapped in enumerate(self.swapped) if is_swapped)
 
     @property
+    def window_bytes(self) -> int:
+        """Device memory of all slots."""
+        return self.slots * self.slot_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Device memory of resident blocks, and of the small tensors of all blocks."""
+        return self.device_bytes - self.window_bytes
+
+    @property
     def stall_ms(self) -> float | None:
         """Time per forward that compute waits for copies; None if unknown."""
         return None if self.forward is None else self.forward.stall

@@ -21,6 +21,8 @@ WORTH_A_SLOT = 0.005
 
 VACE_PREFIX = "vace_blocks."
 
+UNIFIED = "device and host share one memory: swapping frees nothing, so it is off"
+
 
 def plan_swap(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest) -> SwapPlan:
     """The plan for one transformer on one device.
@@ -42,7 +44,8 @@ def plan_swap(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest)
         reasons.append(reason)
     plan = _complete(profile, budget, request, swapped, slots)
     _refuse_what_cannot_be(profile, budget, plan)
-    return replace(plan, reasons=(*reasons, *plan.reasons))
+    terms = [budget.reason] if budget.reason else []
+    return replace(plan, reasons=(*reasons, *terms, *plan.reasons))
 
 
 def weight_bytes(profile: ModelProfile, swapped: Sequence[bool], slots: int) -> int:
@@ -54,11 +57,15 @@ def weight_bytes(profile: ModelProfile, swapped: Sequence[bool], slots: int) -> 
 
 
 def _residency(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest) -> tuple[tuple[bool, ...], list[str]]:
-    """Manual: the counts asked for, spread. Automatic: none if all fits, else all (`_auto` then looks for fewer)."""
+    """Manual: the counts asked for, spread. Automatic: none if all fits or if card and host share one memory, else all
+    (`_auto` then looks for fewer).
+    """
     vace = sum(block.name.startswith(VACE_PREFIX) for block in profile.blocks)
     main = len(profile.blocks) - vace
     if request.blocks_to_swap is None:
         everything = weight_bytes(profile, (False,) * len(profile.blocks), 0)
+        if budget.is_unified:
+            return (False,) * len(profile.blocks), [UNIFIED]
         if everything <= budget.weight_bytes:
             taken = f"{format_bytes(everything)} of {format_bytes(budget.weight_bytes)}"
             fits = f"all {len(profile.blocks)} blocks fit: {taken}"
@@ -108,32 +115,44 @@ def _pays(
 
 def _auto(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest) -> tuple[tuple[bool, ...], int, str]:
     """The fewest swapped blocks that fit the weight budget, with the number of slots that is faster for that memory."""
-    count = len(profile.blocks)
-    choices = SLOT_CHOICES if request.overlap else (1,)
-    if request.slots is not None:
-        choices = (request.slots,)
-    fitting: list[tuple[tuple[bool, ...], int]] = []
-    for slots in choices:
-        # With as many slots as swapped blocks the window holds what it should have freed.
-        for swapped_count in range(min(slots + 1, count), count + 1):
-            swapped = spread(count, swapped_count)
-            if weight_bytes(profile, swapped, slots) <= budget.weight_bytes:
-                fitting.append((swapped, slots))
-                break
-    target = format_bytes(budget.weight_bytes)
-    if not fitting:
+    count, target = len(profile.blocks), format_bytes(budget.weight_bytes)
+    slots = request.slots or (SLOT_CHOICES[0] if request.overlap else 1)
+    fewest = _fewest(profile, budget.weight_bytes, slots)
+    if fewest is None:
         everything = (True,) * count
-        need = format_bytes(weight_bytes(profile, everything, choices[0]))
-        return (
-            everything,
-            min(choices[0], count),
-            f"even with all {count} blocks swapped the weights take {need} of {target}",
-        )
-    best = fitting[0]
-    for other in fitting[1:]:
-        best = other if _pays(profile, budget, request, best, other) else best
+        need = format_bytes(weight_bytes(profile, everything, slots))
+        why = f"even with all {count} blocks swapped the weights take {need} of {target}"
+        return everything, min(slots, count), why
+    best = spread(count, fewest), slots
+    if request.slots is None and request.overlap:
+        other = _with_another_slot(profile, budget, best)
+        best = other if other is not None and _pays(profile, budget, request, best, other) else best
     need = format_bytes(weight_bytes(profile, *best))
     return *best, f"{sum(best[0])} of {count} blocks are swapped, the fewest that fit: {need} of {target}"
+
+
+def _fewest(profile: ModelProfile, weights: int, slots: int) -> int | None:
+    """The fewest swapped blocks with which `slots` slots fit `weights` bytes; None if none do."""
+    count = len(profile.blocks)
+    # With as many slots as swapped blocks the window holds what it should have freed.
+    ways = range(min(slots + 1, count), count + 1)
+    return next((k for k in ways if weight_bytes(profile, spread(count, k), slots) <= weights), None)
+
+
+def _with_another_slot(
+    profile: ModelProfile, budget: MemoryBudget, choice: tuple[Sequence[bool], int]
+) -> tuple[tuple[bool, ...], int] | None:
+    """`choice` with one slot more, for which one block more is swapped if need be; None if that takes more memory.
+
+    The comparison is with the memory that `choice` takes and not with what there is: so the number of swapped blocks
+    follows from `choice` alone, and cannot grow with the memory of the card.
+    """
+    count, (swapped, slots) = len(profile.blocks), choice
+    for k, limit in ((sum(swapped), budget.weight_bytes), (sum(swapped) + 1, weight_bytes(profile, *choice))):
+        more = spread(count, min(k, count))
+        if slots + 1 < k <= count and weight_bytes(profile, more, slots + 1) <= limit:
+            return more, slots + 1
+    return None
 
 
 def predict(
@@ -177,11 +196,12 @@ def _tiers(
     if wanted <= budget.pin_bytes:
         return tuple(HostTier.PINNED if s else None for s in swapped), 0, []
     short = f"pinned memory: {format_bytes(wanted)} wanted, {format_bytes(budget.pin_bytes)} may be had"
+    room = budget.host_bytes - budget.host_need(profile.block_bytes, slab_bytes=wanted)
     # As many as fit are pinned, spread among the swapped ones: the worker has time between two of its own.
     for count in range(len(inside) - 1, -1, -1):
         pinned = {i for i, chosen in zip(inside, spread(len(inside), count), strict=True) if chosen}
         staging = STAGING_SLABS * max(size for i, size in sizes.items() if i not in pinned)
-        if sum(sizes[i] for i in pinned) + staging <= budget.pin_bytes:
+        if sum(sizes[i] for i in pinned) + staging <= budget.pin_bytes and staging <= room:
             break
     else:
         return pageable, 0, [f"{short}; all blocks stay pageable"]
@@ -233,7 +253,7 @@ def _refuse_what_cannot_be(profile: ModelProfile, budget: MemoryBudget, plan: Sw
             f"{'swap more blocks, ' if not all(plan.swapped) else ''}close other programs on the GPU, or take a "
             "smaller or quantised model"
         )
-    need = profile.block_bytes + plan.staging_bytes - budget.host_held_bytes
+    need = budget.host_need(profile.block_bytes, slab_bytes=plan.slab_bytes) + plan.staging_bytes
     if need > budget.host_bytes:
         raise PlanError(
             f"the host expects {format_bytes(need)} more for {len(plan.swapped)} blocks but got "

@@ -16,7 +16,7 @@ from .spec import (
     Utilisation,
     Vendor,
 )
-from .tuning import GpuTier, KnownGpu, find_gpu, tier_for
+from .tuning import GpuTier, KnownGpu, Tuning, find_gpu, tier_for, tune
 from .units import GIB, KIB, MIB, format_bytes, parse_bytes
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Nvml",
     "PcieLink",
     "Rocm",
+    "Tuning",
     "Utilisation",
     "Vendor",
     "find_gpu",
@@ -45,4 +46,5 @@ __all__ = [
     "read_host_memory",
     "read_utilisation",
     "tier_for",
+    "tune",
 ]

@@ -118,11 +118,13 @@ class DeviceMemory:
         total_bytes: all of it.
         free_bytes: what nobody uses, between 0 and total_bytes.
         source: who read it, and what was corrected.
+        is_estimate: whether free_bytes is an estimate, because no reading of it could be believed.
     """
 
     total_bytes: int
     free_bytes: int
     source: str
+    is_estimate: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.free_bytes <= self.total_bytes:
@@ -187,23 +189,27 @@ class LinkSpeed:
         pinned: (stream count, bytes per second) from page-locked memory, by rising stream count; empty where the device
             has no streams or the driver refused to page-lock.
         pageable: bytes per second from ordinary memory, the host waiting; None if it could not be measured.
+        host_copy: bytes per second from ordinary to page-locked host memory, in one thread; None if it was not measured.
     """
 
     pinned: tuple[tuple[int, float], ...]
     pageable: float | None
+    host_copy: float | None = None
 
     def __post_init__(self) -> None:
         counts = [count for count, _ in self.pinned]
         if counts != sorted(set(counts)) or any(count < 1 for count in counts):
             raise ValueError(f"LinkSpeed expects rising stream counts from 1 but got {counts}")
-        speeds = [speed for _, speed in self.pinned] + ([] if self.pageable is None else [self.pageable])
+        others = [speed for speed in (self.pageable, self.host_copy) if speed is not None]
+        speeds = [speed for _, speed in self.pinned] + others
         if not all(math.isfinite(speed) and speed > 0 for speed in speeds):
             raise ValueError(f"LinkSpeed expects positive finite speeds in bytes per second but got {speeds}")
 
-    def best(self, tolerance: float = 0.02) -> tuple[int, float]:
+    def best(self, tolerance: float = 0.02, *, max_streams: int | None = None) -> tuple[int, float]:
         """The smallest stream count whose pinned speed is within a share of the best, and that speed.
 
         Args:
+            max_streams: counts above it are left out; the lowest count measured never is. None leaves out none.
             tolerance: how much slower than the best may count as equal, as a share of the best. Two runs of the same
                 measurement differ by about this much.
 
@@ -214,5 +220,7 @@ class LinkSpeed:
         if not self.pinned:
             message = "LinkSpeed.best expects a pinned figure but none was measured"
             raise HardwareUnavailableError(f"{message}; use the pageable one ({self.pageable} bytes per second)")
-        floor = (1 - tolerance) * max(speed for _, speed in self.pinned)
-        return next((count, speed) for count, speed in self.pinned if speed >= floor)
+        fewest = self.pinned[0][0]
+        allowed = [pair for pair in self.pinned if max_streams is None or pair[0] <= max(max_streams, fewest)]
+        floor = (1 - tolerance) * max(speed for _, speed in allowed)
+        return next((count, speed) for count, speed in allowed if speed >= floor)

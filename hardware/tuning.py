@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .spec import DeviceSpec
+from .spec import DeviceSpec, HostMemory, HostPlatform, LinkSpeed, Vendor
 from .units import GIB
 
 # From this many compute units on, an unknown GPU gets its tier from a formula instead of the lowest tier.
@@ -38,6 +38,25 @@ class GpuTier:
     max_streams: int
     bandwidth_target: float
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """The automatic settings for one device: what its tier allows, and what was measured.
+
+    Attributes:
+        tier: the class of the GPU, whose limits hold.
+        streams: copy streams: the smallest number that is as fast as the tier's limit lets any be.
+        bandwidth_target: share of the available device memory that block weights and window may fill, 0 to 1.
+        pin: whether host memory is to be page-locked.
+        reasons: why, as sentences for the report.
+    """
+
+    tier: GpuTier
+    streams: int
+    bandwidth_target: float
+    pin: bool
+    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +148,44 @@ def tier_for(spec: DeviceSpec, *, vram_threshold_percent: float) -> GpuTier:
     counted = "an unknown number of" if units is None else str(units)
     reason = f"{spec.name} is not in the table and has {counted} compute units, {_FORMULA_MIN_UNITS} are asked for"
     return GpuTier(_OTHER.name, _OTHER.max_streams, _OTHER.bandwidth_target, reason)
+
+
+def tune(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None, *, vram_threshold_percent: float) -> Tuning:
+    """The automatic settings: the tier is the upper limit, the measured link chooses below it.
+
+    Args:
+        spec: the device.
+        host: the host it is in; page-locking misbehaves on some.
+        link: what was measured; None or an empty pinned figure leaves one stream.
+        vram_threshold_percent: as for `tier_for`.
+
+    Raises:
+        ValueError: the threshold is outside 0 to 100 or not a number.
+    """
+    tier = tier_for(spec, vram_threshold_percent=vram_threshold_percent)
+    limit = f"tier {tier.name}: at most {tier.max_streams} streams, {tier.bandwidth_target:.0%} of what is available"
+    why_not = _why_not_pinned(spec, host, link)
+    if why_not is not None:
+        return Tuning(tier, 1, tier.bandwidth_target, pin=False, reasons=(limit, why_not))
+    if link is None or not link.pinned:
+        return Tuning(tier, 1, tier.bandwidth_target, pin=True, reasons=(limit, "the link is not measured: 1 stream"))
+    streams, speed = link.best(max_streams=tier.max_streams)
+    most = max(count for count, _ in link.pinned)
+    knee = f"{streams} of up to {min(most, tier.max_streams)} streams measured are enough: {speed / 1e9:.1f} GB/s"
+    return Tuning(tier, streams, tier.bandwidth_target, pin=True, reasons=(limit, knee))
+
+
+def _why_not_pinned(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None) -> str | None:
+    """Why page-locked memory does harm here; None where it does not."""
+    if spec.vendor is not Vendor.AMD:
+        return None
+    if host.platform is HostPlatform.WINDOWS:
+        # RX 9070 XT: 54 s with pageable memory, stalls up to 309 s with page-locked memory (reports against ComfyUI).
+        return "page-locked memory stalls AMD GPUs on Windows: copies come from pageable memory, on 1 stream"
+    if link is not None and link.pinned and link.pageable is not None and link.best()[1] <= link.pageable:
+        figures = f"{link.best()[1] / 1e9:.1f} against {link.pageable / 1e9:.1f} GB/s"
+        return f"copies from page-locked memory are no faster than from pageable memory here ({figures})"
+    return None
 
 
 def find_gpu(name: str) -> KnownGpu:

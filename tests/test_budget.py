@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from wanvideo_enhanced_blockswap.blockswap.budget import MemoryBudget, MemoryReadings, make_budget
+from wanvideo_enhanced_blockswap.blockswap.budget import Activations, MemoryBudget, MemoryReadings, make_budget
 from wanvideo_enhanced_blockswap.hardware.units import GIB, MIB
 
 generated = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -26,9 +26,12 @@ CARD = MemoryReadings(
 """24 GiB of which 1 GiB is in use by others and by activations."""
 
 
-def balance(readings: MemoryReadings = CARD, **options: Any) -> MemoryBudget:
-    """The budget with the widgets' defaults."""
-    return make_budget(readings, **{"vram_threshold_percent": 50.0, "bandwidth_target": 0.8, **options})
+def balance(readings: MemoryReadings = CARD, *, activations: int | None = None, **options: Any) -> MemoryBudget:
+    """The budget with the widgets' defaults, and these bytes of activations."""
+    seen = None if activations is None else Activations(nbytes=activations, is_measured=True)
+    return make_budget(
+        readings, **{"vram_threshold_percent": 50.0, "bandwidth_target": 0.8, **options}, activations=seen
+    )
 
 
 def gib(bytes_: int) -> float:
@@ -95,16 +98,16 @@ def test_the_smallest_term_is_the_budget_for_weights(
     threshold: float, target: float, activations_gib: int | None, expected_gib: float
 ) -> None:
     activations = None if activations_gib is None else activations_gib * GIB
-    budget = balance(vram_threshold_percent=threshold, bandwidth_target=target, activation_bytes=activations)
+    budget = balance(vram_threshold_percent=threshold, bandwidth_target=target, activations=activations)
     assert gib(budget.weight_bytes) == expected_gib
 
 
 @pytest.mark.parametrize("activations", [None, 0, 3 * GIB])
 def test_unknown_activations_stay_unknown_and_known_ones_are_kept(activations: int | None) -> None:
-    assert balance(activation_bytes=activations).activation_bytes == activations
+    assert balance(activations=activations).activation_bytes == activations
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(MemoryReadings)])
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(MemoryReadings) if f.name.endswith("_bytes")])
 def test_a_negative_reading_is_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} expects bytes, 0 or more, but got -1"):
         dataclasses.replace(CARD, **{name: -1})
@@ -130,7 +133,7 @@ def test_a_card_that_others_fill_leaves_nothing(term: str) -> None:
 def test_the_budget_is_never_negative_and_never_above_what_is_left(
     readings: MemoryReadings, threshold: float, target: float, activations: int | None
 ) -> None:
-    budget = balance(readings, vram_threshold_percent=threshold, bandwidth_target=target, activation_bytes=activations)
+    budget = balance(readings, vram_threshold_percent=threshold, bandwidth_target=target, activations=activations)
     assert 0 <= budget.weight_bytes <= budget.available_bytes <= budget.limit_bytes <= budget.total_bytes
 
 

@@ -469,11 +469,32 @@ def test_a_device_that_holds_the_plan_to_the_last_byte_is_enough(count: int | No
         plan_swap(profile, budget(40 * MIB, limit=need - 1), request)
 
 
+@pytest.mark.parametrize(("host", "tier"), [(80 * MIB, HostTier.STAGED), (80 * MIB - 1, HostTier.PAGEABLE)])
+def test_a_host_without_room_for_staging_slabs_gets_pageable_blocks_and_no_refusal(host: int, tier: HostTier) -> None:
+    plan = plan_swap(equal(8), budget(pin=30 * MIB, host=host), PlanRequest(blocks_to_swap=5))
+    assert tier in plan.tiers
+    assert plan.staging_bytes + 64 * MIB <= host
+    assert any("pinned memory: 40.0 MiB wanted, 30.0 MiB may be had" in reason for reason in plan.reasons)
+
+
+def test_slabs_come_on_top_of_weights_that_somebody_keeps_less_what_is_in_slabs_already() -> None:
+    held = dataclasses.replace(budget(), host_held_bytes=64 * MIB, originals_stay=True, slab_bytes=8 * MIB)
+    assert held.host_need(64 * MIB, slab_bytes=40 * MIB) == 32 * MIB
+    assert dataclasses.replace(held, originals_stay=False).host_need(64 * MIB, slab_bytes=40 * MIB) == 0
+
+
+def test_where_device_and_host_share_one_memory_nothing_is_swapped_and_the_plan_says_why() -> None:
+    shared = dataclasses.replace(budget(8 * MIB, host=0), is_unified=True)
+    plan = plan_swap(equal(8), shared, PlanRequest())
+    assert (plan.swapped_count, plan.over_ceiling) == (0, True)
+    assert plan.reasons[0] == "device and host share one memory: swapping frees nothing, so it is off"
+    assert plan_swap(equal(8), shared, PlanRequest(blocks_to_swap=3)).swapped_count == 3
+
+
 @pytest.mark.parametrize(
     ("pin", "held", "need"),
     [
         pytest.param(PLENTY, 0, 64 * MIB, id="all blocks"),
-        pytest.param(30 * MIB, 0, 80 * MIB, id="all blocks and two staging slabs"),
         pytest.param(PLENTY, 60 * MIB, 4 * MIB, id="all blocks but what is there already"),
     ],
 )
