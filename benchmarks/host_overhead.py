@@ -76,6 +76,7 @@ def plan_all(profile: ModelProfile, *, overlap: bool) -> SwapPlan:
         overlap=overlap,
         tiers=(HostTier.PINNED if overlap else HostTier.PAGEABLE,) * count,
         device_bytes=0,
+        budget_bytes=0,
         slab_bytes=0,
         pinned_bytes=0,
         staging_bytes=0,

@@ -12,6 +12,13 @@ TEXT_TOKENS = 512
 WAN22_VAE_CHANNELS = 48
 """Latent channels of Wan 2.2 5B's VAE; Wan 2.1's, which the 14B models of Wan 2.2 use too, has 16."""
 
+ELEMENT_BYTES = 2
+"""Of an activation: bf16 and fp16; fp8 and GGUF models compute in these too."""
+
+TEMPORARIES = 1.25
+"""Peak over the widest place's own tensors: diffusers' Wan transformer took 1.37 times them at width 256, 1.19 at width
+1536 (768 to 3072 tokens, by the books of the tests' pretend accelerator, torch 2.13, 2026-11-25)."""
+
 
 @dataclass(frozen=True, slots=True)
 class WanArchitecture:
@@ -55,6 +62,25 @@ def block_flops(architecture: WanArchitecture, tokens: int) -> tuple[float, floa
     linear = 2 * tokens * (6 * width**2 + 2 * width * ffn) + 2 * TEXT_TOKENS * 2 * width**2
     attention = 4 * tokens**2 * width + 4 * tokens * TEXT_TOKENS * width
     return float(linear), float(attention)
+
+
+def activation_bytes(architecture: WanArchitecture, tokens: int, *, vace_hints: bool = True) -> int:
+    """Device memory that a forward is expected to take above the weights, until one has been measured.
+
+    The feed-forward pair is the widest place of a block: the residual and the normed input (`width` channels each),
+    the hidden channels before and after the activation (`ffn_width` each), two bytes an element; what runs beside them
+    adds `TEMPORARIES`. Attention holds five times `width`, which is less. VACE blocks leave a hint of `width` channels
+    each for the main blocks.
+
+    Args:
+        architecture: The model's sizes.
+        tokens: Length of one sequence.
+        vace_hints: The hints of the VACE blocks stay on the device until the main blocks have used them.
+    """
+    width, ffn = architecture.width, architecture.ffn_width
+    channels = max(2 * width + 2 * ffn, 5 * width)
+    hints = architecture.vace_blocks * width if vace_hints else 0
+    return tokens * (int(TEMPORARIES * channels) + hints) * ELEMENT_BYTES
 
 
 def tokens_for(architecture: WanArchitecture, width: int, height: int, frames: int) -> int:

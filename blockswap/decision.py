@@ -99,6 +99,7 @@ class SwapPlan:
         overlap: Copies run on streams of their own.
         tiers: Host tier of each block; None for resident blocks.
         device_bytes: Device memory of residents, small tensors and window together: never exceeded.
+        budget_bytes: What block weights may take on the device by the budget.
         slab_bytes: Host memory of the slabs.
         pinned_bytes: Host memory that is page-locked: slabs and staging.
         staging_bytes: The part of it that is staging slabs.
@@ -115,6 +116,7 @@ class SwapPlan:
     overlap: bool
     tiers: tuple[HostTier | None, ...]
     device_bytes: int
+    budget_bytes: int
     slab_bytes: int
     pinned_bytes: int
     staging_bytes: int

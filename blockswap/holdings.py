@@ -17,6 +17,14 @@ class Holdings:
         self.transfer: Transfer | None = None
         self.swapper: BlockSwapper | None = None
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Page-locked host memory: slabs and staging."""
+        store, transfer = self.store, self.transfer
+        pages = [] if store is None else [slab.pages for slab in store.slabs.values()]
+        pages += [] if transfer is None or transfer.staging is None else transfer.staging.slabs
+        return sum(page.size for page in pages if page.is_pinned)
+
     def drop_device(self) -> None:
         """Masters back; window, residents and staging gone, whatever fails on the way."""
         swapper, transfer = self.swapper, self.transfer

@@ -233,6 +233,7 @@ def _complete(
         overlap=request.overlap,
         tiers=tiers,
         device_bytes=device_bytes,
+        budget_bytes=budget.weight_bytes,
         slab_bytes=sum(profile.blocks[i].slab_host_bytes for i in inside),
         pinned_bytes=pinned + staging_bytes,
         staging_bytes=staging_bytes,

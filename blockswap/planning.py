@@ -1,4 +1,4 @@
-"""From what was read, measured and asked to a plan: the one way that the node, the command line and tests take; pure."""
+"""From what was read, measured and asked to a plan: the one way that node, command line and tests take; pure."""
 
 from __future__ import annotations
 

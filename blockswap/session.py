@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from enum import Enum
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from .backend import Backend
 from .decision import SwapPlan
 from .errors import BlockSwapError, UnsupportedModelError
+from .forwards import ForwardLog
 from .holdings import Holdings
 from .host import HostStore
 from .layout import ModelProfile
@@ -60,7 +61,8 @@ class SwapSession:
         planner: Makes the plan.
         backend: The device and what it offers.
         root: The whole model, for the bytes outside the blocks; held weakly. None if there is nothing else.
-        traced: Records spans of compute, stall and copies.
+        traced: Numbers of the forwards, from 0 at each adopt and without those that ran no block, of which compute,
+            stall and copies are recorded; of the others only how long they take. None records nothing.
     """
 
     def __init__(
@@ -70,21 +72,21 @@ class SwapSession:
         backend: Backend,
         *,
         root: nn.Module | None = None,
-        traced: bool = False,
+        traced: Container[int] | None = None,
     ) -> None:
         self._named = tuple(blocks)
         self._root = None if root is None else weakref.ref(root)
         self._planner = planner
         self._backend = backend
-        self._traced = traced
         self._state = SessionState.IDLE
         self._holds = Holdings()
         weakref.finalize(self, self._holds.drop)
         self._handles: list[RemovableHandle] = []
         self._hooks = [self._hook(index) for index in range(len(self._named))]
         self.plan: SwapPlan | None = None
-        self.trace: Trace | None = None
+        self.log = ForwardLog(traced)
         self.counters = Counters()
+        self.adoptions = 0
 
     def __enter__(self) -> SwapSession:
         return self
@@ -98,6 +100,11 @@ class SwapSession:
         return self._state
 
     @property
+    def trace(self) -> Trace | None:
+        """What happened when, since the last adopt; None if nothing is traced, or before the first."""
+        return self.log.trace
+
+    @property
     def window(self) -> tuple[torch.Tensor, ...]:
         """The device memory of each slot, uint8 `(slot_bytes,)`; empty while nothing is adopted."""
         return () if self._holds.transfer is None else self._holds.transfer.window
@@ -108,14 +115,19 @@ class SwapSession:
         return None if self._holds.transfer is None else self._holds.transfer.streams
 
     @property
+    def device_bytes(self) -> int:
+        """Device memory of residents, small tensors and window now."""
+        return 0 if self._holds.swapper is None or self.plan is None else self.plan.device_bytes
+
+    @property
     def slab_bytes(self) -> int:
         """Host memory that holds the streamed tensors of the swapped blocks now."""
         return 0 if self._holds.store is None else sum(slab.pages.size for slab in self._holds.store.slabs.values())
 
     @property
     def pinned_bytes(self) -> int:
-        """Host memory that all sessions of this backend have page-locked now."""
-        return self._backend.pin_budget.used_bytes
+        """Host memory that this session has page-locked now."""
+        return self._holds.pinned_bytes
 
     @property
     def refusals(self) -> tuple[str, ...]:
@@ -141,6 +153,7 @@ class SwapSession:
             self._holds.drop()
             raise
         self.plan = plan
+        self.adoptions += 1
         self._state = SessionState.ADOPTED
         logger.info("swapping %d of %d blocks: %s", plan.swapped_count, len(plan.swapped), "; ".join(plan.reasons))
         return plan
@@ -206,6 +219,7 @@ class SwapSession:
         if self._state is SessionState.IDLE:
             self.adopt()
         self._state = SessionState.RUNNING
+        self.log.begin(self._holds)
         try:
             for module, hook in zip(modules, self._hooks, strict=True):
                 self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
@@ -252,6 +266,7 @@ class SwapSession:
             return
         try:
             swapper.leave()
+            self.log.end(self._holds)
         except BaseException:
             swapper.abort()
             raise
@@ -270,11 +285,9 @@ class SwapSession:
             self._holds.store = HostStore(streams, self._backend.registrar, self._backend.pin_budget)
         self._holds.store.use(streams)
         self._holds.transfer = Transfer(streams, self.counters)
-        if self._traced:
-            self.trace = self._holds.transfer.trace = Trace(streams)
-            self.trace.start()
-        self._holds.swapper = BlockSwapper(model, plan, self._holds.store, self._holds.transfer, self.trace)
+        self._holds.swapper = BlockSwapper(model, plan, self._holds.store, self._holds.transfer)
         staging = self._holds.store.make_staging()
         if staging:
             self._holds.transfer.staging = Staging(streams, staging, self._backend.make_worker(streams))
+        self.log.start(self._holds)
         self._holds.swapper.prefetch()

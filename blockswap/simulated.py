@@ -212,6 +212,9 @@ class SimulatedStreams:
     def mark(self, stream: SimulatedStream) -> float:
         return stream.now_ms
 
+    def reached(self, mark: float) -> bool:
+        return True
+
     def elapsed_ms(self, begin: float, end: float) -> float:
         return end - begin
 

@@ -96,7 +96,7 @@ class Staging:
 
     def __init__(self, streams: Streams, slabs: Sequence[PageMemory], worker: Worker) -> None:
         self._streams = streams
-        self._slabs = slabs
+        self.slabs = slabs
         self._worker = worker
         self._turn = 0
 
@@ -107,8 +107,8 @@ class Staging:
             slab: A pageable slab.
             copy: Queues the copies from the staging memory it is given; returns the events behind them.
         """
-        staging = self._slabs[self._turn]
-        self._turn = (self._turn + 1) % len(self._slabs)
+        staging = self.slabs[self._turn]
+        self._turn = (self._turn + 1) % len(self.slabs)
 
         def work() -> None:
             with self._streams.guard():  # Rule 8
@@ -122,6 +122,6 @@ class Staging:
     def close(self) -> None:
         """Ends the worker, then gives the staging slabs up."""
         self._worker.stop()
-        for staging in self._slabs:
+        for staging in self.slabs:
             staging.settle()
             staging.unpin()

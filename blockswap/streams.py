@@ -71,8 +71,11 @@ class Streams(Protocol):
     def mark(self, stream: Any) -> Any:
         """A point in time on `stream`, to be read with `elapsed_ms` when all is over."""
 
+    def reached(self, mark: Any) -> bool:
+        """Whether the device has passed a mark; does not wait."""
+
     def elapsed_ms(self, begin: Any, end: Any) -> float:
-        """Milliseconds between two marks that the device has passed."""
+        """Milliseconds between two marks; waits until the device has passed them."""
 
 
 class CudaStreams:
@@ -140,6 +143,9 @@ class CudaStreams:
         mark.record(stream)
         return mark
 
+    def reached(self, mark: torch.cuda.Event) -> bool:
+        return bool(mark.query())
+
     def elapsed_ms(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
         begin.synchronize()
         end.synchronize()
@@ -201,6 +207,9 @@ class InlineStreams:
         if self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize()
         return time.perf_counter()
+
+    def reached(self, mark: float) -> bool:
+        return True
 
     def elapsed_ms(self, begin: float, end: float) -> float:
         return (end - begin) * 1e3

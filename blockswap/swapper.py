@@ -15,9 +15,10 @@ from .host import HostStore
 from .layout import Placement, device_bytes, slab_offsets
 from .profile import ProfiledModel, TensorEntry
 from .schedule import Ring, Step
+from .spans import COMPUTE, STALL
 from .streams import to_device
 from .tensors import copy_bytes, element_view, span_bytes, storage_key, version_of
-from .trace import COMPUTE, STALL, Trace
+from .trace import Trace
 from .transfer import Transfer
 
 
@@ -29,20 +30,22 @@ class BlockSwapper:
         plan: The decision.
         store: Holds the slab of every swapped block.
         transfer: The device's copies.
-        trace: Receives spans of time; None records nothing.
+
+    Attributes:
+        trace: Receives spans of time; None records nothing. May be switched between forwards.
+        entered: Blocks that have run.
 
     Raises:
         DeviceMemoryError: The device cannot hold the plan; every tensor is as it was before.
     """
 
-    def __init__(
-        self, model: ProfiledModel, plan: SwapPlan, store: HostStore, transfer: Transfer, trace: Trace | None = None
-    ) -> None:
+    def __init__(self, model: ProfiledModel, plan: SwapPlan, store: HostStore, transfer: Transfer) -> None:
         self._model = model
         self._plan = plan
         self._store = store
         self._transfer = transfer
-        self._trace = trace
+        self.trace: Trace | None = None
+        self.entered = 0
         self._ring = Ring(plan.swapped, slots=plan.slots)
         self._bound: list[Bound] = []
         self._fixed: list[tuple[TensorEntry, torch.Tensor, torch.Tensor]] = []
@@ -72,6 +75,7 @@ class BlockSwapper:
         """
         binding = self._blocks[block]
         self._finish()
+        self.entered += 1
         if binding.was_edited():
             self._ring.forget(block)
             self._store.slabs[block].sources = ()
@@ -86,8 +90,8 @@ class BlockSwapper:
         after = self._mark()
         self._running = block, after
         binding.point(binding.slots[step.slot])
-        if self._trace is not None:
-            self._trace.add(STALL, block, before, after)
+        if self.trace is not None:
+            self.trace.add(STALL, block, before, after)
 
     def leave(self) -> None:
         """The forward has ended well: the last slot is given back, the next forward's first blocks are prefetched."""
@@ -132,8 +136,8 @@ class BlockSwapper:
         (block, began), self._running = self._running, None
         binding = self._blocks[block]
         self._transfer.computed(block)
-        if self._trace is not None:
-            self._trace.add(COMPUTE, block, began, self._mark())
+        if self.trace is not None:
+            self.trace.add(COMPUTE, block, began, self._mark())
         if binding.streamed:
             binding.point(binding.masters)
             if binding.was_edited():
@@ -149,7 +153,7 @@ class BlockSwapper:
             self._transfer.start(onload.slot, self._store.slabs[onload.block], block=onload.block)
 
     def _mark(self) -> Any:
-        return None if self._trace is None else self._transfer.mark()
+        return None if self.trace is None else self._transfer.mark()
 
     def _place(self) -> None:
         """The window, small tensors, residents and slabs; every tensor at its master or its copy on the device."""

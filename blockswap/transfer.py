@@ -25,9 +25,10 @@ from typing import Any
 import torch
 
 from .host import Slab
+from .spans import COPY
 from .staging import Job, Staging
 from .streams import Streams
-from .trace import COPY, Trace
+from .trace import Trace
 
 CHUNK_ALIGNMENT = 4096
 """Bytes at which a slab is cut between copy streams: whole pages, so that no page is read by two copies."""
@@ -84,7 +85,7 @@ class Transfer:
 
     Attributes:
         staging: Page-locked staging slabs with their worker; None if no slab is staged.
-        trace: Receives the spans of copies; None records nothing.
+        trace: Receives the spans of copies; None records nothing. May be switched between blocks.
     """
 
     def __init__(self, streams: Streams, counters: Counters | None = None) -> None:
@@ -243,11 +244,12 @@ class Transfer:
             self.streams.wait(copies, slot.free)  # Rules 1 and 2
             for previous in before:
                 self.streams.wait(copies, previous)  # Rule 2
+        trace = self.trace  # one for all chunks: the host switches it while the worker copies
         for i, (copies, target, part) in enumerate(chunks):
-            begin = None if self.trace is None else self.streams.mark(copies)
+            begin = None if trace is None else self.streams.mark(copies)
             self.streams.copy(target, part, copies)
-            if self.trace is not None:
-                self.trace.add(f"{COPY} {i}", block, begin, self.streams.mark(copies))
+            if trace is not None:
+                trace.add(f"{COPY} {i}", block, begin, self.streams.mark(copies))
             self.streams.record(slot.pending[i], copies)
         return slot.pending
 

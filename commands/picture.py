@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..blockswap.errors import BlockSwapError, SettingsError
-from ..blockswap.trace import COMPUTE, STALL, Span
+from ..blockswap.spans import COMPUTE, FORWARD, STALL, Span
 
 COLOURS = {COMPUTE: "#4878a8", STALL: "#c44e52"}
 COPY_COLOUR = "#6aa84f"
@@ -39,6 +39,7 @@ def draw_timeline(spans: Sequence[Span], path: Path, *, title: str) -> None:
     """
     from matplotlib.figure import Figure
 
+    spans = [span for span in spans if span.lane != FORWARD]
     copies = sorted({span.lane for span in spans} - {COMPUTE, STALL})
     lanes = {lane: -i for i, lane in enumerate([COMPUTE, *copies])}
     lanes[STALL] = lanes[COMPUTE]

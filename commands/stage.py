@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from ..blockswap.backend import Backend, backend_for
 from ..blockswap.decision import SwapPlan, Timing
+from ..blockswap.forwards import EVERY_FORWARD
 from ..blockswap.pages import PinBudget
 from ..blockswap.profile import blocks_of
 from ..blockswap.session import SwapSession
 from ..blockswap.simulated import SimulatedHardware, SimulatedStreams
 from ..blockswap.simulation import simulated_backend
+from ..blockswap.spans import STALL, Span, total_ms
 from ..blockswap.streams import CudaStreams, InlineStreams, Streams
-from ..blockswap.trace import STALL, Span, total_ms
 from .meter import DeviceMeter, Moved
 from .wan import Inputs, denoise
 
@@ -120,7 +121,7 @@ class Stage:
 
     def _session_run(self, decided: SwapPlan, backend: Backend, now_ms: Callable[[], float]) -> Run:
         run = Run(self._inputs.latents)
-        with SwapSession(self.blocks, lambda _: decided, backend, traced=True) as session:
+        with SwapSession(self.blocks, lambda _: decided, backend, traced=EVERY_FORWARD) as session:
             session.adopt()
             assert session.trace is not None
             trace, before = session.trace, now_ms()

@@ -1,4 +1,4 @@
-"""Measured host-to-device bandwidth, by number of copy streams; cached per device if asked."""
+"""Measured host-to-device bandwidth, by number of copy streams; kept on disk per device and driver if asked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .units import MIB
 
 logger = logging.getLogger(__name__)
 
-_STREAM_COUNTS = (1, 2, 4, 8)
+_STREAM_COUNTS = (1, 2, 4, 8, 12, 16)
 # 64 MiB take 3 ms over PCIe 5.0 x16 and 11 ms over 3.0 x8: long beside a launch, short beside a second.
 _NBYTES = 64 * MIB
 # The median of three, after one copy that is not counted: the first wakes an idle link from a lower generation.
@@ -31,7 +31,9 @@ _REPEATS = 3
 # No figure takes much longer than this, so that a slow link (an external GPU) is measured in a second as well.
 _SECONDS_PER_FIGURE = 0.1
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context, on CUDA and HIP alike
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
+CONTRADICTION = 0.20
+"""Share by which a speed seen in a run may differ from the measured one: beyond it, the measurement is not believed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ def measure_link(
     stream_counts: Sequence[int] = _STREAM_COUNTS,
     nbytes: int = _NBYTES,
     cache_dir: Path | None = None,
+    again: bool = False,
 ) -> LinkSpeed:
     """How fast the device takes bytes from host memory, measured with copies; well under a second.
 
@@ -66,6 +69,7 @@ def measure_link(
         stream_counts: how many streams share a copy, each count measured on its own, from page-locked memory.
         nbytes: size of a copy in bytes.
         cache_dir: folder in which complete measurements are kept and looked up; None neither looks nor keeps.
+        again: measures even if a measurement is kept, and keeps the new one in its place.
 
     Raises:
         HardwareUnavailableError: there is no such device.
@@ -80,7 +84,7 @@ def measure_link(
     device = torch.device(spec.torch_device)
     key = _CacheKey(spec.name, spec.uuid, spec.pci_bus_id, spec.driver, torch.__version__, counts, nbytes)
     path = None if cache_dir is None else cache_dir / _cache_name(key)
-    cached = None if path is None else _read_cache(path, key)
+    cached = None if path is None or again else _read_cache(path, key)
     if cached is not None:
         return cached
     speed = _measure(device, counts, nbytes)
@@ -89,15 +93,29 @@ def measure_link(
     return speed
 
 
+def contradicts(link: LinkSpeed, *, streams: int, seen_bytes_per_second: float) -> bool:
+    """Whether a speed seen in a run differs from the measured one by more than `CONTRADICTION` of it.
+
+    Args:
+        link: what was measured.
+        streams: how many streams the run's copies had.
+        seen_bytes_per_second: what they reached together, from page-locked memory.
+    """
+    if not link.pinned:
+        return False
+    expected = link.best(max_streams=streams)[1]
+    return abs(seen_bytes_per_second - expected) > CONTRADICTION * expected
+
+
 def _measure(device: torch.device, counts: tuple[int, ...], nbytes: int) -> LinkSpeed:
     try:
         target = torch.empty(nbytes, dtype=torch.uint8, device=device)
         pageable = _measure_pageable(target)
-        pinned = _measure_pinned(target, counts) if device.type == "cuda" else ()
+        pinned, host_copy = _measure_pinned(target, counts) if device.type == "cuda" else ((), None)
     except torch.OutOfMemoryError as exc:
         logger.warning("the link to %s expects %d free bytes there to be measured: %s", device, nbytes, exc)
         return LinkSpeed((), None)
-    return LinkSpeed(pinned, pageable)
+    return LinkSpeed(pinned, pageable, host_copy)
 
 
 def _measure_pageable(target: torch.Tensor) -> float:
@@ -114,8 +132,13 @@ def _measure_pageable(target: torch.Tensor) -> float:
     return target.nbytes / _typical_seconds(copy)
 
 
-def _measure_pinned(target: torch.Tensor, counts: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
-    """(stream count, bytes per second) from page-locked memory; empty if the driver refuses to page-lock."""
+def _measure_pinned(
+    target: torch.Tensor, counts: tuple[int, ...]
+) -> tuple[tuple[tuple[int, float], ...], float | None]:
+    """(stream count, bytes per second) from page-locked memory, and bytes per second from ordinary memory into it.
+
+    Empty and None if the driver refuses to page-lock.
+    """
     # An anonymous mapping is page-locked at its exact size, whereas torch's pin_memory rounds up to a power of two.
     source = torch.frombuffer(mmap.mmap(-1, target.nbytes), dtype=torch.uint8).fill_(1)
     cuda: Any = torch.cuda  # untyped, as are streams and events below
@@ -125,15 +148,28 @@ def _measure_pinned(target: torch.Tensor, counts: tuple[int, ...]) -> tuple[tupl
         if code != 0:
             logger.warning("the driver refused to page-lock %d bytes (error %d); no pinned figure", source.nbytes, code)
             _consume_error(target)
-            return ()
+            return (), None
         try:
-            return tuple((count, _measure_streams(source, target, count)) for count in counts)
+            host_copy = _measure_host_copy(source)
+            return tuple((count, _measure_streams(source, target, count)) for count in counts), host_copy
         finally:
             cuda.synchronize()  # the device may still read the pages if a copy raised
             code = int(runtime.cudaHostUnregister(source.data_ptr()))
             if code != 0:
                 logger.warning("the driver failed to unlock %d bytes (error %d)", source.nbytes, code)
                 _consume_error(target)
+
+
+def _measure_host_copy(locked: torch.Tensor) -> float:
+    """Bytes per second from ordinary memory to page-locked memory in one thread, as the staging worker copies."""
+    ordinary = torch.zeros_like(locked).fill_(1)
+
+    def copy() -> float:
+        start = time.perf_counter()
+        locked.copy_(ordinary)
+        return time.perf_counter() - start
+
+    return locked.nbytes / _typical_seconds(copy)
 
 
 def _measure_streams(source: torch.Tensor, target: torch.Tensor, count: int) -> float:
@@ -197,7 +233,8 @@ def _read_cache(path: Path, key: _CacheKey) -> LinkSpeed | None:
         if record["format"] != _CACHE_FORMAT or record["key"] != _as_json(key):
             return None
         pinned = tuple((int(count), float(speed)) for count, speed in record["pinned"])
-        return LinkSpeed(pinned, float(record["pageable"]))
+        host_copy = record["host_copy"]
+        return LinkSpeed(pinned, float(record["pageable"]), None if host_copy is None else float(host_copy))
     except (ValueError, TypeError, KeyError) as exc:
         logger.warning("%s is not a measurement of a link (%r); it is measured again", path, exc)
         return None
@@ -205,7 +242,7 @@ def _read_cache(path: Path, key: _CacheKey) -> LinkSpeed | None:
 
 def _write_cache(path: Path, key: _CacheKey, speed: LinkSpeed) -> None:
     """Keep a measurement: written beside its place, then moved there, so that no reader sees half of it."""
-    record = {"format": _CACHE_FORMAT, "key": _as_json(key), "pinned": speed.pinned, "pageable": speed.pageable}
+    record = {"format": _CACHE_FORMAT, "key": _as_json(key)} | asdict(speed)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")

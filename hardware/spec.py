@@ -189,7 +189,7 @@ class LinkSpeed:
         pinned: (stream count, bytes per second) from page-locked memory, by rising stream count; empty where the device
             has no streams or the driver refused to page-lock.
         pageable: bytes per second from ordinary memory, the host waiting; None if it could not be measured.
-        host_copy: bytes per second from ordinary to page-locked host memory, in one thread; None if it was not measured.
+        host_copy: bytes per second from ordinary to page-locked host memory in one thread; None if not measured.
     """
 
     pinned: tuple[tuple[int, float], ...]

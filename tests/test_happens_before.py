@@ -13,11 +13,13 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from toys import Block, Model, Simulation, fixed_plan, toy
 from wanvideo_enhanced_blockswap.blockswap import HostTier, SwapSession, TransferError, binding, transfer
+from wanvideo_enhanced_blockswap.blockswap.forwards import EVERY_FORWARD
 from wanvideo_enhanced_blockswap.blockswap.schedule import Ring, VirtualTime, spread, steady_time
 from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedHardware
+from wanvideo_enhanced_blockswap.blockswap.spans import COMPUTE, COPY, STALL, total_ms
 from wanvideo_enhanced_blockswap.blockswap.staging import ThreadWorker
 from wanvideo_enhanced_blockswap.blockswap.streams import InlineStreams
-from wanvideo_enhanced_blockswap.blockswap.trace import COMPUTE, COPY, STALL, Trace, total_ms
+from wanvideo_enhanced_blockswap.blockswap.trace import Trace
 
 LATENESS = [0.0, 1.0]
 
@@ -267,7 +269,7 @@ def timed(model: Model, planner, *, compute_ms: float, copy_ms: float, forwards:
     slab = 2 * 16 * 24 * 4
     hardware = SimulatedHardware(link_bytes_per_ms=slab / copy_ms, default_compute_ms=compute_ms)
     simulation = Simulation(hardware=hardware)
-    with torch.inference_mode(), simulation.session(model, planner, traced=True) as session:
+    with torch.inference_mode(), simulation.session(model, planner, traced=EVERY_FORWARD) as session:
         session.adopt()
         for _ in range(forwards):
             session.trace.start()

@@ -9,8 +9,9 @@ import pytest
 import torch
 from toys import Block, Model, alternating, fixed_plan
 from wanvideo_enhanced_blockswap.blockswap import HostTier, PinBudget, SwapSession, backend_for
+from wanvideo_enhanced_blockswap.blockswap.forwards import EVERY_FORWARD
 from wanvideo_enhanced_blockswap.blockswap.pages import CudaRegistrar
-from wanvideo_enhanced_blockswap.blockswap.trace import COMPUTE, COPY, total_ms
+from wanvideo_enhanced_blockswap.blockswap.spans import COMPUTE, COPY, total_ms
 
 pytestmark = [
     pytest.mark.gpu,
@@ -140,7 +141,7 @@ def test_copies_overlap_compute(device: torch.device) -> None:
 @torch.inference_mode()
 def test_the_trace_shows_copies_beside_compute(device: torch.device) -> None:
     model, x = large_model(), torch.randn(4, WIDTH, device=device)
-    with session_of(model, fixed_plan([True] * BLOCKS), device, traced=True) as session:
+    with session_of(model, fixed_plan([True] * BLOCKS), device, traced=EVERY_FORWARD) as session:
         for _ in range(2):
             with session.forward():
                 model(x)

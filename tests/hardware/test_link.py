@@ -148,7 +148,8 @@ def test_a_device_without_room_leaves_every_figure_out_with_one_warning(monkeypa
 
 
 def test_each_stream_count_has_its_own_pinned_figure(measure_pinned):
-    figures = measure_pinned(FakeCuda(milliseconds={1: 4.0, 2: 2.0}))
+    figures, host_copy = measure_pinned(FakeCuda(milliseconds={1: 4.0, 2: 2.0}))
+    assert host_copy > 0
     assert figures == ((1, pytest.approx(NBYTES / 4e-3)), (2, pytest.approx(NBYTES / 2e-3)))
 
 
@@ -168,7 +169,7 @@ def test_a_copy_that_raises_leaves_no_page_locked(measure_pinned):
 
 
 def test_a_driver_that_refuses_to_page_lock_leaves_no_pinned_figure_and_one_warning(measure_pinned, caplog):
-    assert measure_pinned(FakeCuda(register=1)) == ()
+    assert measure_pinned(FakeCuda(register=1)) == ((), None)
     assert len(warnings_in(caplog)) == 1
     assert "error 1" in warnings_in(caplog)[0]
 
@@ -185,6 +186,32 @@ def test_a_slow_link_is_copied_over_only_twice(measure_pinned, monkeypatch):
     monkeypatch.setattr(cuda, "copy_milliseconds", lambda: copies.append(1) or 900.0)
     measure_pinned(cuda, (1,))
     assert len(copies) == 2
+
+
+def test_a_kept_measurement_is_taken_again_where_that_is_asked_and_replaced(cached):
+    speed = measure_link(CPU, nbytes=NBYTES, cache_dir=cached.parent, again=True)
+    assert speed.pageable != 12345.0
+    assert measure_link(CPU, nbytes=NBYTES, cache_dir=cached.parent) == speed
+
+
+@pytest.mark.parametrize(
+    ("streams", "seen", "contradicted"),
+    [
+        pytest.param(1, 10.1e9, False, id="near the figure of one stream"),
+        pytest.param(1, 7.9e9, True, id="more than a fifth slower"),
+        pytest.param(1, 8.1e9, False, id="less than a fifth slower"),
+        pytest.param(4, 10e9, True, id="the figure of one stream where four are used"),
+        pytest.param(4, 24.1e9, True, id="more than a fifth faster"),
+        pytest.param(16, 20e9, False, id="more streams than were measured"),
+    ],
+)
+def test_a_run_contradicts_the_measurement_by_more_than_a_fifth_of_what_its_streams_reach(streams, seen, contradicted):
+    measured = LinkSpeed(((1, 10e9), (4, 20e9)), None)
+    assert link.contradicts(measured, streams=streams, seen_bytes_per_second=seen) is contradicted
+
+
+def test_a_link_without_a_pinned_figure_cannot_be_contradicted():
+    assert not link.contradicts(LinkSpeed((), 1e9), streams=1, seen_bytes_per_second=1.0)
 
 
 def test_a_kept_measurement_is_not_taken_again(cached):
@@ -204,8 +231,15 @@ def test_another_torch_measures_again(cached, monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", "null", '{"format": 1}', "\x00\xff", '{"format": 1, "key": KEY, "pinned": 3, "pageable": 1}']
-    + [f'{{"format": 1, "key": KEY, "pinned": [], "pageable": {value}}}' for value in ("NaN", "-1", "null", '"fast"')],
+    [
+        *("", "{", "[]", "{}", "null", '{"format": 2}', "\x00\xff"),
+        '{"format": 2, "key": KEY, "pinned": 3, "pageable": 1, "host_copy": null}',
+        '{"format": 2, "key": KEY, "pinned": [], "pageable": 1, "host_copy": "fast"}',
+        *(
+            f'{{"format": 2, "key": KEY, "pinned": [], "pageable": {value}, "host_copy": null}}'
+            for value in ("NaN", "-1", "null", '"fast"')
+        ),
+    ],
 )
 def test_a_corrupt_file_is_ignored_with_one_warning_and_rewritten(cached, caplog, text):
     key = json.dumps(json.loads(cached.read_text())["key"])

@@ -1,0 +1,223 @@
+"""Planner: makes a transformer's plan at each adopt from fresh readings and from what earlier forwards have shown."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from ..hardware import DeviceMemory, HostMemory, LinkSpeed, contradicts, tune
+from .budget import Activations, MemoryBudget
+from .decision import SwapPlan
+from .layout import ModelProfile
+from .machine import Machine
+from .pages import PinBudget
+from .plan import predict
+from .planning import Facts, budget_for, make_plan, timing_for
+from .replan import Observed
+from .schedule import ForwardTime
+from .session import SwapSession
+from .settings import SwapSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What one forward is given to do, as far as memory and time depend on it.
+
+    Attributes:
+        tokens: Length of all sequences of a batch together.
+        expected_activation_bytes: Device memory it is expected to take above the weights, from
+            `architecture.activation_bytes`; None if it is not known.
+    """
+
+    tokens: int
+    expected_activation_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What is set from outside of the settings.
+
+    Attributes:
+        may_pin: Host memory may be page-locked.
+        may_overlap: Copies may have streams of their own.
+        reserve_bytes: Device memory to be left free beside our own reserve.
+        originals_stay: Somebody else keeps the blocks' weights in host memory, so that slabs are copies.
+    """
+
+    may_pin: bool = True
+    may_overlap: bool = True
+    reserve_bytes: int = 0
+    originals_stay: bool = False
+
+
+class LinkDoubt(Enum):
+    """Whether a run has contradicted the measured link."""
+
+    NONE = "none"
+    """Until a run does."""
+    OPEN = "open"
+    """From then on until the link has been measured again."""
+    SETTLED = "settled"
+    """From then on: a difference that stays comes from the run itself, whose compute reads memory too."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What forwards of one workload have shown."""
+
+    compute_ms: tuple[float, ...] | None = None
+    activation_bytes: int | None = None
+
+
+@dataclass(slots=True)
+class Planner:
+    """Plans for one transformer.
+
+    Attributes:
+        settings: What the user asked for.
+        machine: Where readings come from.
+        pins: What all models of the process may page-lock.
+        limits: What is set from outside.
+        workload: What the coming forwards do; None if it is not known.
+        session: The session that adopts the plans; its weights on the device count as ours.
+        profile: What was planned for last.
+        memory: Device memory as read for the last plan.
+        host: Host memory as read for the last plan.
+        link: The link as measured, or as a run has shown it to be; None if no plan has needed it.
+    """
+
+    settings: SwapSettings
+    machine: Machine
+    pins: PinBudget
+    limits: Limits = field(default_factory=Limits)
+    workload: Workload | None = None
+    session: weakref.ref[SwapSession] | None = None
+    profile: ModelProfile | None = None
+    memory: DeviceMemory | None = None
+    host: HostMemory | None = None
+    link: LinkSpeed | None = None
+    _seen: dict[Workload | None, _Seen] = field(default_factory=dict)
+    _in_this_run: set[Workload | None] = field(default_factory=set)
+    _doubts: LinkDoubt = field(default_factory=lambda: LinkDoubt.NONE)
+
+    def __call__(self, profile: ModelProfile) -> SwapPlan:
+        """The plan for this moment; measures the link if the plan copies anything and it is not known, or in doubt.
+
+        Raises:
+            PlanError: None fits.
+        """
+        self.profile = profile
+        facts = self._facts(profile)
+        self.memory, self.host = facts.memory, facts.host
+        plan = make_plan(profile, self.settings, facts)
+        is_doubted = self._doubts is LinkDoubt.OPEN
+        if not plan.swapped_count or (self.link is not None and not is_doubted):
+            return plan
+        self.link = self.machine.link(again=is_doubted)
+        self._doubts = LinkDoubt.SETTLED if is_doubted else self._doubts
+        return make_plan(profile, self.settings, replace(facts, link=self.link))
+
+    def consider(self) -> SwapPlan:
+        """What would be planned now for the same blocks, while they are on the device; measures nothing.
+
+        Raises:
+            PlanError: None fits.
+        """
+        assert self.profile is not None, "it follows a plan"
+        return make_plan(self.profile, self.settings, self._facts(self.profile))
+
+    def begin(self, workload: Workload | None) -> bool:
+        """A forward with this workload comes next; whether the run has had none like it."""
+        is_new, self.workload = workload not in self._in_this_run, workload
+        self._in_this_run.add(workload)
+        return is_new
+
+    def end_run(self) -> None:
+        """The run is over: what its forwards took is remembered for the next that has the like."""
+        self._in_this_run.clear()
+
+    def budget(self) -> MemoryBudget:
+        """What a plan might spend now, our own weights on the device counted as free."""
+        assert self.profile is not None, "a budget follows a plan"
+        facts = self._facts(self.profile)
+        limit = self.settings.vram_threshold_percent
+        tuning = tune(facts.spec, facts.host, facts.link, vram_threshold_percent=limit)
+        return budget_for(self.settings, facts, tuning)
+
+    def learn(self, observed: Observed, plan: SwapPlan) -> ForwardTime | None:
+        """Keeps what traced forwards have shown.
+
+        Args:
+            observed: What they have shown.
+            plan: What they followed.
+
+        Returns:
+            A forward with `plan` in virtual time, from what is known now; None where a speed is unknown.
+        """
+        assert self.profile is not None, "forwards follow a plan"
+        if observed.compute_ms is not None:
+            self._seen_now().compute_ms = observed.compute_ms
+        if observed.copied_bytes_per_s is not None and plan.pinned_bytes and not plan.staging_bytes:
+            self._doubt(observed.copied_bytes_per_s, streams=plan.streams)
+        timing = timing_for(self._facts(self.profile), streams=plan.streams)
+        return predict(self.profile, plan.swapped, plan.slots, plan.tiers, timing)
+
+    def learn_activations(self, nbytes: int) -> None:
+        """A forward took this much above the weights at its peak."""
+        seen = self._seen_now()
+        seen.activation_bytes = max(nbytes, seen.activation_bytes or 0)
+
+    @property
+    def activations(self) -> Activations | None:
+        """What the hungriest forward of this run takes above the weights: measured, else expected."""
+        found = [self._activations(workload) for workload in self._in_this_run]
+        return max((one for one in found if one is not None), key=lambda one: one.nbytes, default=None)
+
+    def _activations(self, workload: Workload | None) -> Activations | None:
+        seen = self._seen.get(workload)
+        if seen is not None and seen.activation_bytes is not None:
+            return Activations(nbytes=seen.activation_bytes, is_measured=True)
+        if workload is None or workload.expected_activation_bytes is None:
+            return None
+        return Activations(nbytes=workload.expected_activation_bytes, is_measured=False)
+
+    def _doubt(self, speed: float, *, streams: int) -> None:
+        """Copies ran at `speed`: if that contradicts the measurement, it counts until the link is measured again."""
+        if self.link is None or self._doubts is not LinkDoubt.NONE:
+            return
+        if contradicts(self.link, streams=streams, seen_bytes_per_second=speed):
+            measured = self.link.best(max_streams=streams)[1]
+            said = f"copies ran at {speed / 1e9:.1f} GB/s where {measured / 1e9:.1f} GB/s had been measured"
+            logger.info("%s; the link is measured again at the next run", said)
+            self.link = replace(self.link, pinned=((streams, speed),))
+            self._doubts = LinkDoubt.OPEN
+
+    def _seen_now(self) -> _Seen:
+        return self._seen.setdefault(self.workload, _Seen())
+
+    def _facts(self, profile: ModelProfile) -> Facts:
+        session = None if self.session is None else self.session()
+        compute_ms = self._seen_now().compute_ms
+        locked = 0 if session is None else session.pinned_bytes
+        return Facts(
+            spec=self.machine.spec,
+            memory=self.machine.memory(),
+            host=self.machine.host(),
+            link=self.link,
+            # Another LoRA or another VACE model has other blocks.
+            compute_ms=compute_ms if compute_ms is not None and len(compute_ms) == len(profile.blocks) else None,
+            activations=self.activations,
+            unused_cache_bytes=self.machine.unused_cache_bytes(),
+            own_bytes=0 if session is None else session.device_bytes,
+            reserve_bytes=self.limits.reserve_bytes,
+            host_held_bytes=profile.block_bytes,
+            slab_bytes=0 if session is None else session.slab_bytes,
+            originals_stay=self.limits.originals_stay,
+            locked_elsewhere_bytes=max(0, self.pins.used_bytes - locked),
+            may_pin=self.limits.may_pin,
+            may_overlap=self.limits.may_overlap,
+        )

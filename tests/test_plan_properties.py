@@ -1,0 +1,158 @@
+"""What holds for every automatic plan, on any card, for any model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from wanvideo_enhanced_blockswap.blockswap.budget import Activations, MemoryBudget
+from wanvideo_enhanced_blockswap.blockswap.decision import SwapPlan
+from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
+from wanvideo_enhanced_blockswap.blockswap.layout import BlockProfile, ModelProfile, Placement, TensorProfile
+from wanvideo_enhanced_blockswap.blockswap.plan import weight_bytes
+from wanvideo_enhanced_blockswap.blockswap.planning import Facts, budget_for, make_plan
+from wanvideo_enhanced_blockswap.blockswap.schedule import spread
+from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
+from wanvideo_enhanced_blockswap.hardware.spec import (
+    DeviceMemory,
+    DeviceSpec,
+    HostMemory,
+    HostPlatform,
+    LinkSpeed,
+    Vendor,
+)
+from wanvideo_enhanced_blockswap.hardware.tuning import tune
+from wanvideo_enhanced_blockswap.hardware.units import MIB
+
+generated = settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+"""The same examples in every run, on machines of any speed."""
+
+
+def block(name: str, sizes: list[int], lora: int) -> BlockProfile:
+    tensors = [TensorProfile(f"w{i}", size, Placement.STREAMED) for i, size in enumerate(sizes)]
+    deltas = [TensorProfile("lora_diff", lora, Placement.STREAMED)] if lora else []
+    return BlockProfile(name, (*tensors, *deltas, TensorProfile("scale", 640, Placement.SMALL)))
+
+
+@st.composite
+def profiles(draw: st.DrawFn) -> ModelProfile:
+    """Equal blocks, as most models have, or blocks of any sizes; with or without VACE blocks and a LoRA."""
+    vace, count = draw(st.sampled_from([0, 0, 3])), draw(st.integers(1, 14))
+    one = st.lists(st.integers(MIB // 4, 3 * MIB), min_size=1, max_size=3)
+    equal = draw(st.none() | one)
+    lora = draw(st.sampled_from([0, MIB // 8]))
+    names = [f"vace_blocks.{i}" for i in range(vace)] + [f"blocks.{i}" for i in range(count)]
+    return ModelProfile(tuple(block(name, equal or draw(one), lora) for name in names), other_bytes=0)
+
+
+@st.composite
+def facts(draw: st.DrawFn, profile: ModelProfile) -> Facts:
+    """A card of the model's order of size, partly in use, in a host that may be too small."""
+    size = profile.block_bytes
+    total = draw(st.integers(size // 2, 5 * size)) + 12 * MIB
+    available = draw(st.integers(int(1.3 * size), 5 * size))
+    spec = DeviceSpec(
+        "GPU", Vendor.NVIDIA, "cuda:0", None, None, draw(st.sampled_from([20, 120])), False, None, None, None
+    )
+    limit = draw(st.none() | st.integers(0, 3 * size))
+    used = draw(st.integers(0, total // 3))
+    host = HostMemory(
+        available + draw(st.integers(0, size)), available, limit, None, HostPlatform.LINUX, in_container=False
+    )
+    compute = draw(st.none() | st.floats(0.01, 10))
+    return Facts(
+        spec=spec,
+        memory=DeviceMemory(total, total - used, "generated"),
+        host=host,
+        link=draw(st.none() | st.builds(LinkSpeed, st.just(((1, 10e9), (2, 12e9))), st.just(4e9), st.just(8e9))),
+        compute_ms=None if compute is None else (compute,) * len(profile.blocks),
+        activations=draw(st.none() | st.builds(Activations, nbytes=st.integers(0, total), is_measured=st.booleans())),
+        host_held_bytes=draw(st.sampled_from([0, size])),
+        originals_stay=draw(st.booleans()),
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[ModelProfile, SwapSettings, Facts]:
+    profile = draw(profiles())
+    chosen = SwapSettings(vram_threshold_percent=draw(st.floats(30, 90)))
+    return profile, chosen, draw(facts(profile))
+
+
+def planned(profile: ModelProfile, chosen: SwapSettings, known: Facts) -> tuple[SwapPlan, MemoryBudget]:
+    """The plan and its budget; examples that are refused are left out."""
+    tuning = tune(known.spec, known.host, known.link, vram_threshold_percent=chosen.vram_threshold_percent)
+    try:
+        return make_plan(profile, chosen, known), budget_for(chosen, known, tuning)
+    except PlanError:
+        assume(False)
+        raise
+
+
+@generated
+@given(cases())
+def test_a_plan_exceeds_neither_the_ceiling_nor_the_host_unless_it_says_so(
+    case: tuple[ModelProfile, SwapSettings, Facts],
+) -> None:
+    profile, chosen, known = case
+    plan, budget = planned(*case)
+    ceiling = chosen.vram_threshold_percent / 100 * known.memory.total_bytes
+    in_use = known.memory.total_bytes - known.memory.free_bytes
+    assert plan.over_ceiling or (plan.device_bytes <= budget.weight_bytes and in_use + plan.device_bytes <= ceiling)
+    copies = plan.slab_bytes if known.originals_stay else 0
+    needed = profile.block_bytes - known.host_held_bytes + copies + plan.staging_bytes
+    assert needed <= 0.8 * known.host.available_bytes
+    assert plan.pinned_bytes <= known.host.pin_budget_bytes
+
+
+@generated
+@given(cases())
+def test_one_swapped_block_fewer_with_the_same_slots_would_not_fit(
+    case: tuple[ModelProfile, SwapSettings, Facts],
+) -> None:
+    profile, _, _ = case
+    plan, budget = planned(*case)
+    if plan.swapped_count:
+        fewer = spread(len(plan.swapped), plan.swapped_count - 1)
+        assert weight_bytes(profile, fewer, plan.slots) > budget.weight_bytes
+
+
+@generated
+@given(cases(), st.integers(0, 64 * MIB))
+def test_more_memory_on_the_card_never_swaps_more(case: tuple[ModelProfile, SwapSettings, Facts], more: int) -> None:
+    profile, chosen, known = case
+    plan, _ = planned(*case)
+    memory = DeviceMemory(known.memory.total_bytes + more, known.memory.free_bytes + more, "generated")
+    larger, _ = planned(profile, chosen, replace(known, memory=memory))
+    assert larger.swapped_count <= plan.swapped_count
+
+
+@generated
+@given(cases())
+def test_nothing_is_swapped_exactly_when_everything_fits(case: tuple[ModelProfile, SwapSettings, Facts]) -> None:
+    profile, _, _ = case
+    plan, budget = planned(*case)
+    everything = weight_bytes(profile, (False,) * len(profile.blocks), 0)
+    assert (plan.swapped_count == 0) == (everything <= budget.weight_bytes)
+
+
+@generated
+@given(cases())
+def test_planning_again_with_our_weights_in_place_gives_the_same_plan(
+    case: tuple[ModelProfile, SwapSettings, Facts],
+) -> None:
+    profile, chosen, known = case
+    plan, _ = planned(*case)
+    assume(plan.device_bytes <= known.memory.free_bytes)
+    memory = replace(known.memory, free_bytes=known.memory.free_bytes - plan.device_bytes)
+    # The slabs have taken host memory, and are there.
+    held = {"host_held_bytes": profile.block_bytes, "slab_bytes": plan.slab_bytes}
+    adopted = replace(known, memory=memory, own_bytes=plan.device_bytes, **held)
+    assert make_plan(profile, chosen, adopted) == plan or plan.staging_bytes
+    assert make_plan(profile, chosen, adopted).swapped == plan.swapped
