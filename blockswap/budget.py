@@ -28,6 +28,7 @@ class MemoryReadings:
         pin_budget_bytes: Host memory that may be page-locked by all models together, less what already is.
         host_held_bytes: Bytes of the blocks that are in host memory already, whoever holds them.
         slab_bytes: The part of them that is in slabs of ours.
+        staging_bytes: Staging slabs of ours that are there, beside the blocks' bytes.
         originals_stay: Somebody else keeps the blocks' weights, so that slabs are copies and not the only ones.
         is_unified: The card's memory is the host's.
     """
@@ -41,6 +42,7 @@ class MemoryReadings:
     reserve_bytes: int = 0
     host_held_bytes: int = 0
     slab_bytes: int = 0
+    staging_bytes: int = 0
     originals_stay: bool = False
     is_unified: bool = False
 
@@ -79,9 +81,8 @@ class MemoryBudget:
         activation_bytes: Peak above the weights for this shape; None if neither measured nor worked out.
         weight_bytes: What residents, small tensors and window may take together.
         limit_bytes: What they could take at most before the device runs out: total - used.
-        host_bytes: Host memory that the plan may additionally take.
+        host_bytes: Host memory that the plan may take, what we hold already counted in.
         host_held_bytes: Bytes of the blocks that are in host memory already.
-        slab_bytes: The part of them that is in slabs of ours.
         originals_stay: Slabs are copies of weights that somebody else keeps.
         pin_bytes: Host memory that the plan may page-lock.
         is_unified: The card's memory is the host's, so that swapping would free nothing.
@@ -97,7 +98,6 @@ class MemoryBudget:
     host_bytes: int
     host_held_bytes: int
     pin_bytes: int
-    slab_bytes: int = 0
     originals_stay: bool = False
     is_unified: bool = False
     reason: str = ""
@@ -107,17 +107,18 @@ class MemoryBudget:
         """Device memory that is left when no reserve is kept."""
         return self.total_bytes - self.used_bytes
 
-    def host_need(self, block_bytes: int, *, slab_bytes: int) -> int:
-        """Host memory that is needed beside what is held now.
+    def host_need(self, block_bytes: int, *, slab_bytes: int, staging_bytes: int = 0) -> int:
+        """Host memory that a plan takes beside what is held of the blocks already.
 
         Args:
             block_bytes: All blocks.
             slab_bytes: Slabs of the swapped blocks.
+            staging_bytes: Staging slabs.
         """
         if self.is_unified:
-            return 0  # the weights are there once, and `limit_bytes` is the host's
-        copies = max(0, slab_bytes - self.slab_bytes) if self.originals_stay else 0
-        return max(0, block_bytes - self.host_held_bytes) + copies
+            return staging_bytes  # the weights are there once, and `limit_bytes` is the host's
+        copies = slab_bytes if self.originals_stay else 0
+        return max(0, block_bytes - self.host_held_bytes) + copies + staging_bytes
 
 
 def make_budget(
@@ -133,6 +134,9 @@ def make_budget(
         available     = max(0, total - used - max(10 % of total, what others asked to be left))
         ceiling       = max(0, vram_threshold_percent of total - used)
         weight budget = min(ceiling, bandwidth_target * available, available - activations if known)
+        host budget   = 80 % of what is available and of what our staging slabs and copies take
+
+    What we hold counts as free on both sides, so that a plan made while another is in place is the same.
 
     Where card and host share one memory, the ceiling and the share would only leave memory idle: the weight budget is
     then what is available, less the activations.
@@ -158,6 +162,7 @@ def make_budget(
         how = "measured" if activations.is_measured else "expected"
         left = f"the {format_bytes(activations.nbytes)} that activations are {how} to take, with {in_use}"
         terms.append((max(0, available - activations.nbytes), left))
+    ours = readings.staging_bytes + (readings.slab_bytes if readings.originals_stay else 0)
     weights, why = min(terms, key=lambda term: term[0])
     return MemoryBudget(
         total_bytes=total,
@@ -166,10 +171,9 @@ def make_budget(
         ceiling_bytes=ceiling,
         activation_bytes=None if activations is None else activations.nbytes,
         weight_bytes=weights,
-        host_bytes=int(USABLE_DRAM * readings.host_available_bytes),
+        host_bytes=int(USABLE_DRAM * (readings.host_available_bytes + ours)),
         host_held_bytes=readings.host_held_bytes,
         pin_bytes=readings.pin_budget_bytes,
-        slab_bytes=readings.slab_bytes,
         originals_stay=readings.originals_stay,
         is_unified=readings.is_unified,
         reason=f"{format_bytes(weights)} for block weights: set by {why}",

@@ -18,12 +18,16 @@ class Holdings:
         self.swapper: BlockSwapper | None = None
 
     @property
+    def staging_bytes(self) -> int:
+        """Host memory of the staging slabs."""
+        transfer = self.transfer
+        return 0 if transfer is None or transfer.staging is None else sum(p.size for p in transfer.staging.slabs)
+
+    @property
     def pinned_bytes(self) -> int:
-        """Page-locked host memory: slabs and staging."""
-        store, transfer = self.store, self.transfer
-        pages = [] if store is None else [slab.pages for slab in store.slabs.values()]
-        pages += [] if transfer is None or transfer.staging is None else transfer.staging.slabs
-        return sum(page.size for page in pages if page.is_pinned)
+        """Page-locked host memory: slabs and staging, whose slabs are there only if they could be locked."""
+        slabs = [] if self.store is None else self.store.slabs.values()
+        return sum(slab.pages.size for slab in slabs if slab.pages.is_pinned) + self.staging_bytes
 
     def drop_device(self) -> None:
         """Masters back; window, residents and staging gone, whatever fails on the way."""

@@ -196,12 +196,12 @@ def _tiers(
     if wanted <= budget.pin_bytes:
         return tuple(HostTier.PINNED if s else None for s in swapped), 0, []
     short = f"pinned memory: {format_bytes(wanted)} wanted, {format_bytes(budget.pin_bytes)} may be had"
-    room = budget.host_bytes - budget.host_need(profile.block_bytes, slab_bytes=wanted)
     # As many as fit are pinned, spread among the swapped ones: the worker has time between two of its own.
     for count in range(len(inside) - 1, -1, -1):
         pinned = {i for i, chosen in zip(inside, spread(len(inside), count), strict=True) if chosen}
         staging = STAGING_SLABS * max(size for i, size in sizes.items() if i not in pinned)
-        if sum(sizes[i] for i in pinned) + staging <= budget.pin_bytes and staging <= room:
+        need = budget.host_need(profile.block_bytes, slab_bytes=wanted, staging_bytes=staging)
+        if sum(sizes[i] for i in pinned) + staging <= budget.pin_bytes and need <= budget.host_bytes:
             break
     else:
         return pageable, 0, [f"{short}; all blocks stay pageable"]
@@ -254,7 +254,7 @@ def _refuse_what_cannot_be(profile: ModelProfile, budget: MemoryBudget, plan: Sw
             f"{'swap more blocks, ' if not all(plan.swapped) else ''}close other programs on the GPU, or take a "
             "smaller or quantised model"
         )
-    need = budget.host_need(profile.block_bytes, slab_bytes=plan.slab_bytes) + plan.staging_bytes
+    need = budget.host_need(profile.block_bytes, slab_bytes=plan.slab_bytes, staging_bytes=plan.staging_bytes)
     if need > budget.host_bytes:
         raise PlanError(
             f"the host expects {format_bytes(need)} more for {len(plan.swapped)} blocks but got "

@@ -216,6 +216,7 @@ class Planner:
             reserve_bytes=self.limits.reserve_bytes,
             host_held_bytes=profile.block_bytes,
             slab_bytes=0 if session is None else session.slab_bytes,
+            staging_bytes=0 if session is None else session.staging_bytes,
             originals_stay=self.limits.originals_stay,
             locked_elsewhere_bytes=max(0, self.pins.used_bytes - locked),
             may_pin=self.limits.may_pin,

@@ -29,6 +29,7 @@ class Facts:
         reserve_bytes: What somebody has asked to be left free on the device.
         host_held_bytes: Bytes of the blocks that are in host memory already, whoever holds them.
         slab_bytes: The part of them that is in slabs of ours.
+        staging_bytes: Staging slabs of ours that are there.
         originals_stay: Somebody else keeps the blocks' weights, so that slabs are copies.
         locked_elsewhere_bytes: Host memory that other models have page-locked.
         may_pin: Page-locking is not forbidden from outside.
@@ -46,6 +47,7 @@ class Facts:
     reserve_bytes: int = 0
     host_held_bytes: int = 0
     slab_bytes: int = 0
+    staging_bytes: int = 0
     originals_stay: bool = False
     locked_elsewhere_bytes: int = 0
     may_pin: bool = True
@@ -82,6 +84,7 @@ def budget_for(settings: SwapSettings, facts: Facts, tuning: Tuning) -> MemoryBu
         pin_budget_bytes=max(0, facts.host.pin_budget_bytes - facts.locked_elsewhere_bytes),
         host_held_bytes=facts.host_held_bytes,
         slab_bytes=facts.slab_bytes,
+        staging_bytes=facts.staging_bytes,
         originals_stay=facts.originals_stay,
         is_unified=bool(facts.spec.is_integrated),
     )

@@ -125,6 +125,11 @@ class SwapSession:
         return 0 if self._holds.store is None else sum(slab.pages.size for slab in self._holds.store.slabs.values())
 
     @property
+    def staging_bytes(self) -> int:
+        """Host memory of the staging slabs now."""
+        return self._holds.staging_bytes
+
+    @property
     def pinned_bytes(self) -> int:
         """Host memory that this session has page-locked now."""
         return self._holds.pinned_bytes

@@ -128,6 +128,14 @@ def test_a_card_that_others_fill_leaves_nothing(term: str) -> None:
     assert getattr(balance(full), term) == 0
 
 
+def test_what_our_copies_and_staging_slabs_take_of_the_host_counts_as_there_to_be_used() -> None:
+    taken = dataclasses.replace(
+        CARD, host_available_bytes=40 * GIB, slab_bytes=8 * GIB, staging_bytes=2 * GIB, originals_stay=True
+    )
+    assert balance(taken).host_bytes == balance().host_bytes
+    assert gib(balance(dataclasses.replace(taken, originals_stay=False)).host_bytes) == 33.6
+
+
 @generated
 @given(READINGS, st.floats(30, 90), st.floats(0.1, 1), st.none() | st.integers(0, 1 << 40))
 def test_the_budget_is_never_negative_and_never_above_what_is_left(

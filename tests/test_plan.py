@@ -477,10 +477,11 @@ def test_a_host_without_room_for_staging_slabs_gets_pageable_blocks_and_no_refus
     assert any("pinned memory: 40.0 MiB wanted, 30.0 MiB may be had" in reason for reason in plan.reasons)
 
 
-def test_slabs_come_on_top_of_weights_that_somebody_keeps_less_what_is_in_slabs_already() -> None:
-    held = dataclasses.replace(budget(), host_held_bytes=64 * MIB, originals_stay=True, slab_bytes=8 * MIB)
-    assert held.host_need(64 * MIB, slab_bytes=40 * MIB) == 32 * MIB
-    assert dataclasses.replace(held, originals_stay=False).host_need(64 * MIB, slab_bytes=40 * MIB) == 0
+def test_slabs_come_on_top_of_weights_that_somebody_keeps() -> None:
+    held = dataclasses.replace(budget(), host_held_bytes=64 * MIB, originals_stay=True)
+    assert held.host_need(64 * MIB, slab_bytes=40 * MIB, staging_bytes=2 * MIB) == 42 * MIB
+    alone = dataclasses.replace(held, originals_stay=False)
+    assert alone.host_need(64 * MIB, slab_bytes=40 * MIB, staging_bytes=2 * MIB) == 2 * MIB
 
 
 def test_where_device_and_host_share_one_memory_nothing_is_swapped_and_the_plan_says_why() -> None:

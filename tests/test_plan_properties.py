@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from wanvideo_enhanced_blockswap.blockswap.budget import Activations, MemoryBudget
@@ -23,7 +24,7 @@ from wanvideo_enhanced_blockswap.hardware.spec import (
     Vendor,
 )
 from wanvideo_enhanced_blockswap.hardware.tuning import tune
-from wanvideo_enhanced_blockswap.hardware.units import MIB
+from wanvideo_enhanced_blockswap.hardware.units import GIB, MIB
 
 generated = settings(
     max_examples=300,
@@ -32,6 +33,8 @@ generated = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 """The same examples in every run, on machines of any speed."""
+
+LINK = LinkSpeed(((1, 10e9), (2, 12e9)), 4e9, 8e9)
 
 
 def block(name: str, sizes: list[int], lora: int) -> BlockProfile:
@@ -43,10 +46,10 @@ def block(name: str, sizes: list[int], lora: int) -> BlockProfile:
 @st.composite
 def profiles(draw: st.DrawFn) -> ModelProfile:
     """Equal blocks, as most models have, or blocks of any sizes; with or without VACE blocks and a LoRA."""
-    vace, count = draw(st.sampled_from([0, 0, 3])), draw(st.integers(1, 14))
-    one = st.lists(st.integers(MIB // 4, 3 * MIB), min_size=1, max_size=3)
+    vace, count = draw(st.sampled_from([0, 0, 3])), draw(st.integers(1, 20))
+    one = st.lists(st.integers(100 * MIB, 400 * MIB), min_size=1, max_size=3)
     equal = draw(st.none() | one)
-    lora = draw(st.sampled_from([0, MIB // 8]))
+    lora = draw(st.sampled_from([0, 20 * MIB]))
     names = [f"vace_blocks.{i}" for i in range(vace)] + [f"blocks.{i}" for i in range(count)]
     return ModelProfile(tuple(block(name, equal or draw(one), lora) for name in names), other_bytes=0)
 
@@ -55,22 +58,23 @@ def profiles(draw: st.DrawFn) -> ModelProfile:
 def facts(draw: st.DrawFn, profile: ModelProfile) -> Facts:
     """A card of the model's order of size, partly in use, in a host that may be too small."""
     size = profile.block_bytes
-    total = draw(st.integers(size // 2, 5 * size)) + 12 * MIB
+    total = draw(st.integers(size // 2, 5 * size)) + GIB
     available = draw(st.integers(int(1.3 * size), 5 * size))
     spec = DeviceSpec(
         "GPU", Vendor.NVIDIA, "cuda:0", None, None, draw(st.sampled_from([20, 120])), False, None, None, None
     )
-    limit = draw(st.none() | st.integers(0, 3 * size))
+    limit = draw(st.none() | st.integers(0, 8 * GIB))
     used = draw(st.integers(0, total // 3))
     host = HostMemory(
-        available + draw(st.integers(0, size)), available, limit, None, HostPlatform.LINUX, in_container=False
+        available + draw(st.integers(0, 8 * GIB)), available, limit, None, HostPlatform.LINUX, in_container=False
     )
-    compute = draw(st.none() | st.floats(0.01, 10))
+    balance_ms = size / len(profile.blocks) / 12e9 * 1e3
+    compute = draw(st.none() | st.floats(0.3 * balance_ms, 1.2 * balance_ms))
     return Facts(
         spec=spec,
         memory=DeviceMemory(total, total - used, "generated"),
         host=host,
-        link=draw(st.none() | st.builds(LinkSpeed, st.just(((1, 10e9), (2, 12e9))), st.just(4e9), st.just(8e9))),
+        link=draw(st.sampled_from([None, LINK, LINK, LINK])),
         compute_ms=None if compute is None else (compute,) * len(profile.blocks),
         activations=draw(st.none() | st.builds(Activations, nbytes=st.integers(0, total), is_measured=st.booleans())),
         host_held_bytes=draw(st.sampled_from([0, size])),
@@ -124,7 +128,7 @@ def test_one_swapped_block_fewer_with_the_same_slots_would_not_fit(
 
 
 @generated
-@given(cases(), st.integers(0, 64 * MIB))
+@given(cases(), st.integers(0, 4 * GIB))
 def test_more_memory_on_the_card_never_swaps_more(case: tuple[ModelProfile, SwapSettings, Facts], more: int) -> None:
     profile, chosen, known = case
     plan, _ = planned(*case)
@@ -148,11 +152,31 @@ def test_planning_again_with_our_weights_in_place_gives_the_same_plan(
     case: tuple[ModelProfile, SwapSettings, Facts],
 ) -> None:
     profile, chosen, known = case
-    plan, _ = planned(*case)
+    known = replace(known, host_held_bytes=profile.block_bytes)  # or there would be nothing to adopt
+    plan, _ = planned(profile, chosen, known)
     assume(plan.device_bytes <= known.memory.free_bytes)
     memory = replace(known.memory, free_bytes=known.memory.free_bytes - plan.device_bytes)
-    # The slabs have taken host memory, and are there.
-    held = {"host_held_bytes": profile.block_bytes, "slab_bytes": plan.slab_bytes}
+    taken = plan.staging_bytes + (plan.slab_bytes if known.originals_stay else 0)
+    host = replace(known.host, available_bytes=known.host.available_bytes - taken)
+    held = {"host": host, "slab_bytes": plan.slab_bytes, "staging_bytes": plan.staging_bytes}
     adopted = replace(known, memory=memory, own_bytes=plan.device_bytes, **held)
-    assert make_plan(profile, chosen, adopted) == plan or plan.staging_bytes
-    assert make_plan(profile, chosen, adopted).swapped == plan.swapped
+    assert make_plan(profile, chosen, adopted) == plan
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_near_balance_where_the_number_of_slots_changes_with_memory_more_of_it_still_never_swaps_more(
+    uneven: bool,
+) -> None:
+    sizes = [300 * MIB + (60 * MIB * (i % 3) if uneven else 0) for i in range(40)]
+    profile = ModelProfile(tuple(block(f"blocks.{i}", [size], 0) for i, size in enumerate(sizes)))
+    host = HostMemory(128 * GIB, 100 * GIB, None, None, HostPlatform.LINUX, in_container=False)
+    spec = DeviceSpec("GPU", Vendor.NVIDIA, "cuda:0", None, None, 20, False, None, None, None)
+    balance_ms = 33 / 40 * profile.block_bytes / 40 / 12e9 * 1e3
+    plans = []
+    for free in range(2 * GIB, 20 * GIB, 64 * MIB):
+        memory = DeviceMemory(40 * GIB, free + 20 * GIB, "generated")
+        known = Facts(spec=spec, memory=memory, host=host, link=LINK, compute_ms=(balance_ms,) * 40)
+        plans.append(make_plan(profile, SwapSettings(), known))
+    counts = [plan.swapped_count for plan in plans]
+    assert counts == sorted(counts, reverse=True)
+    assert {plan.slots for plan in plans if plan.swapped_count} == {2, 3}
