@@ -117,7 +117,10 @@ def _add_plan(commands: Commands) -> None:
     plan.add_argument("--ram", metavar="SIZE", help="host memory that is available; left out: this machine's")
     plan.add_argument("--gpu", metavar="NAME", help="a known GPU, such as 'RTX 4090'")
     plan.add_argument("--link", metavar="GB/s", type=_positive, help="host-to-device bandwidth")
-    plan.add_argument("--shape", default="832x480x81", metavar="WxHxF", help="size of the video (default 832x480x81)")
+    plan.add_argument("--shape", metavar="WxHxF", help="size of the video, such as 832x480x81")
+    plan.add_argument(
+        "--beside", metavar="MODEL", action="append", default=[], help="a model that the host holds as well; repeatable"
+    )
     plan.add_argument("--blocks-to-swap", metavar="N", help="a number, half or all; left out: automatic")
     plan.add_argument(
         "--vram-threshold-percent", type=_percent, default=50.0, metavar="P", help="ceiling on VRAM use (default 50)"
@@ -128,6 +131,7 @@ def _add_plan(commands: Commands) -> None:
 def _add_probe(commands: Commands) -> None:
     probe = _add(commands, "probe", "What the hardware layer reads, and the measured link.")
     probe.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    probe.add_argument("--again", action="store_true", help="measure the link even if a measurement is kept")
     probe.set_defaults(run=_probe)
 
 

@@ -16,14 +16,15 @@ from ..blockswap.pages import PinBudget
 from ..blockswap.plan import plan_swap, weight_bytes
 from ..blockswap.profile import profile_model
 from ..hardware import MIB, format_bytes, measure_link, probe_device, read_device_memory, read_host_memory
+from .cache import cache_dir
 from .demo_report import Demonstration, report
 from .device import choose_device
 from .memory import card_budget
 from .picture import check_picture, draw_timeline
-from .plan import parse_count, parse_shape, parse_size
 from .result import Result
 from .stage import FORWARDS_PER_STEP, DeviceStage, Run, Stage
 from .wan import PRESETS, build, make_inputs, refuse_if_too_large
+from .words import parse_count, parse_shape, parse_size
 
 SIMULATED_RATIO = 0.67
 """Transfer over compute time of a block on the simulated device, unless `--link` says otherwise: that of Wan 14B in
@@ -89,7 +90,7 @@ def _timing(options: Namespace, device: torch.device, compute_ms: tuple[float, .
         speed = block_bytes / (SIMULATED_RATIO * statistics.mean(compute_ms) / 1e3)
         speed = speed if options.link is None else options.link * 1e9
         return Timing(compute_ms=compute_ms, pinned_bytes_per_s=speed, streams=options.streams or 1)
-    link = measure_link(device)
+    link = measure_link(device, cache_dir=cache_dir())
     if not link.pinned:
         return Timing(compute_ms=compute_ms, pageable_bytes_per_s=link.pageable)
     best, speed = link.best()

@@ -14,8 +14,7 @@ def card_budget(
     vram_bytes: int,
     host: HostMemory,
     *,
-    held_bytes: int = 0,
-    vram_threshold_percent: float = SwapSettings().vram_threshold_percent,
+    held_bytes: int,
 ) -> MemoryBudget:
     """What a plan may spend on a card of `vram_bytes` that holds nothing but the model.
 
@@ -24,7 +23,6 @@ def card_budget(
         vram_bytes: Memory of the card.
         host: Memory of the host.
         held_bytes: Bytes of the blocks that the host holds already.
-        vram_threshold_percent: Ceiling on VRAM use, in percent; the node's default if not given.
 
     Raises:
         SettingsError: What lies outside the blocks alone is larger than the card.
@@ -43,6 +41,6 @@ def card_budget(
     )
     return make_budget(
         readings,
-        vram_threshold_percent=vram_threshold_percent,
+        vram_threshold_percent=SwapSettings().vram_threshold_percent,
         bandwidth_target=SwapSettings().bandwidth_target,
     )

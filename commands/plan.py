@@ -3,27 +3,53 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..blockswap.architecture import block_flops, tokens_for
+from ..blockswap.architecture import WanArchitecture, activation_bytes, block_flops, tokens_for
+from ..blockswap.budget import Activations
 from ..blockswap.checkpoint import CheckpointProfile, read_checkpoint
-from ..blockswap.decision import PlanRequest, SwapPlan, Timing
+from ..blockswap.decision import SwapPlan
 from ..blockswap.errors import PlanError, SettingsError
-from ..blockswap.plan import plan_swap
+from ..blockswap.layout import ModelProfile
+from ..blockswap.planning import Facts, make_plan
+from ..blockswap.settings import SwapSettings
 from ..hardware import (
+    DeviceMemory,
+    DeviceSpec,
+    HostMemory,
     KnownGpu,
+    LinkSpeed,
+    Vendor,
     find_gpu,
     format_bytes,
-    parse_bytes,
+    measure_link,
     probe_device,
     read_device_memory,
     read_host_memory,
 )
+from .cache import cache_dir
 from .demo_report import window_text
 from .device import choose_device
-from .memory import card_budget
 from .result import Result, table
+from .words import parse_count, parse_shape, parse_size
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """The card planned for: one that is here, or one that is named.
+
+    Attributes:
+        spec: What it is.
+        memory: Its memory, with nothing of the model in it.
+        link: Its link, measured or as given; None if it is not known.
+        rates: What it is assumed to compute; None if it is not known.
+    """
+
+    spec: DeviceSpec
+    memory: DeviceMemory
+    link: LinkSpeed | None
+    rates: KnownGpu | None
 
 
 def plan(options: Namespace) -> Result:
@@ -35,119 +61,148 @@ def plan(options: Namespace) -> Result:
         PlanError: No plan fits.
     """
     checkpoint = read_checkpoint(Path(options.model))
-    gpu = _gpu(options.gpu)
-    total_bytes, card = _card(options.vram, gpu)
-    host = read_host_memory()
-    if options.ram is not None:
-        ram_bytes = parse_size("--ram", options.ram)
-        host = replace(host, physical_bytes=ram_bytes, available_bytes=ram_bytes, cgroup_limit_bytes=None)
-    budget = card_budget(checkpoint.model, total_bytes, host, vram_threshold_percent=options.vram_threshold_percent)
-    tokens = tokens_for(checkpoint.architecture, *parse_shape(options.shape))
-    request = PlanRequest(
-        blocks_to_swap=parse_count(options.blocks_to_swap, checkpoint.architecture.blocks),
-        vace_blocks_to_swap=checkpoint.architecture.vace_blocks if options.blocks_to_swap == "all" else 0,
-        timing=_timing(checkpoint, gpu, tokens, options.link),
-    )
+    card = _card(options)
+    tokens = None
+    if options.shape is not None:
+        tokens = tokens_for(checkpoint.architecture, *parse_shape(options.shape))
+    beside = [read_checkpoint(Path(name)).model for name in options.beside]
+    facts = _facts(checkpoint, card, _host(options.ram), tokens, beside)
     try:
-        decided = plan_swap(checkpoint.model, budget, request)
+        decided = make_plan(checkpoint.model, _settings(options, checkpoint.architecture), facts)
     except PlanError as failure:
         raise PlanError(f"{failure} (--ram and --vram plan for another machine)") from failure
-    data = _data(checkpoint, decided) | {"card": card, "vram_bytes": total_bytes, "tokens": tokens}
-    return Result(data, _text(options, checkpoint, decided, card, total_bytes))
+    data = _data(checkpoint, decided)
+    data |= {"card": card.spec.name, "vram_bytes": card.memory.total_bytes, "tokens": tokens}
+    return Result(data, _text(options, checkpoint, decided, card))
 
 
-def parse_size(option: str, text: str) -> int:
-    """Bytes, from `12GiB`, `8 GB` and the like."""
+def _settings(options: Namespace, architecture: WanArchitecture) -> SwapSettings:
+    ceiling = options.vram_threshold_percent
+    if options.blocks_to_swap is None:
+        return SwapSettings(vram_threshold_percent=ceiling)
+    count = parse_count(options.blocks_to_swap, architecture.blocks)
+    assert count is not None
+    vace = {"half": architecture.vace_blocks // 2, "all": architecture.vace_blocks}.get(options.blocks_to_swap, 0)
+    return SwapSettings(
+        auto_hardware_tuning=False,
+        blocks_to_swap=count,
+        vace_blocks_to_swap=vace,
+        vram_threshold_percent=ceiling,
+    )
+
+
+def _card(options: Namespace) -> Card:
+    """The card asked for, else the one that is here."""
     try:
-        return parse_bytes(text)
-    except ValueError as cause:
-        raise SettingsError(f"{option}: {cause}") from cause
-
-
-def _gpu(name: str | None) -> KnownGpu | None:
-    try:
-        return None if name is None else find_gpu(name)
+        rates = None if options.gpu is None else find_gpu(options.gpu)
     except ValueError as cause:
         raise SettingsError(f"--gpu: {cause}") from cause
-
-
-def _card(vram: str | None, gpu: KnownGpu | None) -> tuple[int, str]:
-    """Memory and name of the card planned for: the one asked for, else the one that is here."""
-    if vram is not None:
-        return parse_size("--vram", vram), gpu.name if gpu else "a GPU"
-    if gpu is not None:
-        return gpu.total_bytes, gpu.name
+    link = None if options.link is None else LinkSpeed(((1, options.link * 1e9),), None)
+    if options.vram is not None or rates is not None:
+        assert options.vram is not None or rates is not None
+        size = rates.total_bytes if options.vram is None and rates else parse_size("--vram", options.vram)
+        spec = _named(rates.name if rates else "a GPU", size)
+        return Card(spec, DeviceMemory(size, size, "as asked, with nothing in use"), link, rates)
     device = choose_device("auto")
     memory = read_device_memory(device)
     if memory is None:
         raise SettingsError("there is no GPU here to plan for: say --vram 12GiB, or --gpu 'RTX 4090'")
-    return memory.total_bytes, probe_device(device).name
-
-
-def parse_count(asked: str | None, blocks: int) -> int | None:
-    """A number of blocks: 0 to `blocks`, `half` or `all`; None, which leaves it to the plan, stays None."""
-    if asked is None:
-        return None
-    named = {"half": blocks // 2, "all": blocks}
-    if asked in named:
-        return named[asked]
-    rule = f"--blocks-to-swap expects a whole number from 0 to {blocks}, the number of blocks, or half or all,"
+    spec = probe_device(device)
     try:
-        count = int(asked)
+        rates = find_gpu(spec.name)
     except ValueError:
-        raise SettingsError(f"{rule} but got {asked!r}") from None
-    if not 0 <= count <= blocks:
-        raise SettingsError(f"{rule} but got {count}")
-    return count
+        rates = None  # its memory and link are read; only durations stay unknown
+    return Card(spec, memory, link or measure_link(device, cache_dir=cache_dir()), rates)
 
 
-def parse_shape(shape: str) -> tuple[int, int, int]:
-    """Width, height and frames, from `832x480x81`."""
-    try:
-        width, height, frames = (int(part) for part in shape.lower().split("x"))
-    except ValueError:
-        raise SettingsError(f"--shape expects WxHxF such as 832x480x81 but got {shape!r}") from None
-    return width, height, frames
+def _named(name: str, size: int) -> DeviceSpec:
+    """A card of which only the name and the memory are known."""
+    return DeviceSpec(
+        name=name,
+        vendor=Vendor.AMD if name.startswith("RX ") else Vendor.NVIDIA,
+        torch_device="",
+        uuid=None,
+        pci_bus_id=None,
+        compute_units=None,
+        is_integrated=False,
+        driver=None,
+        total_bytes=size,
+        pcie=None,
+    )
 
 
-def _timing(checkpoint: CheckpointProfile, gpu: KnownGpu | None, tokens: int, link: float | None) -> Timing:
-    """Durations and speeds; unknown without both a GPU and a link (in GB/s)."""
-    if gpu is None or link is None:
-        return Timing()
-    linear, attention = block_flops(checkpoint.architecture, tokens)
-    block_ms = (linear / gpu.linear_flops + attention / gpu.attention_flops) * 1e3
-    return Timing(compute_ms=(block_ms,) * len(checkpoint.model.blocks), pinned_bytes_per_s=link * 1e9)
+def _host(ram: str | None) -> HostMemory:
+    """The host that is here, or one with this much memory, all of it available."""
+    host = read_host_memory()
+    if ram is None:
+        return host
+    size = parse_size("--ram", ram)
+    return replace(host, physical_bytes=size, available_bytes=size, cgroup_limit_bytes=None)
+
+
+def _facts(
+    checkpoint: CheckpointProfile, card: Card, host: HostMemory, tokens: int | None, beside: list[ModelProfile]
+) -> Facts:
+    """What is known when the model's other weights are on the card, and the models `beside` it on the host."""
+    model, architecture = checkpoint.model, checkpoint.architecture
+    free = card.memory.free_bytes - model.other_bytes
+    if free < 0:
+        raise SettingsError(
+            f"the card expects more than the {format_bytes(model.other_bytes)} that lie outside the blocks but has "
+            f"{format_bytes(card.memory.free_bytes)} free; take a larger GPU (--vram) or a smaller model"
+        )
+    others = sum(other.block_bytes + other.other_bytes for other in beside)
+    compute_ms, activations = None, None
+    if tokens is not None:
+        activations = Activations(nbytes=activation_bytes(architecture, tokens), is_measured=False)
+        if card.rates is not None and card.link is not None:  # times are told together or not at all
+            linear, attention = block_flops(architecture, tokens)
+            block_ms = (linear / card.rates.linear_flops + attention / card.rates.attention_flops) * 1e3
+            compute_ms = (block_ms,) * len(model.blocks)
+    return Facts(
+        spec=card.spec,
+        memory=replace(card.memory, free_bytes=free),
+        host=replace(host, available_bytes=max(0, host.available_bytes - others)),
+        link=card.link,
+        compute_ms=compute_ms,
+        activations=activations,
+    )
 
 
 def _data(checkpoint: CheckpointProfile, decided: SwapPlan) -> dict[str, object]:
     model, forward = checkpoint.model, decided.forward
     return {
         "blocks": len(model.blocks),
-        "blocks_swapped": decided.swapped_count,
+        "blocks_to_swap": decided.swapped_count,
         "swapped": list(decided.swapped_indices),
         "slots": decided.slots,
         "slot_bytes": decided.slot_bytes,
+        "resident_bytes": decided.resident_bytes,
+        "window_bytes": decided.window_bytes,
+        "device_bytes": decided.device_bytes,
+        "budget_bytes": decided.budget_bytes,
         "block_bytes": model.block_bytes,
         "other_bytes": model.other_bytes,
-        "planned_weight_bytes": decided.device_bytes,
         "slab_bytes": decided.slab_bytes,
-        "host_bytes": model.block_bytes + decided.staging_bytes,
+        "staging_bytes": decided.staging_bytes,
         "pinned_bytes": decided.pinned_bytes,
+        "host_bytes": model.block_bytes + decided.staging_bytes,
         "host_tiers": sorted({tier.value for tier in decided.tiers if tier is not None}),
+        "streams": decided.streams,
         "streamed_bytes_per_forward": decided.streamed_bytes,
-        "compute_ms_per_forward": None if forward is None else forward.compute,
-        "transfer_ms_per_forward": None if forward is None else forward.transferred,
-        "stall_ms_per_forward": decided.stall_ms,
+        "predicted_compute_ms": None if forward is None else forward.compute,
+        "predicted_transfer_ms": None if forward is None else forward.transferred,
+        "predicted_stall_ms": decided.stall_ms,
         "over_ceiling": decided.over_ceiling,
         "dtypes": dict(checkpoint.dtypes),
         "reasons": list(decided.reasons),
     }
 
 
-def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, card: str, total_bytes: int) -> str:
+def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, card: Card) -> str:
     model = checkpoint.model
     rows = [
-        ["card", f"{card}, {format_bytes(total_bytes)}"],
+        ["card", f"{card.spec.name}, {format_bytes(card.memory.total_bytes)}"],
         ["blocks", f"{len(model.blocks)}, {format_bytes(model.block_bytes)}"],
         ["outside the blocks", format_bytes(model.other_bytes)],
         ["swapped", f"{decided.swapped_count}, {window_text(decided)}"],
@@ -158,9 +213,8 @@ def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, 
     ]
     forward = decided.forward
     if forward is None:
-        missing = " and ".join(
-            name for name, given in (("--gpu", options.gpu), ("--link", options.link)) if given is None
-        )
+        wanted = (("--gpu", card.rates), ("--link", card.link), ("--shape", options.shape))
+        missing = " and ".join(name for name, known in wanted if known is None)
         rows.append(["stall per forward", f"unknown: give {missing}"])
     else:
         at = f"at {options.shape}, with the rates assumed for this GPU"

@@ -12,8 +12,9 @@ from ..hardware import (
     probe_device,
     read_device_memory,
     read_host_memory,
-    tier_for,
+    tune,
 )
+from .cache import cache_dir
 from .device import choose_device
 from .result import Result, table
 
@@ -30,9 +31,9 @@ def probe(options: Namespace) -> Result:
     """
     device = choose_device(options.device)
     spec, memory, host = probe_device(device), read_device_memory(device), read_host_memory()
-    link = measure_link(device)
-    tier = tier_for(spec, vram_threshold_percent=THRESHOLD_PERCENT)
-    readings = {"device": spec, "device_memory": memory, "host_memory": host, "link": link, "tier": tier}
+    link = measure_link(device, cache_dir=cache_dir(), again=options.again)
+    tuning = tune(spec, host, link, vram_threshold_percent=THRESHOLD_PERCENT)
+    readings = {"device": spec, "device_memory": memory, "host_memory": host, "link": link, "tuning": tuning}
     data = {name: None if value is None else _plain(asdict(value)) for name, value in readings.items()}
     rows = [["", ""]]
     for name, value in data.items():
@@ -53,7 +54,7 @@ def _said(field: str, value: object) -> str:
         return "unknown"
     if field.endswith("_bytes") and isinstance(value, int):
         return format_bytes(value)
-    if field == "pageable" and isinstance(value, float):
+    if field in ("pageable", "host_copy") and isinstance(value, float):
         return f"{value / 1e9:.1f} GB/s"
     if field == "pinned" and isinstance(value, tuple):
         return ", ".join(f"{count} streams {speed / 1e9:.1f} GB/s" for count, speed in value) or "unknown"

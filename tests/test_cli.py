@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import wan_tensors, write_safetensors
+from checkpoint_files import wan_shapes, wan_tensors, write_safetensors, write_sparse_safetensors
 from wanvideo_enhanced_blockswap.cli import main
 from wanvideo_enhanced_blockswap.commands.meter import CopyCounter
 from wanvideo_enhanced_blockswap.hardware import HostMemory, HostPlatform
@@ -112,6 +112,7 @@ def test_the_demo_says_it_all_to_a_person(capsys: pytest.CaptureFixture[str], tm
         (["demo", "--vram", "1MiB"], r"--vram expects more than"),
         (["demo", "--vram=-5GiB"], r"--vram"),
         (["demo", "--vram", "nan"], r"--vram"),
+        (["demo", "--vram", "12"], r"--vram expects a memory size such as 12GiB but got '12'"),
         (["demo", "--shape", "32x"], r"WxHxF.*'32x'"),
         (["demo", "--shape", "17x16x1"], r"width expects a multiple of 16 but got 17"),
         (["simulate", "--blocks", "4", "--swapped", "101%", "--ratio", "1"], r"--swapped expects"),
@@ -194,15 +195,52 @@ def test_simulate_meets_the_bound_where_two_slots_suffice(capsys: pytest.Capture
     assert shown["ratio_to_bound"] <= 1.01
 
 
-def test_plan_knows_no_stall_without_a_link_and_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+PLAN_KEYS = {
+    "blocks_to_swap",
+    "resident_bytes",
+    "window_bytes",
+    "pinned_bytes",
+    "streams",
+    "predicted_stall_ms",
+    "over_ceiling",
+    "reasons",
+}
+
+
+def test_plan_knows_no_stall_without_a_link_a_gpu_and_a_shape(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     path = write_safetensors(tmp_path / "wan.safetensors", wan_tensors())
-    common = ["plan", str(path), "--vram", "12GiB", "--shape", "64x64x5"]
-    assert run_json(capsys, *common)[1]["stall_ms_per_forward"] is None
-    assert run_json(capsys, *common, "--gpu", "RTX 4090")[1]["stall_ms_per_forward"] is None
-    assert run_json(capsys, *common, "--link", "12")[1]["stall_ms_per_forward"] is None
-    known = run_json(capsys, *common, "--gpu", "RTX 4090", "--link", "12", "--blocks-to-swap", "all")[1]
-    assert known["stall_ms_per_forward"] >= 0
-    assert known["blocks_swapped"] == known["blocks"]
+    common = ["plan", str(path), "--vram", "12GiB"]
+    parts = (["--gpu", "RTX 4090"], ["--link", "12"], ["--shape", "64x64x5"])
+    for missing in range(len(parts)):
+        given = [word for i, part in enumerate(parts) if i != missing for word in part]
+        assert run_json(capsys, *common, *given)[1]["predicted_stall_ms"] is None
+    every = [word for part in parts for word in part]
+    known = run_json(capsys, *common, *every, "--blocks-to-swap", "all")[1]
+    assert known["predicted_stall_ms"] >= 0
+    assert known["blocks_to_swap"] == known["blocks"]
+    assert known.keys() >= PLAN_KEYS
+    assert known["resident_bytes"] + known["window_bytes"] == known["device_bytes"]
+    assert all(isinstance(reason, str) and len(reason.split()) > 2 for reason in known["reasons"])
+
+
+def test_half_of_a_vace_model_is_half_of_both_kinds_of_blocks(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = write_safetensors(tmp_path / "vace.safetensors", wan_tensors(wan_shapes(blocks=6, vace=4)))
+    shown = run_json(capsys, "plan", str(path), "--vram", "12GiB", "--blocks-to-swap", "half")[1]
+    assert shown["blocks_to_swap"] == 5
+    assert len([i for i in shown["swapped"] if i < 4]) == 2
+
+
+def test_a_model_beside_it_takes_its_part_of_the_host(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = write_sparse_safetensors(tmp_path / "high.safetensors", wan_shapes(1536, 8960, 30))
+    one = ["plan", str(path), "--vram", "12GiB", "--ram", "5GiB"]
+    assert run_json(capsys, *one)[0] == 0
+    code, shown = run_json(capsys, *one, "--beside", str(path))
+    assert code == 1
+    assert "the host expects 2.6 GiB more for 30 blocks but got" in shown["error"]
 
 
 def test_probe_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
