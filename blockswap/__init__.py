@@ -13,21 +13,32 @@ from .errors import (
     TransferError,
     UnsupportedModelError,
 )
+from .forwards import EVERY_FORWARD
 from .layout import BlockProfile, ModelProfile, Placement, TensorProfile
+from .machine import Machine, TorchMachine
 from .pages import PinBudget
 from .plan import plan_swap
+from .planner import Limits, Workload
+from .planning import Facts, make_plan
 from .profile import blocks_of, profile_model
+from .report import RunReport
+from .report_text import summary
+from .run import SwapRun
 from .session import SessionState, SwapSession
 from .settings import SwapSettings
 
 __all__ = [
+    "EVERY_FORWARD",
     "Backend",
     "BlockProfile",
     "BlockSwapError",
     "CheckpointError",
     "DeviceMemoryError",
+    "Facts",
     "HostMemoryError",
     "HostTier",
+    "Limits",
+    "Machine",
     "MemoryBudget",
     "MemoryReadings",
     "ModelProfile",
@@ -35,18 +46,24 @@ __all__ = [
     "Placement",
     "PlanError",
     "PlanRequest",
+    "RunReport",
     "SessionState",
     "SettingsError",
     "SwapPlan",
+    "SwapRun",
     "SwapSession",
     "SwapSettings",
     "TensorProfile",
     "Timing",
+    "TorchMachine",
     "TransferError",
     "UnsupportedModelError",
+    "Workload",
     "backend_for",
     "blocks_of",
     "make_budget",
+    "make_plan",
     "plan_swap",
     "profile_model",
+    "summary",
 ]

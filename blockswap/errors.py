@@ -3,6 +3,8 @@
     BlockSwapError
     ├── SettingsError           a widget or option has a value that cannot be meant
     ├── UnsupportedModelError   the module cannot be block-swapped (no blocks, meta tensors, grad enabled)
+    ├── WrapperError            ComfyUI-WanVideoWrapper is absent, has changed, or is set up in a way that cannot be
+    │                           swapped
     ├── CheckpointError         a model file is truncated, unreadable or not a Wan model
     ├── PlanError               no plan fits the memory there is
     ├── HostMemoryError         host memory could not hold or page-lock what the plan needs
@@ -25,6 +27,10 @@ class SettingsError(BlockSwapError, ValueError):
 
 class UnsupportedModelError(BlockSwapError):
     """The module cannot be block-swapped."""
+
+
+class WrapperError(BlockSwapError):
+    """ComfyUI-WanVideoWrapper is absent, has changed, or is set up in a way that cannot be swapped."""
 
 
 class CheckpointError(BlockSwapError):

@@ -24,14 +24,16 @@ class ForwardLog:
         trace: What was recorded; None if nothing is.
         forwards: Forwards that ended well and ran a block.
         empty_forwards: Forwards that ended well and ran none.
+        all_forwards: The former of all adopts together.
+        all_empty_forwards: The latter of all adopts together.
     """
 
     def __init__(self, traced: Container[int] | None) -> None:
         self.traced = traced
         self._began: object = None
         self.trace: Trace | None = None
-        self.forwards = 0
-        self.empty_forwards = 0
+        self.forwards = self.all_forwards = 0
+        self.empty_forwards = self.all_empty_forwards = 0
 
     def start(self, holds: Holdings) -> None:
         """An adopt: everything counts from here; what it prefetches belongs to the first forward."""
@@ -58,7 +60,9 @@ class ForwardLog:
         assert holds.transfer is not None
         if not holds.swapper.entered:
             self.empty_forwards += 1
+            self.all_empty_forwards += 1
             return
         if self.trace is not None:
             self.trace.add(FORWARD, self.forwards, self._began, holds.transfer.mark())
         self.forwards += 1
+        self.all_forwards += 1

@@ -7,7 +7,7 @@ import weakref
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from ..hardware import DeviceMemory, HostMemory, LinkSpeed, contradicts, tune
+from ..hardware import DeviceMemory, HostMemory, LinkSpeed, contradicts, tier_for, tune
 from .budget import Activations, MemoryBudget
 from .decision import SwapPlan
 from .layout import ModelProfile
@@ -130,11 +130,22 @@ class Planner:
         assert self.profile is not None, "it follows a plan"
         return make_plan(self.profile, self.settings, self._facts(self.profile))
 
+    @property
+    def ratio(self) -> float:
+        """Share of the available device memory that weights may fill: the tier's, or the user's."""
+        if not self.settings.auto_hardware_tuning:
+            return self.settings.bandwidth_target
+        return tier_for(self.machine.spec, vram_threshold_percent=self.settings.vram_threshold_percent).bandwidth_target
+
     def begin(self, workload: Workload | None) -> bool:
         """A forward with this workload comes next; whether the run has had none like it."""
         is_new, self.workload = workload not in self._in_this_run, workload
         self._in_this_run.add(workload)
         return is_new
+
+    def withdraw(self, workload: Workload | None) -> None:
+        """This workload will not come after all: its memory does not count."""
+        self._in_this_run.discard(workload)
 
     def end_run(self) -> None:
         """The run is over: what its forwards took is remembered for the next that has the like."""

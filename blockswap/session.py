@@ -22,7 +22,7 @@ from .layout import ModelProfile
 from .profile import ProfiledModel, profile_model
 from .staging import Staging
 from .streams import Streams
-from .swapper import BlockSwapper
+from .swapper import BlockSwapper, OnMaster
 from .trace import Trace
 from .transfer import Counters, Transfer
 
@@ -87,6 +87,7 @@ class SwapSession:
         self.log = ForwardLog(traced)
         self.counters = Counters()
         self.adoptions = 0
+        self.on_master: OnMaster | None = None
 
     def __enter__(self) -> SwapSession:
         return self
@@ -290,7 +291,7 @@ class SwapSession:
             self._holds.store = HostStore(streams, self._backend.registrar, self._backend.pin_budget)
         self._holds.store.use(streams)
         self._holds.transfer = Transfer(streams, self.counters)
-        self._holds.swapper = BlockSwapper(model, plan, self._holds.store, self._holds.transfer)
+        self._holds.swapper = BlockSwapper(model, plan, self._holds.store, self._holds.transfer, self.on_master)
         staging = self._holds.store.make_staging()
         if staging:
             self._holds.transfer.staging = Staging(streams, staging, self._backend.make_worker(streams))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from .tensors import copy_bytes, element_view, span_bytes, storage_key, version_
 from .trace import Trace
 from .transfer import Transfer
 
+OnMaster = Callable[[str, int, torch.Tensor], None]
+"""Told the full name of a streamed tensor, the address its bytes had when they were found, and their master."""
+
 
 class BlockSwapper:
     """Places a model's blocks as the plan says and runs them; made at adopt, gone at release.
@@ -30,6 +33,7 @@ class BlockSwapper:
         plan: The decision.
         store: Holds the slab of every swapped block.
         transfer: The device's copies.
+        on_master: Told of each streamed tensor of a swapped block, once its bytes are in the slab.
 
     Attributes:
         trace: Receives spans of time; None records nothing. May be switched between forwards.
@@ -39,11 +43,19 @@ class BlockSwapper:
         DeviceMemoryError: The device cannot hold the plan; every tensor is as it was before.
     """
 
-    def __init__(self, model: ProfiledModel, plan: SwapPlan, store: HostStore, transfer: Transfer) -> None:
+    def __init__(
+        self,
+        model: ProfiledModel,
+        plan: SwapPlan,
+        store: HostStore,
+        transfer: Transfer,
+        on_master: OnMaster | None = None,
+    ) -> None:
         self._model = model
         self._plan = plan
         self._store = store
         self._transfer = transfer
+        self._on_master = on_master
         self.trace: Trace | None = None
         self.entered = 0
         self._ring = Ring(plan.swapped, slots=plan.slots)
@@ -175,9 +187,14 @@ class BlockSwapper:
         tier = self._plan.tiers[block]
         assert tier is not None, f"block {block} is swapped without a host tier"
         tensors = [entry.tensor for entry in streamed]
+        addresses = [tensor.data_ptr() for tensor in tensors]
         slab = self._store.put(block, tensors, tier=tier)
         for entry, tensor, master in zip(streamed, tensors, slab.views, strict=True):
             self._bound.append(Bound(entry, tensor, master, None, version_of(tensor)))
+        if self._on_master is not None:
+            name = self._model.profile.blocks[block].name
+            for entry, address, master in zip(streamed, addresses, slab.views, strict=True):
+                self._on_master(f"{name}.{entry.path}", address, master)
 
     def _copy_to_device(self, entries: Sequence[TensorEntry]) -> None:
         """Copies tensors into one new device buffer and points them there; those on the device already stay."""

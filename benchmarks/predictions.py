@@ -1,0 +1,187 @@
+"""What a plan predicts beside what comes of it: weights on the device, and the time of a step.
+
+    python -m benchmarks.predictions [--device cuda] [--preset 14b] [--shapes …] [--counts …] [--json] [--markdown FILE]
+
+A real Wan transformer denoises at each shape, first whole (which gives each block's duration), then with each number
+of swapped blocks. On a CUDA or HIP device the memory is what torch's allocator counted and the time is the wall
+clock's; without one the device is simulated: memory by its books, time virtual, over an assumed link.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from wanvideo_enhanced_blockswap.blockswap.decision import PlanRequest, Timing
+from wanvideo_enhanced_blockswap.blockswap.layout import ModelProfile
+from wanvideo_enhanced_blockswap.blockswap.pages import PinBudget
+from wanvideo_enhanced_blockswap.blockswap.plan import plan_swap
+from wanvideo_enhanced_blockswap.blockswap.profile import profile_model
+from wanvideo_enhanced_blockswap.commands.cache import cache_dir
+from wanvideo_enhanced_blockswap.commands.device import choose_device
+from wanvideo_enhanced_blockswap.commands.memory import card_budget
+from wanvideo_enhanced_blockswap.commands.stage import FORWARDS_PER_STEP, DeviceStage, Run, Stage
+from wanvideo_enhanced_blockswap.commands.wan import PRESETS, build, make_inputs
+from wanvideo_enhanced_blockswap.commands.words import parse_count, parse_shape
+from wanvideo_enhanced_blockswap.hardware import measure_link, probe_device, read_host_memory
+
+SHAPES = ("128x128x5", "128x128x9", "192x192x9")
+COUNTS = ("quarter", "half", "three quarters", "all")
+SIMULATED_RATIO = 2.0
+"""Transfer over compute of a block at the smallest shape on the simulated device: transfer rules there and compute at
+the largest."""
+NO_LIMIT = 1 << 50
+"""Memory of a card that holds everything: the numbers of blocks are given."""
+LIMITS = {"wall": (0.02, 0.10), "virtual": (0.01, 0.01)}
+"""Share by which weights and step time may differ, by the clock."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One shape and one number of swapped blocks."""
+
+    shape: str
+    blocks_swapped: int
+    slots: int
+    predicted_weight_bytes: int
+    measured_weight_bytes: int
+    predicted_step_ms: float
+    measured_step_ms: float
+    predicted_stall_ms: float
+    measured_stall_ms: float
+
+    @property
+    def weights_off(self) -> float:
+        """Measured over predicted, less one."""
+        return self.measured_weight_bytes / self.predicted_weight_bytes - 1
+
+    @property
+    def step_off(self) -> float:
+        """Measured over predicted, less one."""
+        return self.measured_step_ms / self.predicted_step_ms - 1
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> list[Row]:
+    """All rows, shape by shape."""
+    preset, shapes, counts = PRESETS[options.preset], options.shapes.split(","), options.counts.split(",")
+    rows: list[Row] = []
+    model = build(preset, seed=0)
+    link: Timing | None = None
+    for shape in shapes:
+        inputs = make_inputs(preset, parse_shape(shape), device, seed=0)
+        make_stage = Stage if device.type == "cpu" else DeviceStage
+        stage = make_stage(model, inputs, device, steps=options.steps, quiet=True)
+        unswapped, compute_ms = stage.run_unswapped()
+        profile = profile_model(stage.blocks, root=model).profile
+        link = link or _link(device, compute_ms, profile.blocks[0].slab_bytes)
+        timing = replace(link, compute_ms=compute_ms)
+        rows += [_row(shape, _count(count, preset.layers), stage, profile, timing, unswapped) for count in counts]
+    return rows
+
+
+def _row(shape: str, asked: int, stage: Stage, profile: ModelProfile, timing: Timing, unswapped: Run) -> Row:
+    """The plan for `asked` blocks beside the run that follows it."""
+    host = read_host_memory()
+    budget = card_budget(profile, NO_LIMIT, host, held_bytes=profile.block_bytes)
+    plan = plan_swap(profile, budget, PlanRequest(blocks_to_swap=asked, timing=timing))
+    assert plan.forward is not None
+    assert timing.compute_ms is not None
+    run = stage.run_swapped(plan, timing, PinBudget(host.pin_budget_bytes))
+    if not torch.equal(run.latents, unswapped.latents):
+        raise SystemExit(f"the outputs differ at {shape} with {asked} blocks swapped")
+    outside_ms = statistics.median(unswapped.step_ms) - FORWARDS_PER_STEP * sum(timing.compute_ms)
+    return Row(
+        shape=shape,
+        blocks_swapped=plan.swapped_count,
+        slots=plan.slots,
+        predicted_weight_bytes=plan.device_bytes,
+        measured_weight_bytes=run.weight_bytes - unswapped.above_weights_bytes,
+        predicted_step_ms=FORWARDS_PER_STEP * plan.forward.elapsed + outside_ms,
+        measured_step_ms=statistics.median(run.step_ms[1:]),
+        predicted_stall_ms=FORWARDS_PER_STEP * plan.forward.stall,
+        measured_stall_ms=statistics.median(run.stall_ms[1:]),
+    )
+
+
+def _link(device: torch.device, compute_ms: tuple[float, ...], block_bytes: int) -> Timing:
+    """The measured link; on the simulated device the one that makes `SIMULATED_RATIO` of it."""
+    if device.type == "cpu":
+        speed = block_bytes / (SIMULATED_RATIO * statistics.mean(compute_ms) / 1e3)
+        return Timing(pinned_bytes_per_s=speed)
+    measured = measure_link(device, cache_dir=cache_dir())
+    streams, speed = measured.best()
+    return Timing(pinned_bytes_per_s=speed, pageable_bytes_per_s=measured.pageable, streams=streams)
+
+
+def _count(text: str, blocks: int) -> int:
+    named = {"quarter": blocks // 4, "three quarters": blocks * 3 // 4}
+    count = named[text] if text in named else parse_count(text, blocks)
+    assert count is not None
+    return count
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table for docs/."""
+    lines = [
+        "| shape | swapped | slots | weights predicted | measured | off | step predicted | measured | off | stall "
+        "predicted | measured |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row.shape} | {row.blocks_swapped} | {row.slots} | {row.predicted_weight_bytes:,} | "
+        f"{row.measured_weight_bytes:,} | {row.weights_off:+.2%} | {row.predicted_step_ms:,.1f} ms | "
+        f"{row.measured_step_ms:,.1f} ms | {row.step_off:+.2%} | {row.predicted_stall_ms:,.1f} ms | "
+        f"{row.measured_stall_ms:,.1f} ms |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _machine(device: torch.device) -> str:
+    """What ran it, for the heading."""
+    host = f"{os.cpu_count()} cores of {probe_device(torch.device('cpu')).name}"
+    return f"simulated device, {host}" if device.type == "cpu" else f"{probe_device(device).name}, {host}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0 if every prediction came true within its limit."""
+    parser = argparse.ArgumentParser(prog="benchmarks.predictions", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="auto", help="auto, cpu (simulated), cuda or cuda:N")
+    parser.add_argument("--preset", default="small", choices=tuple(PRESETS))
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="WxHxF, several with commas between")
+    parser.add_argument("--counts", default=",".join(COUNTS), help="numbers, quarter, half, three quarters, all")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--markdown", type=Path, help="where the table is written")
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(words)
+    device = choose_device(options.device)
+    rows = measure(options, device)
+    weights, step = LIMITS["virtual" if device.type == "cpu" else "wall"]
+    broken = sum(abs(row.weights_off) > weights or abs(row.step_off) > step for row in rows)
+    today = datetime.datetime.now(tz=datetime.timezone.utc).date()
+    command = " ".join(["python -m benchmarks.predictions", *words])
+    heading = f"`{command}`, preset {options.preset}: {_machine(device)}, torch {torch.__version__}, {today}"
+    worst = max(abs(row.weights_off) for row in rows), max(abs(row.step_off) for row in rows)
+    said = f"Worst: weights {worst[0]:.2%} (limit {weights:.0%}), step {worst[1]:.2%} (limit {step:.0%})."
+    text = f"{heading}\n\n{markdown(rows)}\n{said}\n"
+    if options.markdown is not None:
+        options.markdown.write_text(text, encoding="utf-8")
+    print(
+        json.dumps({"heading": heading, "rows": [asdict(row) for row in rows], "broken": broken})
+        if options.json
+        else text
+    )
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""A plan and a RunReport for people: the log of debug mode, a summary, a table of the blocks; pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..hardware.samples import Samples
+from ..hardware.spec import DeviceMemory, HostMemory
+from ..hardware.units import MIB, format_bytes
+from .decision import SwapPlan
+from .report import Measured, RunReport, host_tiers
+
+MOST_TEXTS = 3
+"""Refusals, plans and notes that one line names; of those beyond it tells the number."""
+
+FEW_MS = 100
+"""Durations below it are shown to a tenth."""
+
+GIGA = 1e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSize:
+    """How large a model is.
+
+    Attributes:
+        parameters: Number of its parameters; None where quantisation hides it.
+        nbytes: Its bytes, as stored.
+        layers: Number of its blocks.
+    """
+
+    parameters: int | None
+    nbytes: int
+    layers: int
+
+
+def summary(report: RunReport) -> str:
+    """At most 12 lines, predicted beside measured; what did not happen, or is not known, has none."""
+    measured = report.measured
+    lines = [
+        f"{_one_line(report.title)}: {_swapped(report.plan)}",
+        _weights(report),
+        _activations(report),
+        _forwards(report),
+        _stall(report),
+        _copies(report),
+        _host(measured),
+        _loader(measured),
+        _sampled(measured.samples),
+        _named("planned again", measured.replans),
+        _named("not page-locked", measured.refusals),
+        _named("note", report.notes),
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def block_table(report: RunReport) -> str:
+    """A line for each block, where it is and its times, and their sums; empty if no block was timed."""
+    blocks = report.measured.blocks
+    if not blocks:
+        return ""
+    inside = [block for block in blocks if block.swapped]
+    rows = [["block", "weights", "compute ms", "copy ms", "stall ms"]]
+    for block, tier in zip(blocks, report.plan.tiers, strict=True):
+        where = "resident" if tier is None else tier.value
+        rows.append([block.name, where, *map(_cell, (block.compute_ms, block.copy_ms, block.stall_ms))])
+    sums = _sum(b.compute_ms for b in blocks), _sum(b.copy_ms for b in inside), _sum(b.stall_ms for b in inside)
+    rows.append(["all", f"{len(inside)} swapped", *map(_cell, sums)])
+    name, weights, *times = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join(
+        "  ".join([row[0].ljust(name), row[1].ljust(weights), *map(str.rjust, row[2:], times)]).rstrip() for row in rows
+    )
+
+
+def brief_lines(
+    plan: SwapPlan, model: ModelSize, *, memory: DeviceMemory | None, host: HostMemory, ratio: float
+) -> tuple[str, ...]:
+    """The log of debug mode in the brief's own form. Its MB are MiB; what is in use stands before the total.
+
+    Args:
+        plan: What was decided.
+        model: What it was decided for.
+        memory: Of the device before that; None leaves the line out.
+        host: Host memory at the same moment, within the control group.
+        ratio: Share of the available device memory that weights may fill, 0 to 1.
+    """
+    counted = "" if model.parameters is None else f"{model.parameters:,} parameters, "
+    lines = ["Auto configuration completed:", f"   Model: {counted}{_mib(model.nbytes)}MB, {model.layers} layers"]
+    if memory is not None:
+        lines.append(f"   VRAM: {_usage(memory.total_bytes - memory.free_bytes, memory.total_bytes)}")
+    ram_bytes = min(host.physical_bytes, host.cgroup_limit_bytes or host.physical_bytes)
+    lines.append(f"   DRAM: {_usage(max(0, ram_bytes - host.available_bytes), ram_bytes, 'usage ')}")
+    lines.append(f"   Config: blocks_to_swap={plan.swapped_count}, streams={plan.streams}, ratio={ratio:.0%}")
+    return (*lines, _verdict(plan))
+
+
+def _verdict(plan: SwapPlan) -> str:
+    if plan.swapped_count:
+        held = f"{plan.swapped_count} of {len(plan.swapped)} blocks ({_mib(plan.slab_bytes)}MB)"
+        return f"Model is partly kept in DRAM: {held} are streamed into VRAM"
+    if plan.over_ceiling:
+        return "Model is fully loaded into VRAM as asked, above what the settings leave for weights"
+    return "Model can be fully loaded into VRAM, no DRAM needed"
+
+
+def _usage(used: int, total: int, label: str = "") -> str:
+    return f"{_mib(used)}/{_mib(total)}MB ({label}{used / total:.1%})"
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / MIB:.1f}"
+
+
+def _swapped(plan: SwapPlan) -> str:
+    if not plan.swapped_count:
+        return f"all {_count(len(plan.swapped), 'block')} resident"
+    streams = _count(plan.streams, "copy stream") if plan.overlap else "no overlap"
+    window = f"{_count(plan.slots, 'slot')} of {format_bytes(plan.slot_bytes)}, {streams}"
+    tiers = ", ".join(f"{count} {tier}" for tier, count in host_tiers(plan).items())
+    return f"{plan.swapped_count} of {len(plan.swapped)} blocks swapped ({tiers}), {window}"
+
+
+def _weights(report: RunReport) -> str:
+    plan, peak = report.plan, report.measured.peak_weight_bytes
+    line = f"weights on the device: {format_bytes(plan.device_bytes)} planned"
+    if plan.over_ceiling:
+        line += f", over the budget of {format_bytes(plan.budget_bytes)}"
+    if peak is not None:
+        line += f"; {format_bytes(peak)} at most measured"
+        if peak > plan.device_bytes:
+            line += f", {peak - plan.device_bytes:,} bytes more than planned"
+    return line
+
+
+def _activations(report: RunReport) -> str:
+    known = ((report.activation_bytes, "expected"), (report.measured.activation_bytes, "measured"))
+    parts = [f"{format_bytes(nbytes)} {how}" for nbytes, how in known if nbytes is not None]
+    return f"activations: {'; '.join(parts)}" if parts else ""
+
+
+def _forwards(report: RunReport) -> str:
+    measured, prediction = report.measured, report.prediction
+    line = f"forwards: {measured.forwards}"
+    if measured.empty_forwards:
+        line += f", and {measured.empty_forwards} that ran no block"
+    if prediction is not None:
+        line += f"; {_ms(prediction.elapsed)} predicted"
+    if measured.forward_ms is not None:
+        line += f"; {_ms(measured.forward_ms)} measured (median)"
+    return line
+
+
+def _stall(report: RunReport) -> str:
+    measured, prediction = report.measured, report.prediction
+    if not report.plan.swapped_count:
+        return ""
+    parts = []
+    if prediction is not None:
+        parts.append(f"{_ms(prediction.stall)}{_share(prediction.stall, prediction.elapsed)} predicted")
+    if measured.stall_ms is not None:
+        timed = _count(measured.timed_forwards, "timed forward")
+        parts.append(f"{_ms(measured.stall_ms)}{_share(measured.stall_ms, measured.forward_ms)} measured in {timed}")
+    return f"stall per forward: {'; '.join(parts)}" if parts else ""
+
+
+def _copies(report: RunReport) -> str:
+    """Bytes to the device, and back: that weights are not is a promise, and said each time."""
+    plan, measured = report.plan, report.measured
+    line = f"copied to the device: {_decimal(measured.placed_bytes)} once"
+    if measured.onloads:
+        line += f"; per forward {_decimal(plan.streamed_bytes)} planned"
+        if measured.forwards:
+            line += f", {_decimal(measured.onloaded_bytes / measured.forwards)} measured"
+    if measured.copy_bytes_per_s is not None:
+        line += f" at {measured.copy_bytes_per_s / GIGA:.1f} GB/s"
+        if report.link_bytes_per_s is not None:
+            line += f" (link {report.link_bytes_per_s / GIGA:.1f} GB/s)"
+    changed = f"{format_bytes(measured.returned_bytes)} of changed buffers, no weights"
+    return f"{line}; back: {changed if measured.returned_bytes else 'nothing'}"
+
+
+def _host(measured: Measured) -> str:
+    slabs, pinned = measured.slab_bytes, measured.pinned_bytes
+    if not slabs and not pinned:
+        return ""
+    return f"host memory: {format_bytes(slabs)} of slabs; {format_bytes(pinned)} page-locked"
+
+
+def _loader(measured: Measured) -> str:
+    """A line of its own: this memory is not ours."""
+    kept = measured.original_bytes
+    return f"the loader keeps {format_bytes(kept)} of the same weights beside the slabs" if kept else ""
+
+
+def _sampled(samples: Samples | None) -> str:
+    if samples is None:
+        return ""
+    parts = []
+    if samples.gpu_percent_mean is not None and samples.gpu_percent_max is not None:
+        parts.append(f"GPU busy {samples.gpu_percent_mean:.0f} % (at most {samples.gpu_percent_max:.0f} %)")
+    for what, nbytes in (
+        ("VRAM in use at most", samples.vram_used_peak_bytes),
+        ("RAM of this process at most", samples.rss_peak_bytes),
+        ("RAM available at least", samples.host_available_least_bytes),
+    ):
+        if nbytes is not None:
+            parts.append(f"{what} {format_bytes(nbytes)}")
+    return f"{_count(samples.count, 'sample')}: {'; '.join(parts)}" if parts else ""
+
+
+def _named(what: str, texts: Sequence[str]) -> str:
+    """One line for several texts, each once, with how often it came."""
+    times = Counter(map(_one_line, texts))
+    named = [text if count == 1 else f"{text} ({count} times)" for text, count in times.items()]
+    if len(named) > MOST_TEXTS:
+        named[MOST_TEXTS:] = [f"and {len(named) - MOST_TEXTS} more"]
+    return f"{what}: {'; '.join(named)}" if named else ""
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _decimal(nbytes: float) -> str:
+    """In powers of ten, as speeds are."""
+    return f"{nbytes / GIGA:.2f} GB" if nbytes >= GIGA else f"{nbytes / 1e6:.1f} MB"
+
+
+def _ms(duration: float) -> str:
+    return f"{duration:,.0f} ms" if duration >= FEW_MS else f"{duration:.1f} ms"
+
+
+def _share(part: float, whole: float | None) -> str:
+    return f" ({part / whole:.1%})" if whole else ""
+
+
+def _cell(duration: float | None) -> str:
+    return "" if duration is None else f"{duration:,.2f}"
+
+
+def _sum(durations: Iterable[float | None]) -> float | None:
+    """None if one of them is unknown, or there are none."""
+    found = list(durations)
+    known = [duration for duration in found if duration is not None]
+    return sum(known) if known and len(known) == len(found) else None

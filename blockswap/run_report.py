@@ -1,0 +1,120 @@
+"""What a run has done so far, gathered from its session, its trace and its samples into a RunReport."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from ..hardware.samples import Samples
+from .budget import Activations
+from .layout import ModelProfile
+from .planner import Planner
+from .replan import Observed
+from .report import BlockTimes, Measured, RunReport
+from .schedule import ForwardTime
+from .session import SwapSession
+from .spans import COMPUTE, COPY, STALL, Span
+from .transfer import Counters
+
+
+@dataclass(slots=True)
+class Begin:
+    """Where the counters stood when the run began."""
+
+    counters: Counters
+    forwards: int
+    empty_forwards: int
+
+    @classmethod
+    def of(cls, session: SwapSession) -> Begin:
+        """Where they stand now."""
+        return cls(replace(session.counters), session.log.all_forwards, session.log.all_empty_forwards)
+
+
+@dataclass(slots=True)
+class Findings:
+    """What a run keeps of itself beside its session.
+
+    Attributes:
+        begin: Where the counters stood when it began.
+        expected_activations: What the first plan allowed for.
+        observed: What the forwards that were timed have shown.
+        prediction: A forward with the present plan in virtual time.
+        weight_bytes: Device memory that block weights took at most.
+        replans: Why other plans took the first one's place.
+        notes: What no figure tells.
+    """
+
+    begin: Begin
+    expected_activations: Activations | None = None
+    observed: Observed | None = None
+    prediction: ForwardTime | None = None
+    weight_bytes: int | None = None
+    replans: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+
+
+def make_report(
+    title: str, session: SwapSession, planner: Planner, found: Findings, *, samples: Samples | None
+) -> RunReport:
+    """The report of a run, before its release: slabs and staging are counted as they stand."""
+    plan, profile = session.plan, planner.profile
+    assert plan is not None, "a run is reported after its first plan"
+    assert profile is not None
+    before, now, seen = found.begin.counters, session.counters, found.observed
+    expected, measured = found.expected_activations, planner.activations
+    trace = session.trace
+    spans = () if trace is None else trace.collect()
+    link = planner.link
+    return RunReport(
+        title=title,
+        plan=plan,
+        prediction=found.prediction,
+        activation_bytes=None if expected is None else expected.nbytes,
+        link_bytes_per_s=None if link is None or not link.pinned else link.best(max_streams=plan.streams)[1],
+        measured=Measured(
+            forwards=session.log.all_forwards - found.begin.forwards,
+            empty_forwards=session.log.all_empty_forwards - found.begin.empty_forwards,
+            timed_forwards=0 if seen is None else seen.forwards,
+            forward_ms=None if seen is None else seen.forward_ms,
+            stall_ms=None if seen is None else seen.stall_ms,
+            onloads=now.onloads - before.onloads,
+            onloaded_bytes=now.onloaded_bytes - before.onloaded_bytes,
+            placed_bytes=now.placed_bytes - before.placed_bytes,
+            returned_bytes=now.returned_bytes - before.returned_bytes,
+            copy_bytes_per_s=None if seen is None else seen.copied_bytes_per_s,
+            peak_weight_bytes=found.weight_bytes,
+            activation_bytes=measured.nbytes if measured is not None and measured.is_measured else None,
+            slab_bytes=session.slab_bytes,
+            pinned_bytes=session.pinned_bytes,
+            original_bytes=profile.block_bytes if planner.limits.originals_stay else 0,
+            refusals=session.refusals,
+            replans=tuple(found.replans),
+            blocks=() if seen is None else block_times(spans, profile, plan.swapped),
+            samples=samples,
+        ),
+        notes=found.notes,
+    )
+
+
+def block_times(spans: Sequence[Span], profile: ModelProfile, swapped: Sequence[bool]) -> tuple[BlockTimes, ...]:
+    """Means over the forwards that were traced."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for span in spans:
+        found.setdefault((span.lane, span.block), []).append(span.duration_ms)
+
+    def mean(lane: str, index: int) -> float | None:
+        durations = found.get((lane, index))
+        return statistics.fmean(durations) if durations else None
+
+    return tuple(
+        BlockTimes(
+            name=block.name,
+            swapped=is_swapped,
+            compute_ms=mean(COMPUTE, index),
+            copy_ms=mean(f"{COPY} 0", index),  # each copy stream has an equal part of it
+            stall_ms=mean(STALL, index),
+        )
+        for index, (block, is_swapped) in enumerate(zip(profile.blocks, swapped, strict=True))
+    )
