@@ -156,7 +156,7 @@ def make_budget(
     terms = [(available, f"what is free above a reserve of {format_bytes(reserve)}, with {in_use}")]
     if not readings.is_unified:
         share = int(bandwidth_target * available)
-        terms.append((ceiling, f"the ceiling of {vram_threshold_percent:g} %, with {in_use}"))
+        terms.append((ceiling, f"vram_threshold_percent = {vram_threshold_percent:g}, with {in_use}"))
         terms.append((share, f"{bandwidth_target:.0%} of the {format_bytes(available)} available, with {in_use}"))
     if activations is not None:
         how = "measured" if activations.is_measured else "expected"

@@ -196,18 +196,26 @@ def _tiers(
     if wanted <= budget.pin_bytes:
         return tuple(HostTier.PINNED if s else None for s in swapped), 0, []
     short = f"pinned memory: {format_bytes(wanted)} wanted, {format_bytes(budget.pin_bytes)} may be had"
-    # As many as fit are pinned, spread among the swapped ones: the worker has time between two of its own.
-    for count in range(len(inside) - 1, -1, -1):
-        pinned = {i for i, chosen in zip(inside, spread(len(inside), count), strict=True) if chosen}
-        staging = STAGING_SLABS * max(size for i, size in sizes.items() if i not in pinned)
-        need = budget.host_need(profile.block_bytes, slab_bytes=wanted, staging_bytes=staging)
-        if sum(sizes[i] for i in pinned) + staging <= budget.pin_bytes and need <= budget.host_bytes:
-            break
-    else:
-        return pageable, 0, [f"{short}; all blocks stay pageable"]
-    tiers = tuple((HostTier.PINNED if i in pinned else HostTier.STAGED) if s else None for i, s in enumerate(swapped))
-    through = f"{len(inside) - count} of {len(inside)} swapped blocks go through {STAGING_SLABS} staging slabs"
-    return tiers, staging, [f"{short}; {through}"]
+    # As many as fit are pinned, spread among the swapped ones: the worker has time between two of its own. Where
+    # staging has no room, what is not pinned is pageable.
+    for tier in (HostTier.STAGED, HostTier.PAGEABLE):
+        for count in range(len(inside) - 1, -1, -1):
+            pinned = {i for i, chosen in zip(inside, spread(len(inside), count), strict=True) if chosen}
+            others = [size for i, size in sizes.items() if i not in pinned]
+            staging = STAGING_SLABS * max(others) if tier is HostTier.STAGED else 0
+            need = budget.host_need(profile.block_bytes, slab_bytes=wanted, staging_bytes=staging)
+            locked = sum(sizes[i] for i in pinned) + staging
+            if locked <= budget.pin_bytes and (need <= budget.host_bytes or tier is HostTier.PAGEABLE):
+                tiers = tuple((HostTier.PINNED if i in pinned else tier) if s else None for i, s in enumerate(swapped))
+                return tiers, staging, [f"{short}; {_rest(tier, len(others), len(inside))}"]
+    raise AssertionError("no block pinned and none staged always fits")
+
+
+def _rest(tier: HostTier, count: int, of: int) -> str:
+    """What becomes of the swapped blocks that are not pinned."""
+    if tier is HostTier.STAGED:
+        return f"{count} of {of} swapped blocks go through {STAGING_SLABS} staging slabs"
+    return f"{'all' if count == of else f'{count} of {of}'} swapped blocks stay pageable"
 
 
 def _complete(
@@ -251,8 +259,8 @@ def _refuse_what_cannot_be(profile: ModelProfile, budget: MemoryBudget, plan: Sw
             f"({plan.slots} slots of {format_bytes(plan.slot_bytes)}, {len(plan.swapped) - plan.swapped_count} "
             f"resident blocks, {format_bytes(profile.small_device_bytes)} of small tensors) but got "
             f"{format_bytes(budget.limit_bytes)} that are not in use; "
-            f"{'swap more blocks, ' if not all(plan.swapped) else ''}close other programs on the GPU, or take a "
-            "smaller or quantised model"
+            f"{'' if all(plan.swapped) or budget.is_unified else 'swap more blocks, '}close other programs, or take "
+            "a smaller or quantised model"
         )
     need = budget.host_need(profile.block_bytes, slab_bytes=plan.slab_bytes, staging_bytes=plan.staging_bytes)
     if need > budget.host_bytes:

@@ -1,10 +1,13 @@
 """Readings of the GPU, its link and host memory; None means unknown."""
 
 from .host import read_host_memory
-from .link import measure_link
+from .link import contradicts, measure_link
+from .memory import read_device_memory
 from .nvml import Nvml
-from .probe import probe_device, read_device_memory, read_utilisation
+from .probe import probe_device, read_utilisation
 from .rocm import Rocm
+from .samples import Samples
+from .sampling import Sampler
 from .spec import (
     DeviceMemory,
     DeviceSpec,
@@ -34,9 +37,12 @@ __all__ = [
     "Nvml",
     "PcieLink",
     "Rocm",
+    "Sampler",
+    "Samples",
     "Tuning",
     "Utilisation",
     "Vendor",
+    "contradicts",
     "find_gpu",
     "format_bytes",
     "measure_link",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Iterator
@@ -36,12 +37,17 @@ def read_host_memory(*, root: Path = Path("/")) -> HostMemory:
         available_bytes=max(0, available),
         cgroup_limit_bytes=limit,
         memlock_bytes=_read_memlock(),
-        platform=_read_platform(root),
+        platform=read_platform(root=root),
         in_container=_is_container(root),
     )
 
 
-def _read_platform(root: Path) -> HostPlatform:
+def read_platform(*, root: Path = Path("/")) -> HostPlatform:
+    """The operating system.
+
+    Args:
+        root: where /proc is looked up.
+    """
     if sys.platform == "win32":
         return HostPlatform.WINDOWS
     if sys.platform == "darwin":
@@ -82,11 +88,16 @@ def _read_cgroup(root: Path) -> tuple[int | None, int | None]:
             continue
         limits.append(limit)
         if usage is None:
-            logger.warning("%s limits memory to %d bytes but its use is not readable", folder, limit)
+            _warn_once(folder, limit)
             continue
         cache = _read_stat(folder / "memory.stat", names[2])
         headrooms.append(max(0, limit - max(0, usage - cache)))
     return (min(limits) if limits else None), (min(headrooms) if headrooms else None)
+
+
+@functools.cache  # host memory is read at every forward; the group's files stay as they are
+def _warn_once(folder: Path, limit: int) -> None:
+    logger.warning("%s limits memory to %d bytes but its use is not readable", folder, limit)
 
 
 def _memory_groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:

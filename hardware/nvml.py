@@ -13,17 +13,21 @@ logger = logging.getLogger(__name__)
 NvmlHandle = NewType("NvmlHandle", object)
 
 # What importing a vendor's binding is known to raise. Three packages on PyPI install a module called pynvml, and they
-# overwrite each other's files; what is left may fail in any of these ways.
-_IMPORT_FAILURES = (ImportError, OSError, KeyError, AttributeError, SystemExit)
+# overwrite each other's files; what is left may fail in any of these ways. The oldest is written for Python 2.
+_IMPORT_FAILURES = (ImportError, OSError, KeyError, AttributeError, SyntaxError, SystemExit)
+# What a query raises besides NVMLError: AttributeError where the binding lacks the function, TypeError where it takes
+# bytes for text, OSError where it does not check that the driver's library has the function.
+_SHAPE_FAILURES = (AttributeError, TypeError, OSError)
 _UUID_PREFIXES = ("GPU-", "MIG-")
 
 
 class Nvml:
     """The library, initialised while the `with` block lasts.
 
-    Devices are found by UUID or PCI address, never by ordinal: NVML ignores CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER.
+    Devices are found by UUID or PCI address, or by a name that one alone bears, never by ordinal: NVML ignores
+    CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER.
     Every query fails alone: one that the device, the driver or the binding does not support gives None, with one
-    warning per query and `with` block.
+    warning per reading and `with` block.
     """
 
     def __init__(self) -> None:
@@ -34,16 +38,21 @@ class Nvml:
         """Load and initialise the library.
 
         Raises:
-            HardwareUnavailableError: nvidia-ml-py is not installed or broken, or there is no NVIDIA driver.
+            HardwareUnavailableError: nvidia-ml-py is not installed, broken or another package of the same module name,
+                or there is no NVIDIA driver.
         """
         try:
             import pynvml  # type: ignore[import-untyped, unused-ignore]
         except _IMPORT_FAILURES as exc:
             message = f"NVML expects the Python package nvidia-ml-py but importing pynvml raised {exc!r}"
             raise HardwareUnavailableError(f"{message}; pip install nvidia-ml-py") from exc
+        if not hasattr(pynvml, "nvmlInit") or not hasattr(pynvml, "NVMLError"):
+            where = getattr(pynvml, "__file__", "a module without a file")
+            message = f"NVML expects the Python package nvidia-ml-py but pynvml is another one ({where})"
+            raise HardwareUnavailableError(f"{message}; remove that, then pip install --force-reinstall nvidia-ml-py")
         try:
             pynvml.nvmlInit()
-        except pynvml.NVMLError as exc:
+        except (pynvml.NVMLError, *_SHAPE_FAILURES) as exc:
             message = f"NVML expects an NVIDIA driver but nvmlInit failed: {exc}"
             raise HardwareUnavailableError(f"{message}; check that nvidia-smi runs") from exc
         self._library = pynvml
@@ -55,29 +64,41 @@ class Nvml:
         self._query("nvmlShutdown")
         self._library = None
 
-    def find(self, *, uuid: str | None, pci_bus_id: str | None) -> NvmlHandle | None:
+    def find(self, *, uuid: str | None, pci_bus_id: str | None, name: str | None = None) -> NvmlHandle | None:
         """The device with this identity, or None if NVML does not show it.
 
         The PCI address is asked only without a UUID: a MIG instance has the address of the GPU that holds it, whose
-        readings are not its own and may be forbidden.
+        readings are not its own and may be forbidden. The name is asked only without either, as of a torch that tells
+        neither, and only a name that one device bears is an answer.
 
         Args:
             uuid: with or without its prefix "GPU-" or "MIG-"; torch gives it without. None if unknown.
             pci_bus_id: domain:bus:device.function in hexadecimal; None if unknown.
+            name: as the driver gives it; None if unknown.
         """
         unknown = ("NVMLError_NotFound",)
+        if uuid is None and pci_bus_id is None:
+            return None if name is None else self._find_by_name(name)
         if uuid is None:
-            found = (
-                None
-                if pci_bus_id is None
-                else self._query("nvmlDeviceGetHandleByPciBusId", pci_bus_id, missing=unknown)
-            )
+            found = self._query("nvmlDeviceGetHandleByPciBusId", pci_bus_id, missing=unknown)
             return None if found is None else NvmlHandle(found)
         prefixed = uuid.startswith(_UUID_PREFIXES)
         for candidate in (uuid,) if prefixed else tuple(prefix + uuid for prefix in _UUID_PREFIXES):
             found = self._query("nvmlDeviceGetHandleByUUID", candidate, missing=unknown)
             if found is not None:
                 return NvmlHandle(found)
+        return None
+
+    def _find_by_name(self, name: str) -> NvmlHandle | None:
+        """The one device of this name; which of several is meant, nothing tells."""
+        count = self._query("nvmlDeviceGetCount") or 0
+        shown = (self._query("nvmlDeviceGetHandleByIndex", index) for index in range(count))
+        bearers = [handle for handle in shown if handle is not None and self.name(handle) == name]
+        if len(bearers) == 1:
+            return NvmlHandle(bearers[0])
+        if name not in self._warned:
+            self._warned.add(name)
+            logger.warning("NVML shows %d devices named %s, and torch tells only the name", len(bearers), name)
         return None
 
     def driver(self) -> str | None:
@@ -109,20 +130,21 @@ class Nvml:
     def pcie(self, handle: NvmlHandle) -> PcieLink | None:
         """The link of the device; None if no part of it is known, as on devices without one."""
         link = PcieLink(
-            generation=self._query("nvmlDeviceGetCurrPcieLinkGeneration", handle),
-            width=self._query("nvmlDeviceGetCurrPcieLinkWidth", handle),
-            max_generation=self._query("nvmlDeviceGetMaxPcieLinkGeneration", handle),
-            max_width=self._query("nvmlDeviceGetMaxPcieLinkWidth", handle),
+            generation=self._query("nvmlDeviceGetCurrPcieLinkGeneration", handle, reading="PCIe link"),
+            width=self._query("nvmlDeviceGetCurrPcieLinkWidth", handle, reading="PCIe link"),
+            max_generation=self._query("nvmlDeviceGetMaxPcieLinkGeneration", handle, reading="PCIe link"),
+            max_width=self._query("nvmlDeviceGetMaxPcieLinkWidth", handle, reading="PCIe link"),
         )
         return None if link == PcieLink(None, None, None, None) else link
 
-    def _query(self, function: str, *arguments: object, missing: tuple[str, ...] = ()) -> Any:
+    def _query(self, function: str, *arguments: object, missing: tuple[str, ...] = (), reading: str = "") -> Any:
         """The answer of one function of the library, or None.
 
         Args:
             function: its name; older bindings lack newer functions, older drivers answer them with FunctionNotFound.
             arguments: what it takes.
             missing: names of errors that are an answer ("no such device") and need no warning.
+            reading: what the function answers a part of; its parts share one warning.
 
         Raises:
             RuntimeError: called outside the `with` block.
@@ -132,10 +154,11 @@ class Nvml:
             raise RuntimeError(f"Nvml expects to be used inside its with block but {function} was called outside")
         try:
             return getattr(library, function)(*arguments)
-        except (library.NVMLError, AttributeError) as exc:
-            if type(exc).__name__ not in missing and function not in self._warned:
-                self._warned.add(function)
-                logger.warning("NVML cannot answer %s (%s); this reading stays unknown", function, exc)
+        except (library.NVMLError, *_SHAPE_FAILURES) as exc:
+            if type(exc).__name__ not in missing and (reading or function) not in self._warned:
+                self._warned.add(reading or function)
+                said = f"its part of the {reading}" if reading else "this reading"
+                logger.warning("NVML cannot answer %s (%s); %s stays unknown", function, exc, said)
             return None
 
 

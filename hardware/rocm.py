@@ -17,8 +17,9 @@ logger = logging.getLogger(__name__)
 # What importing amdsmi is known to raise: KeyError("libamd_smi.so") without the library, AttributeError or OSError for
 # a package newer than the library, SystemExit from wrappers that give up.
 _IMPORT_FAILURES = (ImportError, OSError, KeyError, AttributeError, SystemExit)
-# What an amdsmi query raises besides AmdSmiException: functions and keys come and go between releases.
-_SHAPE_FAILURES = (AttributeError, KeyError, TypeError)
+# What an amdsmi query raises besides AmdSmiException: functions and keys come and go between releases, and the library
+# may lack what the package asks of it.
+_SHAPE_FAILURES = (AttributeError, KeyError, TypeError, OSError)
 # Transfer rate of one lane, as sysfs writes it in GT/s, by PCI Express generation.
 _GENERATIONS = {"2.5": 1, "5": 2, "8": 3, "16": 4, "32": 5, "64": 6}
 # The kernel writes width 0 or 255 where a link is down or its width cannot be told.
@@ -47,7 +48,7 @@ class Rocm:
             return self
         try:
             amdsmi.amdsmi_init()
-        except (amdsmi.AmdSmiException, *_SHAPE_FAILURES) as exc:
+        except _failures(amdsmi) as exc:
             logger.debug("amdsmi cannot be initialised (%r); reading sysfs", exc)
             return self
         self._library = amdsmi
@@ -120,7 +121,7 @@ class Rocm:
             return None
         try:
             return question(library)
-        except (library.AmdSmiException, *_SHAPE_FAILURES) as exc:
+        except _failures(library) as exc:
             logger.debug("amdsmi cannot answer (%r)", exc)
             return None
 
@@ -153,6 +154,12 @@ class Rocm:
         if query not in self._warned:
             self._warned.add(query)
             logger.warning("neither amdsmi nor sysfs tells the %s of %s; this reading stays unknown", query, pci_bus_id)
+
+
+def _failures(library: Any) -> tuple[type[BaseException], ...]:
+    """What the functions of an amdsmi raise; a module of that name that is another has no AmdSmiException."""
+    own = getattr(library, "AmdSmiException", None)
+    return _SHAPE_FAILURES if own is None else (own, *_SHAPE_FAILURES)
 
 
 def _read_text(path: Path) -> str | None:

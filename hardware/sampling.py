@@ -231,7 +231,7 @@ def open_device_readers(spec: DeviceSpec) -> Iterator[Readers]:
             utilisation, memory = partial(rocm.utilisation, address), partial(rocm.memory, address)
         elif spec.vendor is Vendor.NVIDIA:
             nvml = _open_nvml(spec, stack)
-            handle = None if nvml is None else nvml.find(uuid=spec.uuid, pci_bus_id=spec.pci_bus_id)
+            handle = None if nvml is None else nvml.find(uuid=spec.uuid, pci_bus_id=spec.pci_bus_id, name=spec.name)
             if nvml is not None and handle is not None:
                 utilisation, memory = partial(nvml.utilisation, handle), partial(nvml.memory, handle)
         yield _DeviceReaders(spec, utilisation, memory)

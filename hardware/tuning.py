@@ -176,7 +176,9 @@ def tune(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None, *, vram_thr
 
 
 def _why_not_pinned(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None) -> str | None:
-    """Why page-locked memory does harm here; None where it does not."""
+    """Why page-locked memory cannot be had, or does harm here; None where it does not."""
+    if link is not None and not link.pinned and link.pageable is not None:
+        return "the driver refused to page-lock memory for the measurement: copies come from pageable memory"
     if spec.vendor is not Vendor.AMD:
         return None
     if host.platform is HostPlatform.WINDOWS:

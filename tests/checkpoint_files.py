@@ -80,12 +80,27 @@ def write_gguf(path: Path, shapes: Shapes | None = None, kind: str = "Q8_0", *, 
     return path
 
 
-def write_sparse_safetensors(path: Path, shapes: Shapes) -> Path:
-    """A bf16 file of full size, of which only the header takes room on the disk."""
-    header, end = {}, 0
+def embedding_shapes(width: int) -> Shapes:
+    """What a transformer has outside its blocks beside the patch embedding and the head: text and time."""
+    shapes: Shapes = {}
+    for name, outputs, inputs in (
+        ("text_embedding.0", width, 4096),
+        ("text_embedding.2", width, width),
+        ("time_embedding.0", width, 256),
+        ("time_embedding.2", width, width),
+        ("time_projection.1", 6 * width, width),
+    ):
+        shapes |= {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+    return shapes
+
+
+def write_sparse_safetensors(path: Path, shapes: Shapes, kind: str = "BF16") -> Path:
+    """A file of full size, of which only the header takes room on the disk; the blocks' matrices are of `kind`."""
+    header, end, element_bytes = {}, 0, {"BF16": 2, "F8_E4M3": 1}
     for name, shape in shapes.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        dtype = kind if "blocks." in name and len(shape) == 2 else "BF16"
+        start, end = end, end + element_bytes[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

@@ -169,7 +169,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_the_run(
 
 
 def test_an_interrupt_ends_with_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(device: object) -> None:
+    def interrupted(device: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("wanvideo_enhanced_blockswap.commands.probe.measure_link", interrupted)

@@ -342,8 +342,8 @@ def tiers(plan: SwapPlan) -> list[HostTier | None]:
         pytest.param(79, 7, 3, 0, 72, id="all but some, which go through two staging slabs"),
         pytest.param(24, 1, 9, 0, 24, id="one"),
         pytest.param(16, 0, 10, 0, 16, id="the staging slabs alone"),
-        pytest.param(15, 0, 0, 10, 0, id="not even those"),
-        pytest.param(0, 0, 0, 10, 0, id="none"),
+        pytest.param(15, 1, 0, 9, 8, id="no room for staging slabs"),
+        pytest.param(7, 0, 0, 10, 0, id="none"),
     ],
 )
 def test_the_pin_budget_decides_the_tiers(

@@ -13,6 +13,7 @@ from fake_vendors import (
     Lookup,
     NVMLError,
     NVMLError_FunctionNotFound,
+    NVMLError_LibraryNotFound,
     NVMLError_NoPermission,
     NVMLError_NotSupported,
 )
@@ -73,11 +74,12 @@ def test_a_part_of_the_link_that_is_unknown_leaves_the_other_parts(install_nvml)
         assert nvml.pcie(nvml.find(uuid=UUID, pci_bus_id=None)) == PcieLink(1, 16, None, 16)
 
 
-def test_a_device_without_a_link_has_none(install_nvml):
+def test_a_device_without_a_link_has_none_with_one_warning(install_nvml, caplog):
     parts = ("CurrPcieLinkGeneration", "CurrPcieLinkWidth", "MaxPcieLinkGeneration", "MaxPcieLinkWidth")
     install_nvml(**{f"nvmlDeviceGet{part}": NVMLError_NotSupported("no") for part in parts})
     with Nvml() as nvml:
         assert nvml.pcie(nvml.find(uuid=UUID, pci_bus_id=None)) is None
+    assert len(warnings_in(caplog)) == 1
 
 
 def test_a_function_that_the_binding_lacks_gives_none(install_nvml):
@@ -126,6 +128,38 @@ def test_a_device_that_nvml_does_not_show_is_none_without_a_warning(install_nvml
     assert not warnings_in(caplog)
 
 
+@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090", b"NVIDIA GeForce RTX 4090"])
+def test_without_uuid_and_address_a_name_that_one_device_bears_finds_it(install_nvml, name):
+    names = Lookup({"first": b"NVIDIA GeForce RTX 3060", "second": name})
+    shown = Lookup({0: "first", 1: "second"})
+    install_nvml(nvmlDeviceGetCount=2, nvmlDeviceGetHandleByIndex=shown, nvmlDeviceGetName=names)
+    with Nvml() as nvml:
+        assert nvml.find(uuid=None, pci_bus_id=None, name="NVIDIA GeForce RTX 4090") == "second"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"nvmlDeviceGetCount": 2},
+        {"nvmlDeviceGetName": "NVIDIA GeForce RTX 3060"},
+        {"nvmlDeviceGetCount": NVMLError_FunctionNotFound("no")},
+        {"nvmlDeviceGetHandleByIndex": NVMLError_NoPermission("no")},
+    ],
+)
+def test_a_name_that_several_devices_or_none_bear_finds_nothing_and_warns_once(install_nvml, caplog, changes):
+    install_nvml(**changes)
+    with Nvml() as nvml:
+        for _ in range(3):
+            assert nvml.find(uuid=None, pci_bus_id=None, name="NVIDIA GeForce RTX 4090") is None
+    assert len([text for text in warnings_in(caplog) if "devices named NVIDIA GeForce RTX 4090" in text]) == 1
+
+
+def test_a_name_is_not_asked_for_where_there_is_a_uuid(install_nvml):
+    install_nvml(nvmlDeviceGetHandleByUUID=Lookup({}))
+    with Nvml() as nvml:
+        assert nvml.find(uuid=UUID, pci_bus_id=None, name="NVIDIA GeForce RTX 4090") is None
+
+
 def test_free_memory_beyond_the_total_is_cut_to_it(install_nvml):
     install_nvml(nvmlDeviceGetMemoryInfo=SimpleNamespace(total=1000, free=2000, used=0))
     with Nvml() as nvml:
@@ -146,7 +180,10 @@ def test_a_missing_binding_is_unavailable_with_the_package_to_install(monkeypatc
     assert isinstance(caught.value.__cause__, ImportError)
 
 
-@pytest.mark.parametrize("raised", ["SystemExit(1)", "KeyError('nvml')", "OSError('nvml.dll')", "AttributeError('x')"])
+@pytest.mark.parametrize(
+    "raised",
+    ["SystemExit(1)", "KeyError('nvml')", "OSError('nvml.dll')", "AttributeError('x')", "NVMLError, exc"],
+)
 def test_a_binding_that_breaks_at_import_is_unavailable(monkeypatch, tmp_path, raised):
     (tmp_path / "pynvml.py").write_text(f"raise {raised}\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -155,11 +192,38 @@ def test_a_binding_that_breaks_at_import_is_unavailable(monkeypatch, tmp_path, r
         pass
 
 
-def test_a_missing_driver_is_unavailable_and_keeps_the_cause(install_nvml):
-    install_nvml(nvmlInit=NVMLError("Driver Not Loaded"))
-    with pytest.raises(HardwareUnavailableError, match="Driver Not Loaded") as caught, Nvml():
+@pytest.mark.parametrize(
+    "error",
+    [
+        NVMLError("Driver Not Loaded"),
+        NVMLError_LibraryNotFound("NVML Shared Library Not Found"),
+        NVMLError_FunctionNotFound("Function Not Found"),
+        OSError("nvml.dll"),
+        AttributeError("undefined symbol: nvmlInit_v2"),
+    ],
+)
+def test_a_missing_driver_is_unavailable_and_keeps_the_cause(install_nvml, error):
+    install_nvml(nvmlInit=error)
+    with pytest.raises(HardwareUnavailableError, match=str(error)) as caught, Nvml():
         pass
-    assert isinstance(caught.value.__cause__, NVMLError)
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("missing", [("nvmlInit",), ("NVMLError",), ("nvmlInit", "NVMLError")])
+def test_a_module_of_the_same_name_that_is_another_is_unavailable_with_what_to_install(install_nvml, missing):
+    module = install_nvml()
+    for name in missing:
+        delattr(module, name)
+    with pytest.raises(HardwareUnavailableError, match=r"pynvml is another one.*nvidia-ml-py"), Nvml():
+        pass
+
+
+@pytest.mark.parametrize("error", [TypeError("bytes expected"), OSError("access violation"), AttributeError("_v2")])
+def test_a_query_that_the_binding_cannot_make_gives_none(install_nvml, caplog, error):
+    install_nvml(nvmlDeviceGetUUID=error)
+    with Nvml() as nvml:
+        assert nvml.uuid(nvml.find(uuid=UUID, pci_bus_id=None)) is None
+    assert len(warnings_in(caplog)) == 1
 
 
 def test_a_query_outside_the_with_block_says_so(install_nvml):

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from types import ModuleType, SimpleNamespace
 
 import psutil
 import pytest
 import torch
-from fake_vendors import ADDRESS, UUID, Lookup, NVMLError, NVMLError_NotSupported
+from fake_vendors import ADDRESS, UUID, Lookup, NVMLError_NotSupported
 from wanvideo_enhanced_blockswap.hardware import (
-    MIB,
-    DeviceMemory,
     DeviceSpec,
     HardwareUnavailableError,
     Nvml,
@@ -26,22 +23,8 @@ from wanvideo_enhanced_blockswap.hardware import (
 )
 
 CUDA = torch.device("cuda:0")
+NO_IDENTITY = {"uuid": None, "pci_domain_id": None, "pci_bus_id": None, "pci_device_id": None}
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU answers")
-
-
-@pytest.fixture
-def install_hpu(monkeypatch):
-    """Give torch an hpu module with these functions."""
-
-    def install(**functions):
-        module = ModuleType("torch.hpu")
-        for name, function in ({"is_available": lambda: True, "device_count": lambda: 1} | functions).items():
-            setattr(module, name, function)
-        monkeypatch.setattr(torch, "hpu", module, raising=False)
-        monkeypatch.setattr(torch, "get_device_module", lambda device: getattr(torch, device.type))
-        return torch.device("hpu")
-
-    return install
 
 
 def warnings_in(caplog):
@@ -57,10 +40,6 @@ def test_the_cpu_is_described_as_it_is():
     assert found.name
     assert (found.vendor, found.torch_device, found.pcie) == (Vendor.OTHER, "cpu", None)
     assert found.total_bytes == psutil.virtual_memory().total
-
-
-def test_the_cpu_has_no_device_memory():
-    assert read_device_memory(torch.device("cpu")) is None
 
 
 def test_the_utilisation_of_the_cpu_is_unknown_without_a_warning(caplog):
@@ -137,11 +116,29 @@ def test_a_card_that_nvml_does_not_show_keeps_what_torch_and_the_driver_say(inst
     assert len(warnings_in(caplog)) == 1
 
 
-def test_a_torch_too_old_to_tell_uuid_and_address_leaves_them_unknown(install_cuda, install_nvml):
-    install_cuda(uuid=None, pci_domain_id=None, pci_bus_id=None, pci_device_id=None, is_integrated=None)
+def test_a_torch_too_old_to_tell_uuid_and_address_finds_the_one_card_of_its_name(install_cuda, install_nvml, caplog):
+    install_cuda(**NO_IDENTITY)
     install_nvml()
     found = probe_device(CUDA)
-    assert (found.uuid, found.pci_bus_id, found.is_integrated) == (None, None, None)
+    assert (found.uuid, found.pci_bus_id, found.pcie) == (f"GPU-{UUID}", None, PcieLink(1, 16, 4, 16))
+    assert not warnings_in(caplog)
+
+
+def test_which_of_two_cards_of_one_name_is_meant_stays_unknown_with_one_warning(install_cuda, install_nvml, caplog):
+    install_cuda(**NO_IDENTITY)
+    install_nvml(nvmlDeviceGetCount=2, nvmlDeviceGetHandleByIndex=Lookup({0: "first", 1: "second"}))
+    found = probe_device(CUDA)
+    assert (found.uuid, found.pcie, found.driver) == (None, None, "580.95.05")
+    assert len(warnings_in(caplog)) == 1
+    assert "2 devices named NVIDIA GeForce RTX 4090" in warnings_in(caplog)[0]
+
+
+@pytest.mark.usefixtures("no_amdsmi")
+def test_an_amd_card_without_an_address_has_an_unknown_link_with_one_warning(install_cuda, caplog):
+    install_cuda(hip="6.0", name="AMD Radeon RX 6800", **NO_IDENTITY)
+    assert probe_device(CUDA).pcie is None
+    assert len(warnings_in(caplog)) == 1
+    assert "no PCI address of cuda:0" in warnings_in(caplog)[0]
 
 
 def test_an_address_is_written_in_hexadecimal(install_cuda, install_nvml):
@@ -160,91 +157,6 @@ def test_a_torch_built_for_hip_makes_the_card_an_amd_one(install_cuda):
 def test_an_amd_card_behind_zluda_is_not_taken_for_an_nvidia_one(install_cuda):
     install_cuda(name="AMD Radeon RX 6800 [ZLUDA]")
     assert probe_device(CUDA).vendor is Vendor.AMD
-
-
-def test_device_memory_is_what_torch_reads(install_cuda):
-    install_cuda(free=700, total=1000)
-    assert read_device_memory(CUDA) == DeviceMemory(1000, 700, "torch.cuda.mem_get_info")
-
-
-@pytest.mark.parametrize(("available", "free"), [(600, 600), (5000, 1000)])
-def test_an_integrated_device_has_free_what_the_host_has(install_cuda, monkeypatch, available, free):
-    install_cuda(is_integrated=1, free=10, total=1000)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=5000, available=available))
-    memory = read_device_memory(CUDA)
-    assert (memory.total_bytes, memory.free_bytes) == (1000, free)
-    assert "integrated" in memory.source
-
-
-def test_an_integrated_device_may_claim_more_free_than_it_has(install_cuda, monkeypatch):
-    install_cuda(hip="6.4", is_integrated=1, free=120_000, total=62_500)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=128_000, available=50_000))
-    assert read_device_memory(CUDA).free_bytes == 50_000
-
-
-@pytest.mark.parametrize(
-    ("hip", "system", "free"),
-    [("6.4", "win32", 550), ("6.4", "linux", 700), (None, "win32", 700)],
-)
-def test_only_hip_on_windows_has_a_share_set_aside_for_others(install_cuda, monkeypatch, hip, system, free):
-    install_cuda(hip=hip, free=700, total=1000)
-    monkeypatch.setattr(sys, "platform", system)
-    assert read_device_memory(CUDA).free_bytes == free
-
-
-def test_a_reading_that_cannot_be_is_replaced_by_the_drivers(install_cuda, install_nvml, caplog):
-    install_cuda(free=2000, total=1000)
-    install_nvml()
-    assert read_device_memory(CUDA) == DeviceMemory(1000, 700, "NVML")
-    assert len(warnings_in(caplog)) == 1
-
-
-def test_the_drivers_reading_of_an_amd_card_is_asked_by_its_address(install_cuda, install_amdsmi):
-    install_cuda(hip="6.4", free=99_000 * MIB, total=24_500 * MIB)
-    install_amdsmi()
-    assert read_device_memory(CUDA) == DeviceMemory(24560 * MIB, 24000 * MIB, "amdsmi")
-
-
-def test_a_drivers_reading_of_another_size_is_of_another_device(install_cuda, install_nvml):
-    install_cuda(free=2000, total=500)
-    install_nvml()
-    assert read_device_memory(CUDA) is None
-
-
-def test_without_any_reading_that_can_be_believed_memory_is_unknown(install_cuda, install_nvml):
-    install_cuda(free=2000, total=1000)
-    install_nvml(nvmlInit=NVMLError("Driver Not Loaded"))
-    assert read_device_memory(CUDA) is None
-
-
-def test_a_device_module_with_mem_get_info_is_asked_for_it(install_hpu):
-    device = install_hpu(current_device=lambda: 0, mem_get_info=lambda _device: (30, 96))
-    assert read_device_memory(device) == DeviceMemory(96, 30, "torch.hpu.mem_get_info")
-
-
-def test_a_device_module_that_counts_only_its_own_says_so(install_hpu):
-    device = install_hpu(
-        get_device_properties=lambda _device: SimpleNamespace(total_memory=96), memory_allocated=lambda _device: 6
-    )
-    assert read_device_memory(device) == DeviceMemory(96, 90, "torch.hpu, this process alone")
-
-
-def test_the_names_that_mps_gives_its_figures_are_known(install_hpu):
-    device = install_hpu(recommended_max_memory=lambda: 96, driver_allocated_memory=lambda: 16)
-    assert read_device_memory(device) == DeviceMemory(96, 80, "torch.hpu, this process alone")
-
-
-def test_a_device_module_without_memory_functions_is_unavailable(install_hpu):
-    with pytest.raises(HardwareUnavailableError, match=r"hpu:0 expects torch\.hpu\.mem_get_info"):
-        read_device_memory(install_hpu())
-
-
-def test_a_memory_function_that_fails_is_unavailable(install_hpu):
-    def fail(_device):
-        raise NotImplementedError("no such counter")
-
-    with pytest.raises(HardwareUnavailableError, match="no such counter"):
-        read_device_memory(install_hpu(mem_get_info=fail))
 
 
 def test_a_device_of_another_vendor_is_described_by_what_its_module_has(install_hpu):

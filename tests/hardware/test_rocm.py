@@ -63,7 +63,9 @@ def test_an_amdsmi_that_breaks_at_import_leaves_sysfs(monkeypatch, tmp_path, sys
     "changes",
     [
         {"amdsmi_init": AmdSmiException("no driver")},
+        {"amdsmi_init": OSError("undefined symbol: amdsmi_init")},
         {"amdsmi_get_processor_handles": []},
+        {"amdsmi_get_gpu_vram_usage": OSError("undefined symbol")},
         {"amdsmi_get_processor_handles": AmdSmiException("busy")},
         {"amdsmi_get_gpu_device_bdf": Lookup({"first": "0000:09:00.0", "second": "0000:0a:00.0"})},
         {"amdsmi_get_gpu_device_bdf": AttributeError("no such function")},
@@ -76,6 +78,15 @@ def test_an_amdsmi_that_breaks_at_import_leaves_sysfs(monkeypatch, tmp_path, sys
 )
 def test_where_amdsmi_does_not_know_the_memory_sysfs_does(install_amdsmi, sysfs, changes):
     install_amdsmi(**changes)
+    with Rocm(sysfs_root=sysfs()) as rocm:
+        assert rocm.memory(ADDRESS) == SYSFS_MEMORY
+
+
+@pytest.mark.parametrize("missing", [("amdsmi_init",), ("AmdSmiException",), ("amdsmi_init", "AmdSmiException")])
+def test_a_module_of_the_same_name_that_is_another_leaves_sysfs(install_amdsmi, sysfs, missing):
+    module = install_amdsmi(amdsmi_get_gpu_vram_usage=KeyError("vram_total"))
+    for name in missing:
+        delattr(module, name)
     with Rocm(sysfs_root=sysfs()) as rocm:
         assert rocm.memory(ADDRESS) == SYSFS_MEMORY
 

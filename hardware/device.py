@@ -1,0 +1,136 @@
+"""A torch device, opened: its module, its index, and what torch alone tells of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .spec import HardwareUnavailableError, Vendor
+
+# What a torch device module raises for a device that it cannot open: AssertionError where it was not compiled in,
+# RuntimeError for a driver's error, AttributeError and NotImplementedError where the function is a stub.
+MODULE_FAILURES = (AssertionError, AttributeError, NotImplementedError, RuntimeError)
+
+# Grace superchips: the GPU has HBM of its own, though it may also reach the host's memory coherently.
+_DISCRETE = re.compile(r"\bG[HB][23]00\b")
+# Systems on one chip, as CUDA and HIP name them: "NVIDIA GB10", "Orin", "NVIDIA Thor", "AMD Radeon 8060S Graphics",
+# "AMD Radeon 890M Graphics". A discrete mobile Radeon has "RX" before its number.
+_INTEGRATED = re.compile(
+    r"\b(GB10|Orin|Thor|Xavier|Tegra|MI300A)\b|\bRadeon(\(TM\))? (\d{3,4}[MS]\b|Vega \d+ Graphics)"
+)
+# The name of older APUs, and what ROCm calls every GPU that its own table lacks, new discrete cards among them.
+_NAMELESS = re.compile(r"\bRadeon(\(TM\))? Graphics")
+# Instruction sets of AMD's APUs, in the order of their years: Raven, Renoir, Van Gogh, Rembrandt, Raphael, Mendocino,
+# Phoenix, Strix Point, Strix Halo, Krackan.
+_APU_ARCHITECTURES = frozenset(
+    {"gfx902", "gfx909", "gfx90c", "gfx1033", "gfx1035", "gfx1036", "gfx1037", "gfx1103"}
+    | {"gfx1150", "gfx1151", "gfx1152", "gfx1153"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDevice:
+    """A device other than the CPU that is there.
+
+    Attributes:
+        module: torch's module for its type, such as torch.cuda.
+        device: the device, with its index.
+        properties: what the module tells of it; None where the module has no such function.
+    """
+
+    module: Any
+    device: torch.device
+    properties: Any
+
+    @property
+    def name(self) -> str:
+        """The name its driver gives, or else its type."""
+        name = getattr(self.properties, "name", None) or call(self.module, "get_device_name", self.device)
+        return str(name or self.device.type)
+
+    @property
+    def vendor(self) -> Vendor:
+        """Whose library can be asked about it."""
+        if self.device.type != "cuda":
+            return Vendor.OTHER
+        return Vendor.AMD if self.runs_on_hip else Vendor.NVIDIA
+
+    @property
+    def runs_on_hip(self) -> bool:
+        """Whether AMD's runtime is below: in a torch built for HIP, and behind ZLUDA.
+
+        ZLUDA makes an AMD card a CUDA device of a torch built for CUDA; it puts its own name into the card's.
+        """
+        return self.device.type == "cuda" and (torch.version.hip is not None or "zluda" in self.name.lower())
+
+    @property
+    def is_integrated(self) -> bool | None:
+        """Whether it shares the host's memory: as torch says, or by its name where this torch does not say."""
+        told = self.number("is_integrated", "is_integrated_gpu")  # the second is torch.xpu's
+        if self.device.type != "cuda":
+            return None if told is None else bool(told)
+        if _DISCRETE.search(self.name):
+            return False
+        return bool(told) if told is not None else self._is_system_on_chip()
+
+    def _is_system_on_chip(self) -> bool:
+        architecture = getattr(self.properties, "gcnArchName", "").split(":")[0]  # torch built for HIP alone has it
+        if _INTEGRATED.search(self.name) or architecture in _APU_ARCHITECTURES:
+            return True
+        return not architecture and _NAMELESS.search(self.name) is not None
+
+    @property
+    def uuid(self) -> str | None:
+        """The vendor's identifier, without a prefix; None where this torch has none (before 2.4 or so)."""
+        uuid = getattr(self.properties, "uuid", None)
+        return None if uuid is None else str(uuid)
+
+    @property
+    def pci_bus_id(self) -> str | None:
+        """domain:bus:device.function; None where this torch has none (before 2.8 or so)."""
+        parts = (self.number(name) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id"))
+        domain, bus, slot = parts
+        return None if domain is None or bus is None or slot is None else f"{domain:04x}:{bus:02x}:{slot:02x}.0"
+
+    def number(self, *names: str) -> int | None:
+        """The first of these numbers that the properties have."""
+        values = (getattr(self.properties, name, None) for name in names)
+        return next((int(value) for value in values if value is not None), None)
+
+
+def open_device(device: torch.device) -> OpenDevice:
+    """The device, opened; one without an index is the current one of its type.
+
+    Raises:
+        HardwareUnavailableError: torch has no such module, the module no such device, or the device does not open.
+    """
+    try:
+        module = torch.get_device_module(device)
+    except RuntimeError as exc:
+        message = f"{device} expects a torch with {device.type} support but torch {torch.__version__} has none"
+        raise HardwareUnavailableError(f"{message}; import the vendor's plugin first, or use cpu") from exc
+    if not module.is_available():
+        message = f"{device} expects a {device.type} device but torch {torch.__version__} finds none, only cpu"
+        raise HardwareUnavailableError(f"{message}; check the driver and that torch is built for it, or use cpu")
+    count = int(module.device_count())
+    if device.index is not None and device.index >= count:
+        existing = ", ".join(f"{device.type}:{index}" for index in range(count))
+        message = f"{device} expects {device.index + 1} {device.type} devices but torch finds {count} ({existing})"
+        raise HardwareUnavailableError(f"{message}; choose one of them, or check the *_VISIBLE_DEVICES variables")
+    try:
+        # mps has one device and no current_device()
+        index = device.index if device.index is not None else call(module, "current_device") or 0
+        resolved = torch.device(device.type, index)
+        return OpenDevice(module, resolved, call(module, "get_device_properties", resolved))
+    except MODULE_FAILURES as exc:
+        message = f"{device} is there but does not open: {exc}"
+        raise HardwareUnavailableError(f"{message}; check the driver, or use another device") from exc
+
+
+def call(module: Any, function: str, *arguments: object) -> Any:
+    """What a device module's function gives; None if the module lacks it, as modules of other vendors do."""
+    found = getattr(module, function, None)
+    return None if found is None else found(*arguments)

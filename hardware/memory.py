@@ -1,0 +1,165 @@
+"""How a device's memory stands: torch's reading where it can be true, and a stated estimate where it cannot."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from .device import MODULE_FAILURES, OpenDevice, call, open_device
+from .host import read_host_memory, read_platform
+from .nvml import Nvml
+from .rocm import Rocm
+from .spec import DeviceMemory, HardwareUnavailableError, HostPlatform, Vendor
+from .units import format_bytes
+
+logger = logging.getLogger(__name__)
+
+# Where HIP sees this process alone, what the desktop and others hold is unknown; this much is set aside for them.
+_OTHERS_PERCENT = 15
+# Without any reading, the same share, and what this process holds, are taken for used.
+_ESTIMATED_FREE_PERCENT = 100 - _OTHERS_PERCENT
+# torch and the vendor differ by what the driver keeps for itself, 1 to 3 % of a device; its parts differ by much more.
+_SAME_DEVICE_PERCENT = 10
+_OUT_OF_MEMORY = 2  # hipErrorOutOfMemory: the device is full, and opening it failed
+# AMD's documentation of hipMemGetInfo says of Windows that free "only accounts for memory allocated by this process".
+# On WSL2 that depends on the library between HIP and the driver: librocdxg counts the other processes.
+_WHY_NOT_BELIEVED = {
+    HostPlatform.WINDOWS: "HIP on Windows sees this process alone",
+    HostPlatform.WSL2: "HIP on WSL2 may see this process alone",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What torch tells, believed or not; `free_bytes` is None where it does not tell."""
+
+    total_bytes: int
+    free_bytes: int | None
+    source: str
+    sees_others: bool = True
+
+    @property
+    def is_possible(self) -> bool:
+        return self.free_bytes is not None and 0 <= self.free_bytes <= self.total_bytes
+
+
+def read_device_memory(device: torch.device) -> DeviceMemory | None:
+    """Memory of the device now; None for the CPU, which has only host memory.
+
+    A free figure that cannot be true, or that leaves out other processes, is replaced by an estimate, which says what
+    it is and why: a plan can be made for every GPU.
+
+    Args:
+        device: any torch device; without an index, the current one of its type.
+
+    Raises:
+        HardwareUnavailableError: there is no such device, or its torch module tells nothing about memory.
+    """
+    if device.type == "cpu":
+        return None
+    opened = open_device(device)
+    reading = _ask_torch(opened)
+    if opened.is_integrated:
+        return _shared_memory(opened, reading)
+    why_not = _WHY_NOT_BELIEVED.get(read_platform()) if opened.runs_on_hip else None
+    if why_not is not None and reading.free_bytes is not None and reading.free_bytes >= 0:
+        reserve = reading.total_bytes * _OTHERS_PERCENT // 100
+        free = max(0, min(reading.free_bytes, reading.total_bytes) - reserve)
+        source = f"{reading.source} less {_OTHERS_PERCENT} % of the total: {why_not}"
+        return DeviceMemory(reading.total_bytes, free, source, is_estimate=True)
+    if reading.is_possible and reading.free_bytes is not None:
+        return DeviceMemory(reading.total_bytes, reading.free_bytes, reading.source, not reading.sees_others)
+    told = "no free memory" if reading.free_bytes is None else f"{format_bytes(reading.free_bytes)} free"
+    why = f"{reading.source} tells {told} of {format_bytes(reading.total_bytes)}"
+    logger.warning("%s of %s, which cannot be; asking the driver", why, opened.device)
+    return _ask_vendor(opened, reading.total_bytes) or _estimate(opened, reading.total_bytes, why)
+
+
+def _ask_torch(opened: OpenDevice) -> _Reading:
+    """What the device's torch module tells, through whichever memory functions it has.
+
+    Raises:
+        HardwareUnavailableError: it does not tell the total either.
+    """
+    module, name = opened.module, f"torch.{opened.device.type}"
+    total, source = opened.number("total_memory"), f"{name}.mem_get_info"
+    try:
+        if hasattr(module, "mem_get_info"):
+            return _mem_get_info(opened, source, total)
+        used = call(module, "memory_allocated", opened.device)
+        if used is None and hasattr(module, "driver_allocated_memory"):  # mps names both figures in its own way
+            total, used = int(module.recommended_max_memory()), module.driver_allocated_memory()
+    except MODULE_FAILURES as exc:
+        raise HardwareUnavailableError(f"memory of {opened.device} cannot be read: {exc}; check the driver") from exc
+    if total is None or used is None:
+        wanted = f"{source}, or its total memory and memory_allocated"
+        message = f"the memory of {opened.device} expects {wanted}, but torch {torch.__version__} has neither"
+        raise HardwareUnavailableError(f"{message}; update torch or the vendor's plugin, or use another device")
+    return _Reading(total, max(0, total - int(used)), f"{name}, which sees this process alone", sees_others=False)
+
+
+def _mem_get_info(opened: OpenDevice, source: str, total: int | None) -> _Reading:
+    """The reading of the whole device; without its free figure where the driver refuses to tell it.
+
+    HIP answers "invalid argument" where the kernel driver keeps the figure from the process, as in some containers.
+    """
+    try:
+        free, read_total = opened.module.mem_get_info(opened.device)
+    except MODULE_FAILURES as exc:
+        if total is None or not opened.runs_on_hip or getattr(exc, "error_code", None) == _OUT_OF_MEMORY:
+            raise
+        logger.debug("%s of %s failed: %s", source, opened.device, exc)
+        return _Reading(total, None, source)
+    return _Reading(int(read_total) or total or 0, int(free), source)
+
+
+def _shared_memory(opened: OpenDevice, reading: _Reading) -> DeviceMemory:
+    """Memory of a device that takes it from the host: what the host has available.
+
+    The device's own figure counts page cache as used (CUDA), or more as free than there is (HIP). What a device has
+    beyond all of the host's RAM, its firmware has set aside for it; nothing tells what others use of that part.
+    """
+    host = read_host_memory()
+    own = max(0, reading.total_bytes - host.physical_bytes)
+    shared = reading.total_bytes - own
+    if host.cgroup_limit_bytes is not None:
+        shared = min(shared, host.cgroup_limit_bytes)
+    free = min(shared, host.available_bytes) + max(0, own * _ESTIMATED_FREE_PERCENT // 100 - _reserved(opened))
+    source = "available host memory, which an integrated device shares"
+    if own:
+        source += f", and {format_bytes(own)} that the firmware sets aside for it"
+    return DeviceMemory(shared + own, free, source, is_estimate=True)
+
+
+def _ask_vendor(opened: OpenDevice, total_bytes: int) -> DeviceMemory | None:
+    """The vendor's reading, for when torch's cannot be believed; None without one.
+
+    A reading whose total is far from torch's is of something else: of the GPU that holds a MIG instance.
+    """
+    reading = None
+    if opened.vendor is Vendor.AMD and opened.pci_bus_id is not None:
+        with Rocm() as rocm:
+            reading = rocm.memory(opened.pci_bus_id)
+    elif opened.vendor is Vendor.NVIDIA:
+        try:
+            with Nvml() as nvml:
+                handle = nvml.find(uuid=opened.uuid, pci_bus_id=opened.pci_bus_id, name=opened.name)
+                reading = None if handle is None else nvml.memory(handle)
+        except HardwareUnavailableError as exc:
+            logger.warning("the driver cannot be asked for the memory of %s: %s", opened.device, exc)
+    if reading is None or abs(reading.total_bytes - total_bytes) * 100 > _SAME_DEVICE_PERCENT * total_bytes:
+        return None
+    return reading
+
+
+def _estimate(opened: OpenDevice, total_bytes: int, why: str) -> DeviceMemory:
+    free = max(0, total_bytes * _ESTIMATED_FREE_PERCENT // 100 - _reserved(opened))
+    source = f"{_ESTIMATED_FREE_PERCENT} % of the total less what this process has reserved: {why}"
+    return DeviceMemory(total_bytes, free, source, is_estimate=True)
+
+
+def _reserved(opened: OpenDevice) -> int:
+    """What torch's allocator holds of the device in this process; 0 where the module does not tell."""
+    return int(call(opened.module, "memory_reserved", opened.device) or 0)
