@@ -22,6 +22,7 @@ class Backend:
         registrar: Page-locks host memory for the device; None where nothing can be locked.
         pin_budget: What all sessions may lock together: give every backend of a process the same one.
         make_worker: Makes the worker of the staged tier.
+        has_streams: Copies can have streams of their own.
     """
 
     device: torch.device
@@ -29,6 +30,7 @@ class Backend:
     registrar: Registrar | None
     pin_budget: PinBudget
     make_worker: Callable[[Streams], Worker]
+    has_streams: bool = True
 
 
 def backend_for(device: torch.device, *, pin_budget: PinBudget) -> Backend:
@@ -37,7 +39,14 @@ def backend_for(device: torch.device, *, pin_budget: PinBudget) -> Backend:
     CUDA and HIP have streams and page-locking; any other device type gets synchronous copies.
     """
     if device.type != "cuda":
-        return Backend(device, lambda count, overlap: InlineStreams(device), None, pin_budget, lambda _: ThreadWorker())
+        return Backend(
+            device,
+            open_streams=lambda count, overlap: InlineStreams(device),
+            registrar=None,
+            pin_budget=pin_budget,
+            make_worker=lambda _: ThreadWorker(),
+            has_streams=False,
+        )
 
     index = torch.cuda.current_device() if device.index is None else device.index
     device = torch.device(device.type, index)

@@ -33,7 +33,8 @@ class Bound:
     def keep_edits(self) -> int:
         """Copies the device's bytes to the master if they were written to since, or may have been; returns how many."""
         version = version_of(self.tensor)
-        if self.copy is None or (version == self.version and not (version is None and self.entry.is_buffer)):
+        uncounted = version is None and self.entry.may_change
+        if self.copy is None or (version == self.version and not uncounted):
             return 0
         copy_bytes(self.master, self.copy)
         return self.master.nbytes

@@ -56,12 +56,17 @@ def weight_bytes(profile: ModelProfile, swapped: Sequence[bool], slots: int) -> 
     return profile.small_device_bytes + profile.resident_device_bytes(residents) + window
 
 
+def block_counts(profile: ModelProfile) -> tuple[int, int]:
+    """Number of main blocks, and of VACE blocks."""
+    vace = sum(block.name.startswith(VACE_PREFIX) for block in profile.blocks)
+    return len(profile.blocks) - vace, vace
+
+
 def _residency(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest) -> tuple[tuple[bool, ...], list[str]]:
     """Manual: the counts asked for, spread. Automatic: none if all fits or if card and host share one memory, else all
     (`_auto` then looks for fewer).
     """
-    vace = sum(block.name.startswith(VACE_PREFIX) for block in profile.blocks)
-    main = len(profile.blocks) - vace
+    main, vace = block_counts(profile)
     if request.blocks_to_swap is None:
         everything = weight_bytes(profile, (False,) * len(profile.blocks), 0)
         if budget.is_unified:

@@ -46,10 +46,12 @@ class Limits:
         may_overlap: Copies may have streams of their own.
         reserve_bytes: Device memory to be left free beside our own reserve.
         originals_stay: Somebody else keeps the blocks' weights in host memory, so that slabs are copies.
+        must_swap_all: No block may stay on the device.
     """
 
     may_pin: bool = True
     may_overlap: bool = True
+    must_swap_all: bool = False
     reserve_bytes: int = 0
     originals_stay: bool = False
 
@@ -105,7 +107,7 @@ class Planner:
     _doubts: LinkDoubt = field(default_factory=lambda: LinkDoubt.NONE)
 
     def __call__(self, profile: ModelProfile) -> SwapPlan:
-        """The plan for this moment; measures the link if the plan copies anything and it is not known, or in doubt.
+        """The plan for this moment; measures the link if copies have streams and it is not known, or in doubt.
 
         Raises:
             PlanError: None fits.
@@ -115,8 +117,8 @@ class Planner:
         self.memory, self.host = facts.memory, facts.host
         plan = make_plan(profile, self.settings, facts)
         is_doubted = self._doubts is LinkDoubt.OPEN
-        if not plan.swapped_count or (self.link is not None and not is_doubted):
-            return plan
+        if not plan.swapped_count or not plan.overlap or (self.link is not None and not is_doubted):
+            return plan  # copies in place have no streams to choose, and cost what they cost
         self.link = self.machine.link(again=is_doubted)
         self._doubts = LinkDoubt.SETTLED if is_doubted else self._doubts
         return make_plan(profile, self.settings, replace(facts, link=self.link))
@@ -232,4 +234,5 @@ class Planner:
             locked_elsewhere_bytes=max(0, self.pins.used_bytes - locked),
             may_pin=self.limits.may_pin,
             may_overlap=self.limits.may_overlap,
+            must_swap_all=self.limits.must_swap_all,
         )

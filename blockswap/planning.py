@@ -9,7 +9,7 @@ from ..hardware.tuning import Tuning, tune
 from .budget import Activations, MemoryBudget, MemoryReadings, make_budget
 from .decision import PlanRequest, SwapPlan, Timing
 from .layout import ModelProfile
-from .plan import plan_swap
+from .plan import block_counts, plan_swap
 from .settings import SwapSettings
 
 
@@ -34,6 +34,7 @@ class Facts:
         locked_elsewhere_bytes: Host memory that other models have page-locked.
         may_pin: Page-locking is not forbidden from outside.
         may_overlap: The device has streams, and using them is not forbidden from outside.
+        must_swap_all: No block may stay on the device.
     """
 
     spec: DeviceSpec
@@ -52,6 +53,7 @@ class Facts:
     locked_elsewhere_bytes: int = 0
     may_pin: bool = True
     may_overlap: bool = True
+    must_swap_all: bool = False
 
 
 def make_plan(profile: ModelProfile, settings: SwapSettings, facts: Facts) -> SwapPlan:
@@ -66,7 +68,7 @@ def make_plan(profile: ModelProfile, settings: SwapSettings, facts: Facts) -> Sw
         PlanError: Not even the smallest window fits the device, or the host cannot hold the blocks.
     """
     tuning = tune(facts.spec, facts.host, facts.link, vram_threshold_percent=settings.vram_threshold_percent)
-    plan = plan_swap(profile, budget_for(settings, facts, tuning), _request(settings, facts, tuning))
+    plan = plan_swap(profile, budget_for(settings, facts, tuning), _request(profile, settings, facts, tuning))
     estimated = [f"free device memory is an estimate: {facts.memory.source}"] if facts.memory.is_estimate else []
     chosen = tuning.reasons if settings.auto_hardware_tuning and plan.swapped_count else ()
     return replace(plan, reasons=(*plan.reasons, *chosen, *estimated))
@@ -97,12 +99,15 @@ def budget_for(settings: SwapSettings, facts: Facts, tuning: Tuning) -> MemoryBu
     )
 
 
-def _request(settings: SwapSettings, facts: Facts, tuning: Tuning) -> PlanRequest:
+def _request(profile: ModelProfile, settings: SwapSettings, facts: Facts, tuning: Tuning) -> PlanRequest:
     is_auto = settings.auto_hardware_tuning
+    counts = (None, 0) if is_auto else (settings.blocks_to_swap, settings.vace_blocks_to_swap)
+    if facts.must_swap_all:
+        counts = block_counts(profile)
     overlap = settings.enable_cuda_optimization and facts.may_overlap
     return PlanRequest(
-        blocks_to_swap=None if is_auto else settings.blocks_to_swap,
-        vace_blocks_to_swap=0 if is_auto else settings.vace_blocks_to_swap,
+        blocks_to_swap=counts[0],
+        vace_blocks_to_swap=counts[1],
         overlap=overlap,
         # By hand, only what the user says decides; what is known to do harm is part of the automatic choice.
         pin=settings.enable_dram_optimization and facts.may_pin and (tuning.pin or not is_auto),

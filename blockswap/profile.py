@@ -16,7 +16,7 @@ HOST_NAMES = frozenset({"block_id"})
 """Tensors that index Python lists: on the device each use would be a host synchronisation."""
 
 LORA_MARK = "lora"
-"""Part of the name of a LoRA delta, the one kind of buffer that a forward never changes and that is large."""
+"""Part of the names of a LoRA's deltas and strengths, buffers that a forward never changes; deltas are large."""
 
 
 @dataclass(eq=False, slots=True)
@@ -49,6 +49,11 @@ class TensorEntry:
     def holder(self) -> dict[str, torch.Tensor | None]:
         """The module's dict that the tensor is in."""
         return self.module._buffers if self.is_buffer else self.module._parameters  # type: ignore[return-value]
+
+    @property
+    def may_change(self) -> bool:
+        """Whether a forward may edit it: a buffer, unless it belongs to a LoRA."""
+        return self.is_buffer and LORA_MARK not in self.path.lower()
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -170,7 +175,7 @@ def _placement(entry: TensorEntry, cutoff: int) -> tuple[Placement, str]:
         return Placement.FIXED, "conjugate, negative or quantised view"
     if ".parametrizations." in f".{entry.path}":
         return Placement.SMALL, "a computed weight is made from it outside the block's control"
-    if entry.is_buffer and LORA_MARK not in entry.path.lower():
+    if entry.may_change:
         return Placement.SMALL, "a buffer, which a forward may change"
     if entry.extent < max(cutoff, 1):
         return Placement.SMALL, "under the cut-off"

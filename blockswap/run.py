@@ -76,7 +76,7 @@ class SwapRun:
         sampler: Sampler | None = None,
         trace_dir: Path | None = None,
     ) -> None:
-        self.planner = Planner(settings, machine, backend.pin_budget, limits or Limits())
+        self.planner = Planner(settings, machine, backend.pin_budget, _within(backend, limits or Limits()))
         self.session = SwapSession(blocks, self.planner, backend, root=root, traced=TIMED_FORWARDS)
         self.planner.session = weakref.ref(self.session)
         self.last_report: RunReport | None = None
@@ -271,6 +271,15 @@ class SwapRun:
                     report = replace(report, notes=(*report.notes, str(failure)))
         self.last_report = report
         logger.info("%s", summary(report))
+
+
+def _within(backend: Backend, limits: Limits) -> Limits:
+    """The limits, and what the device itself cannot do."""
+    return replace(
+        limits,
+        may_overlap=limits.may_overlap and backend.has_streams,
+        may_pin=limits.may_pin and backend.registrar is not None,
+    )
 
 
 def _count_parameters(modules: Sequence[nn.Module]) -> int | None:
