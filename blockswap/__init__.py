@@ -24,8 +24,9 @@ from .profile import blocks_of, profile_model
 from .report import RunReport
 from .report_text import summary
 from .run import SwapRun
-from .session import SessionState, SwapSession
+from .session import SwapSession
 from .settings import SwapSettings
+from .state import SessionState
 
 __all__ = [
     "EVERY_FORWARD",

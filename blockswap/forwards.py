@@ -64,5 +64,6 @@ class ForwardLog:
             return
         if self.trace is not None:
             self.trace.add(FORWARD, self.forwards, self._began, holds.transfer.mark())
+            self.trace.read_reached()  # or the events of a long run would pile up
         self.forwards += 1
         self.all_forwards += 1

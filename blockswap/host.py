@@ -179,6 +179,12 @@ class HostStore:
             slab.settle()
             slab.pages.unpin()
 
+    def unlock(self) -> None:
+        """Unlocks everything after its last copy; slabs stay, for their next tier to be found at the next adopt."""
+        for slab in self.slabs.values():
+            slab.pages.unpin()
+            slab.tier = HostTier.PAGEABLE
+
     def release(self) -> None:
         """Unlocks everything after its last copy. Masters live on as long as parameters point at them."""
         for block in list(self.slabs):

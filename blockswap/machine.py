@@ -42,6 +42,9 @@ class Machine(Protocol):
     def peak_bytes(self) -> int:
         """The most that they have taken since somebody last reset the figure."""
 
+    def reset_peak(self) -> bool:
+        """The peak counts from here; False where it cannot be reset."""
+
     def host(self) -> HostMemory:
         """Host memory now."""
 
@@ -91,6 +94,12 @@ class TorchMachine:
 
     def peak_bytes(self) -> int:
         return int(self._module.max_memory_allocated(self._device))
+
+    def reset_peak(self) -> bool:
+        if not hasattr(self._module, "reset_peak_memory_stats"):
+            return False
+        self._module.reset_peak_memory_stats(self._device)
+        return True
 
     def host(self) -> HostMemory:
         return read_host_memory()

@@ -62,6 +62,8 @@ class LinkDoubt(Enum):
     NONE = "none"
     """Until a run does."""
     OPEN = "open"
+    """From then on until the run is over."""
+    DUE = "due"
     """From then on until the link has been measured again."""
     SETTLED = "settled"
     """From then on: a difference that stays comes from the run itself, whose compute reads memory too."""
@@ -89,6 +91,7 @@ class Planner:
         profile: What was planned for last.
         memory: Device memory as read for the last plan.
         host: Host memory as read for the last plan.
+        once: The next plan, whatever would be planned; used up by it.
         link: The link as measured, or as a run has shown it to be; None if no plan has needed it.
     """
 
@@ -101,6 +104,7 @@ class Planner:
     profile: ModelProfile | None = None
     memory: DeviceMemory | None = None
     host: HostMemory | None = None
+    once: SwapPlan | None = None
     link: LinkSpeed | None = None
     _seen: dict[Workload | None, _Seen] = field(default_factory=dict)
     _in_this_run: set[Workload | None] = field(default_factory=set)
@@ -113,10 +117,13 @@ class Planner:
             PlanError: None fits.
         """
         self.profile = profile
+        if self.once is not None:
+            plan, self.once = self.once, None
+            return plan
         facts = self._facts(profile)
         self.memory, self.host = facts.memory, facts.host
         plan = make_plan(profile, self.settings, facts)
-        is_doubted = self._doubts is LinkDoubt.OPEN
+        is_doubted = self._doubts is LinkDoubt.DUE
         if not plan.swapped_count or not plan.overlap or (self.link is not None and not is_doubted):
             return plan  # copies in place have no streams to choose, and cost what they cost
         self.link = self.machine.link(again=is_doubted)
@@ -131,6 +138,12 @@ class Planner:
         """
         assert self.profile is not None, "it follows a plan"
         return make_plan(self.profile, self.settings, self._facts(self.profile))
+
+    @property
+    def followed(self) -> SwapPlan | None:
+        """The plan that the session follows, or followed last."""
+        session = None if self.session is None else self.session()
+        return None if session is None else session.plan
 
     @property
     def ratio(self) -> float:
@@ -152,6 +165,8 @@ class Planner:
     def end_run(self) -> None:
         """The run is over: what its forwards took is remembered for the next that has the like."""
         self._in_this_run.clear()
+        if self._doubts is LinkDoubt.OPEN:
+            self._doubts = LinkDoubt.DUE
 
     def budget(self) -> MemoryBudget:
         """What a plan might spend now, our own weights on the device counted as free."""
@@ -161,21 +176,25 @@ class Planner:
         tuning = tune(facts.spec, facts.host, facts.link, vram_threshold_percent=limit)
         return budget_for(self.settings, facts, tuning)
 
-    def learn(self, observed: Observed, plan: SwapPlan) -> ForwardTime | None:
-        """Keeps what traced forwards have shown.
+    def learn(self, observed: Observed, plan: SwapPlan) -> None:
+        """Keeps what traced forwards of the present workload have shown.
 
         Args:
             observed: What they have shown.
             plan: What they followed.
-
-        Returns:
-            A forward with `plan` in virtual time, from what is known now; None where a speed is unknown.
         """
-        assert self.profile is not None, "forwards follow a plan"
         if observed.compute_ms is not None:
             self._seen_now().compute_ms = observed.compute_ms
-        if observed.copied_bytes_per_s is not None and plan.pinned_bytes and not plan.staging_bytes:
+        session = None if self.session is None else self.session()
+        is_pinned = plan.pinned_bytes > 0 and not plan.staging_bytes and not (session and session.refusals)
+        if observed.copied_bytes_per_s is not None and is_pinned:
             self._doubt(observed.copied_bytes_per_s, streams=plan.streams)
+
+    def predict(self, plan: SwapPlan) -> ForwardTime | None:
+        """A forward of the present workload with `plan` in virtual time, from what is known now; None where a speed or
+        a duration is unknown.
+        """
+        assert self.profile is not None, "forwards follow a plan"
         timing = timing_for(self._facts(self.profile), streams=plan.streams)
         return predict(self.profile, plan.swapped, plan.slots, plan.tiers, timing)
 
@@ -185,10 +204,20 @@ class Planner:
         seen.activation_bytes = max(nbytes, seen.activation_bytes or 0)
 
     @property
+    def hungriest(self) -> Workload | None:
+        """The workload of this run that takes most above the weights, as far as that is known."""
+        known = [(found.nbytes, one) for one in self._in_this_run if (found := self._activations(one)) is not None]
+        return max(known, key=lambda pair: pair[0])[1] if known else None
+
+    @property
     def activations(self) -> Activations | None:
         """What the hungriest forward of this run takes above the weights: measured, else expected."""
-        found = [self._activations(workload) for workload in self._in_this_run]
-        return max((one for one in found if one is not None), key=lambda one: one.nbytes, default=None)
+        return self._activations(self.hungriest)
+
+    @property
+    def is_peak_known(self) -> bool:
+        """Whether a forward of the present workload has shown its peak."""
+        return self._seen_now().activation_bytes is not None
 
     def _activations(self, workload: Workload | None) -> Activations | None:
         seen = self._seen.get(workload)
@@ -232,6 +261,7 @@ class Planner:
             staging_bytes=0 if session is None else session.staging_bytes,
             originals_stay=self.limits.originals_stay,
             locked_elsewhere_bytes=max(0, self.pins.used_bytes - locked),
+            pin_limit_bytes=self.pins.limit_bytes,
             may_pin=self.limits.may_pin,
             may_overlap=self.limits.may_overlap,
             must_swap_all=self.limits.must_swap_all,

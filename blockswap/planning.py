@@ -32,6 +32,7 @@ class Facts:
         staging_bytes: Staging slabs of ours that are there.
         originals_stay: Somebody else keeps the blocks' weights, so that slabs are copies.
         locked_elsewhere_bytes: Host memory that other models have page-locked.
+        pin_limit_bytes: What all models may page-lock together; None leaves it to the host's figure.
         may_pin: Page-locking is not forbidden from outside.
         may_overlap: The device has streams, and using them is not forbidden from outside.
         must_swap_all: No block may stay on the device.
@@ -51,6 +52,7 @@ class Facts:
     staging_bytes: int = 0
     originals_stay: bool = False
     locked_elsewhere_bytes: int = 0
+    pin_limit_bytes: int | None = None
     may_pin: bool = True
     may_overlap: bool = True
     must_swap_all: bool = False
@@ -76,6 +78,9 @@ def make_plan(profile: ModelProfile, settings: SwapSettings, facts: Facts) -> Sw
 
 def budget_for(settings: SwapSettings, facts: Facts, tuning: Tuning) -> MemoryBudget:
     """What a plan may spend."""
+    pins = facts.host.pin_budget_bytes
+    if facts.pin_limit_bytes is not None:
+        pins = min(pins, facts.pin_limit_bytes)
     readings = MemoryReadings(
         device_total_bytes=facts.memory.total_bytes,
         device_free_bytes=facts.memory.free_bytes,
@@ -83,7 +88,7 @@ def budget_for(settings: SwapSettings, facts: Facts, tuning: Tuning) -> MemoryBu
         own_bytes=facts.own_bytes,
         reserve_bytes=facts.reserve_bytes,
         host_available_bytes=facts.host.available_bytes,
-        pin_budget_bytes=max(0, facts.host.pin_budget_bytes - facts.locked_elsewhere_bytes),
+        pin_budget_bytes=max(0, pins - facts.locked_elsewhere_bytes),
         host_held_bytes=facts.host_held_bytes,
         slab_bytes=facts.slab_bytes,
         staging_bytes=facts.staging_bytes,

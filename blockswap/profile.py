@@ -110,8 +110,19 @@ def profile_model(blocks: Sequence[tuple[str, nn.Module]], *, root: nn.Module | 
         BlockProfile(name, tuple(TensorProfile(e.path, e.extent, e.placement, e.reason) for e in block))
         for (name, _), block in zip(blocks, entries, strict=True)
     )
-    buffers = tuple(tuple(m._buffers for m in block.modules() if m._buffers) for _, block in blocks)
+    buffers = tuple(tuple(m._buffers for m in block.modules()) for _, block in blocks)
     return ProfiledModel(ModelProfile(profiles, other), entries, buffers)
+
+
+def refuse_grad(blocks: Sequence[tuple[str, nn.Module]]) -> None:
+    """Raises UnsupportedModelError if a parameter of `blocks` requires grad."""
+    for name, module in blocks:
+        for path, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                raise UnsupportedModelError(
+                    f"swapped blocks expect inference but {name}.{path} requires grad and grad is enabled; "
+                    "run under torch.inference_mode() or torch.no_grad()"
+                )
 
 
 def _entries(block_name: str, block: nn.Module) -> Iterator[TensorEntry]:

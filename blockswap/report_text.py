@@ -56,6 +56,36 @@ def summary(report: RunReport) -> str:
     return "\n".join(line for line in lines if line)
 
 
+def plan_text(plan: SwapPlan, *, card: str, budget_bytes: int) -> str:
+    """A plan before its run: what stays, what streams, what it costs, and why.
+
+    Args:
+        plan: What is planned.
+        card: The device's name.
+        budget_bytes: What block weights may take there.
+    """
+    count, total = plan.swapped_count, len(plan.swapped)
+    free = format_bytes(budget_bytes)
+    if not count:
+        head = f"{card}, {free} for block weights: all {_count(total, 'block')} stay"
+    else:
+        stall = "" if plan.stall_ms is None else f", {_ms(plan.stall_ms)} of stall expected per forward"
+        through = f"{count} stream through {_count(plan.slots, 'slot')}"
+        head = f"{card}, {free} for block weights: {total - count} of {total} blocks stay, {through}{stall}"
+    lines = [head, _weights_planned(plan), *(f"- {reason}" for reason in plan.reasons)]
+    if count:
+        tiers = ", ".join(f"{n} {tier}" for tier, n in host_tiers(plan).items())
+        moved = f"{_decimal(plan.streamed_bytes)} copied per forward"
+        lines.insert(2, f"host: {format_bytes(plan.slab_bytes)} of slabs ({tiers}); {moved}")
+    return "\n".join(lines)
+
+
+def _weights_planned(plan: SwapPlan) -> str:
+    parts = f"{format_bytes(plan.resident_bytes)} resident, {format_bytes(plan.window_bytes)} window"
+    over = "; OVER THE BUDGET even so" if plan.over_ceiling else ""
+    return f"weights on the device: {format_bytes(plan.device_bytes)} ({parts}){over}"
+
+
 def block_table(report: RunReport) -> str:
     """A line for each block, where it is and its times, and their sums; empty if no block was timed."""
     blocks = report.measured.blocks

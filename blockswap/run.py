@@ -7,7 +7,6 @@ import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 from torch import nn
@@ -15,27 +14,24 @@ from torch import nn
 from ..hardware import Sampler
 from .backend import Backend
 from .decision import SwapPlan
-from .errors import BlockSwapError, PlanError
+from .errors import BlockSwapError, DeviceMemoryError, HostMemoryError, PlanError
 from .forwards import EVERY_FORWARD
+from .look import is_over, why_change
 from .machine import Machine
 from .planner import Limits, Planner, Workload
-from .replan import OVER_BUDGET, Observed, observe, why_replace
+from .replan import Observed, observe
 from .report import RunReport
-from .report_text import ModelSize, block_table, brief_lines, summary
+from .run_log import count_parameters, log_in_the_briefs_words, tell
 from .run_report import Begin, Findings, make_report
-from .session import SessionState, SwapSession
+from .session import SwapSession
 from .settings import SwapSettings
-from .trace_file import chrome_trace, trace_name, write_trace
+from .state import SessionState
 
 logger = logging.getLogger(__name__)
 
 TIMED_FORWARDS = range(1, 3)
 """Forwards of which every block is timed: the first full step (conditional and unconditional) after one that warms up,
 compiles and fills the window."""
-
-MOST_REPLANS = 3
-"""Plans that may follow the first of a run: for what the first step shows, for another shape, for memory that others
-take. Beyond them, what changes all the time is better left alone until the next run."""
 
 
 class SwapRun:
@@ -46,9 +42,9 @@ class SwapRun:
             model(...)
         run.release()
 
-    With automatic tuning a plan is looked at again before a forward whose workload is another, when memory on the card
-    has shrunk, and once the first full step has shown durations and peak; another takes its place if the present one
-    does not fit any more, or is slower by more than it costs to change. By hand only changed settings count.
+    With automatic tuning a plan is looked at again before a forward whose workload is new to the run, when memory on
+    the card has shrunk, and once the first full step has shown durations and peak; another takes its place if the
+    present one does not fit any more, or is slower by more than it costs to change. By hand, only settings count.
 
     Args:
         blocks: Name and module of each block, in execution order.
@@ -81,15 +77,18 @@ class SwapRun:
         self.planner.session = weakref.ref(self.session)
         self.last_report: RunReport | None = None
         self._found = Findings(Begin.of(self.session))
+        self._in_run = False
+        self._timed = TIMED_FORWARDS
+        self._workload: Workload | None = None
+        self._adoptions = 0
+        self._adopted_settings = settings
+        self._wants_look = False
         self._sampler = sampler
         self._trace_dir = trace_dir
         self._sampling = contextlib.ExitStack()
         weakref.finalize(self, self._sampling.close)
         self._title = f"{'blocks' if root is None else type(root).__name__} on {machine.spec.name}"
-        self._parameters = _count_parameters([module for _, module in blocks] if root is None else [root])
-        self._has_new_settings = False
-        self._adoptions = 0
-        self.use(settings)
+        self._parameters = count_parameters([module for _, module in blocks] if root is None else [root])
 
     @property
     def plan(self) -> SwapPlan | None:
@@ -114,11 +113,12 @@ class SwapRun:
         """
         self.prepare(workload)
         machine = self.planner.machine
+        was_reset = not self.planner.is_peak_known and machine.reset_peak()
         before, peak = machine.allocated_bytes(), machine.peak_bytes()
         with self.session.forward(blocks):
             yield
-        # A peak that has not grown may be an earlier one, of something else.
-        if machine.peak_bytes() > peak:
+        # A peak that was not reset and has not grown may be an earlier one, of something else.
+        if was_reset or machine.peak_bytes() > peak:
             self.planner.learn_activations(machine.peak_bytes() - before)
         self._notice_adoption()
         self._learn()
@@ -129,148 +129,156 @@ class SwapRun:
         Raises:
             PlanError: No plan fits.
         """
-        is_new = self.planner.begin(workload)
-        if self.session.state is SessionState.ADOPTED:
-            if self._has_new_settings:
-                self._adopt_anew("the settings have changed")
-            elif self.planner.settings.auto_hardware_tuning and (is_new or self._is_over()):
+        state = self.session.state
+        if state not in (SessionState.IDLE, SessionState.ADOPTED):
+            raise BlockSwapError(
+                f"a forward expects a run that is between two of them but its session is {state.value}; "
+                "end the forward that is under way, or make a new run"
+            )
+        is_new, is_other = self.planner.begin(workload), workload != self._workload
+        self._workload = workload
+        if state is SessionState.ADOPTED:
+            if is_other:
+                self._time_again()
+            if self.planner.settings.of_the_plan != self._adopted_settings.of_the_plan:
+                self._found.replans.append("the settings have changed")
+                self.session.release()
+                self._adopt()
+            elif self.planner.settings.auto_hardware_tuning and (
+                is_new or self._wants_look or is_over(self.planner, self._found)
+            ):
                 self._look_again()
-        self._has_new_settings = False
         if self.session.state is SessionState.IDLE:
             self._begin_run()
+        if self._sampler is not None:
+            self._sampler.touch()
         assert self.session.plan is not None
         return self.session.plan
 
     def use(self, settings: SwapSettings) -> None:
         """The settings from the next forward on."""
-        self._has_new_settings |= settings != self.planner.settings
         self.planner.settings = settings
-        self.session.log.traced = EVERY_FORWARD if settings.debug_mode else TIMED_FORWARDS
+        self._trace_what_is_asked()
 
     def report(self) -> RunReport | None:
         """Of the run so far; of the last one if none has begun since; None before the first."""
-        if self.session.state in (SessionState.IDLE, SessionState.CLOSED):
+        if not self._in_run or self.session.plan is None:
             return self.last_report
+        self._found.observed = self._observe() or self._found.observed
         samples = None if self._sampler is None else self._sampler.samples()
-        return make_report(self._title, self.session, self.planner, self._found, samples=samples)
+        return make_report(self._title, self.session, self.planner, self._found, timed=self._timed, samples=samples)
 
     def release(self) -> None:
         """The run is over: every tensor points at its master, the device memory is free, slabs stay for the next."""
-        had_begun = self.session.state is SessionState.ADOPTED
-        self._sampling.close()
-        if had_begun:
-            self.last_report = self.report()
+        report = None
         try:
-            self.session.release()
+            report = self.report() if self._in_run else None
         finally:
-            self.planner.end_run()
-            self._found = Findings(Begin.of(self.session))
-        if had_begun:
-            self._tell()
+            try:
+                self.session.release()
+            finally:
+                self._end_run()
+        if report is not None and report.measured.forwards:
+            samples = None if self._sampler is None else self._sampler.samples()  # with the one at the end
+            report = replace(report, measured=replace(report.measured, samples=samples))
+            self.last_report = tell(report, self.session, self.planner, self._trace_dir)
 
     def close(self) -> None:
         """Releases, unlocks the slabs and ends; idempotent."""
-        self._sampling.close()
-        self.session.close()
+        try:
+            if self.session.state is SessionState.ADOPTED:
+                self.release()
+        finally:
+            try:
+                self.session.close()
+            finally:
+                self._end_run()
 
     def _begin_run(self) -> None:
-        self._found = Findings(Begin.of(self.session), expected_activations=self.planner.activations)
-        self._adopt()
+        if not self._in_run:
+            self._found = Findings(Begin.of(self.session))
+        self._sampling.close()
         if self._sampler is not None:
             self._sampling.enter_context(self._sampler)
+        try:
+            self._adopt()
+        except BaseException:
+            self._sampling.close()
+            raise
+        self._in_run = True
+
+    def _end_run(self) -> None:
+        self._in_run = self._wants_look = False
+        self.planner.end_run()
+        self._sampling.close()
 
     def _adopt(self) -> None:
         before = self.planner.machine.allocated_bytes()
         plan = self.session.adopt()
-        taken = self.planner.machine.allocated_bytes() - before
-        self._found.weight_bytes = max(taken, self._found.weight_bytes or 0)
+        self._found.weight_bytes = self.planner.machine.allocated_bytes() - before
+        self._adopted_settings = self.planner.settings
         self._notice_adoption()
         if self.planner.settings.debug_mode:
-            self._log_in_the_briefs_words(plan)
+            log_in_the_briefs_words(plan, self.planner, self._parameters)
 
     def _notice_adoption(self) -> None:
         """The session has adopted, by itself too where weights were replaced: what was seen belongs to another plan."""
         if self._adoptions != self.session.adoptions:
             self._adoptions = self.session.adoptions
-            assert self.session.plan is not None
-            self._found.observed, self._found.prediction = None, self.session.plan.forward
+            self._time_again()
 
-    def _adopt_anew(self, why: str) -> None:
-        logger.info("planning again: %s", why)
-        self._found.replans.append(why)
-        self.session.release()
-        self._adopt()
-
-    def _is_over(self) -> bool:
-        """Whether the weights stand above what memory leaves for them now."""
+    def _time_again(self) -> None:
+        """Durations are taken anew, after one forward that warms up: of another plan, or of another workload."""
         plan = self.session.plan
         assert plan is not None
-        budget = self.planner.budget()
-        return plan.device_bytes - budget.weight_bytes > OVER_BUDGET * budget.total_bytes and not plan.over_ceiling
+        begin = self.session.log.forwards + TIMED_FORWARDS.start
+        self._timed = range(begin, begin + len(TIMED_FORWARDS))
+        self._trace_what_is_asked()
+        self._found.observed, self._found.prediction = None, self.planner.predict(plan)
+
+    def _trace_what_is_asked(self) -> None:
+        self.session.log.traced = EVERY_FORWARD if self.planner.settings.debug_mode else self._timed
 
     def _look_again(self) -> None:
         """Another plan takes the present one's place, if there is reason to."""
-        present = self.session.plan
+        present, self._wants_look = self.session.plan, False
         assert present is not None
-        if len(self._found.replans) >= MOST_REPLANS:
-            return
-        try:
-            other = self.planner.consider()
-        except PlanError as failure:
-            logger.warning("the plan is kept although memory has shrunk: %s", failure)
-            return
-        total_bytes = self.planner.machine.memory().total_bytes
-        why = why_replace(present, other, total_bytes=total_bytes, predicted=self._found.prediction)
+        why = why_change(self.planner, present, self._found)
         if why is not None:
-            self._adopt_anew(why)
+            self._adopt_anew(why, present)
+
+    def _adopt_anew(self, why: str, present: SwapPlan) -> None:
+        logger.info("planning again: %s", why)
+        self.session.release()
+        try:
+            self._adopt()
+        except (PlanError, DeviceMemoryError, HostMemoryError) as failure:
+            self._found.note(f"planning again failed, so that the plan before goes on: {failure}")
+            self.planner.once = present
+            self._adopt()
+            return
+        self._found.replans.append(why)
 
     def _learn(self) -> None:
-        """Once the forwards that were timed are over on the device: what they say, and what follows from it."""
-        found, plan = self._found, self.session.plan
-        if found.observed is not None or plan is None or self.session.log.forwards < TIMED_FORWARDS.stop:
+        """Once the forwards that were timed are over on the device: what they say. What follows from it is done before
+        the next forward, which may fail; this one is over.
+        """
+        if self._found.observed is not None or self.session.log.forwards < self._timed.stop:
             return
-        found.observed = self._observe()
-        if found.observed is None:
-            return
-        found.prediction = self.planner.learn(found.observed, plan)
-        if self.planner.settings.auto_hardware_tuning:
-            self._look_again()
+        self._found.observed = self._observe()
+        plan = self.session.plan
+        if self._found.observed is not None and plan is not None:
+            self.planner.learn(self._found.observed, plan)
+            self._found.prediction = self.planner.predict(plan)
+            self._wants_look = True
 
     def _observe(self) -> Observed | None:
         """What the trace shows by now; None while the device is not through with the forwards that were timed."""
         trace, profile, traced = self.session.trace, self.planner.profile, self.session.log.traced
-        assert trace is not None
-        assert profile is not None
-        assert traced is not None
+        if trace is None or profile is None or traced is None:
+            return None
         slabs = [block.slab_bytes for block in profile.blocks]
-        return observe(trace.collect(), slab_bytes=slabs, timed=TIMED_FORWARDS, traced=traced)
-
-    def _log_in_the_briefs_words(self, plan: SwapPlan) -> None:
-        planner = self.planner
-        assert planner.profile is not None
-        assert planner.host is not None
-        nbytes = planner.profile.block_bytes + planner.profile.other_bytes
-        size = ModelSize(parameters=self._parameters, nbytes=nbytes, layers=len(planner.profile.blocks))
-        for line in brief_lines(plan, size, memory=planner.memory, host=planner.host, ratio=planner.ratio):
-            logger.info("%s", line)
-
-    def _tell(self) -> None:
-        """The summary of the run that is over; in debug mode the table of its blocks and its trace file as well."""
-        report, trace = self.last_report, self.session.trace
-        if report is None or not report.measured.forwards:
-            return
-        if self.planner.settings.debug_mode:
-            logger.info("%s", block_table(report))
-            if trace is not None and self._trace_dir is not None and self.planner.profile is not None:
-                names = [block.name for block in self.planner.profile.blocks]
-                path = self._trace_dir / trace_name(datetime.now())
-                try:
-                    write_trace(path, chrome_trace(trace.spans(), names=names))
-                    report = replace(report, notes=(*report.notes, f"trace: {path}"))
-                except BlockSwapError as failure:
-                    report = replace(report, notes=(*report.notes, str(failure)))
-        self.last_report = report
-        logger.info("%s", summary(report))
+        return observe(trace.collect(), slab_bytes=slabs, timed=self._timed, traced=traced)
 
 
 def _within(backend: Backend, limits: Limits) -> Limits:
@@ -280,11 +288,3 @@ def _within(backend: Backend, limits: Limits) -> Limits:
         may_overlap=limits.may_overlap and backend.has_streams,
         may_pin=limits.may_pin and backend.registrar is not None,
     )
-
-
-def _count_parameters(modules: Sequence[nn.Module]) -> int | None:
-    """Parameters of the modules; None where packed bytes hide how many they stand for, as in GGUF."""
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    if any(not parameter.is_floating_point() for parameter in parameters):
-        return None
-    return sum(parameter.numel() for parameter in parameters)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..hardware.samples import Samples
-from .budget import Activations
 from .layout import ModelProfile
 from .planner import Planner
 from .replan import Observed
 from .report import BlockTimes, Measured, RunReport
 from .schedule import ForwardTime
 from .session import SwapSession
-from .spans import COMPUTE, COPY, STALL, Span
+from .spans import COMPUTE, COPY, FORWARD, STALL, Span
 from .transfer import Counters
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -38,40 +40,59 @@ class Findings:
 
     Attributes:
         begin: Where the counters stood when it began.
-        expected_activations: What the first plan allowed for.
         observed: What the forwards that were timed have shown.
         prediction: A forward with the present plan in virtual time.
-        weight_bytes: Device memory that block weights took at most.
+        weight_bytes: Device memory that block weights took under the present plan.
+        over_bytes: By how much the weights stood above their budget when that was last seen.
+        looks: How often another plan has taken the place of the one before by itself.
         replans: Why other plans took the first one's place.
         notes: What no figure tells.
     """
 
     begin: Begin
-    expected_activations: Activations | None = None
     observed: Observed | None = None
     prediction: ForwardTime | None = None
     weight_bytes: int | None = None
+    over_bytes: int = 0
+    looks: int = 0
     replans: list[str] = field(default_factory=list)
-    notes: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Something that no figure tells: said once, and kept for the report."""
+        if text not in self.notes:
+            self.notes.append(text)
+            logger.warning("%s", text)
 
 
 def make_report(
-    title: str, session: SwapSession, planner: Planner, found: Findings, *, samples: Samples | None
+    title: str, session: SwapSession, planner: Planner, found: Findings, *, timed: range, samples: Samples | None
 ) -> RunReport:
-    """The report of a run, before its release: slabs and staging are counted as they stand."""
+    """The report of a run, before its release: slabs, their tiers and staging are counted as they stand.
+
+    Args:
+        title: What ran on what.
+        session: Its session.
+        planner: Its planner.
+        found: What it has kept of itself.
+        timed: Numbers of the forwards of which blocks were timed; earlier ones warm up.
+        samples: Of the device; None if it was not watched.
+    """
     plan, profile = session.plan, planner.profile
     assert plan is not None, "a run is reported after its first plan"
     assert profile is not None
     before, now, seen = found.begin.counters, session.counters, found.observed
-    expected, measured = found.expected_activations, planner.activations
+    hungriest, measured = planner.hungriest, planner.activations
     trace = session.trace
     spans = () if trace is None else trace.collect()
-    link = planner.link
+    link, tiers = planner.link, session.tiers
+    dropped = 0 if trace is None else trace.dropped
+    cut = [f"the trace is full: {dropped:,} spans were not recorded"] if dropped else []
     return RunReport(
         title=title,
-        plan=plan,
+        plan=replace(plan, tiers=tuple(tiers.get(i, tier) for i, tier in enumerate(plan.tiers))),
         prediction=found.prediction,
-        activation_bytes=None if expected is None else expected.nbytes,
+        activation_bytes=None if hungriest is None else hungriest.expected_activation_bytes,
         link_bytes_per_s=None if link is None or not link.pinned else link.best(max_streams=plan.streams)[1],
         measured=Measured(
             forwards=session.log.all_forwards - found.begin.forwards,
@@ -91,11 +112,17 @@ def make_report(
             original_bytes=profile.block_bytes if planner.limits.originals_stay else 0,
             refusals=session.refusals,
             replans=tuple(found.replans),
-            blocks=() if seen is None else block_times(spans, profile, plan.swapped),
+            blocks=() if seen is None else block_times(_from(spans, timed), profile, plan.swapped),
             samples=samples,
         ),
-        notes=found.notes,
+        notes=(*found.notes, *cut),
     )
+
+
+def _from(spans: Sequence[Span], timed: range) -> Sequence[Span]:
+    """The spans from the begin of the first timed forward on."""
+    begin = next((s.begin_ms for s in spans if s.lane == FORWARD and s.block == timed.start), None)
+    return () if begin is None else [span for span in spans if span.begin_ms >= begin]
 
 
 def block_times(spans: Sequence[Span], profile: ModelProfile, swapped: Sequence[bool]) -> tuple[BlockTimes, ...]:

@@ -6,21 +6,21 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
-from enum import Enum
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .backend import Backend
-from .decision import SwapPlan
+from .decision import HostTier, SwapPlan
 from .errors import BlockSwapError, UnsupportedModelError
 from .forwards import ForwardLog
 from .holdings import Holdings
 from .host import HostStore
 from .layout import ModelProfile
-from .profile import ProfiledModel, profile_model
+from .profile import ProfiledModel, profile_model, refuse_grad
 from .staging import Staging
+from .state import SessionState
 from .streams import Streams
 from .swapper import BlockSwapper, OnMaster
 from .trace import Trace
@@ -30,19 +30,6 @@ logger = logging.getLogger(__name__)
 
 Planner = Callable[[ModelProfile], SwapPlan]
 """Makes the plan at each adopt, from the profile of that moment."""
-
-
-class SessionState(Enum):
-    """Where a session is in its life."""
-
-    IDLE = "idle"
-    """From the begin, or a release, until the next adopt: the session holds no device memory."""
-    ADOPTED = "adopted"
-    """From adopt until a forward begins, and between forwards."""
-    RUNNING = "running"
-    """From the begin of a forward until its end."""
-    CLOSED = "closed"
-    """From close on: nothing is left registered, and the weights are ordinary host memory."""
 
 
 class SwapSession:
@@ -136,6 +123,11 @@ class SwapSession:
         return self._holds.pinned_bytes
 
     @property
+    def tiers(self) -> dict[int, HostTier]:
+        """The tier that each swapped block's slab is in now; a refusal may have made it another than planned."""
+        return {} if self._holds.store is None else {i: slab.tier for i, slab in self._holds.store.slabs.items()}
+
+    @property
     def refusals(self) -> tuple[str, ...]:
         """What kept slabs from being page-locked as planned."""
         return () if self._holds.store is None else tuple(self._holds.store.refusals)
@@ -155,12 +147,13 @@ class SwapSession:
         plan = self._planner(model.profile)
         try:
             self._open(model, plan)
+            self.plan = plan
+            self.adoptions += 1
+            self._state = SessionState.ADOPTED
         except BaseException:
+            self._state = SessionState.IDLE
             self._holds.drop()
             raise
-        self.plan = plan
-        self.adoptions += 1
-        self._state = SessionState.ADOPTED
         logger.info("swapping %d of %d blocks: %s", plan.swapped_count, len(plan.swapped), "; ".join(plan.reasons))
         return plan
 
@@ -178,9 +171,14 @@ class SwapSession:
                 f"a forward expects the {len(self._named)} blocks the session was made with but got {len(modules)}; "
                 "make a new session for another model"
             )
-        self._begin(modules)
+        self._expect("forward", SessionState.IDLE, SessionState.ADOPTED)
+        if torch.is_grad_enabled():
+            refuse_grad(self._named)
+        if self._state is SessionState.IDLE:
+            self.adopt()
         finished = False
         try:
+            self._begin(modules)
             yield
             finished = True
         finally:
@@ -206,12 +204,24 @@ class SwapSession:
         self._holds.drop_device()
         self._state = SessionState.IDLE
 
-    def close(self) -> None:
-        """Releases, unlocks the slabs and ends; idempotent. The weights stay in ordinary host memory."""
-        if self._state is SessionState.RUNNING:
-            self._end(finished=False)
+    def unlock(self) -> None:
+        """No slab is page-locked any more; they stay, and are locked again at the next adopt."""
+        self._expect("unlock", SessionState.IDLE)
+        if self._holds.store is not None:
+            self._holds.store.unlock()
+
+    def give_up_slabs(self) -> None:
+        """No slab is kept for the next run; weights that are nowhere else stay, in ordinary memory."""
+        self._expect("give_up_slabs", SessionState.IDLE)
         self._holds.drop()
-        self._state = SessionState.CLOSED
+
+    def close(self) -> None:
+        """Releases, unlocks the slabs and ends; idempotent. Weights stay in ordinary host memory."""
+        try:
+            self._end(finished=False)
+        finally:
+            self._holds.drop()
+            self._state = SessionState.CLOSED
 
     def _expect(self, what: str, *states: SessionState) -> None:
         if self._state not in states:
@@ -219,28 +229,10 @@ class SwapSession:
             raise BlockSwapError(f"{what} expects a session that is {expected} but got one that is {self._state.value}")
 
     def _begin(self, modules: Sequence[nn.Module]) -> None:
-        self._expect("forward", SessionState.IDLE, SessionState.ADOPTED)
-        if torch.is_grad_enabled():
-            self._refuse_grad()
-        if self._state is SessionState.IDLE:
-            self.adopt()
         self._state = SessionState.RUNNING
         self.log.begin(self._holds)
-        try:
-            for module, hook in zip(modules, self._hooks, strict=True):
-                self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
-        except BaseException:
-            self._end(finished=False)
-            raise
-
-    def _refuse_grad(self) -> None:
-        for name, module in self._named:
-            for path, parameter in module.named_parameters():
-                if parameter.requires_grad:
-                    raise UnsupportedModelError(
-                        f"swapped blocks expect inference but {name}.{path} requires grad and grad is enabled; "
-                        "run under torch.inference_mode() or torch.no_grad()"
-                    )
+        for module, hook in zip(modules, self._hooks, strict=True):
+            self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
 
     def _hook(self, block: int) -> Callable[[nn.Module, object], None]:
         # A session that is dropped must not wait for the garbage collector: the hook holds it weakly.
@@ -259,23 +251,29 @@ class SwapSession:
         return before_block
 
     def _end(self, *, finished: bool) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        if self._state is not SessionState.RUNNING:
-            return  # closed inside the forward, or an adopt inside it has failed
-        self._state = SessionState.ADOPTED
+        handles, self._handles = self._handles, []
+        try:
+            for handle in handles:
+                handle.remove()
+        finally:
+            # Closed inside the forward, or failed to adopt inside it, there is nothing to end.
+            if self._state is SessionState.RUNNING:
+                self._state = SessionState.ADOPTED
+                self._leave(finished=finished)
+
+    def _leave(self, *, finished: bool) -> None:
         swapper = self._holds.swapper
         assert swapper is not None
-        if not finished:
-            swapper.abort()
-            return
         try:
-            swapper.leave()
-            self.log.end(self._holds)
+            if finished:
+                swapper.leave()
+                self.log.end(self._holds)
         except BaseException:
-            swapper.abort()
+            finished = False
             raise
+        finally:
+            if not finished:
+                swapper.abort()
 
     def _adopt_again(self) -> None:
         """Somebody has replaced or moved a tensor of a block: its bytes are read anew, and so is everything."""

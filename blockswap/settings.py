@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from .errors import SettingsError
 
@@ -68,6 +68,11 @@ class SwapSettings:
     def __post_init__(self) -> None:
         for field in fields(self):
             _check(field.name, str(field.type), getattr(self, field.name))
+
+    @property
+    def of_the_plan(self) -> SwapSettings:
+        """The same, with what no plan depends on at its default."""
+        return replace(self, offload_txt_emb=False, offload_img_emb=False, debug_mode=False)
 
     def to_blockswapargs(self) -> dict[str, object]:
         """BLOCKSWAPARGS as the wrapper reads them: every block to the host, and our settings as plain data."""

@@ -21,12 +21,14 @@ class Trace:
 
     Attributes:
         streams: Where the marks are set.
+        dropped: Spans beyond `MOST_SPANS`, which were not recorded.
     """
 
     streams: Streams
     _marks: deque[tuple[str, int, Any, Any]] = field(default_factory=deque)
     _spans: list[Span] = field(default_factory=list)
     _origin: Any = None
+    dropped: int = 0
 
     def start(self) -> None:
         """Forgets what was recorded; time counts from here."""
@@ -38,11 +40,17 @@ class Trace:
         """One stretch between two marks."""
         if len(self._marks) + len(self._spans) < MOST_SPANS:
             self._marks.append((lane, block, begin, end))
+        else:
+            self.dropped += 1
+
+    def read_reached(self) -> None:
+        """Turns the marks that the device has passed into spans; does not wait."""
+        while self._marks and self.streams.reached(self._marks[0][3]):
+            self._read(*self._marks.popleft())
 
     def collect(self) -> tuple[Span, ...]:
         """The spans whose marks the device has passed, in the order they were recorded; does not wait."""
-        while self._marks and self.streams.reached(self._marks[0][3]):
-            self._read(*self._marks.popleft())
+        self.read_reached()
         return tuple(self._spans)
 
     def spans(self) -> tuple[Span, ...]:

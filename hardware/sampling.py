@@ -6,7 +6,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Protocol
@@ -17,7 +16,7 @@ import torch
 from .host import read_host_memory
 from .nvml import Nvml
 from .rocm import Rocm
-from .samples import Samples
+from .samples import Samples, Tally
 from .spec import DeviceMemory, DeviceSpec, HardwareUnavailableError, Utilisation, Vendor
 
 logger = logging.getLogger(__name__)
@@ -77,6 +76,8 @@ class Sampler:
     Args:
         spec: the device, from `probe_device`.
         interval_s: seconds between two readings.
+        idle_s: seconds without a `touch` after which the thread ends; the next touch starts another. For blocks whose
+            end nobody tells. None never ends it.
         open_readers: gives the readers for one block; called, used and closed in the thread.
 
     Raises:
@@ -84,14 +85,20 @@ class Sampler:
     """
 
     def __init__(
-        self, spec: DeviceSpec, *, interval_s: float = INTERVAL_S, open_readers: OpenReaders | None = None
+        self,
+        spec: DeviceSpec,
+        *,
+        interval_s: float = INTERVAL_S,
+        idle_s: float | None = None,
+        open_readers: OpenReaders | None = None,
     ) -> None:
         if not 0 < interval_s <= threading.TIMEOUT_MAX:
             raise ValueError(f"interval_s expects more than 0 seconds but got {interval_s}")
         self._spec = spec
         self._interval_s = interval_s
+        self._idle_s = idle_s
         self._open_readers = open_readers or open_device_readers
-        self._tally = _Tally()
+        self._tally = Tally()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -104,20 +111,30 @@ class Sampler:
         if self._thread is not None:
             raise RuntimeError("a Sampler expects one with block at a time but got a second; make another sampler")
         # New ones each time: a thread that hangs keeps its own.
-        self._tally, self._stop = _Tally(), threading.Event()
-        sample = partial(_sample, self._tally, self._stop, self._interval_s)
+        self._tally, self._stop = Tally(), threading.Event()
+        self._start()
+        return self
+
+    def touch(self) -> None:
+        """What is watched goes on: the thread is not idle, and is started again if it has ended for that."""
+        self._tally.touch()
+        if self._thread is not None and not self._thread.is_alive() and self._idle_s is not None:
+            self._start()
+
+    def _start(self) -> None:
+        sample = partial(_sample, self._tally, self._stop, self._interval_s, self._idle_s)
         thread = threading.Thread(target=sample, args=(self._open_readers, self._spec), name=THREAD_NAME, daemon=True)
+        self._thread = thread
         try:
             thread.start()
         except RuntimeError as exc:
             # The system has no thread left, or Python is shutting down: not a reason to lose the run.
             logger.warning("nothing is sampled: %s", exc)
-            return self
+            self._thread = None
         except BaseException:
             self._stop.set()  # an interrupt that strikes here: no `__exit__` will follow
+            self._thread = None
             raise
-        self._thread = thread
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -135,62 +152,13 @@ class Sampler:
         return self._tally.samples()
 
 
-@dataclass(slots=True)
-class _Figure:
-    """One figure over many readings."""
-
-    count: int = 0
-    total: float = 0.0
-    least: float | None = None
-    most: float | None = None
-
-    def add(self, value: float | None) -> None:
-        if value is None:
-            return
-        self.count += 1
-        self.total += value
-        self.least = value if self.least is None else min(self.least, value)
-        self.most = value if self.most is None else max(self.most, value)
-
-    @property
-    def mean(self) -> float | None:
-        return self.total / self.count if self.count else None
-
-
-class _Tally:
-    """What one block's thread has read."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # the block may ask while the thread adds
-        self._count = 0
-        self._gpu, self._vram, self._rss, self._host = _Figure(), _Figure(), _Figure(), _Figure()
-
-    def add(self, gpu: float | None, vram: float | None, rss: float | None, host: float | None) -> None:
-        with self._lock:
-            self._count += 1
-            self._gpu.add(gpu)
-            self._vram.add(vram)
-            self._rss.add(rss)
-            self._host.add(host)
-
-    def samples(self) -> Samples:
-        with self._lock:
-            return Samples(
-                count=self._count,
-                gpu_percent_mean=self._gpu.mean,
-                gpu_percent_max=self._gpu.most,
-                vram_used_peak_bytes=_whole(self._vram.most),
-                rss_peak_bytes=_whole(self._rss.most),
-                host_available_least_bytes=_whole(self._host.least),
-            )
-
-
-def _whole(value: float | None) -> int | None:
-    return None if value is None else int(value)
-
-
 def _sample(
-    tally: _Tally, stop: threading.Event, interval_s: float, open_readers: OpenReaders, spec: DeviceSpec
+    tally: Tally,
+    stop: threading.Event,
+    interval_s: float,
+    idle_s: float | None,
+    open_readers: OpenReaders,
+    spec: DeviceSpec,
 ) -> None:
     """The thread: knows neither its sampler nor anything of the run."""
     warned: set[str] = set()
@@ -198,7 +166,7 @@ def _sample(
         is_last = False
         while not is_last:
             # The wait comes first: a driver's utilisation is that of the time before it is asked.
-            is_last = stop.wait(interval_s)
+            is_last = stop.wait(interval_s) or tally.is_idle(idle_s)
             tally.add(
                 _ask("GPU utilisation", readers.gpu_percent, warned),
                 _ask("device memory in use", readers.vram_used_bytes, warned),

@@ -29,6 +29,7 @@ class SimulatedMachine:
         activation_bytes: What the next forward takes above the weights at its peak.
         link_speed: What a measurement of the link finds, bytes per second.
         measured: How often it was measured.
+        can_reset: The peak can be reset.
     """
 
     simulation: Simulation
@@ -40,6 +41,7 @@ class SimulatedMachine:
     spec: DeviceSpec = CARD
     measured: int = 0
     cache_bytes: int = 0
+    can_reset: bool = True
     _peak: int = 0
 
     def memory(self) -> DeviceMemory:
@@ -54,6 +56,11 @@ class SimulatedMachine:
 
     def peak_bytes(self) -> int:
         return self._peak
+
+    def reset_peak(self) -> bool:
+        if self.can_reset:
+            self._peak = self.allocated_bytes()
+        return self.can_reset
 
     def run_peak(self) -> None:
         """A forward has reached its peak."""

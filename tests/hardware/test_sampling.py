@@ -377,3 +377,23 @@ def test_a_gpu_that_shares_the_hosts_memory_is_told_by_the_hosts_figures(install
 def test_a_device_of_another_kind_has_no_figures_of_its_own():
     found = once(spec(Vendor.OTHER, device="xpu:0"))
     assert (found.gpu_percent_mean, found.vram_used_peak_bytes) == (None, None)
+
+
+def test_a_thread_that_is_not_touched_ends_by_itself_and_a_touch_starts_another():
+    sampler = Sampler(CPU, interval_s=SOON_S, idle_s=SOON_S, open_readers=Table().open)
+    with sampler:
+        (first,) = sampling_threads()
+        first.join(PATIENCE_S)
+        assert not first.is_alive()
+        count = sampler.samples().count
+        sampler.touch()
+        for thread in sampling_threads():
+            thread.join(PATIENCE_S)
+        assert sampler.samples().count > count
+    assert not sampling_threads()
+
+
+def test_a_touch_outside_the_block_starts_nothing():
+    sampler = Sampler(CPU, interval_s=SOON_S, idle_s=SOON_S, open_readers=Table().open)
+    sampler.touch()
+    assert not sampling_threads()

@@ -1,0 +1,97 @@
+"""A toy model on a simulated card, and runs of it."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+from simulated_machine import CARD, SimulatedMachine
+from toys import Simulation, toy
+from wanvideo_enhanced_blockswap.blockswap.planner import Limits, Workload
+from wanvideo_enhanced_blockswap.blockswap.run import SwapRun
+from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
+from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedHardware
+from wanvideo_enhanced_blockswap.hardware import Sampler
+
+COUNT = 8
+BLOCK = 512 * 6  # two matrices of 16 x 24 floats, 1,536 bytes each
+SMALL_VIDEO, LARGE_VIDEO = Workload(tokens=100), Workload(tokens=900)
+X = torch.linspace(-1.0, 1.0, 32).reshape(2, 16)
+
+
+class Bench:
+    """A toy model, a simulated card that holds `room` blocks under the defaults, and a run of them."""
+
+    def __init__(
+        self,
+        room: float,
+        *,
+        settings: SwapSettings | None = None,
+        compute_ms: float = 1.0,
+        link_ms: float = 0.5,
+        limits: Limits | None = None,
+        count: int = COUNT,
+        sampler: Sampler | None = None,
+        trace_dir: Path | None = None,
+    ) -> None:
+        self.model = toy(count)
+        self.expected = toy(count)(X)
+        speed = BLOCK / link_ms  # bytes per ms
+        hardware = SimulatedHardware(link_bytes_per_ms=speed, default_compute_ms=compute_ms)
+        self.simulation = Simulation(hardware=hardware)
+        # The ceiling of 50 % is the smallest term: 0.9 x 0.9 of the card is more.
+        self.machine = SimulatedMachine(
+            self.simulation, int(2 * (room * BLOCK + 256 * count + 512)), link_speed=speed * 1e3
+        )
+        self.run = SwapRun(
+            self.model.named,
+            settings or SwapSettings(),
+            self.machine,
+            self.simulation.backend,
+            root=self.model,
+            limits=limits,
+            sampler=sampler,
+            trace_dir=trace_dir,
+        )
+
+    def forward(self, workload: Workload | None = SMALL_VIDEO, *, times: int = 1) -> None:
+        for _ in range(times):
+            with torch.inference_mode(), self.run.forward(workload):
+                result = self.model(X)
+                self.machine.run_peak()
+            assert torch.equal(result, self.expected)
+
+    @property
+    def swapped(self) -> int:
+        assert self.run.plan is not None
+        return self.run.plan.swapped_count
+
+
+class CountingSampler(Sampler):
+    """Samples that are taken at once, from readers that answer alike."""
+
+    def __init__(self) -> None:
+        class Readers:
+            def gpu_percent(self) -> float:
+                return 80.0
+
+            def vram_used_bytes(self) -> int:
+                return 3 * BLOCK
+
+            def rss_bytes(self) -> int:
+                return 4 * BLOCK
+
+            def host_available_bytes(self) -> int:
+                return 5 * BLOCK
+
+        super().__init__(CARD, interval_s=60.0, open_readers=lambda _spec: contextlib.nullcontext(Readers()))
+
+
+def interrupt(module: torch.nn.Module, arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def near_balance(**options: object) -> Bench:
+    """40 blocks of which the first step shows that a third slot is faster."""
+    return Bench(room=10, link_ms=40 / 33, count=40, **options)  # type: ignore[arg-type]

@@ -1,0 +1,134 @@
+"""What a run tells: its report, its log, its trace, and what watches it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import re
+import threading
+from pathlib import Path
+
+import pytest
+from run_bench import BLOCK, COUNT, Bench, CountingSampler, interrupt
+from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
+from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
+
+
+def test_the_report_sets_what_came_beside_what_was_predicted() -> None:
+    bench = Bench(room=5, link_ms=0.8)
+    bench.forward(times=5)
+    bench.run.release()
+    report = bench.run.last_report
+    assert report is not None
+    plan, measured = report.plan, report.measured
+    assert (measured.forwards, measured.empty_forwards, measured.timed_forwards) == (5, 0, 2)
+    assert measured.peak_weight_bytes == plan.device_bytes
+    assert measured.returned_bytes == 0
+    # Five forwards, and the window that was prefetched for a sixth.
+    assert measured.onloaded_bytes == BLOCK * (5 * plan.swapped_count + plan.slots)
+    assert measured.slab_bytes == plan.slab_bytes
+    assert measured.pinned_bytes == plan.pinned_bytes
+    assert report.prediction is not None
+    assert measured.forward_ms == pytest.approx(report.prediction.elapsed)
+    assert measured.copy_bytes_per_s == pytest.approx(bench.machine.link_speed)
+    assert [times.compute_ms for times in measured.blocks] == [pytest.approx(1.0)] * COUNT
+    assert all((times.copy_ms is not None) == times.swapped for times in measured.blocks)
+
+
+def test_each_run_counts_for_itself_and_the_forwards_of_all_its_plans_count() -> None:
+    bench = Bench(room=5)
+    bench.forward(times=3)
+    bench.run.release()
+    bench.forward(times=2)
+    bench.machine.others_bytes = 2 * BLOCK
+    bench.forward(times=2)
+    bench.run.release()
+    report = bench.run.last_report
+    assert report is not None
+    assert (report.measured.forwards, len(report.measured.replans)) == (4, 1)
+    assert report.measured.onloaded_bytes < BLOCK * COUNT * 6
+
+
+def test_a_summary_of_at_most_12_lines_is_logged_when_a_run_is_over_and_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    bench = Bench(room=5)
+    bench.forward(times=4)
+    bench.run.release()
+    bench.run.release()
+    said = [record.getMessage() for record in caplog.records if "swapped (" in record.getMessage()]
+    assert len(said) == 1
+    assert 3 < len(said[0].splitlines()) <= 12
+    assert said[0].startswith("Model on RTX 4090: 5 of 8 blocks swapped (5 pinned), 2 slots")
+
+
+def test_debug_mode_logs_the_briefs_lines_a_table_of_blocks_and_writes_a_trace(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    caplog.set_level(logging.INFO)
+    bench = Bench(room=5, settings=SwapSettings(debug_mode=True), trace_dir=tmp_path)
+    bench.forward(times=4)
+    bench.run.release()
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    assert "Auto configuration completed:\n   Model: 6,152 parameters, 0.0MB, 8 layers\n   VRAM: 0.0/0.0MB" in text
+    assert "Config: blocks_to_swap=5, streams=1, ratio=90%" in text
+    assert re.search(r"blocks\.7 +pinned +1\.0", text)
+    (file,) = tmp_path.iterdir()
+    events = json.loads(file.read_text())["traceEvents"]
+    assert sum(event.get("cat") == "forward" for event in events) == 4
+    assert bench.run.last_report is not None
+    assert bench.run.last_report.notes == (f"trace: {file}",)
+
+
+def test_a_trace_that_cannot_be_written_is_a_note_and_no_failure(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    bench = Bench(room=5, settings=SwapSettings(debug_mode=True), trace_dir=in_the_way)
+    bench.forward(times=4)
+    bench.run.release()
+    assert bench.run.last_report is not None
+    assert str(in_the_way) in bench.run.last_report.notes[0]
+
+
+def test_the_device_is_watched_from_the_first_forward_to_the_release_and_no_thread_is_left() -> None:
+    bench = Bench(room=5, sampler=CountingSampler())
+    before = threading.active_count()
+    for _ in range(2):
+        bench.forward(times=2)
+        assert threading.active_count() == before + 1
+        bench.run.release()
+        assert threading.active_count() == before
+        assert bench.run.last_report is not None
+        samples = bench.run.last_report.measured.samples
+        assert samples is not None
+        assert (samples.gpu_percent_max, samples.vram_used_peak_bytes) == (80.0, 3 * BLOCK)
+
+
+@pytest.mark.parametrize("end", ["close", "drop", "fail"])
+def test_no_thread_is_left_however_a_run_ends(end: str) -> None:
+    before = threading.active_count()
+    bench = Bench(room=5, sampler=CountingSampler())
+    bench.forward()
+    if end == "close":
+        bench.run.close()
+    elif end == "drop":
+        del bench.run
+        gc.collect()
+    else:
+        bench.model.blocks[4].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            bench.forward()
+        bench.run.release()
+    assert threading.active_count() == before
+
+
+def test_a_plan_that_is_refused_starts_no_thread() -> None:
+    bench = Bench(room=5, sampler=CountingSampler())
+    before = threading.active_count()
+    bench.machine.others_bytes = bench.machine.total_bytes
+    with pytest.raises(PlanError):
+        bench.forward()
+    assert threading.active_count() == before
+    bench.machine.others_bytes = 0
+    bench.forward()
+    bench.run.close()

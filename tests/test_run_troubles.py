@@ -1,0 +1,267 @@
+"""What goes wrong in a run, what is learnt of it, and what is not."""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from run_bench import COUNT, LARGE_VIDEO, SMALL_VIDEO, Bench, CountingSampler, X, near_balance
+from wanvideo_enhanced_blockswap.blockswap import HostTier
+from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError, DeviceMemoryError
+from wanvideo_enhanced_blockswap.blockswap.run import TIMED_FORWARDS
+from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
+
+
+def test_a_new_plan_that_cannot_be_adopted_leaves_the_one_before_in_place_with_a_note() -> None:
+    bench = near_balance(sampler=CountingSampler())
+    bench.forward(times=3)
+    allocate, failures = bench.simulation.streams.allocate, [DeviceMemoryError("no room")]
+
+    def refuse_once(nbytes: int) -> torch.Tensor:
+        if failures:
+            raise failures.pop()
+        return allocate(nbytes)
+
+    bench.simulation.streams.allocate = refuse_once  # type: ignore[method-assign]
+    bench.forward(times=3)
+    assert failures == []
+    plan = bench.run.plan
+    assert plan is not None
+    assert plan.slots == 2
+    bench.run.release()
+    report = bench.run.last_report
+    assert report is not None
+    assert report.measured.forwards == 6
+    assert report.notes == ("planning again failed, so that the plan before goes on: no room",)
+
+
+def test_a_forward_that_is_over_is_over_whatever_follows_from_it() -> None:
+    bench = near_balance()
+    bench.forward(times=TIMED_FORWARDS.stop)
+    assert (bench.run.found.observed is not None, bench.run.session.adoptions) == (True, 1)
+    bench.forward()
+    assert bench.run.session.adoptions == 2
+
+
+@pytest.mark.parametrize("fails", ["mark", "record", "current"])
+def test_an_error_at_the_begin_of_a_forward_leaves_a_run_that_goes_on(
+    monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    bench = Bench(room=5)
+    bench.forward(times=2)
+
+    def fail(*_arguments: object) -> None:
+        raise RuntimeError("the device has hiccups")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.simulation.streams, fails, fail)
+        with pytest.raises(RuntimeError, match="hiccups"):
+            bench.forward()
+    bench.run.release()
+    bench.forward(times=2)
+    bench.run.close()
+    assert bench.simulation.streams.allocated_bytes == 0
+
+
+def test_a_report_that_fails_does_not_keep_the_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(room=5, sampler=CountingSampler())
+    before = threading.active_count()
+    bench.forward(times=2)
+
+    def fail() -> None:
+        raise RuntimeError("no clock")
+
+    monkeypatch.setattr(bench.run, "report", fail)
+    with pytest.raises(RuntimeError, match="no clock"):
+        bench.run.release()
+    assert (bench.simulation.streams.allocated_bytes, threading.active_count()) == (0, before - 1)
+
+
+@pytest.mark.parametrize("can_reset", [True, False])
+def test_a_peak_of_something_earlier_is_not_taken_for_activations(can_reset: bool) -> None:
+    bench = Bench(room=5)
+    bench.machine.can_reset = can_reset
+    bench.machine._peak = 2 * bench.machine.total_bytes
+    bench.machine.activation_bytes = int(0.6 * bench.machine.total_bytes)
+    bench.forward(times=6)
+    assert bench.run.planner.is_peak_known is can_reset
+    plan = bench.run.plan
+    assert plan is not None
+    total = plan.device_bytes + bench.machine.activation_bytes
+    assert (total <= bench.machine.total_bytes) is can_reset
+
+
+def test_a_doubted_link_is_not_measured_within_the_run_that_doubts_it() -> None:
+    bench = near_balance()
+    bench.machine.link_speed *= 2
+    bench.forward(times=8)
+    plan = bench.run.plan
+    assert plan is not None
+    assert (bench.machine.measured, plan.slots) == (1, 3)
+    bench.run.release()
+    bench.forward()
+    assert bench.machine.measured == 2
+
+
+def test_memory_that_others_take_where_no_smaller_plan_fits_is_said_once_and_costs_nothing_more(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(room=3.6)
+    bench.forward(times=4)
+    bench.machine.others_bytes = int(0.45 * bench.machine.total_bytes)
+    bench.forward(times=4)
+    considered = []
+    real = bench.run.planner.consider
+    monkeypatch.setattr(type(bench.run.planner), "consider", lambda self: considered.append(1) or real())
+    bench.forward(times=10)
+    assert not considered
+    said = [record.message for record in caplog.records if "no smaller plan fits" in record.message]
+    assert len(said) == 1
+    bench.run.release()
+    assert bench.run.last_report is not None
+    assert said[0] in bench.run.last_report.notes
+
+
+def compute_for(bench: Bench, ms: float) -> None:
+    """Each block computes for so long from here on."""
+    hardware = replace(bench.simulation.streams.hardware, default_compute_ms=ms)
+    bench.simulation.streams.hardware = hardware
+
+
+def test_durations_are_kept_for_the_workload_that_took_them() -> None:
+    bench = Bench(room=5)
+    bench.forward(SMALL_VIDEO, times=2)
+    compute_for(bench, 9.0)
+    bench.forward(LARGE_VIDEO, times=4)
+    assert bench.run.found.observed is not None
+    assert bench.run.found.observed.compute_ms == pytest.approx((9.0,) * COUNT)
+    seen = bench.run.planner._seen
+    assert seen[LARGE_VIDEO].compute_ms == pytest.approx((9.0,) * COUNT)
+    assert seen[SMALL_VIDEO].compute_ms is None
+
+
+def test_a_longer_video_is_no_reason_to_change_a_plan_that_is_right_for_it() -> None:
+    bench = near_balance()
+    bench.forward(SMALL_VIDEO, times=6)
+    adoptions = bench.run.session.adoptions
+    compute_for(bench, 9.0)
+    bench.forward(LARGE_VIDEO, times=6)
+    assert bench.run.session.adoptions == adoptions
+
+
+def test_the_report_tells_the_median_of_all_forwards_of_the_last_workload() -> None:
+    bench = Bench(room=5)
+    bench.forward(times=4)
+    compute_for(bench, 10.0)
+    bench.forward(times=36)
+    bench.run.release()
+    assert bench.run.last_report is not None
+    assert bench.run.last_report.measured.forward_ms == pytest.approx(80.0)
+
+
+def test_a_forward_that_warms_up_counts_in_no_duration() -> None:
+    bench = Bench(room=5, settings=SwapSettings(debug_mode=True))
+    compute_for(bench, 100.0)
+    bench.forward()
+    compute_for(bench, 1.0)
+    bench.forward(times=3)
+    bench.run.release()
+    report = bench.run.last_report
+    assert report is not None
+    assert [block.compute_ms for block in report.measured.blocks] == [pytest.approx(1.0)] * COUNT
+
+
+def test_after_a_smaller_plan_has_taken_over_the_report_is_of_that_plan() -> None:
+    bench = Bench(room=5)
+    bench.machine.activation_bytes = int(0.6 * bench.machine.total_bytes)
+    bench.forward(times=6)
+    bench.run.release()
+    report = bench.run.last_report
+    assert report is not None
+    assert len(report.measured.replans) == 1
+    assert report.measured.peak_weight_bytes == report.plan.device_bytes
+
+
+def test_tiers_in_the_report_are_those_that_the_slabs_are_in() -> None:
+    bench = Bench(room=5)
+    bench.simulation.registrar._left = 0
+    bench.forward(times=4)
+    bench.run.release()
+    report = bench.run.last_report
+    assert report is not None
+    assert {tier for tier in report.plan.tiers if tier is not None} == {HostTier.PAGEABLE}
+    assert report.measured.refusals
+
+
+def test_pageable_copies_are_no_measure_of_the_page_locked_link() -> None:
+    bench = Bench(room=5)
+    bench.simulation.registrar._left = 0
+    bench.machine.link_speed *= 4
+    bench.forward(times=5)
+    bench.run.release()
+    bench.forward()
+    assert bench.machine.measured == 1
+
+
+def test_what_all_models_may_page_lock_is_a_limit_of_the_plan() -> None:
+    bench = Bench(room=5)
+    bench.simulation.pin_budget.limit_bytes = 2 * 4096
+    bench.forward()
+    plan = bench.run.plan
+    assert plan is not None
+    assert plan.pinned_bytes <= 2 * 4096
+
+
+@pytest.mark.parametrize("change", [{"offload_txt_emb": True}, {"debug_mode": True}])
+def test_settings_that_no_plan_depends_on_adopt_nothing_anew(change: dict[str, bool]) -> None:
+    bench = Bench(room=5)
+    bench.forward(times=2)
+    bench.run.use(replace(SwapSettings(), **change))
+    bench.forward()
+    bench.run.use(replace(SwapSettings(), vram_threshold_percent=70.0))
+    bench.run.use(SwapSettings())
+    bench.forward()
+    assert bench.run.session.adoptions == 1
+
+
+def test_a_forward_inside_another_is_refused_and_the_outer_one_goes_on() -> None:
+    bench = Bench(room=5)
+    with torch.inference_mode(), bench.run.forward(SMALL_VIDEO):
+        with pytest.raises(BlockSwapError, match="between two of them but its session is running"):
+            bench.run.prepare(LARGE_VIDEO)
+        result = bench.model(X)
+    assert torch.equal(result, bench.expected)
+    assert bench.run.planner.workload == SMALL_VIDEO
+
+
+def test_a_closed_run_says_that_it_is_closed_and_has_its_report() -> None:
+    bench = Bench(room=5)
+    bench.forward(times=2)
+    bench.run.close()
+    assert bench.run.last_report is not None
+    with pytest.raises(BlockSwapError, match="closed"):
+        bench.forward()
+    unused = Bench(room=5)
+    unused.run.close()
+    with pytest.raises(BlockSwapError, match="closed"):
+        unused.forward()
+
+
+def test_a_trace_that_is_full_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanvideo_enhanced_blockswap.blockswap.trace.MOST_SPANS", 100)
+    bench = Bench(room=5, settings=SwapSettings(debug_mode=True))
+    bench.forward(times=40)
+    bench.run.release()
+    assert bench.run.last_report is not None
+    assert re.search(r"the trace is full: [\d,]+ spans were not recorded", bench.run.last_report.notes[0])
+
+
+def test_the_marks_of_a_long_run_do_not_pile_up() -> None:
+    bench = Bench(room=5, settings=SwapSettings(debug_mode=True))
+    bench.forward(times=30)
+    trace = bench.run.session.trace
+    assert trace is not None
+    assert len(trace._marks) < 2 * COUNT
