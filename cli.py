@@ -18,6 +18,11 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 MOST_RATIO = 1e6
 """Transfer over compute; beyond it, durations lose their digits."""
 
+MOST_LINK = 10_000.0
+"""GB/s; ten times NVLink of 2026."""
+
+LINK_HELP = "host-to-device bandwidth in 1e9 bytes per second: PCIe 3.0 x16 some 12, 4.0 some 25, 5.0 some 50"
+
 INTERRUPTED = 130
 """What shells report of a program that SIGINT has ended."""
 
@@ -99,8 +104,12 @@ def _add_demo(commands: Commands) -> None:
     demo.add_argument("--preset", choices=("small", "1.3b", "14b"), default="small", help="dimensions of the model")
     demo.add_argument("--blocks-to-swap", metavar="N", help="a number, half or all; left out: automatic")
     demo.add_argument("--device", default="auto", help="auto, cpu (simulated), cuda or cuda:N")
-    demo.add_argument("--vram", metavar="SIZE", help="memory of the card, such as 12GiB; left out: half the model")
-    demo.add_argument("--link", metavar="GB/s", type=_positive, help="host-to-device bandwidth of a simulated device")
+    demo.add_argument(
+        "--vram",
+        metavar="SIZE",
+        help="memory of the card; left out: half of the blocks fit",
+    )
+    demo.add_argument("--link", metavar="GB/s", type=_link, help="host-to-device bandwidth of a simulated device")
     demo.add_argument("--steps", type=_count, default=4, help="denoising steps (default 4)")
     demo.add_argument("--slots", type=_count, metavar="N", help="slots of the window; left out: the planner's choice")
     demo.add_argument("--streams", type=_count, metavar="N", help="copy streams; left out: measured, or 1")
@@ -114,16 +123,20 @@ def _add_plan(commands: Commands) -> None:
     plan = _add(commands, "plan", "From a checkpoint's header alone: what would be swapped on this or that GPU.")
     plan.add_argument("model", help="a .safetensors or .gguf file of a Wan transformer")
     plan.add_argument("--vram", metavar="SIZE", help="memory of the card, such as 12GiB; left out: this machine's")
-    plan.add_argument("--ram", metavar="SIZE", help="host memory that is available; left out: this machine's")
+    plan.add_argument("--ram", metavar="SIZE", help="host memory, all of it available; left out: this machine's")
     plan.add_argument("--gpu", metavar="NAME", help="a known GPU, such as 'RTX 4090'")
-    plan.add_argument("--link", metavar="GB/s", type=_positive, help="host-to-device bandwidth")
+    plan.add_argument("--link", metavar="GB/s", type=_link, help=LINK_HELP)
     plan.add_argument("--shape", metavar="WxHxF", help="size of the video, such as 832x480x81")
     plan.add_argument(
         "--beside", metavar="MODEL", action="append", default=[], help="a model that the host holds as well; repeatable"
     )
     plan.add_argument("--blocks-to-swap", metavar="N", help="a number, half or all; left out: automatic")
     plan.add_argument(
-        "--vram-threshold-percent", type=_percent, default=50.0, metavar="P", help="ceiling on VRAM use (default 50)"
+        "--vram-threshold-percent",
+        type=_percent,
+        default=50.0,
+        metavar="P",
+        help="ceiling on VRAM use, 30 to 90 (default 50)",
     )
     plan.set_defaults(run=_plan)
 
@@ -183,8 +196,8 @@ def _number(text: str, *, lowest: float, highest: float, expected: str) -> float
     return value
 
 
-def _positive(text: str) -> float:
-    return _number(text, lowest=sys.float_info.min, highest=math.inf, expected="a number above 0")
+def _link(text: str) -> float:
+    return _number(text, lowest=1e-6, highest=MOST_LINK, expected=f"GB/s, a number above 0 and up to {MOST_LINK:g},")
 
 
 def _not_negative(text: str) -> float:

@@ -77,6 +77,8 @@ def plan_all(profile: ModelProfile, *, overlap: bool) -> SwapPlan:
         tiers=(HostTier.PINNED if overlap else HostTier.PAGEABLE,) * count,
         device_bytes=0,
         budget_bytes=0,
+        activation_bytes=None,
+        limit_bytes=0,
         slab_bytes=0,
         pinned_bytes=0,
         staging_bytes=0,

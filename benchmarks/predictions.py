@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from wanvideo_enhanced_blockswap.blockswap.decision import PlanRequest, Timing
 from wanvideo_enhanced_blockswap.blockswap.layout import ModelProfile
 from wanvideo_enhanced_blockswap.blockswap.pages import PinBudget
@@ -83,7 +84,9 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[Row]:
         profile = profile_model(stage.blocks, root=model).profile
         link = link or _link(device, compute_ms, profile.blocks[0].slab_bytes)
         timing = replace(link, compute_ms=compute_ms)
-        rows += [_row(shape, _count(count, preset.layers), stage, profile, timing, unswapped) for count in counts]
+        asked = [_count(count, preset.layers) for count in counts]
+        progress = tqdm(asked, desc=shape, unit="run", disable=options.json)
+        rows += [_row(shape, count, stage, profile, timing, unswapped) for count in progress]
     return rows
 
 

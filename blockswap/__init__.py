@@ -1,5 +1,6 @@
 """The core: profile, budget, plan, and the engine that runs a model's blocks swapped."""
 
+from .architecture import WanArchitecture, activation_bytes
 from .backend import Backend, backend_for
 from .budget import MemoryBudget, MemoryReadings, make_budget
 from .decision import HostTier, PlanRequest, SwapPlan, Timing
@@ -59,7 +60,9 @@ __all__ = [
     "TorchMachine",
     "TransferError",
     "UnsupportedModelError",
+    "WanArchitecture",
     "Workload",
+    "activation_bytes",
     "backend_for",
     "blocks_of",
     "make_budget",

@@ -100,6 +100,8 @@ class SwapPlan:
         tiers: Host tier of each block; None for resident blocks.
         device_bytes: Device memory of residents, small tensors and window together: never exceeded.
         budget_bytes: What block weights may take on the device by the budget.
+        activation_bytes: What forwards are expected, or were measured, to take above the weights; None is unknown.
+        limit_bytes: Device memory for both that is not in use by anything else.
         slab_bytes: Host memory of the slabs.
         pinned_bytes: Host memory that is page-locked: slabs and staging.
         staging_bytes: The part of it that is staging slabs.
@@ -117,6 +119,8 @@ class SwapPlan:
     tiers: tuple[HostTier | None, ...]
     device_bytes: int
     budget_bytes: int
+    activation_bytes: int | None
+    limit_bytes: int
     slab_bytes: int
     pinned_bytes: int
     staging_bytes: int
@@ -134,6 +138,11 @@ class SwapPlan:
     def swapped_indices(self) -> tuple[int, ...]:
         """The swapped blocks, in execution order."""
         return tuple(i for i, is_swapped in enumerate(self.swapped) if is_swapped)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether weights and activations together fit what is free; None if activations are unknown."""
+        return None if self.activation_bytes is None else self.device_bytes + self.activation_bytes <= self.limit_bytes
 
     @property
     def window_bytes(self) -> int:

@@ -45,7 +45,16 @@ def plan_swap(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest)
     plan = _complete(profile, budget, request, swapped, slots)
     _refuse_what_cannot_be(profile, budget, plan)
     terms = [budget.reason] if budget.reason else []
+    if plan.fits is False:
+        reasons.insert(0, _does_not_fit(plan))
     return replace(plan, reasons=(*reasons, *terms, *plan.reasons))
+
+
+def _does_not_fit(plan: SwapPlan) -> str:
+    activations = plan.activation_bytes or 0
+    need, free = format_bytes(plan.device_bytes + activations), format_bytes(plan.limit_bytes)
+    parts = f"{format_bytes(activations)} of activations and {format_bytes(plan.device_bytes)} of weights"
+    return f"expect it to run out of memory: {parts} are {need}, and {free} are free; take fewer frames or smaller ones"
 
 
 def weight_bytes(profile: ModelProfile, swapped: Sequence[bool], slots: int) -> int:
@@ -247,6 +256,8 @@ def _complete(
         tiers=tiers,
         device_bytes=device_bytes,
         budget_bytes=budget.weight_bytes,
+        activation_bytes=budget.activation_bytes,
+        limit_bytes=budget.limit_bytes,
         slab_bytes=sum(profile.blocks[i].slab_host_bytes for i in inside),
         pinned_bytes=pinned + staging_bytes,
         staging_bytes=staging_bytes,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..blockswap.architecture import WanArchitecture, activation_bytes, block_flops, tokens_for
-from ..blockswap.budget import Activations
+from ..blockswap.budget import SAFETY_RESERVE, Activations
 from ..blockswap.checkpoint import CheckpointProfile, read_checkpoint
 from ..blockswap.decision import SwapPlan
 from ..blockswap.errors import PlanError, SettingsError
@@ -66,14 +66,33 @@ def plan(options: Namespace) -> Result:
     if options.shape is not None:
         tokens = tokens_for(checkpoint.architecture, *parse_shape(options.shape))
     beside = [read_checkpoint(Path(name)).model for name in options.beside]
-    facts = _facts(checkpoint, card, _host(options.ram), tokens, beside)
+    settings = _settings(options, checkpoint.architecture)
+    facts = _facts(checkpoint, card, _host(options.ram), tokens)
     try:
-        decided = make_plan(checkpoint.model, _settings(options, checkpoint.architecture), facts)
+        facts = _with(beside, settings, facts)
+        decided = make_plan(checkpoint.model, settings, facts)
     except PlanError as failure:
-        raise PlanError(f"{failure} (--ram and --vram plan for another machine)") from failure
+        others = sum(map(_bytes, beside))
+        taken = f", of which the models beside take {format_bytes(others)}" if others else ""
+        raise PlanError(f"{failure} (--ram and --vram plan for another machine{taken})") from failure
     data = _data(checkpoint, decided)
     data |= {"card": card.spec.name, "vram_bytes": card.memory.total_bytes, "tokens": tokens}
-    return Result(data, _text(options, checkpoint, decided, card))
+    data |= {"beside_bytes": sum(map(_bytes, beside))}
+    return Result(data, _text(options, checkpoint, decided, facts, card), succeeded=decided.fits is not False)
+
+
+def _bytes(model: ModelProfile) -> int:
+    return model.block_bytes + model.other_bytes
+
+
+def _with(beside: list[ModelProfile], settings: SwapSettings, facts: Facts) -> Facts:
+    """The host with these models in it as well, each with what its own plan page-locks."""
+    for model in beside:
+        pinned = make_plan(model, settings, replace(facts, compute_ms=None)).pinned_bytes
+        available = max(0, facts.host.available_bytes - _bytes(model))
+        host = replace(facts.host, available_bytes=available)
+        facts = replace(facts, host=host, locked_elsewhere_bytes=facts.locked_elsewhere_bytes + pinned)
+    return facts
 
 
 def _settings(options: Namespace, architecture: WanArchitecture) -> SwapSettings:
@@ -96,12 +115,16 @@ def _card(options: Namespace) -> Card:
     try:
         rates = None if options.gpu is None else find_gpu(options.gpu)
     except ValueError as cause:
-        raise SettingsError(f"--gpu: {cause}") from cause
+        if options.vram is None:
+            raise SettingsError(
+                f"--gpu: {cause}; for another, say --vram 16GiB as well: its speed is unknown"
+            ) from cause
+        rates = None
     link = None if options.link is None else LinkSpeed(((1, options.link * 1e9),), None)
     if options.vram is not None or rates is not None:
         assert options.vram is not None or rates is not None
         size = rates.total_bytes if options.vram is None and rates else parse_size("--vram", options.vram)
-        spec = _named(rates.name if rates else "a GPU", size)
+        spec = _named(rates.name if rates and options.vram is None else options.gpu or "a GPU", size)
         return Card(spec, DeviceMemory(size, size, "as asked, with nothing in use"), link, rates)
     device = choose_device("auto")
     memory = read_device_memory(device)
@@ -140,10 +163,8 @@ def _host(ram: str | None) -> HostMemory:
     return replace(host, physical_bytes=size, available_bytes=size, cgroup_limit_bytes=None)
 
 
-def _facts(
-    checkpoint: CheckpointProfile, card: Card, host: HostMemory, tokens: int | None, beside: list[ModelProfile]
-) -> Facts:
-    """What is known when the model's other weights are on the card, and the models `beside` it on the host."""
+def _facts(checkpoint: CheckpointProfile, card: Card, host: HostMemory, tokens: int | None) -> Facts:
+    """What is known when the model's other weights are on the card."""
     model, architecture = checkpoint.model, checkpoint.architecture
     free = card.memory.free_bytes - model.other_bytes
     if free < 0:
@@ -151,7 +172,6 @@ def _facts(
             f"the card expects more than the {format_bytes(model.other_bytes)} that lie outside the blocks but has "
             f"{format_bytes(card.memory.free_bytes)} free; take a larger GPU (--vram) or a smaller model"
         )
-    others = sum(other.block_bytes + other.other_bytes for other in beside)
     compute_ms, activations = None, None
     if tokens is not None:
         activations = Activations(nbytes=activation_bytes(architecture, tokens), is_measured=False)
@@ -162,7 +182,7 @@ def _facts(
     return Facts(
         spec=card.spec,
         memory=replace(card.memory, free_bytes=free),
-        host=replace(host, available_bytes=max(0, host.available_bytes - others)),
+        host=host,
         link=card.link,
         compute_ms=compute_ms,
         activations=activations,
@@ -193,20 +213,27 @@ def _data(checkpoint: CheckpointProfile, decided: SwapPlan) -> dict[str, object]
         "predicted_compute_ms": None if forward is None else forward.compute,
         "predicted_transfer_ms": None if forward is None else forward.transferred,
         "predicted_stall_ms": decided.stall_ms,
+        "activation_bytes": decided.activation_bytes,
+        "fits": decided.fits,
         "over_ceiling": decided.over_ceiling,
         "dtypes": dict(checkpoint.dtypes),
         "reasons": list(decided.reasons),
     }
 
 
-def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, card: Card) -> str:
-    model = checkpoint.model
+def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, facts: Facts, card: Card) -> str:
+    model, activations = checkpoint.model, decided.activation_bytes
+    reserve = int(SAFETY_RESERVE * card.memory.total_bytes)
+    idle = decided.limit_bytes - decided.device_bytes - (activations or 0) - reserve
     rows = [
         ["card", f"{card.spec.name}, {format_bytes(card.memory.total_bytes)}"],
+        ["  other weights and what is in use", format_bytes(card.memory.total_bytes - facts.memory.free_bytes)],
+        ["  block weights", format_bytes(decided.device_bytes)],
+        ["  activations, expected", "unknown: give --shape" if activations is None else format_bytes(activations)],
+        ["  reserve", format_bytes(reserve)],
+        ["  left", format_bytes(idle)],
         ["blocks", f"{len(model.blocks)}, {format_bytes(model.block_bytes)}"],
-        ["outside the blocks", format_bytes(model.other_bytes)],
         ["swapped", f"{decided.swapped_count}, {window_text(decided)}"],
-        ["block weights on the device", format_bytes(decided.device_bytes)],
         ["host memory for the blocks", format_bytes(model.block_bytes + decided.staging_bytes)],
         ["page-locked part of it", format_bytes(decided.pinned_bytes)],
         ["copied per forward", format_bytes(decided.streamed_bytes)],
@@ -215,7 +242,10 @@ def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, 
     if forward is None:
         wanted = (("--gpu", card.rates), ("--link", card.link), ("--shape", options.shape))
         missing = " and ".join(name for name, known in wanted if known is None)
-        rows.append(["stall per forward", f"unknown: give {missing}"])
+        why = f"give {missing}" if missing else "how fast this host copies into staging slabs is not known"
+        if options.gpu is not None and card.rates is None:
+            why = f"the speed of {card.spec.name} is not known"
+        rows.append(["stall per forward", f"unknown: {why}"])
     else:
         at = f"at {options.shape}, with the rates assumed for this GPU"
         rows.append(["compute per forward", f"{forward.compute:,.0f} ms {at}"])

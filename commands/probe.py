@@ -16,7 +16,7 @@ from ..hardware import (
 )
 from .cache import cache_dir
 from .device import choose_device
-from .result import Result, table
+from .result import Result
 
 THRESHOLD_PERCENT = 50.0
 """The node's default; the tier of an unknown GPU depends on it."""
@@ -32,14 +32,16 @@ def probe(options: Namespace) -> Result:
     device = choose_device(options.device)
     spec, memory, host = probe_device(device), read_device_memory(device), read_host_memory()
     link = measure_link(device, cache_dir=cache_dir(), again=options.again)
-    tuning = tune(spec, host, link, vram_threshold_percent=THRESHOLD_PERCENT)
+    has_gpu = memory is not None
+    tuning = tune(spec, host, link, vram_threshold_percent=THRESHOLD_PERCENT) if has_gpu else None
     readings = {"device": spec, "device_memory": memory, "host_memory": host, "link": link, "tuning": tuning}
     data = {name: None if value is None else _plain(asdict(value)) for name, value in readings.items()}
     rows = [["", ""]]
     for name, value in data.items():
         fields = {"": "unknown"} if value is None else value
         rows += [[f"{name}.{field}" if field else name, _said(field, one)] for field, one in fields.items()]
-    return Result(data, table(rows).strip("\n"))
+    width = max(len(name) for name, _ in rows)
+    return Result(data, "\n".join(f"{name.ljust(width)}  {said}" for name, said in rows[1:]))
 
 
 def _plain(fields: dict[str, object]) -> dict[str, object]:
@@ -58,4 +60,6 @@ def _said(field: str, value: object) -> str:
         return f"{value / 1e9:.1f} GB/s"
     if field == "pinned" and isinstance(value, tuple):
         return ", ".join(f"{count} streams {speed / 1e9:.1f} GB/s" for count, speed in value) or "unknown"
-    return str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {one}" for name, one in value.items() if name != "reason")
+    return "; ".join(map(str, value)) if isinstance(value, tuple) else str(value)

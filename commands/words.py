@@ -5,6 +5,9 @@ from __future__ import annotations
 from ..blockswap.errors import SettingsError
 from ..hardware import MIB, parse_bytes
 
+LARGEST_SIDE = 100_000
+"""Pixels or frames; far above any video."""
+
 
 def parse_size(option: str, text: str) -> int:
     """Bytes, from `12GiB`, `8 GB` and the like.
@@ -43,5 +46,7 @@ def parse_shape(shape: str) -> tuple[int, int, int]:
     try:
         width, height, frames = (int(part) for part in shape.lower().split("x"))
     except ValueError:
-        raise SettingsError(f"--shape expects WxHxF such as 832x480x81 but got {shape!r}") from None
+        raise SettingsError(f"--shape expects WxHxF such as 832x480x81 but got {shape[:40]!r}") from None
+    if max(width, height, frames) > LARGEST_SIDE:
+        raise SettingsError(f"--shape expects at most {LARGEST_SIDE} of each but got {shape[:40]!r}")
     return width, height, frames

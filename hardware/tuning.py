@@ -170,8 +170,9 @@ def tune(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None, *, vram_thr
     if link is None or not link.pinned:
         return Tuning(tier, 1, tier.bandwidth_target, pin=True, reasons=(limit, "the link is not measured: 1 stream"))
     streams, speed = link.best(max_streams=tier.max_streams)
-    most = max(count for count, _ in link.pinned)
-    knee = f"{streams} of up to {min(most, tier.max_streams)} streams measured are enough: {speed / 1e9:.1f} GB/s"
+    most = min(max(count for count, _ in link.pinned), tier.max_streams)
+    knee = f"link: {speed / 1e9:.1f} GB/s with {'1 stream' if streams == 1 else f'{streams} streams'}"
+    knee += f", as fast as with up to {most}" if most > streams else ""
     return Tuning(tier, streams, tier.bandwidth_target, pin=True, reasons=(limit, knee))
 
 

@@ -11,7 +11,7 @@ import torch
 from checkpoint_files import wan_shapes, wan_tensors, write_safetensors, write_sparse_safetensors
 from wanvideo_enhanced_blockswap.cli import main
 from wanvideo_enhanced_blockswap.commands.meter import CopyCounter
-from wanvideo_enhanced_blockswap.hardware import HostMemory, HostPlatform
+from wanvideo_enhanced_blockswap.hardware import GIB, HostMemory, HostPlatform
 
 DEMO_FIELDS = {
     "outputs_equal",
@@ -114,6 +114,7 @@ def test_the_demo_says_it_all_to_a_person(capsys: pytest.CaptureFixture[str], tm
         (["demo", "--vram", "nan"], r"--vram"),
         (["demo", "--vram", "12"], r"--vram expects a memory size such as 12GiB but got '12'"),
         (["demo", "--shape", "32x"], r"WxHxF.*'32x'"),
+        (["demo", "--shape", f"{'9' * 180}x16x1"], r"at most 100000 of each"),
         (["demo", "--shape", "17x16x1"], r"width expects a multiple of 16 but got 17"),
         (["simulate", "--blocks", "4", "--swapped", "101%", "--ratio", "1"], r"--swapped expects"),
         (["plan", "missing.safetensors", "--vram", "12GiB"], r"missing\.safetensors"),
@@ -241,6 +242,42 @@ def test_a_model_beside_it_takes_its_part_of_the_host(capsys: pytest.CaptureFixt
     code, shown = run_json(capsys, *one, "--beside", str(path))
     assert code == 1
     assert "the host expects 2.6 GiB more for 30 blocks but got" in shown["error"]
+
+
+def test_a_video_that_does_not_fit_is_told_first_and_fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = write_sparse_safetensors(tmp_path / "wan.safetensors", wan_shapes(5120, 13824, 40))
+    common = ["plan", str(path), "--vram", "12GiB", "--ram", "64GiB"]
+    assert run_json(capsys, *common)[1]["fits"] is None
+    code, shown = run_json(capsys, *common, "--shape", "832x480x81")
+    assert (code, shown["fits"]) == (0, True)
+    code, shown = run_json(capsys, *common, "--shape", "1280x720x161")
+    assert (code, shown["fits"], shown["over_ceiling"]) == (1, False, True)
+    assert shown["reasons"][0].startswith("expect it to run out of memory: 13.0 GiB of activations")
+
+
+def test_a_gpu_that_is_not_known_is_planned_for_by_its_memory(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = str(write_safetensors(tmp_path / "wan.safetensors", wan_tensors()))
+    code, shown = run_json(capsys, "plan", path, "--gpu", "RTX 4080", "--vram", "16GiB", "--shape", "64x64x5")
+    assert (code, shown["card"], shown["predicted_stall_ms"]) == (0, "RTX 4080", None)
+    code, shown = run_json(capsys, "plan", path, "--gpu", "RTX 4080")
+    assert code == 1
+    assert "say --vram 16GiB as well" in shown["error"]
+
+
+def test_a_model_beside_it_takes_its_part_of_what_may_be_page_locked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_sparse_safetensors(tmp_path / "high.safetensors", wan_shapes(5120, 13824, 40))
+    host = HostMemory(90 * GIB, 90 * GIB, None, None, HostPlatform.WINDOWS, in_container=False)
+    monkeypatch.setattr("wanvideo_enhanced_blockswap.commands.plan.read_host_memory", lambda: host)
+    one = ["plan", str(path), "--vram", "12GiB", "--ram", "90GiB"]
+    alone = run_json(capsys, *one)[1]
+    both = run_json(capsys, *one, "--beside", str(path))[1]
+    assert both["beside_bytes"] == alone["block_bytes"] + alone["other_bytes"]
+    assert alone["pinned_bytes"] + both["pinned_bytes"] <= 0.4 * 90 * GIB
+    assert both["host_tiers"] == ["pinned", "staged"]
 
 
 def test_probe_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:

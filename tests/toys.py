@@ -81,6 +81,8 @@ def fixed_plan(
             tiers=tuple(t if s else None for t, s in zip(tier, swapped, strict=True)),
             device_bytes=profile.small_device_bytes + profile.resident_device_bytes(residents) + used * slot_bytes,
             budget_bytes=1 << 62,
+            activation_bytes=None,
+            limit_bytes=1 << 62,
             slab_bytes=sum(align(profile.blocks[i].slab_bytes, 4096) for i in inside),
             pinned_bytes=0,
             staging_bytes=0,
