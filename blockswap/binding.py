@@ -54,8 +54,9 @@ class BlockBinding:
         watched: Every tensor that must still be what and where it was left. Small buffers are not among them: a
             forward may assign them anew.
         moved: Tensors that cannot be re-pointed, with the dict and name that hold their moved copy.
-        buffers: Each module's dict of buffers, with the names that hold one.
-        device: Where all of them must be.
+        buffers: Each module's dict of buffers, with the names that hold one and those among them that stream.
+        bare: Dicts of buffers that hold none, and must not be given any.
+        device: Where all of them but the streamed ones must be.
         holders: The dict that holds each watched tensor.
         names: Its name there.
         addresses: Where each watched tensor's bytes are between forwards.
@@ -71,7 +72,8 @@ class BlockBinding:
     names: list[str]
     addresses: list[int]
     moved: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]]
-    buffers: list[tuple[dict[str, torch.Tensor | None], set[str]]]
+    buffers: list[tuple[dict[str, torch.Tensor | None], set[str], set[str]]]
+    bare: list[dict[str, torch.Tensor | None]]
     device: torch.device
     counting: list[torch.Tensor] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -86,17 +88,19 @@ class BlockBinding:
                 return False
         if not all(map(operator.is_, map(dict.get, self.holders, self.names), self.watched)):
             return False
-        return not (self.moved or self.buffers) or self._is_the_rest_as_left()
+        return not any(self.bare) and (not (self.moved or self.buffers) or self._is_the_rest_as_left())
 
     def _is_the_rest_as_left(self) -> bool:
         return all(
             holder.get(name) is moved and moved.device == self.device for holder, name, moved in self.moved
-        ) and all(self._are_buffers_in_place(holder, names) for holder, names in self.buffers)
+        ) and all(self._are_buffers_in_place(*held) for held in self.buffers)
 
-    def _are_buffers_in_place(self, holder: dict[str, torch.Tensor | None], names: set[str]) -> bool:
-        """Whether each buffer is still there, no other is, and all are on the device."""
+    def _are_buffers_in_place(
+        self, holder: dict[str, torch.Tensor | None], names: set[str], streamed: set[str]
+    ) -> bool:
+        """Whether each buffer is still there, no other is, and all that do not stream are on the device."""
         return all(
-            name in HOST_NAMES or (name in names and tensor.device == self.device)
+            name in HOST_NAMES or name in streamed or (name in names and tensor.device == self.device)
             for name, tensor in holder.items()
             if tensor is not None
         )

@@ -115,10 +115,15 @@ def _read_gguf(path: Path) -> dict[str, StoredTensor]:
             f"{path} is no whole GGUF file: expects a header and a tensor table but its {size:,} bytes end or differ "
             f"before that ({exc}); download it again"
         ) from exc
+    return tensors_of_gguf(reader)
+
+
+def tensors_of_gguf(reader: Any) -> dict[str, StoredTensor]:
+    """The tensor table of an open GGUFReader."""
     tensors = {}
     for tensor in reader.tensors:
         # ComfyUI's converters flatten tensors that GGML's quantisation cannot hold and note their shape here.
         noted = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")
         shape = noted.contents() if noted else reversed(tensor.shape.tolist())
-        tensors[tensor.name] = StoredTensor(tuple(shape), tensor.tensor_type.name, int(tensor.n_bytes))
+        tensors[tensor.name] = StoredTensor(tuple(map(int, shape)), tensor.tensor_type.name, int(tensor.n_bytes))
     return tensors

@@ -231,6 +231,7 @@ class BlockSwapper:
         streamed = [entry for entry in entries if entry.placement is Placement.STREAMED]
         small = [entry for entry in entries if entry.placement is Placement.SMALL and not entry.is_buffer]
         watched = [*streamed, *small]
+        moving = {entry.name for entry in streamed if entry.is_buffer and self._plan.swapped[block]}
         binding = BlockBinding(
             watched=[entry.tensor for entry in watched],
             holders=[entry.holder for entry in watched],
@@ -238,9 +239,11 @@ class BlockSwapper:
             addresses=[entry.tensor.data_ptr() for entry in watched],
             moved=[(entry.holder, entry.name, moved) for entry, _, moved in self._fixed if entry in entries],
             buffers=[
-                (holder, {name for name, tensor in holder.items() if tensor is not None})
+                (holder, {name for name, held in holder.items() if held is not None}, moving & set(holder))
                 for holder in self._model.buffers[block]
+                if holder
             ],
+            bare=[holder for holder in self._model.buffers[block] if not holder],
             device=self._transfer.streams.device,
         )
         if self._plan.swapped[block]:

@@ -1,0 +1,289 @@
+"""Gate: where block swapping enters the wrapper, for transformers whose arguments are ours, and leaves it.
+
+Three functions of the wrapper tell when a run loads its weights, begins and is over; they are wrapped in every module
+that holds them. Between the begin and the end the transformer's own `forward` is ours, on that object alone: a model
+without our arguments, compiled or not, never meets a line of this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .loaded import bring_home, entry, is_ours, replace_in
+from .run import SwapRun
+from .settings import SwapSettings
+from .state import SessionState
+from .wanvideo import (
+    BEGIN,
+    END,
+    LOAD,
+    Wrapper,
+    blocks_as_they_stand,
+    check_transformer,
+    forget_our_count,
+    host_bytes,
+    named_blocks,
+    own_swapping_off,
+    refuse_cuda_graphs,
+    reset_counters,
+    unwrapped,
+    vace_blocks_entered,
+    workload_of,
+)
+
+logger = logging.getLogger(__name__)
+
+SCARCE_HOST_SHARE = 0.05
+"""Part of the host's memory below which nothing is kept for a next run: there the system begins to swap."""
+
+MakeRun = Callable[[nn.Module, Any, SwapSettings], "SwapRun | None"]
+"""Makes the run of a transformer with its blocks and settings; None where its device cannot be swapped on."""
+
+
+@dataclass(slots=True)
+class Guest:
+    """A transformer that has our arguments. Knows it weakly: its life is the wrapper's.
+
+    Attributes:
+        run: Its run.
+        patched: The objects whose `forward` is ours now, with what stood there before (None: nothing of their own).
+        hints_to_host: VACE hints go to the host.
+    """
+
+    run: SwapRun
+    patched: list[tuple[weakref.ref[nn.Module], Any]]
+    hints_to_host: bool = False
+
+
+class Gate:
+    """Makes runs begin and end with the wrapper's.
+
+    Args:
+        wrapper: The wrapper as found and checked.
+        make_run: Makes the run of a transformer.
+    """
+
+    def __init__(self, wrapper: Wrapper, make_run: MakeRun) -> None:
+        self._wrapper = wrapper
+        self._make_run = make_run
+        self._guests: weakref.WeakKeyDictionary[nn.Module, Guest] = weakref.WeakKeyDictionary()
+        self._ours: dict[str, Callable[..., Any]] = {}
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the wrapper's functions are ours now."""
+        return bool(self._ours)
+
+    def install(self) -> None:
+        """Wraps the three functions wherever they are held; idempotent."""
+        if self._ours:
+            return
+        notices = {LOAD: self._before_load, BEGIN: self._before_begin, END: self._before_end}
+        self._ours = {name: _noticed(self._wrapper.functions[name], notice) for name, notice in notices.items()}
+        after = {BEGIN: self._after_begin, END: self._after_end}
+        self._ours |= {name: _followed(self._ours[name], follow) for name, follow in after.items()}
+        for name, function in self._ours.items():
+            for module in self._wrapper.holders[name]:
+                setattr(module, name, function)
+
+    def restore(self) -> None:
+        """Everything as if it had never been installed; runs are closed, weights are in ordinary host memory."""
+        for transformer in list(self._guests):
+            self._dismiss(transformer)
+        for name, function in self._ours.items():
+            for module in self._wrapper.holders[name]:
+                if vars(module).get(name) is function:
+                    setattr(module, name, self._wrapper.functions[name])
+        self._ours = {}
+
+    def run_of(self, transformer: Any) -> SwapRun | None:
+        """The run of a transformer, under way or over; None if it has never had our arguments, or no longer has."""
+        guest = self._guests.get(unwrapped(transformer))
+        return None if guest is None else guest.run
+
+    def _before_load(self, transformer: Any, arguments: Mapping[str, Any]) -> None:
+        """Old residents and new weights must not stand side by side."""
+        transformer = unwrapped(transformer)
+        has_ours, guest = is_ours(arguments.get("block_swap_args")), self._guests.get(transformer)
+        if guest is None:
+            if not has_ours:
+                forget_our_count(transformer)
+            return
+        self._disarm(guest)
+        if not has_ours:
+            self._dismiss(transformer)
+        elif guest.run.session.state is SessionState.ADOPTED:
+            guest.run.release()
+
+    def _before_begin(self, transformer: Any, arguments: Mapping[str, Any]) -> None:
+        """The run begins: masters shown before the wrapper moves blocks, settings from its arguments."""
+        outer, transformer = transformer, unwrapped(transformer)
+        swap_args, model = arguments.get("block_swap_args"), arguments.get("model")
+        if not is_ours(swap_args) or swap_args is None:
+            if transformer in self._guests:
+                self._dismiss(transformer)
+            else:
+                forget_our_count(transformer)
+            return
+        check_transformer(transformer)
+        refuse_cuda_graphs(entry(model, "compile_args"))
+        settings = SwapSettings.from_blockswapargs(swap_args)
+        assert settings is not None
+        guest = self._guests.get(transformer)
+        if guest is None:
+            run = self._make_run(transformer, named_blocks(transformer), settings)
+            if run is None:
+                return
+            guest = self._guests[transformer] = Guest(run, [])
+        bring_home(transformer, model)
+        guest.run.use(settings)
+        guest.run.session.on_master = replace_in(model)
+        self._make_room(transformer, guest)
+        guest.hints_to_host = not settings.auto_hardware_tuning and settings.vace_blocks_to_swap > 0
+        if guest.run.session.state is SessionState.ADOPTED:
+            guest.run.release()
+        self._disarm(guest)
+        if outer is not transformer:
+            logger.info("a model compiled as a whole runs uncompiled with swapped blocks; compile the blocks alone")
+        forward = self._forward_of(transformer)
+        for module in dict.fromkeys((transformer, outer)):
+            guest.patched.append((weakref.ref(module), vars(module).get("forward")))
+            vars(module)["forward"] = forward
+
+    def _make_room(self, transformer: nn.Module, guest: Guest) -> None:
+        """Models whose run is over give up what this one needs: locks first, then slabs."""
+        need = host_bytes(transformer)
+        others = [other for other in self._guests.values() if other is not guest]
+        for other in others:
+            session = other.run.session
+            if session.state is not SessionState.IDLE:
+                continue
+            if session.pinned_bytes and guest.run.planner.pins.left_bytes < need:
+                session.unlock()
+            # What the last run of this model left in slabs needs no room again.
+            fresh = max(0, need - guest.run.session.slab_bytes)
+            if session.slab_bytes and guest.run.planner.machine.host().available_bytes < fresh:
+                logger.info("host memory is short: a model whose run is over gives up its slabs")
+                session.give_up_slabs()
+
+    def _after_begin(self, transformer: Any) -> None:
+        """What the wrapper's own count has set is not to outlive the run, whoever ends it."""
+        if unwrapped(transformer) in self._guests:
+            reset_counters(unwrapped(transformer))
+
+    def _before_end(self, transformer: Any, arguments: Mapping[str, Any]) -> None:
+        """The run is over: every tensor at its master before the wrapper offloads, so that it copies no block."""
+        guest = self._guests.get(unwrapped(transformer))
+        if guest is not None:
+            self._disarm(guest)
+            if guest.run.session.state is SessionState.ADOPTED:
+                guest.run.release()
+                self._relieve(guest)
+
+    def _relieve(self, guest: Guest) -> None:
+        """Slabs are kept for the next run while host memory allows."""
+        host = guest.run.planner.machine.host()
+        if host.available_bytes < SCARCE_HOST_SHARE * host.physical_bytes and guest.run.session.slab_bytes:
+            logger.info("host memory is nearly full: slabs are not kept for the next run")
+            guest.run.session.give_up_slabs()
+
+    def _after_end(self, transformer: Any) -> None:
+        if unwrapped(transformer) in self._guests:
+            reset_counters(unwrapped(transformer))
+
+    def _dismiss(self, transformer: nn.Module) -> None:
+        """Our arguments are gone: the transformer is as if it had never had them."""
+        guest = self._guests.pop(transformer)
+        self._disarm(guest)
+        guest.run.close()
+        forget_our_count(transformer)  # not any other: the sampler may just have set the wrapper's own
+
+    def _disarm(self, guest: Guest) -> None:
+        patched, guest.patched = guest.patched, []
+        for reference, before in patched:
+            module = reference()
+            if module is None:
+                continue
+            if before is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = before
+
+    def _forward_of(self, transformer: nn.Module) -> Callable[..., Any]:
+        reference = weakref.ref(transformer)
+        before = vars(transformer).get("forward")
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def forward(*arguments: Any, **keywords: Any) -> Any:
+            alive = reference()
+            assert alive is not None, "its own attribute is being called"
+            # Looked up now: others may have patched the class since.
+            original = functools.partial(type(alive).forward, alive) if before is None else before
+            return self._forward(alive, original, arguments, keywords)
+
+        return forward
+
+    def _forward(self, transformer: Any, original: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
+        guest = self._guests[transformer]
+        latents = arguments[0] if arguments else keywords.get("x")
+        try:
+            workload = self._prepared(transformer, guest, latents)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(own_swapping_off(transformer, hints_to_host=guest.hints_to_host))
+                stack.enter_context(guest.run.forward(workload, blocks_as_they_stand(transformer)))
+                stack.enter_context(vace_blocks_entered(transformer, guest.run.session.enter))
+                return original(*arguments, **keywords)
+        except BaseException:
+            # Not every caller offloads after a failure, and what failed may be memory.
+            if guest.run.session.state is SessionState.ADOPTED:
+                guest.run.release()
+            raise
+
+    def _prepared(self, transformer: Any, guest: Guest, latents: Any) -> Any:
+        """What the forward does, and a plan for it; VACE hints go to the host where the plan has no room for them."""
+        workload = workload_of(transformer, latents, hints_to_host=guest.hints_to_host)
+        plan = guest.run.prepare(workload)
+        vace = len(getattr(transformer, "vace_blocks", None) or ())
+        if vace and not guest.hints_to_host and plan.over_ceiling:
+            guest.hints_to_host = True
+            guest.run.planner.withdraw(workload)
+            workload = workload_of(transformer, latents, hints_to_host=True)
+            guest.run.prepare(workload)
+            logger.info("the hints of %d VACE blocks go to the host: the device has no room for them", vace)
+        return workload
+
+
+def _noticed(function: Callable[..., Any], notice: Callable[[Any, Mapping[str, Any]], None]) -> Callable[..., Any]:
+    """`function`, told to `notice` before it runs."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def noticed(*arguments: Any, **keywords: Any) -> Any:
+        bound = signature.bind_partial(*arguments, **keywords)
+        notice(bound.arguments["transformer"], bound.arguments)
+        return function(*arguments, **keywords)
+
+    return noticed
+
+
+def _followed(function: Callable[..., Any], follow: Callable[[Any], None]) -> Callable[..., Any]:
+    """`function`, with `follow` after it, however it ends."""
+
+    @functools.wraps(function)
+    def followed(transformer: Any, *arguments: Any, **keywords: Any) -> Any:
+        try:
+            return function(transformer, *arguments, **keywords)
+        finally:
+            follow(transformer)
+
+    return followed

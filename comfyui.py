@@ -1,0 +1,189 @@
+"""What this package asks of ComfyUI: its flags, folders and devices, and the wrapper that is loaded in it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .blockswap.architecture import activation_bytes, tokens_for
+from .blockswap.backend import backend_for
+from .blockswap.budget import Activations
+from .blockswap.decision import SwapPlan
+from .blockswap.gate import Gate
+from .blockswap.loaded import stored_tensors
+from .blockswap.machine import TorchMachine
+from .blockswap.pages import PinBudget
+from .blockswap.planner import Limits
+from .blockswap.planning import Facts, make_plan
+from .blockswap.run import SwapRun
+from .blockswap.settings import SwapSettings
+from .blockswap.stored import profile_tensors
+from .blockswap.wanvideo import find_wrapper
+from .hardware import DeviceMemory, HardwareUnavailableError, Sampler, read_host_memory
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "wanvideo-enhanced-blockswap"
+
+GIB = 1 << 30
+
+IDLE_S = 60.0
+"""Without a forward for so long nobody watches a run any more: with force_offload off nobody tells its end."""
+
+NO_SWAPPING = {
+    "cpu": "the CPU computes from host memory",
+    "mps": "Apple's GPUs share the host's memory",
+    "privateuseone": "DirectML's tensors cannot be pointed at other memory",
+    "xpu": "Intel GPUs have not been tried",
+}
+"""Devices on which nothing is swapped, and why."""
+
+
+class ComfyMachine(TorchMachine):
+    """The machine, with ComfyUI's own figures for a device whose torch module tells nothing of its memory."""
+
+    def memory(self) -> DeviceMemory:
+        try:
+            return super().memory()
+        except HardwareUnavailableError:
+            import comfy.model_management
+
+            device = torch.device(self.spec.torch_device)
+            total = int(comfy.model_management.get_total_memory(device))
+            free = int(comfy.model_management.get_free_memory(device))
+            return DeviceMemory(total, max(0, min(free, total)), "ComfyUI")
+
+
+class ComfyUI:
+    """The ComfyUI of this process. Holds what all nodes share: the gate, and what may be page-locked."""
+
+    def __init__(self) -> None:
+        self._gate: Gate | None = None
+        self._pins: PinBudget | None = None
+        self._said: set[str] = set()
+
+    @property
+    def gate(self) -> Gate | None:
+        """The gate; None until a node has been run."""
+        return self._gate
+
+    def install_gate(self) -> Gate:
+        """The gate, installed.
+
+        Raises:
+            WrapperError: The wrapper is absent or has changed.
+        """
+        if self._gate is None:
+            import nodes
+
+            self._gate = Gate(find_wrapper(nodes.NODE_CLASS_MAPPINGS), self._make_run)
+        self._gate.install()
+        return self._gate
+
+    def why_not_swapped(self, settings: SwapSettings) -> str | None:
+        """Why the device or ComfyUI's flags leave nothing to swap; None where swapping is on."""
+        import comfy.model_management
+        from comfy.cli_args import args
+
+        device = comfy.model_management.get_torch_device()
+        kind = getattr(device, "type", None)  # DirectML gives an object of its own
+        if kind is None or kind in NO_SWAPPING:
+            return f"{device}: {NO_SWAPPING.get(kind or 'privateuseone')}"
+        if settings.auto_hardware_tuning and (args.gpu_only or args.highvram):
+            return f"ComfyUI runs with {'--gpu-only' if args.gpu_only else '--highvram'}, which keeps models on the GPU"
+        return None
+
+    def preview(self, patcher: Any, settings: SwapSettings, shape: tuple[int, int, int]) -> tuple[SwapPlan, str]:
+        """What would be planned if the sampler ran now, and on what.
+
+        Args:
+            patcher: The wrapper's loaded model.
+            settings: What the user asked for.
+            shape: Width, height and frames of the video.
+
+        Raises:
+            BlockSwapError: The model or the shape is none, or no plan fits.
+            HardwareUnavailableError: The device tells nothing of its memory.
+        """
+        import comfy.model_management
+
+        model = patcher.model
+        found = profile_tensors("the loaded model", stored_tensors(model, patcher.patches))
+        tokens = tokens_for(found.architecture, *shape)
+        device = comfy.model_management.get_torch_device()
+        machine = ComfyMachine(device, cache_dir=_user_folder())
+        memory, limits = machine.memory(), _limits()
+        # The sampler has ComfyUI unload its models first, and loads what is outside the blocks.
+        unloaded = sum(loaded.model_loaded_memory() for loaded in comfy.model_management.current_loaded_models)
+        free = min(memory.total_bytes, memory.free_bytes + unloaded + machine.unused_cache_bytes())
+        backend = backend_for(device, pin_budget=self._pin_budget())
+        facts = Facts(
+            spec=machine.spec,
+            memory=replace(memory, free_bytes=max(0, free - found.model.other_bytes)),
+            host=machine.host(),
+            activations=Activations(nbytes=activation_bytes(found.architecture, tokens), is_measured=False),
+            reserve_bytes=limits.reserve_bytes,
+            host_held_bytes=found.model.block_bytes,
+            may_pin=limits.may_pin and backend.registrar is not None,
+            may_overlap=limits.may_overlap and backend.has_streams,
+            must_swap_all=limits.must_swap_all,
+        )
+        return make_plan(found.model, settings, facts), machine.spec.name
+
+    def say_once(self, message: str) -> None:
+        """Logs a warning that is the same at every run."""
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning("%s", message)
+
+    def _pin_budget(self) -> PinBudget:
+        if self._pins is None:
+            self._pins = PinBudget(read_host_memory().pin_budget_bytes)
+        return self._pins
+
+    def _make_run(self, transformer: Any, blocks: Sequence[tuple[str, Any]], settings: SwapSettings) -> SwapRun | None:
+        try:
+            machine = ComfyMachine(transformer.main_device, cache_dir=_user_folder())
+        except HardwareUnavailableError as failure:
+            self.say_once(f"blocks are not swapped by us: {failure}")
+            return None
+        return SwapRun(
+            blocks,
+            settings,
+            machine,
+            backend_for(transformer.main_device, pin_budget=self._pin_budget()),
+            root=transformer,
+            limits=_limits(),
+            sampler=Sampler(machine.spec, idle_s=IDLE_S),
+            trace_dir=_temp_folder(),
+        )
+
+
+def _limits() -> Limits:
+    """ComfyUI's flags."""
+    from comfy.cli_args import args
+
+    reserve = getattr(args, "reserve_vram", None)
+    return Limits(
+        may_pin=not getattr(args, "disable_pinned_memory", False),
+        may_overlap=not getattr(args, "disable_async_offload", False),
+        reserve_bytes=0 if reserve is None else int(reserve * GIB),
+        must_swap_all=bool(getattr(args, "novram", False)),
+    )
+
+
+def _user_folder() -> Path:
+    import folder_paths
+
+    return Path(folder_paths.get_user_directory()) / FOLDER
+
+
+def _temp_folder() -> Path:
+    import folder_paths
+
+    return Path(folder_paths.get_temp_directory()) / FOLDER

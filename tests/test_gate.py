@@ -1,0 +1,144 @@
+"""Through the gate, every way in which the wrapper runs gives the unswapped latents and copies no weight back."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import standin
+import torch
+from gate_bench import BLOCKS, DEVICE, VACE_BLOCKS, GateBench, allocated, arguments, block_bytes, is_as_new, sampled
+from standin import Workflow, swap_args
+from standin.measuring import unswapped
+
+pytestmark = pytest.mark.usefixtures("pretend_stats")
+
+LOOPS = {"multitalk", "multitalk_kept", "multitalk_lora_unmerged", "multitalk_lora_merged", "multitalk_gguf"}
+LOOPS |= {"animate_loop", "animate_loop_fp8_scaled"}
+EXPERTS = {name for name in standin.VARIANTS if name.startswith("two_experts")}
+STEP_BYTES = 8 * 10 * (BLOCKS + VACE_BLOCKS) * 4
+"""The LoRA step counters of all layers, a long integer each, once for each time that a run is released."""
+ALL = 4
+
+
+@pytest.fixture
+def bench() -> Iterator[GateBench]:
+    bench = GateBench()
+    yield bench
+    bench.gate.restore()
+
+
+@pytest.mark.parametrize("count", [1, 2, ALL, None])
+@pytest.mark.parametrize("variant", standin.VARIANTS)
+def test_latents_are_those_of_the_unswapped_model_and_no_weight_is_copied_back(
+    bench: GateBench, variant: str, count: int | None
+) -> None:
+    truth = unswapped(variant, DEVICE)
+    workflow = bench.workflow(variant, arguments(count))
+    first = sampled(workflow)
+    assert torch.equal(first.latents, truth.latents)
+    assert torch.equal(workflow.sample(), truth.second)
+    runs = [bench.gate.run_of(transformer) for transformer in workflow.transformers]
+    for run in runs:
+        assert run is not None
+        assert run.session.counters.returned_bytes <= STEP_BYTES
+    # Hints of VACE blocks that are swapped by hand go to the host, as with native swapping.
+    hints = 0 if count is None or "vace" not in variant else 2 * truth.latents.nbytes * 1000
+    assert first.d2h_bytes <= truth.d2h_bytes + STEP_BYTES + hints
+    if count in (2, ALL):
+        assert first.h2d_bytes != truth.h2d_bytes, "a run that did not swap must not pass"
+
+
+UNPATCHED = ["fp32", "bf16", "fp16", "fp8", "fp8_at_load", "lora_merged", "image", "compiled", "lynx"]
+
+
+@pytest.mark.parametrize("variant", UNPATCHED)
+def test_an_unpatched_model_copies_back_what_lies_outside_its_blocks_once_and_nothing_else(
+    bench: GateBench, variant: str
+) -> None:
+    truth = unswapped(variant, DEVICE)
+    workflow = bench.workflow(variant, arguments(ALL))
+    assert sampled(workflow).d2h_bytes == truth.d2h_bytes - block_bytes(workflow.transformer)
+
+
+PATCHED = ["fp8_scaled", "gguf", "lora_unmerged", "lora_set", "lora_fp8_scaled", "lora_gguf", "forcing_fp8_scaled"]
+
+
+@pytest.mark.parametrize("variant", PATCHED)
+def test_a_patched_model_copies_nothing_back_but_step_counters(bench: GateBench, variant: str) -> None:
+    truth = unswapped(variant, DEVICE)
+    cost = sampled(bench.workflow(variant, arguments(ALL)))
+    assert truth.d2h_bytes <= cost.d2h_bytes <= truth.d2h_bytes + STEP_BYTES
+
+
+@pytest.mark.parametrize("variant", [name for name in standin.VARIANTS if "stays" not in name])
+def test_with_all_blocks_swapped_the_peak_is_the_wrappers_own_or_less(bench: GateBench, variant: str) -> None:
+    native = Workflow(variant, device=DEVICE)
+    native.load(swap_args(ALL + 1, vace_blocks_to_swap=VACE_BLOCKS))
+    theirs = sampled(native)
+    del native
+    workflow = bench.workflow(variant, arguments(ALL))
+    ours = sampled(workflow)
+    profile = bench.run_of(workflow).planner.profile
+    assert profile is not None
+    block = max(block.nbytes for block in profile.blocks)
+    assert ours.peak <= 1.02 * theirs.peak + block + profile.small_device_bytes
+
+
+@pytest.mark.parametrize("count", [1, 2, ALL, None])
+@pytest.mark.parametrize("variant", [name for name in standin.VARIANTS if name not in LOOPS | EXPERTS])
+def test_a_run_adopts_once_for_each_time_that_the_wrapper_loads(
+    bench: GateBench, variant: str, count: int | None
+) -> None:
+    workflow = bench.workflow(variant, arguments(count))
+    for runs in (1, 2):
+        workflow.sample()
+        assert bench.run_of(workflow).session.adoptions == runs
+
+
+@pytest.mark.parametrize("count", [2, ALL])
+@pytest.mark.parametrize("variant", ["fp32", "bf16", "fp8_scaled", "lora_fp8_scaled", "context_windows", "skip_layers"])
+def test_bytes_to_the_device_are_streamed_bytes_of_each_forward_and_the_rest_once(
+    bench: GateBench, variant: str, count: int
+) -> None:
+    truth = unswapped(variant, DEVICE)
+    workflow = bench.workflow(variant, arguments(count))
+    cost = sampled(workflow)
+    run = bench.run_of(workflow)
+    profile, report, plan = run.planner.profile, run.last_report, run.plan
+    assert profile is not None
+    assert report is not None
+    assert plan is not None
+    slot = plan.slot_bytes
+    skipped = 3 * count if variant == "skip_layers" else 0
+    streamed = plan.streamed_bytes * report.measured.forwards
+    residents = sum(b.streamed_bytes for b, swapped in zip(profile.blocks, plan.swapped, strict=True) if not swapped)
+    small = sum(b.small_bytes for b in profile.blocks)
+    outside = truth.h2d_bytes - profile.block_bytes
+    expected = streamed + residents + small + outside
+    assert 0.99 * expected - skipped * slot <= cost.h2d_bytes <= 1.01 * expected + plan.window_bytes + skipped * slot
+
+
+@pytest.mark.parametrize("variant", standin.VARIANTS)
+def test_a_model_without_our_arguments_meets_nothing_of_ours(bench: GateBench, variant: str) -> None:
+    truth = unswapped(variant, DEVICE)
+    workflow = bench.workflow(variant, None)
+    seen = []
+    workflow.transformer.register_forward_pre_hook(lambda module, _: seen.append("forward" in vars(module)))
+    cost = sampled(workflow)
+    assert torch.equal(cost.latents, truth.latents)
+    assert seen
+    assert not any(seen)
+    assert bench.gate.run_of(workflow.transformer) is None
+
+
+@pytest.mark.parametrize("variant", [name for name in standin.VARIANTS if "stays" not in name])
+def test_when_a_run_is_over_nothing_of_ours_is_on_the_device_or_the_transformer(bench: GateBench, variant: str) -> None:
+    without = bench.workflow(variant, None)
+    left = [(without.sample(), allocated())[1] for _ in range(2)]
+    del without
+    gc.collect()
+    workflow = bench.workflow(variant, arguments(2))
+    assert all((workflow.sample(), allocated())[1] <= left[i] for i in range(2))
+    assert is_as_new(workflow.transformer)

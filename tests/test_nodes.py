@@ -1,0 +1,306 @@
+"""What ComfyUI and saved workflows see of the nodes, with ComfyUI itself faked and the wrapper's stand-in behind it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import standin
+import torch
+import wanvideo_enhanced_blockswap as package
+from standin import Workflow
+from standin.measuring import unswapped
+from wanvideo_enhanced_blockswap import nodes as node_module
+from wanvideo_enhanced_blockswap.blockswap.settings import EVERY_BLOCK, SETTINGS_KEY, SwapSettings
+from wanvideo_enhanced_blockswap.comfyui import ComfyUI
+from wanvideo_enhanced_blockswap.hardware import GIB
+
+NODES = package.NODE_CLASS_MAPPINGS
+SWAP = NODES["WanVideoEnhancedBlockSwap"]
+HPU = torch.device("hpu:0")
+
+WIDGETS = [
+    ("blocks_to_swap", "INT", 0, 0, 48, 1),
+    ("enable_cuda_optimization", "BOOLEAN", True, None, None, None),
+    ("enable_dram_optimization", "BOOLEAN", True, None, None, None),
+    ("auto_hardware_tuning", "BOOLEAN", True, None, None, None),
+    ("vram_threshold_percent", "FLOAT", 50.0, 30.0, 90.0, 5.0),
+    ("num_cuda_streams", "INT", 8, 1, 16, 1),
+    ("bandwidth_target", "FLOAT", 0.8, 0.1, 1.0, 0.05),
+    ("offload_txt_emb", "BOOLEAN", False, None, None, None),
+    ("offload_img_emb", "BOOLEAN", False, None, None, None),
+    ("vace_blocks_to_swap", "INT", 0, 0, 15, 1),
+    ("debug_mode", "BOOLEAN", False, None, None, None),
+]
+"""Saved workflows store values by position: this list may only grow at its end."""
+
+
+def inputs_of(node: Any) -> dict[str, Any]:
+    types = node.INPUT_TYPES()
+    return {**types.get("required", {}), **types.get("optional", {})}
+
+
+def defaults() -> dict[str, Any]:
+    return {name: value for name, _, value, *_ in WIDGETS}
+
+
+# What is frozen
+
+
+def test_the_nodes_and_their_names() -> None:
+    assert {name: package.NODE_DISPLAY_NAME_MAPPINGS[name] for name in NODES} == {
+        "WanVideoEnhancedBlockSwap": "WanVideo Enhanced BlockSwap (CUDA Optimized)",
+        "WanVideoBlockSwapPlan": "WanVideo BlockSwap Plan",
+        "WanVideoBlockSwapReport": "WanVideo BlockSwap Report",
+    }
+
+
+def test_the_swap_node_is_where_saved_workflows_look_for_it() -> None:
+    assert (SWAP.CATEGORY, SWAP.RETURN_TYPES[0]) == ("WanVideoWrapper/Enhanced", "BLOCKSWAPARGS")
+
+
+def test_the_widgets_are_in_the_order_of_saved_workflows_with_their_ranges_and_defaults() -> None:
+    found = [
+        (name, kind, options["default"], options.get("min"), options.get("max"), options.get("step"))
+        for name, (kind, options) in inputs_of(SWAP).items()
+    ]
+    assert found[: len(WIDGETS)] == WIDGETS
+
+
+def test_a_workflow_of_the_predecessor_loads_with_the_same_meaning() -> None:
+    saved = [8, True, False, False, 35.0, 12, 0.75, True, False, 3, True]
+    settings = SwapSettings(**dict(zip(inputs_of(SWAP), saved, strict=True)))
+    assert settings == SwapSettings(
+        blocks_to_swap=8,
+        enable_dram_optimization=False,
+        auto_hardware_tuning=False,
+        vram_threshold_percent=35.0,
+        num_cuda_streams=12,
+        bandwidth_target=0.75,
+        offload_txt_emb=True,
+        vace_blocks_to_swap=3,
+        debug_mode=True,
+    )
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_every_input_and_output_explains_itself(name: str) -> None:
+    node = NODES[name]
+    assert all(len(options["tooltip"]) > 20 for _, options in inputs_of(node).values())
+    assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES) == len(node.RETURN_NAMES)
+    assert len(node.DESCRIPTION) > 40
+    assert node.SEARCH_ALIASES
+    assert callable(getattr(node, node.FUNCTION))
+    assert not hasattr(node, "IS_CHANGED")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("WanVideoBlockSwapPlan", "WANVIDEOMODEL"), ("WanVideoBlockSwapReport", "LATENT")]
+)
+def test_the_text_nodes_pass_their_first_input_on(name: str, kind: str) -> None:
+    types = NODES[name].INPUT_TYPES()["required"]
+    assert next(iter(types.values()))[0] == NODES[name].RETURN_TYPES[0] == kind
+    assert NODES[name].RETURN_TYPES[-1] == "STRING"
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"blocks_to_swap": 99}, "blocks_to_swap expects a whole number from 0 to 48 but got 99"),
+        ({"blocks_to_swap": -1}, "blocks_to_swap expects a whole number from 0 to 48 but got -1"),
+        ({"vram_threshold_percent": 95.0}, "vram_threshold_percent expects a number from 30.0 to 90.0 but got 95.0"),
+        ({"bandwidth_target": float("nan")}, "bandwidth_target expects a number from 0.1 to 1.0 but got nan"),
+        ({"num_cuda_streams": "8"}, "num_cuda_streams expects a whole number from 1 to 16 but got '8'"),
+        ({"vace_blocks_to_swap": 16}, "vace_blocks_to_swap expects a whole number from 0 to 15 but got 16"),
+    ],
+)
+def test_a_value_out_of_range_is_told_before_anything_runs(given: dict[str, Any], said: str) -> None:
+    assert SWAP.VALIDATE_INPUTS(**given).startswith(said)
+
+
+def test_values_in_range_and_inputs_that_come_from_other_nodes_are_accepted() -> None:
+    assert SWAP.VALIDATE_INPUTS() is True
+    assert SWAP.VALIDATE_INPUTS(blocks_to_swap=48, vram_threshold_percent=30.0) is True
+
+
+# Inside ComfyUI
+
+
+@pytest.fixture
+def comfy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pretend_device: torch.device) -> Iterator[SimpleNamespace]:
+    """ComfyUI as the nodes ask it, with the stand-in wrapper loaded, and a fresh process' state."""
+    flags = SimpleNamespace(gpu_only=False, highvram=False, novram=False, disable_pinned_memory=False)
+    flags.disable_async_offload, flags.reserve_vram = False, None
+    management = SimpleNamespace(get_torch_device=lambda: HPU, current_loaded_models=[])
+    modules: dict[str, dict[str, Any]] = {
+        "nodes": {"NODE_CLASS_MAPPINGS": dict(standin.NODE_CLASS_MAPPINGS)},
+        "comfy": {"__path__": []},
+        "comfy.model_management": vars(management),
+        "comfy.cli_args": {"args": flags},
+        "folder_paths": {
+            "get_user_directory": lambda: str(tmp_path / "user"),
+            "get_temp_directory": lambda: str(tmp_path / "temp"),
+        },
+    }
+    for name, content in modules.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            monkeypatch.setattr(sys.modules[parent], child, module, raising=False)
+    monkeypatch.setattr(node_module, "COMFYUI", ComfyUI())
+    yield SimpleNamespace(
+        flags=flags,
+        set_device=lambda device: vars(sys.modules["comfy.model_management"]).update(get_torch_device=lambda: device),
+        classes=sys.modules["nodes"].NODE_CLASS_MAPPINGS,
+        temp=tmp_path / "temp",
+    )
+    if node_module.COMFYUI.gate is not None:
+        node_module.COMFYUI.gate.restore()
+
+
+def sampled(arguments: dict[str, object] | None, variant: str = "fp32") -> tuple[Workflow, torch.Tensor]:
+    workflow = Workflow(variant, device=HPU)
+    workflow.load(arguments)
+    return workflow, workflow.sample()
+
+
+def test_wired_into_the_loader_it_swaps_and_the_report_tells(comfy: SimpleNamespace) -> None:
+    (arguments,) = SWAP().setargs(auto_hardware_tuning=False, blocks_to_swap=3)
+    workflow, latents = sampled(arguments)
+    assert torch.equal(latents, unswapped("fp32", HPU).latents)
+    samples, text = NODES["WanVideoBlockSwapReport"]().report({"samples": latents}, workflow.patchers[0])
+    assert samples["samples"] is latents
+    assert text.startswith("WanModel on hpu: 3 of 4 blocks swapped (3 pageable), 1 slot")
+    assert len(text.splitlines()) <= 12
+
+
+def test_a_report_of_a_model_that_was_not_swapped_says_so(comfy: SimpleNamespace) -> None:
+    workflow, latents = sampled(None)
+    _, text = NODES["WanVideoBlockSwapReport"]().report({"samples": latents}, workflow.patchers[0])
+    assert "no block was swapped by WanVideo Enhanced BlockSwap" in text
+
+
+@pytest.mark.parametrize(
+    "variant", ["fp32", "fp8_at_load", "fp8_scaled", "gguf", "lora_unmerged", "lora_merged", "vace"]
+)
+def test_the_plan_node_tells_before_sampling_what_the_run_then_does(comfy: SimpleNamespace, variant: str) -> None:
+    (arguments,) = SWAP().setargs(auto_hardware_tuning=False, blocks_to_swap=2)
+    workflow = Workflow(variant, device=HPU)
+    workflow.load(arguments)
+    model, passed, text = NODES["WanVideoBlockSwapPlan"]().preview(workflow.patchers[0], arguments, 128, 128, 9)
+    assert (model, passed) == (workflow.patchers[0], arguments)
+    workflow.sample()
+    gate = node_module.COMFYUI.gate
+    assert gate is not None
+    run = gate.run_of(workflow.transformer)
+    assert run is not None
+    assert run.plan is not None
+    stay = len(run.plan.swapped) - run.plan.swapped_count
+    assert f"{stay} of {len(run.plan.swapped)} blocks stay, 2 stream through" in text
+
+
+def test_the_plan_node_says_what_is_wrong_instead_of_failing_the_prompt(comfy: SimpleNamespace) -> None:
+    (arguments,) = SWAP().setargs()
+    workflow = Workflow("fp32", device=HPU)
+    workflow.load(arguments)
+    plan = NODES["WanVideoBlockSwapPlan"]()
+    assert "width expects a multiple of 16 but got 130" in plan.preview(workflow.patchers[0], arguments, 130, 128, 9)[2]
+    assert (
+        "are not those of WanVideo Enhanced BlockSwap" in plan.preview(workflow.patchers[0], {"blocks_to_swap": 3})[2]
+    )
+    assert "are not those of WanVideo Enhanced BlockSwap" in plan.preview(workflow.patchers[0], None)[2]
+
+
+@pytest.mark.parametrize(
+    ("device", "why"),
+    [
+        (torch.device("cpu"), "the CPU computes from host memory"),
+        (torch.device("mps"), "share the host's memory"),
+        (torch.device("xpu"), "Intel GPUs have not been tried"),
+        (torch.device("privateuseone:0"), "DirectML"),
+        ("dml", "DirectML"),
+    ],
+)
+def test_on_a_device_without_swapping_it_passes_through_with_one_line(
+    comfy: SimpleNamespace, caplog: pytest.LogCaptureFixture, device: Any, why: str
+) -> None:
+    comfy.set_device(device)
+    for _ in range(3):
+        assert SWAP().setargs(blocks_to_swap=3) == (None,)
+    assert [why in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("flag", ["gpu_only", "highvram"])
+def test_flags_that_keep_models_on_the_gpu_switch_automatic_swapping_off_and_leave_counts_by_hand(
+    comfy: SimpleNamespace, flag: str
+) -> None:
+    setattr(comfy.flags, flag, True)
+    assert SWAP().setargs() == (None,)
+    (arguments,) = SWAP().setargs(auto_hardware_tuning=False, blocks_to_swap=3)
+    assert arguments is not None
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "limits"),
+    [
+        ("disable_pinned_memory", True, {"may_pin": False}),
+        ("disable_async_offload", True, {"may_overlap": False}),
+        ("reserve_vram", 1.5, {"reserve_bytes": 3 * GIB // 2}),
+        ("novram", True, {"must_swap_all": True}),
+    ],
+)
+def test_comfyuis_flags_are_limits_of_the_plan(
+    comfy: SimpleNamespace, flag: str, value: Any, limits: dict[str, Any]
+) -> None:
+    setattr(comfy.flags, flag, value)
+    (arguments,) = SWAP().setargs()
+    workflow, latents = sampled(arguments)
+    assert torch.equal(latents, unswapped("fp32", HPU).latents)
+    gate = node_module.COMFYUI.gate
+    assert gate is not None
+    run = gate.run_of(workflow.transformer)
+    assert run is not None
+    assert {name: getattr(run.planner.limits, name) for name in limits} == limits
+    if flag == "novram":
+        assert run.plan is not None
+        assert all(run.plan.swapped)
+
+
+def test_without_the_wrapper_it_says_what_to_install_and_gives_the_wrappers_own_arguments(
+    comfy: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    comfy.classes.clear()
+    (arguments,) = SWAP().setargs(auto_hardware_tuning=False, blocks_to_swap=7)
+    assert arguments is not None
+    assert SETTINGS_KEY not in arguments
+    assert arguments["blocks_to_swap"] == 7
+    assert "install it through ComfyUI Manager" in caplog.records[0].message
+
+
+def test_a_wrapper_that_has_changed_swaps_by_itself_with_one_warning(
+    comfy: SimpleNamespace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("standin.nodes_sampler.init_blockswap", lambda transformer: None)
+    for _ in range(2):
+        (arguments,) = SWAP().setargs()
+        assert arguments is not None
+        assert (arguments["blocks_to_swap"], SETTINGS_KEY in arguments) == (EVERY_BLOCK, False)
+    warnings = [record.message for record in caplog.records]
+    assert len(warnings) == 1
+    assert "has changed: init_blockswap(block_swap_args=…)" in warnings[0]
+
+
+def test_debug_mode_writes_its_trace_into_comfyuis_temp_folder(comfy: SimpleNamespace) -> None:
+    (arguments,) = SWAP().setargs(auto_hardware_tuning=False, blocks_to_swap=3, debug_mode=True)
+    sampled(arguments)
+    (trace,) = (comfy.temp / "wanvideo-enhanced-blockswap").iterdir()
+    assert trace.suffix == ".json"
