@@ -24,7 +24,7 @@ from .blockswap.run import SwapRun
 from .blockswap.settings import SwapSettings
 from .blockswap.stored import profile_tensors
 from .blockswap.wanvideo import find_wrapper
-from .hardware import DeviceMemory, HardwareUnavailableError, Sampler, read_host_memory
+from .hardware import DeviceMemory, HardwareUnavailableError, Sampler, probe_device, read_host_memory
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,11 @@ class ComfyUI:
         kind = getattr(device, "type", None)  # DirectML gives an object of its own
         if kind is None or kind in NO_SWAPPING:
             return f"{device}: {NO_SWAPPING.get(kind or 'privateuseone')}"
-        if settings.auto_hardware_tuning and (args.gpu_only or args.highvram):
+        if not settings.auto_hardware_tuning:
+            return None
+        if probe_device(device).is_integrated:
+            return f"{device} shares the host's memory, so that swapping frees nothing; a count by hand is obeyed"
+        if args.gpu_only or args.highvram:
             return f"ComfyUI runs with {'--gpu-only' if args.gpu_only else '--highvram'}, which keeps models on the GPU"
         return None
 

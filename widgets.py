@@ -83,8 +83,8 @@ _whole(
 )
 _switch(
     "debug_mode",
-    "Log the configuration and the times of each block, compare checksums of the weights, and write a trace file for "
-    "ui.perfetto.dev into ComfyUI's temp folder.",
+    "Log the configuration and the times of each block, check each copy of weights against its source (slow), and "
+    "write a trace file for ui.perfetto.dev into ComfyUI's temp folder.",
     advanced=True,
 )
 

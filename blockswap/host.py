@@ -67,6 +67,7 @@ class Slab:
         tier: How the bytes travel.
         sources: Where each tensor's bytes came from; empty once they were edited.
         bound: The tensors that point at the masters, held weakly, and the in-place edits each had counted.
+        checksums: Of the masters as they were filled; None until debug mode asks.
     """
 
     pages: PageMemory
@@ -75,6 +76,7 @@ class Slab:
     tier: HostTier
     sources: tuple[_Source, ...] = ()
     bound: tuple[tuple[weakref.ref[torch.Tensor], int | None], ...] = ()
+    checksums: tuple[int, ...] | None = None
 
     @property
     def memory(self) -> torch.Tensor:
@@ -97,6 +99,7 @@ class Slab:
             if tensor.data_ptr() != view.data_ptr():
                 copy_bytes(view, tensor)
         self.sources = tuple(map(_Source.of, tensors))
+        self.checksums = None
 
     def bind(self, tensors: Sequence[torch.Tensor]) -> None:
         """Points `tensors` at their masters."""

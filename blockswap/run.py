@@ -237,6 +237,7 @@ class SwapRun:
         self._found.observed, self._found.prediction = None, self.planner.predict(plan)
 
     def _trace_what_is_asked(self) -> None:
+        self.session.checks = self.planner.settings.debug_mode
         self.session.log.traced = EVERY_FORWARD if self.planner.settings.debug_mode else self._timed
 
     def _look_again(self) -> None:

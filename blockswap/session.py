@@ -75,6 +75,7 @@ class SwapSession:
         self.counters = Counters()
         self.adoptions = 0
         self.on_master: OnMaster | None = None
+        self.checks = False
 
     def __enter__(self) -> SwapSession:
         return self
@@ -231,6 +232,8 @@ class SwapSession:
     def _begin(self, modules: Sequence[nn.Module]) -> None:
         self._state = SessionState.RUNNING
         self.log.begin(self._holds)
+        assert self._holds.swapper is not None
+        self._holds.swapper.checks = self.checks
         for module, hook in zip(modules, self._hooks, strict=True):
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
 

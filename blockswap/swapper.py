@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .binding import BlockBinding, Bound
+from .checks import check_slot
 from .decision import SwapPlan
 from .errors import UnsupportedModelError
 from .host import HostStore
@@ -38,6 +39,7 @@ class BlockSwapper:
     Attributes:
         trace: Receives spans of time; None records nothing. May be switched between forwards.
         entered: Blocks that have run.
+        checks: Each slot is compared with its slab before it is used.
 
     Raises:
         DeviceMemoryError: The device cannot hold the plan; every tensor is as it was before.
@@ -58,6 +60,7 @@ class BlockSwapper:
         self._on_master = on_master
         self.trace: Trace | None = None
         self.entered = 0
+        self.checks = False
         self._ring = Ring(plan.swapped, slots=plan.slots)
         self._bound: list[Bound] = []
         self._fixed: list[tuple[TensorEntry, torch.Tensor, torch.Tensor]] = []
@@ -90,7 +93,7 @@ class BlockSwapper:
         self.entered += 1
         if binding.was_edited():
             self._ring.forget(block)
-            self._store.slabs[block].sources = ()
+            self._store.slabs[block].sources, self._store.slabs[block].checksums = (), None
         step = self._ring.enter(block)
         self._obey(step)
         if step.slot is None:
@@ -102,6 +105,8 @@ class BlockSwapper:
         after = self._mark()
         self._running = block, after
         binding.point(binding.slots[step.slot])
+        if self.checks:
+            self._check(block)
         if self.trace is not None:
             self.trace.add(STALL, block, before, after)
 
@@ -157,6 +162,12 @@ class BlockSwapper:
                     f"{self._model.profile.blocks[block].name} expects weights that its forward only reads but one was "
                     "edited in place; the edit is lost with its slot: keep that tensor in a buffer"
                 )
+
+    def _check(self, block: int) -> None:
+        streamed = [entry for entry in self._model.entries[block] if entry.placement is Placement.STREAMED]
+        views = [entry.tensor for entry in streamed]
+        name = self._model.profile.blocks[block].name
+        check_slot(name, [entry.path for entry in streamed], views, self._store.slabs[block])
 
     def _obey(self, step: Step) -> None:
         if step.released is not None:

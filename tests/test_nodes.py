@@ -239,6 +239,16 @@ def test_on_a_device_without_swapping_it_passes_through_with_one_line(
     assert [why in record.message for record in caplog.records] == [True]
 
 
+def test_an_integrated_gpu_is_left_alone_unless_a_count_is_given_by_hand(
+    comfy: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    integrated = SimpleNamespace(is_integrated=True)
+    monkeypatch.setattr("wanvideo_enhanced_blockswap.comfyui.probe_device", lambda device: integrated)
+    assert SWAP().setargs() == (None,)
+    assert "shares the host's memory" in caplog.records[0].message
+    assert SWAP().setargs(auto_hardware_tuning=False, blocks_to_swap=3) != (None,)
+
+
 @pytest.mark.parametrize("flag", ["gpu_only", "highvram"])
 def test_flags_that_keep_models_on_the_gpu_switch_automatic_swapping_off_and_leave_counts_by_hand(
     comfy: SimpleNamespace, flag: str

@@ -1,0 +1,74 @@
+"""Checksums of debug mode: what they find, and that they are not taken without it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from run_bench import BLOCK, Bench, X
+from wanvideo_enhanced_blockswap.blockswap import SwapSettings
+from wanvideo_enhanced_blockswap.blockswap.checks import checksum
+from wanvideo_enhanced_blockswap.blockswap.errors import TransferError
+
+DEBUG = SwapSettings(debug_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int64])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000])
+def test_a_checksum_is_of_the_bytes_wherever_they_lie(dtype: torch.dtype, count: int) -> None:
+    data = torch.randint(0, 255, (count * dtype.itemsize + 64,), dtype=torch.uint8)
+    here = data[16 : 16 + count * dtype.itemsize].view(dtype)
+    assert checksum(here) == checksum(here.clone())
+
+
+@pytest.mark.parametrize("at", [0, 500, 999])
+def test_one_changed_byte_changes_a_checksum(at: int) -> None:
+    data = torch.randint(0, 255, (1000,), dtype=torch.uint8)
+    before = checksum(data)
+    data[at] += 1
+    assert checksum(data) != before
+
+
+def swapped_block(bench: Bench) -> int:
+    plan = bench.run.plan
+    assert plan is not None
+    return plan.swapped_indices[1]
+
+
+def test_debug_mode_finds_weights_that_another_node_has_edited_through_data() -> None:
+    bench = Bench(room=5, settings=DEBUG)
+    bench.forward(times=3)
+    block = swapped_block(bench)
+    bench.model.blocks[block].up.data.view(-1)[3] += 1.0
+    with pytest.raises(TransferError, match=rf"blocks\.{block}\.up expects the bytes it was adopted with"):
+        bench.forward(times=2)
+
+
+def test_without_debug_mode_nothing_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanvideo_enhanced_blockswap.blockswap.swapper.check_slot", None)  # would raise
+    Bench(room=5).forward(times=3)
+
+
+def test_debug_mode_finds_a_slot_that_does_not_hold_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(room=5, settings=DEBUG)
+    bench.forward(times=3)
+    window = bench.run.session.window
+    real = type(bench.simulation.streams).reads
+
+    def spoil(self, memory, nbytes, stream):
+        real(self, memory, nbytes, stream)
+        window[0][0] ^= 1
+
+    monkeypatch.setattr(type(bench.simulation.streams), "reads", spoil)
+    with pytest.raises(TransferError, match="expects the bytes it was adopted with"):
+        bench.forward(times=2)
+
+
+def test_debug_mode_gives_the_same_outputs_and_an_edit_in_place_is_followed() -> None:
+    bench = Bench(room=5, settings=DEBUG)
+    bench.forward(times=4)
+    with torch.no_grad():
+        bench.model.blocks[swapped_block(bench)].up.mul_(2.0)
+    with torch.inference_mode(), bench.run.forward():
+        result = bench.model(X)
+    assert not torch.equal(result, bench.expected)
+    assert BLOCK
