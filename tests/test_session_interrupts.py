@@ -85,7 +85,11 @@ def first_line(error: Exception) -> str:
 
 
 class Striking:
-    """Raises at the n-th line that runs in the given functions of the package's core."""
+    """Raises at the n-th line that runs in the given functions of the package's core.
+
+    A trace function can raise behind the last statement of a `with` block and before its `__exit__`, where no signal
+    can. What such a block has switched off in torch is switched on again afterwards, for the tests that follow.
+    """
 
     def __init__(self, n: int, functions: set[str]) -> None:
         self.left = n
@@ -94,11 +98,13 @@ class Striking:
         self._folder = os.path.dirname(package.__file__)
 
     def __enter__(self) -> Striking:
+        self._torch_functions = torch._C._get_torch_function_state()
         sys.settrace(self._call)
         return self
 
     def __exit__(self, *exception: object) -> None:
         sys.settrace(None)
+        torch._C._set_torch_function_state(self._torch_functions)
 
     def _call(self, frame: FrameType, event: str, argument: object) -> object:
         code = frame.f_code
