@@ -78,6 +78,9 @@ class ComfyUI:
         Raises:
             WrapperError: The wrapper is absent or has changed.
         """
+        if self._gate is not None and not self._gate.is_whole:
+            self._gate.restore()
+            self._gate = None
         if self._gate is None:
             import nodes
 

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from .blockswap.errors import BlockSwapError, SettingsError, WrapperError
+from .blockswap.loaded import is_ours
 from .blockswap.report_text import plan_text, summary
 from .blockswap.settings import EVERY_BLOCK, SwapSettings
 from .comfyui import ComfyUI
@@ -97,10 +98,11 @@ class WanVideoBlockSwapPlan:
         return model, block_swap_args, self._text(model, block_swap_args, (width, height, num_frames))
 
     def _text(self, model: Any, block_swap_args: Any, shape: tuple[int, int, int]) -> str:
-        settings = None if block_swap_args is None else SwapSettings.from_blockswapargs(block_swap_args)
-        if settings is None:
+        if not is_ours(block_swap_args):
             return "nothing is planned: the arguments are not those of WanVideo Enhanced BlockSwap"
         try:
+            settings = SwapSettings.from_blockswapargs(block_swap_args)
+            assert settings is not None, "is_ours has found them"
             plan, card = COMFYUI.preview(model, settings, shape)
         except (BlockSwapError, HardwareUnavailableError) as failure:
             return str(failure)

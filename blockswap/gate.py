@@ -8,18 +8,16 @@ without our arguments, compiled or not, never meets a line of this package.
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import logging
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from .loaded import bring_home, entry, is_ours, replace_in
+from .patch import Forward, Watched
 from .run import SwapRun
 from .settings import SwapSettings
 from .state import SessionState
@@ -31,10 +29,12 @@ from .wanvideo import (
     blocks_as_they_stand,
     check_transformer,
     forget_our_count,
+    forget_packed,
     host_bytes,
     named_blocks,
     own_swapping_off,
     refuse_cuda_graphs,
+    refuse_vram_management,
     reset_counters,
     unwrapped,
     vace_blocks_entered,
@@ -52,17 +52,25 @@ MakeRun = Callable[[nn.Module, Any, SwapSettings], "SwapRun | None"]
 
 @dataclass(slots=True)
 class Guest:
-    """A transformer that has our arguments. Knows it weakly: its life is the wrapper's.
+    """A transformer that has our arguments. Does not know it: its life is the wrapper's.
 
     Attributes:
         run: Its run.
-        patched: The objects whose `forward` is ours now, with what stood there before (None: nothing of their own).
+        patched: What stands as `forward` on its modules now; those hold it themselves.
         hints_to_host: VACE hints go to the host.
     """
 
     run: SwapRun
-    patched: list[tuple[weakref.ref[nn.Module], Any]]
+    patched: list[weakref.ref[Forward]]
     hints_to_host: bool = False
+
+    def disarm(self) -> None:
+        """Every `forward` as it was."""
+        patched, self.patched = self.patched, []
+        for reference in patched:
+            forward = reference()
+            if forward is not None:
+                forward.disarm()
 
 
 class Gate:
@@ -77,34 +85,32 @@ class Gate:
         self._wrapper = wrapper
         self._make_run = make_run
         self._guests: weakref.WeakKeyDictionary[nn.Module, Guest] = weakref.WeakKeyDictionary()
-        self._ours: dict[str, Callable[..., Any]] = {}
+        self._watched: list[Watched] = []
 
     @property
-    def is_installed(self) -> bool:
-        """Whether the wrapper's functions are ours now."""
-        return bool(self._ours)
+    def is_whole(self) -> bool:
+        """Whether the wrapper's functions are ours now, in every module: a reload has put others there."""
+        return bool(self._watched) and all(watched.is_whole for watched in self._watched)
 
     def install(self) -> None:
-        """Wraps the three functions wherever they are held; idempotent."""
-        if self._ours:
+        """Watches the three functions wherever they are held; idempotent."""
+        if self._watched:
             return
-        notices = {LOAD: self._before_load, BEGIN: self._before_begin, END: self._before_end}
-        self._ours = {name: _noticed(self._wrapper.functions[name], notice) for name, notice in notices.items()}
-        after = {BEGIN: self._after_begin, END: self._after_end}
-        self._ours |= {name: _followed(self._ours[name], follow) for name, follow in after.items()}
-        for name, function in self._ours.items():
-            for module in self._wrapper.holders[name]:
-                setattr(module, name, function)
+        holders = self._wrapper.holders
+        self._watched = [
+            Watched(LOAD, holders[LOAD], self._before_load),
+            Watched(BEGIN, holders[BEGIN], self._before_begin, self._without_counts),
+            # The wrapper's own offload is owed to what follows, whatever we make of it.
+            Watched(END, holders[END], self._before_end, self._without_counts, always=True),
+        ]
 
     def restore(self) -> None:
         """Everything as if it had never been installed; runs are closed, weights are in ordinary host memory."""
         for transformer in list(self._guests):
             self._dismiss(transformer)
-        for name, function in self._ours.items():
-            for module in self._wrapper.holders[name]:
-                if vars(module).get(name) is function:
-                    setattr(module, name, self._wrapper.functions[name])
-        self._ours = {}
+        for watched in self._watched:
+            watched.restore()
+        self._watched = []
 
     def run_of(self, transformer: Any) -> SwapRun | None:
         """The run of a transformer, under way or over; None if it has never had our arguments, or no longer has."""
@@ -112,33 +118,44 @@ class Gate:
         return None if guest is None else guest.run
 
     def _before_load(self, transformer: Any, arguments: Mapping[str, Any]) -> None:
-        """Old residents and new weights must not stand side by side."""
-        transformer = unwrapped(transformer)
-        has_ours, guest = is_ours(arguments.get("block_swap_args")), self._guests.get(transformer)
-        if guest is None:
-            if not has_ours:
-                forget_our_count(transformer)
+        """Old residents and new weights must not stand side by side. What cannot run is refused before any is moved."""
+        transformer, swap_args = unwrapped(transformer), arguments.get("block_swap_args")
+        guest = self._guests.get(transformer)
+        if swap_args is not None and is_ours(swap_args):
+            SwapSettings.from_blockswapargs(swap_args)
+            refuse_cuda_graphs(arguments.get("compile_args"))
+            if guest is not None:
+                guest.disarm()
+                if guest.run.session.state is SessionState.ADOPTED:
+                    guest.run.release()
             return
-        self._disarm(guest)
-        if not has_ours:
+        forget_our_count(transformer)
+        if guest is not None:
             self._dismiss(transformer)
-        elif guest.run.session.state is SessionState.ADOPTED:
-            guest.run.release()
+            if arguments.get("gguf"):
+                forget_packed(transformer)
 
     def _before_begin(self, transformer: Any, arguments: Mapping[str, Any]) -> None:
         """The run begins: masters shown before the wrapper moves blocks, settings from its arguments."""
         outer, transformer = transformer, unwrapped(transformer)
         swap_args, model = arguments.get("block_swap_args"), arguments.get("model")
-        if not is_ours(swap_args) or swap_args is None:
+        if not is_ours(swap_args):
+            forget_our_count(transformer)
             if transformer in self._guests:
                 self._dismiss(transformer)
-            else:
-                forget_our_count(transformer)
             return
+        try:
+            self._begin(outer, transformer, swap_args, model)
+        except BaseException:
+            reset_counters(transformer)
+            raise
+
+    def _begin(self, outer: Any, transformer: Any, swap_args: Any, model: Any) -> None:
         check_transformer(transformer)
         refuse_cuda_graphs(entry(model, "compile_args"))
+        refuse_vram_management(model)
         settings = SwapSettings.from_blockswapargs(swap_args)
-        assert settings is not None
+        assert settings is not None, "is_ours has found them"
         guest = self._guests.get(transformer)
         if guest is None:
             run = self._make_run(transformer, named_blocks(transformer), settings)
@@ -152,13 +169,11 @@ class Gate:
         guest.hints_to_host = not settings.auto_hardware_tuning and settings.vace_blocks_to_swap > 0
         if guest.run.session.state is SessionState.ADOPTED:
             guest.run.release()
-        self._disarm(guest)
+        guest.disarm()
+        guest.patched = [weakref.ref(Forward.on(transformer, self._forward))]
         if outer is not transformer:
             logger.info("a model compiled as a whole runs uncompiled with swapped blocks; compile the blocks alone")
-        forward = self._forward_of(transformer)
-        for module in dict.fromkeys((transformer, outer)):
-            guest.patched.append((weakref.ref(module), vars(module).get("forward")))
-            vars(module)["forward"] = forward
+            guest.patched.append(weakref.ref(Forward.on(outer, _past_compiling)))
 
     def _make_room(self, transformer: nn.Module, guest: Guest) -> None:
         """Models whose run is over give up what this one needs: locks first, then slabs."""
@@ -176,7 +191,7 @@ class Gate:
                 logger.info("host memory is short: a model whose run is over gives up its slabs")
                 session.give_up_slabs()
 
-    def _after_begin(self, transformer: Any) -> None:
+    def _without_counts(self, transformer: Any) -> None:
         """What the wrapper's own count has set is not to outlive the run, whoever ends it."""
         if unwrapped(transformer) in self._guests:
             reset_counters(unwrapped(transformer))
@@ -185,7 +200,7 @@ class Gate:
         """The run is over: every tensor at its master before the wrapper offloads, so that it copies no block."""
         guest = self._guests.get(unwrapped(transformer))
         if guest is not None:
-            self._disarm(guest)
+            guest.disarm()
             if guest.run.session.state is SessionState.ADOPTED:
                 guest.run.release()
                 self._relieve(guest)
@@ -197,44 +212,17 @@ class Gate:
             logger.info("host memory is nearly full: slabs are not kept for the next run")
             guest.run.session.give_up_slabs()
 
-    def _after_end(self, transformer: Any) -> None:
-        if unwrapped(transformer) in self._guests:
-            reset_counters(unwrapped(transformer))
-
     def _dismiss(self, transformer: nn.Module) -> None:
         """Our arguments are gone: the transformer is as if it had never had them."""
         guest = self._guests.pop(transformer)
-        self._disarm(guest)
+        guest.disarm()
         guest.run.close()
         forget_our_count(transformer)  # not any other: the sampler may just have set the wrapper's own
 
-    def _disarm(self, guest: Guest) -> None:
-        patched, guest.patched = guest.patched, []
-        for reference, before in patched:
-            module = reference()
-            if module is None:
-                continue
-            if before is None:
-                vars(module).pop("forward", None)
-            else:
-                vars(module)["forward"] = before
-
-    def _forward_of(self, transformer: nn.Module) -> Callable[..., Any]:
-        reference = weakref.ref(transformer)
-        before = vars(transformer).get("forward")
-
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def forward(*arguments: Any, **keywords: Any) -> Any:
-            alive = reference()
-            assert alive is not None, "its own attribute is being called"
-            # Looked up now: others may have patched the class since.
-            original = functools.partial(type(alive).forward, alive) if before is None else before
-            return self._forward(alive, original, arguments, keywords)
-
-        return forward
-
     def _forward(self, transformer: Any, original: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
-        guest = self._guests[transformer]
+        guest = self._guests.get(transformer)
+        if guest is None:
+            return original(*arguments, **keywords)
         latents = arguments[0] if arguments else keywords.get("x")
         try:
             workload = self._prepared(transformer, guest, latents)
@@ -263,27 +251,6 @@ class Gate:
         return workload
 
 
-def _noticed(function: Callable[..., Any], notice: Callable[[Any, Mapping[str, Any]], None]) -> Callable[..., Any]:
-    """`function`, told to `notice` before it runs."""
-    signature = inspect.signature(function)
-
-    @functools.wraps(function)
-    def noticed(*arguments: Any, **keywords: Any) -> Any:
-        bound = signature.bind_partial(*arguments, **keywords)
-        notice(bound.arguments["transformer"], bound.arguments)
-        return function(*arguments, **keywords)
-
-    return noticed
-
-
-def _followed(function: Callable[..., Any], follow: Callable[[Any], None]) -> Callable[..., Any]:
-    """`function`, with `follow` after it, however it ends."""
-
-    @functools.wraps(function)
-    def followed(transformer: Any, *arguments: Any, **keywords: Any) -> Any:
-        try:
-            return function(transformer, *arguments, **keywords)
-        finally:
-            follow(transformer)
-
-    return followed
+def _past_compiling(outer: Any, original: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
+    """A call of the module that torch.compile has made of a transformer, as one of the transformer itself."""
+    return unwrapped(outer)(*arguments, **keywords)

@@ -53,7 +53,9 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
     if version_of(tensor) is not None or tensor.numel() == 0:
         return None
     elements = flat(tensor)
-    return elements[:: max(1, elements.numel() // SAMPLED_ELEMENTS)].clone().view(torch.uint8)
+    # On the host: a fingerprint of weights on the device must not keep memory there.
+    sample = elements[:: max(1, elements.numel() // SAMPLED_ELEMENTS)]
+    return sample.to("cpu", copy=True).view(torch.uint8)
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def is_ours(swap_args: Any) -> bool:
     """Whether BLOCKSWAPARGS are ours."""
-    return isinstance(swap_args, Mapping) and SETTINGS_KEY in swap_args
+    return isinstance(swap_args, Mapping) and swap_args.get(SETTINGS_KEY) is not None
 
 
 def entry(model: Any, key: str) -> Any:
@@ -109,6 +109,7 @@ def replace_in(model: Any) -> Callable[[str, int, torch.Tensor], None] | None:
             and held.data_ptr() == address
             and (held.dtype, held.shape, held.stride()) == (master.dtype, master.shape, master.stride())
         ):
-            stored[name] = master
+            # A tensor of its own over the slab's bytes: so their storage knows of one more who holds them.
+            stored[name] = master.detach()
 
     return replace

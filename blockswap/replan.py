@@ -88,6 +88,8 @@ def why_replace(present: SwapPlan, other: SwapPlan, *, total_bytes: int, predict
         return f"the weights take {weights} where {left} are left for them now"
     if other.over_ceiling and not present.over_ceiling:
         return None  # it would save time at the price of the ceiling
+    if present.over_ceiling and not other.over_ceiling:
+        return f"the weights fit now: {format_bytes(other.device_bytes)} of {format_bytes(other.budget_bytes)}"
     if predicted is None or other.forward is None:
         return None
     saved = predicted.elapsed - other.forward.elapsed

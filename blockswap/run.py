@@ -97,7 +97,7 @@ class SwapRun:
 
     @property
     def found(self) -> Findings:
-        """What this run has found out so far."""
+        """What this run has found out."""
         return self._found
 
     @contextlib.contextmanager
@@ -152,8 +152,7 @@ class SwapRun:
             self._begin_run()
         if self._sampler is not None:
             self._sampler.touch()
-        assert self.session.plan is not None
-        return self.session.plan
+        return self._present
 
     def use(self, settings: SwapSettings) -> None:
         """The settings from the next forward on."""
@@ -162,7 +161,7 @@ class SwapRun:
 
     def report(self) -> RunReport | None:
         """Of the run so far; of the last one if none has begun since; None before the first."""
-        if not self._in_run or self.session.plan is None:
+        if not self._in_run:
             return self.last_report
         self._found.observed = self._observe() or self._found.observed
         samples = None if self._sampler is None else self._sampler.samples()
@@ -170,18 +169,28 @@ class SwapRun:
 
     def release(self) -> None:
         """The run is over: every tensor points at its master, the device memory is free, slabs stay for the next."""
-        report = None
+        report = self._report_or_none() if self._in_run else None
         try:
-            report = self.report() if self._in_run else None
+            self.session.release()
         finally:
-            try:
-                self.session.release()
-            finally:
-                self._end_run()
-        if report is not None and report.measured.forwards:
-            samples = None if self._sampler is None else self._sampler.samples()  # with the one at the end
+            self._end_run()
+        if report and report.measured.forwards:
+            self._tell(report)
+
+    def _report_or_none(self) -> RunReport | None:
+        try:
+            return self.report()
+        except Exception:  # whatever it stumbles over, the run itself has succeeded and its memory must go
+            logger.exception("the run has no report; please report this")
+            return None
+
+    def _tell(self, report: RunReport) -> None:
+        samples = None if self._sampler is None else self._sampler.samples()  # with the one at the end
+        try:
             report = replace(report, measured=replace(report.measured, samples=samples))
             self.last_report = tell(report, self.session, self.planner, self._trace_dir)
+        except Exception:  # as above
+            logger.exception("the run's report could not be written; please report this")
 
     def close(self) -> None:
         """Releases, unlocks the slabs and ends; idempotent."""
@@ -189,10 +198,13 @@ class SwapRun:
             if self.session.state is SessionState.ADOPTED:
                 self.release()
         finally:
-            try:
-                self.session.close()
-            finally:
-                self._end_run()
+            self.session.close()
+            self._end_run()
+
+    @property
+    def _present(self) -> SwapPlan:
+        assert self.session.plan is not None, "nothing has been adopted"
+        return self.session.plan
 
     def _begin_run(self) -> None:
         if not self._in_run:
@@ -229,12 +241,10 @@ class SwapRun:
 
     def _time_again(self) -> None:
         """Durations are taken anew, after one forward that warms up: of another plan, or of another workload."""
-        plan = self.session.plan
-        assert plan is not None
         begin = self.session.log.forwards + TIMED_FORWARDS.start
         self._timed = range(begin, begin + len(TIMED_FORWARDS))
         self._trace_what_is_asked()
-        self._found.observed, self._found.prediction = None, self.planner.predict(plan)
+        self._found.observed, self._found.prediction = None, self.planner.predict(self._present)
 
     def _trace_what_is_asked(self) -> None:
         self.session.checks = self.planner.settings.debug_mode
@@ -242,8 +252,7 @@ class SwapRun:
 
     def _look_again(self) -> None:
         """Another plan takes the present one's place, if there is reason to."""
-        present, self._wants_look = self.session.plan, False
-        assert present is not None
+        present, self._wants_look = self._present, False
         why = why_change(self.planner, present, self._found)
         if why is not None:
             self._adopt_anew(why, present)
@@ -267,10 +276,9 @@ class SwapRun:
         if self._found.observed is not None or self.session.log.forwards < self._timed.stop:
             return
         self._found.observed = self._observe()
-        plan = self.session.plan
-        if self._found.observed is not None and plan is not None:
-            self.planner.learn(self._found.observed, plan)
-            self._found.prediction = self.planner.predict(plan)
+        if self._found.observed is not None:
+            self.planner.learn(self._found.observed, self._present)
+            self._found.prediction = self.planner.predict(self._present)
             self._wants_look = True
 
     def _observe(self) -> Observed | None:

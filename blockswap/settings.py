@@ -108,11 +108,11 @@ class SwapSettings:
 def _check(name: str, kind: str, value: object) -> None:
     if kind == "bool":
         if not isinstance(value, bool):
-            raise SettingsError(f"{name} expects True or False but got {value!r}")
+            raise SettingsError(f"{name} expects True or False but got {value!r}; set the widget again")
         return
     allowed = RANGES[name]
     expected = f"{name} expects a {'whole ' if kind == 'int' else ''}number from {allowed.lowest} to {allowed.highest}"
     if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
-        raise SettingsError(f"{expected} but got {value!r}")
+        raise SettingsError(f"{expected} but got {value!r}; set the widget again")
     if not allowed.lowest <= value <= allowed.highest:
         raise SettingsError(f"{expected} but got {value}; change the widget to a value in that range")

@@ -54,11 +54,9 @@ class Wrapper:
     """The loaded wrapper.
 
     Attributes:
-        functions: The three functions by name.
-        holders: For each of them, the modules that hold it under its name.
+        holders: For each of the three functions by name, the modules that hold it, or what another pack has made of it.
     """
 
-    functions: Mapping[str, Callable[..., Any]]
     holders: Mapping[str, Sequence[ModuleType]]
 
 
@@ -97,10 +95,14 @@ def find_wrapper(node_classes: Mapping[str, type]) -> Wrapper:
     package = loader.__name__.rpartition(".")[0]
     inside = [module for name, module in list(sys.modules.items()) if name.startswith(f"{package}.") and module]
     holders = {
-        name: tuple(module for module in inside if vars(module).get(name) is function)
-        for name, function in functions.items()
+        name: tuple(module for module in inside if _is_ours_to_watch(vars(module).get(name), name))
+        for name in functions
     }
-    return Wrapper({name: function for name, function in functions.items() if function is not None}, holders)
+    return Wrapper(holders)
+
+
+def _is_ours_to_watch(found: Any, name: str) -> bool:
+    return callable(found) and set(PARAMETERS[name]) <= set(_parameters(found))
 
 
 def check_transformer(transformer: nn.Module) -> None:
@@ -123,6 +125,19 @@ def refuse_cuda_graphs(compile_args: Mapping[str, Any] | None) -> None:
         raise WrapperError(
             f"swapped blocks expect a torch.compile without CUDA graphs, which fix the addresses of weights, but got "
             f"{what}; choose mode max-autotune-no-cudagraphs or default in the WanVideo torch compile settings"
+        )
+
+
+def refuse_vram_management(model: Any) -> None:
+    """Raises WrapperError where the wrapper's own VRAM management has the model: it moves what we hold."""
+    try:
+        is_on = bool(model["auto_cpu_offload"])
+    except (KeyError, TypeError, AttributeError):
+        return  # an older wrapper, or a model of another kind, without it
+    if is_on:
+        raise WrapperError(
+            "swapped blocks expect a model without vram_management_args but got one with them: they move the same "
+            "weights; disconnect one of the two nodes"
         )
 
 
@@ -173,6 +188,17 @@ def forget_our_count(transformer: nn.Module) -> None:
     """A run with our arguments that failed before it began has left their count behind."""
     if getattr(transformer, "blocks_to_swap", 0) == EVERY_BLOCK:
         reset_counters(transformer)
+
+
+def forget_packed(transformer: nn.Module) -> None:
+    """Empties the packed (GGUF) weights of the blocks: the wrapper's loader keeps those that are there, wherever they
+    are, and reads the others anew.
+    """
+    for _, block in named_blocks(transformer):
+        for module in block.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and hasattr(parameter, "quant_type"):
+                    module._parameters[name] = nn.Parameter(parameter.new_empty(0).as_subclass(torch.Tensor), False)  # noqa: FBT003
 
 
 @contextlib.contextmanager

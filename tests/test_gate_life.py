@@ -326,16 +326,3 @@ def test_compiled_blocks_are_not_compiled_again_when_the_number_of_swapped_block
         assert torch.equal(workflow.sample(arguments(count)), truth("compiled"))
         graphs.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
     assert graphs == [(0, 0)] * 6, "graphs and graph breaks beyond those of the unswapped run"
-
-
-# VACE
-
-
-def test_hints_go_to_the_host_where_the_device_has_no_room_for_them(bench: GateBench, pretend_stats: Any) -> None:
-    workflow = bench.workflow("vace", arguments(None, vram_threshold_percent=90.0))
-    pretend_stats.set_memory_limit(620_000)
-    assert torch.equal(workflow.sample(), truth("vace"))
-    guest = bench.gate._guests[workflow.transformer]
-    plan = bench.run_of(workflow).plan
-    assert plan is not None
-    assert guest.hints_to_host or not plan.over_ceiling

@@ -93,7 +93,7 @@ FULL = RunReport(
     activation_bytes=3 * GIB,
     link_bytes_per_s=25e9,
     measured=MEASURED,
-    notes=("the trace is in /tmp/trace.json",),
+    notes=("the trace is in traces/trace.json",),
 )
 BARE = RunReport(
     title="toy on cpu",
@@ -139,7 +139,7 @@ def test_a_summary_puts_what_was_predicted_beside_what_was_measured() -> None:
         "30.0 GiB; RAM available at least 20.0 GiB\n"
         "planned again: the settings have changed\n"
         "not page-locked: a slab expects 100 bytes of the pin budget but 10 are left\n"
-        "note: the trace is in /tmp/trace.json"
+        "note: the trace is in traces/trace.json"
     )
 
 

@@ -66,18 +66,23 @@ def test_an_error_at_the_begin_of_a_forward_leaves_a_run_that_goes_on(
     assert bench.simulation.streams.allocated_bytes == 0
 
 
-def test_a_report_that_fails_does_not_keep_the_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["make_report", "tell"])
+def test_a_report_that_fails_costs_neither_the_run_nor_its_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
     before = threading.active_count()
     bench = Bench(room=5, sampler=CountingSampler())
     bench.forward(times=2)
 
-    def fail() -> None:
-        raise RuntimeError("no clock")
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise ZeroDivisionError
 
-    monkeypatch.setattr(bench.run, "report", fail)
-    with pytest.raises(RuntimeError, match="no clock"):
+    with monkeypatch.context() as patch:
+        patch.setattr(f"wanvideo_enhanced_blockswap.blockswap.run.{what}", fail)
         bench.run.release()
     assert (bench.simulation.streams.allocated_bytes, threading.active_count()) == (0, before)
+    assert any("please report this" in record.message and record.exc_info for record in caplog.records)
+    bench.forward(times=2)
 
 
 @pytest.mark.parametrize("can_reset", [True, False])

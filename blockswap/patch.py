@@ -1,0 +1,153 @@
+"""Wrapped functions in the modules that hold them, and `forward` on one object: put there, and taken away exactly."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+Notice = Callable[[Any, Mapping[str, Any]], None]
+"""Told the transformer and all arguments by name."""
+
+RunForward = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Runs a forward of the transformer by its original function, with these arguments."""
+
+
+class Watched:
+    """One function of the wrapper, watched wherever a module holds it, or holds what another pack has made of it.
+
+    Args:
+        name: Its name in the modules.
+        modules: Those that hold something callable of that name.
+        before: Told before it runs. What it raises goes out, unless `always`.
+        after: Told the transformer after it has run, however that ended; None tells nobody.
+        always: The function runs even if `before` raises.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        modules: Sequence[ModuleType],
+        before: Notice,
+        after: Callable[[Any], None] | None = None,
+        *,
+        always: bool = False,
+    ) -> None:
+        self._name = name
+        self._before = before
+        self._after = after
+        self._always = always
+        self._is_inside = False
+        ours: dict[int, Callable[..., Any]] = {}
+        self._held = []
+        for module in modules:
+            original = vars(module)[name]
+            wrapped = ours.setdefault(id(original), self._wrap(original))
+            setattr(module, name, wrapped)
+            self._held.append((module, original, wrapped))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every module still holds what was put there."""
+        return all(vars(module).get(self._name) is wrapped for module, _, wrapped in self._held)
+
+    def restore(self) -> None:
+        """Every module that still holds ours holds its own again."""
+        for module, original, wrapped in self._held:
+            if vars(module).get(self._name) is wrapped:
+                setattr(module, self._name, original)
+        self._held = []
+
+    def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def watched(*arguments: Any, **keywords: Any) -> Any:
+            if self._is_inside:  # one pack's wrapper calls another module's function, which is ours too
+                return function(*arguments, **keywords)
+            self._is_inside = True
+            try:
+                return self._run(function, signature, arguments, keywords)
+            finally:
+                self._is_inside = False
+
+        return watched
+
+    def _run(self, function: Any, signature: inspect.Signature, arguments: Any, keywords: Any) -> Any:
+        bound = signature.bind_partial(*arguments, **keywords).arguments
+        transformer = bound.get("transformer")
+        try:
+            if self._always:
+                try:
+                    self._before(transformer, bound)
+                finally:
+                    result = function(*arguments, **keywords)
+                return result
+            self._before(transformer, bound)
+            return function(*arguments, **keywords)
+        finally:
+            if self._after is not None:
+                self._after(transformer)
+
+
+class Forward:
+    """What stands as `forward` in the attributes of one module, between the begin and the end of a run.
+
+    Once `disarm`ed, it passes straight on to what stood there, for whoever has kept it. It holds what stood there and
+    nobody else does, so that a module that goes takes it along; a deep copy of the module gets its own original.
+
+    Args:
+        module: The module.
+        run: Runs a forward.
+    """
+
+    def __init__(self, module: nn.Module, run: RunForward) -> None:
+        found = vars(module).get("forward")
+        self._before = found.before if isinstance(found, Forward) else found
+        self._module = weakref.ref(module)
+        self._run: RunForward | None = run
+
+    @classmethod
+    def on(cls, module: nn.Module, run: RunForward) -> Forward:
+        """A new one, in place."""
+        forward = vars(module)["forward"] = cls(module, run)
+        return forward
+
+    @property
+    def before(self) -> Any:
+        """What stood in the module's attributes; None for nothing, which leaves it to the class."""
+        return self._before
+
+    def disarm(self) -> None:
+        """The module has what it had before, unless somebody has put something else there since."""
+        self._run = None
+        module = self._module()
+        if module is None or vars(module).get("forward") is not self:
+            return
+        if self._before is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = self._before
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        module = self._module()
+        assert module is not None, "its own attribute is being called"
+        original = self._original(module)
+        return (
+            original(*arguments, **keywords) if self._run is None else self._run(module, original, arguments, keywords)
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._module()))
+        return self if copied is None else functools.partial(type(copied).forward, copied)
+
+    def _original(self, module: nn.Module) -> Callable[..., Any]:
+        # The class is looked up now: others may have patched it since.
+        return functools.partial(type(module).forward, module) if self._before is None else self._before
