@@ -52,7 +52,8 @@ _switch(
 _switch(
     "auto_hardware_tuning",
     "On (recommended): the number of swapped blocks, the streams and the share of VRAM follow from the memory that is "
-    "free, the measured link and your GPU. Off: blocks_to_swap, num_cuda_streams and bandwidth_target below are used.",
+    "free, the measured link and your GPU. Off: blocks_to_swap, "
+    "vace_blocks_to_swap, num_cuda_streams and bandwidth_target are used.",
 )
 _share(
     "vram_threshold_percent",
@@ -62,8 +63,7 @@ _share(
 )
 _whole(
     "num_cuda_streams",
-    "Copy streams that share each transfer. Read only when auto_hardware_tuning is off; 1 or 2 are as fast as more on "
-    "most systems.",
+    "Copy streams that share each transfer. Read only when auto_hardware_tuning is off.",
     advanced=True,
 )
 _share(

@@ -19,7 +19,7 @@ def plan(
     swapped: int, *, slots: int = 2, budget: int = 1 << 40, over: bool = False, ms: float | None = None
 ) -> SwapPlan:
     forward = None if ms is None else ForwardTime(ms, ms, 0.0, 0.0, 0.0)
-    made = fixed_plan([i < swapped for i in range(6)], slots=slots)(PROFILE)
+    made = fixed_plan([i < swapped for i in range(6)], slots=2)(PROFILE)
     return replace(made, budget_bytes=budget, over_ceiling=over, forward=forward)
 
 
@@ -27,7 +27,7 @@ def time(ms: float) -> ForwardTime:
     return ForwardTime(ms, ms, 0.0, 0.0, 0.0)
 
 
-TOTAL = 100 * plan(3).device_bytes
+TOTAL = 20 * plan(3).device_bytes
 
 
 @pytest.mark.parametrize(
