@@ -1,0 +1,219 @@
+"""One case: nodes are called as ComfyUI calls them, and what they cost is measured; run by comfy_process.py only."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy_watch
+import tiny_wan
+import torch
+from comfy_loading import DEVICE
+
+import nodes
+
+TEXT_TOKENS = {"prompt_embeds": 12, "negative_prompt_embeds": 8}
+
+SIZE = {"width": 64, "height": 64, "num_frames": 5}
+
+LOADING = {"base_precision": "bf16", "quantization": "disabled", "load_device": "offload_device"}
+"""Inputs of the loader, unless the case says otherwise."""
+
+SAMPLING = {
+    "steps": 2,
+    "cfg": 4.0,
+    "shift": 5.0,
+    "seed": 42,
+    "force_offload": True,
+    "scheduler": "euler",
+    "rope_function": "comfy",
+}
+"""Inputs of both samplers, unless the case says otherwise."""
+
+PLAIN = {"riflex_freq_index": 0, "batched_cfg": False}
+FORCING = {"addnoise_condition": 10, "fps": 24.0}
+"""Inputs of one sampler only."""
+
+
+def outputs(name: str, **inputs: Any) -> tuple[Any, ...]:
+    """The outputs of a node that is registered under this name."""
+    node = nodes.NODE_CLASS_MAPPINGS[name]()
+    return getattr(node, node.FUNCTION)(**inputs)
+
+
+def call(name: str, **inputs: Any) -> Any:
+    """The first output of a node."""
+    return outputs(name, **inputs)[0]
+
+
+class Cases:
+    """Runs cases in one process.
+
+    Args:
+        models: The folder of model files, which are made as they are needed.
+    """
+
+    def __init__(self, models: Path) -> None:
+        self._models = models
+        self._loaded: dict[str, Any] = {}
+
+    def run(self, case: Mapping[str, Any]) -> dict[str, Any]:
+        """What came of a case; of one that fails, `error` has the exception's type and text.
+
+        A case has these keys, all but the first optional:
+            load: Inputs of WanVideoModelLoader; `extra_model` is a file.
+            second: A file: the second expert, which takes over after the first step.
+            lora: Inputs of WanVideoLoraSelect; with `set`, it goes through WanVideoSetLoRAs.
+            swap: `{"node": name, "inputs": {…}}`: the node that gives BLOCKSWAPARGS.
+            swap_at: "loader", or "set": through WanVideoSetBlockSwap.
+            cached: Loaded models of the case before are used again, where their inputs are the same.
+            vace: The sampler gets a VACE context.
+            size: Of the video: width, height, num_frames.
+            sampler: Its node.
+            sample: Inputs of the sampler.
+            nodes: Nodes that give further inputs of the sampler.
+            limit_bytes: Memory of the device.
+            fault: See comfy_watch.watched.
+            texts: What the package's other two nodes say: `plan_text` before sampling, `report_text` after it.
+        """
+        torch.hpu.set_memory_limit(case.get("limit_bytes"))
+        try:
+            with torch.inference_mode():
+                return self._run(case)
+        finally:
+            torch.hpu.set_memory_limit(None)
+
+    def _run(self, case: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        models: list[Any] = []
+        began = time.perf_counter()
+        try:
+            models += self._models_of(case)
+            found["load_s"] = time.perf_counter() - began
+            if case.get("texts"):
+                found["plan_text"] = _plan_text(case, models[-1])
+            with comfy_watch.watched(_transformers(models), case.get("fault")) as seen:
+                samples = self._sample_all(case, models)
+            found["latents"] = _digest(samples["samples"])
+            if case.get("texts"):
+                found["report_text"] = outputs("WanVideoBlockSwapReport", samples=samples, model=models[-1])[-1]
+        except BaseException as failure:  # noqa: BLE001 - an interrupt is one; ComfyUI catches it at this very place
+            found["error"] = f"{type(failure).__name__}: {failure}"
+        found["total_s"] = time.perf_counter() - began
+        return found | (seen if "load_s" in found else {}) | comfy_watch.standing(_transformers(models))
+
+    def _sample_all(self, case: Mapping[str, Any], models: list[Any]) -> dict[str, Any]:
+        """What the last of the models leaves; each takes one step, and the last one the rest."""
+        if len(models) == 1:
+            return self._sample(case, models[0])
+        samples: dict[str, Any] = {}
+        for index, model in enumerate(models):
+            end = index + 1 if model is not models[-1] else -1
+            earlier = {"samples": samples} if samples else {}
+            samples = self._sample(case, model, **earlier, start_step=index, end_step=end)
+        return samples
+
+    def _models_of(self, case: Mapping[str, Any]) -> list[Any]:
+        """What goes into the samplers."""
+        swap_args = _output_of(case.get("swap"))
+        lora = _without_flag(case.get("lora"))
+        inputs: dict[str, Any] = LOADING | case["load"]
+        if lora is not None:
+            self._make(f"loras/{lora['lora']}")
+            lora = call("WanVideoLoraSelect", unique_id=None, **lora)
+        is_set = bool(case.get("lora", {}).get("set"))
+        by_loader = case.get("swap_at", "loader") == "loader"
+        inputs |= {"lora": lora} if lora is not None and not is_set else {}
+        inputs |= {"block_swap_args": swap_args} if swap_args is not None and by_loader else {}
+        loaded = self._load([inputs | {"model": file} for file in _files(case)], again=not case.get("cached"))
+        if is_set:
+            loaded = [call("WanVideoSetLoRAs", model=model, lora=lora) for model in loaded]
+        if not by_loader:
+            loaded = [call("WanVideoSetBlockSwap", model=model, block_swap_args=swap_args) for model in loaded]
+        return loaded
+
+    def _load(self, wanted: Sequence[dict[str, Any]], *, again: bool) -> list[Any]:
+        """The loader's outputs for these inputs. As in ComfyUI, what this case does not use is dropped first."""
+        keys = [json.dumps(inputs, sort_keys=True) for inputs in wanted]
+        self._loaded = {key: model for key, model in self._loaded.items() if key in keys and not again}
+        gc.collect()
+        for key, inputs in zip(keys, wanted, strict=True):
+            if key not in self._loaded:
+                self._make(f"diffusion_models/{inputs['model']}")
+                if "extra_model" in inputs:
+                    self._make(f"diffusion_models/{inputs['extra_model']}")
+                    inputs |= {"extra_model": call("WanVideoExtraModelSelect", extra_model=inputs["extra_model"])}
+                self._loaded[key] = call("WanVideoModelLoader", **inputs)
+        return [self._loaded[key] for key in keys]
+
+    def _make(self, name: str) -> None:
+        tiny_wan.make(self._models, name)
+
+    def _sample(self, case: Mapping[str, Any], model: Any, **part: Any) -> Any:
+        name = case.get("sampler", "WanVideoSampler")
+        size = SIZE | case.get("size", {})
+        own = FORCING if name == "WanVideoDiffusionForcingSampler" else PLAIN
+        inputs: dict[str, Any] = SAMPLING | own | part | case.get("sample", {})
+        inputs["text_embeds"] = _text()
+        inputs["image_embeds"] = _vace_context(**size) if case.get("vace") else call("WanVideoEmptyEmbeds", **size)
+        inputs |= {key: _output_of(node) for key, node in case.get("nodes", {}).items()}
+        return call(name, model=model, **inputs)
+
+
+def _plan_text(case: Mapping[str, Any], model: Any) -> str:
+    size = SIZE | case.get("size", {})
+    return outputs("WanVideoBlockSwapPlan", model=model, block_swap_args=_output_of(case["swap"]), **size)[-1]
+
+
+def _output_of(node: Mapping[str, Any] | None) -> Any:
+    return None if node is None else call(node["node"], **node["inputs"])
+
+
+def _without_flag(lora: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if lora is None else {key: value for key, value in lora.items() if key != "set"}
+
+
+def _files(case: Mapping[str, Any]) -> list[str]:
+    return [case["load"]["model"], *([case["second"]] if "second" in case else [])]
+
+
+def _transformers(models: list[Any]) -> list[Any]:
+    return [model.model.diffusion_model for model in models]
+
+
+def _text() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(7)
+    drawn = {
+        name: [(torch.randn(tokens, tiny_wan.TEXT_WIDTH, generator=generator) * 0.3).bfloat16().to(DEVICE)]
+        for name, tokens in TEXT_TOKENS.items()
+    }
+    return drawn | {"echoshot": False}
+
+
+def _vace_context(width: int, height: int, num_frames: int) -> dict[str, Any]:
+    """What WanVideoVACEEncode gives, of random latents instead of a video's."""
+    shape = (num_frames - 1) // 4 + 1, height // 8, width // 8
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "vace_context": [torch.randn(tiny_wan.VACE_CHANNELS, *shape, generator=generator).to(DEVICE)],
+        "vace_scale": 1.0,
+        "has_ref": False,
+        "num_frames": num_frames,
+        "target_shape": (tiny_wan.CHANNELS, *shape),
+        "vace_start_percent": 0.0,
+        "vace_end_percent": 1.0,
+        "vace_seq_len": math.prod(shape) // 4,
+        "additional_vace_inputs": [],
+    }
+
+
+def _digest(latents: torch.Tensor) -> str:
+    whole = latents.detach().cpu().contiguous()
+    assert whole.isfinite().all(), "the latents are not finite"
+    return hashlib.sha256(whole.view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,0 +1,116 @@
+"""The real ComfyUI inside this process, with the pretend accelerator as its device; run by comfy_process.py only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DEVICE = torch.device("hpu", 0)
+
+WRAPPER = "ComfyUI-WanVideoWrapper"
+
+
+def load_comfyui(comfyui: Path, scratch: Path) -> None:
+    """Makes ComfyUI importable, with its folders in `scratch` and DEVICE as the device that models run on.
+
+    It is started for the CPU, since it knows no way to ask this accelerator for its memory; what it asks then is
+    answered from `torch.hpu`.
+    """
+    for name in ("models/diffusion_models", "models/loras", "custom_nodes", "input", "output", "temp", "user"):
+        (scratch / name).mkdir(parents=True, exist_ok=True)
+    sys.path.insert(0, str(comfyui))
+    sys.argv = ["main.py", "--cpu", "--disable-api-nodes", "--base-directory", str(scratch)]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.model_management as management
+
+    def free(device: Any = None, torch_free_too: bool = False) -> Any:
+        if not _is_ours(device):
+            return on_cpu[0](device, torch_free_too)
+        nbytes = torch.hpu.mem_get_info()[0]
+        return (nbytes, nbytes) if torch_free_too else nbytes
+
+    def total(device: Any = None, torch_total_too: bool = False) -> Any:
+        if not _is_ours(device):
+            return on_cpu[1](device, torch_total_too)
+        nbytes = torch.hpu.mem_get_info()[1]
+        return (nbytes, nbytes) if torch_total_too else nbytes
+
+    on_cpu = management.get_free_memory, management.get_total_memory
+    management.get_torch_device = lambda: DEVICE
+    management.get_free_memory, management.get_total_memory = free, total
+    import server
+
+    server.PromptServer(asyncio.new_event_loop())  # the wrapper's previews look for it
+
+
+def make_attention_traceable() -> None:
+    """Attention on the accelerator is made of plain operators, as torch.compile can follow it: asked for its choice of
+    a kernel while it traces, the accelerator would look at values that are not there.
+    """
+    _CHOICES.impl("_fused_sdp_choice", lambda *arguments, **keywords: _PLAIN_ATTENTION, "HPU", allow_override=True)
+
+
+_CHOICES = torch.library.Library("aten", "IMPL")
+_PLAIN_ATTENTION = 0  # at::SDPBackend::math
+
+
+def _is_ours(device: Any) -> bool:
+    return device is None or getattr(device, "type", None) == DEVICE.type
+
+
+def load_custom_node(folder: Path) -> None:
+    """Loads a custom node as ComfyUI does."""
+    import nodes
+
+    if not asyncio.run(nodes.load_custom_node(str(folder))):
+        raise RuntimeError(f"ComfyUI could not load {folder}; its log says why")
+
+
+def load_wrapper(comfyui: Path) -> None:
+    """Loads the wrapper, and has its model believe in CUDA: without, the loop over blocks swaps nothing by itself."""
+    load_custom_node(comfyui / "custom_nodes" / WRAPPER)
+    import nodes
+
+    package = nodes.NODE_CLASS_MAPPINGS["WanVideoSampler"].__module__.rpartition(".")[0]
+    model = sys.modules[f"{package}.wanvideo.modules.model"]
+    model.torch = _Overlay("torch", torch, cuda=_Overlay("torch.cuda", torch.cuda, **_PRETENDED_CUDA))
+
+
+class _Overlay(types.ModuleType):
+    """A module with some names of its own, which otherwise is `below`."""
+
+    def __init__(self, name: str, below: types.ModuleType, **own: Any) -> None:
+        super().__init__(name)
+        vars(self).update(own, below=below)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["below"], name)
+
+
+class _PastEvent:
+    """An event where each copy is over when its call returns."""
+
+    def record(self, stream: object = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+_PRETENDED_CUDA: dict[str, Callable[..., Any]] = {
+    "is_available": lambda: True,
+    "Event": _PastEvent,
+    "stream": lambda stream: contextlib.nullcontext(),
+}

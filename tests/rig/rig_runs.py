@@ -1,0 +1,54 @@
+"""Runs of the variants, each made once and looked at by several tests."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from comfy_client import Comfy
+from rig_variants import BLOCKS, VARIANTS, native, ours
+
+HALF = BLOCKS // 2
+
+COUNTS = (1, HALF, BLOCKS, "auto")
+"""What our node is asked for."""
+
+
+class Runs:
+    """Runs variants in one process.
+
+    Args:
+        comfy: The process.
+    """
+
+    def __init__(self, comfy: Comfy) -> None:
+        self._comfy = comfy
+        self._made: dict[tuple[str, object], SimpleNamespace] = {}
+
+    def of(self, variant: str, count: object) -> SimpleNamespace:
+        """What came of a variant that is swapped by us.
+
+        Args:
+            variant: Its name.
+            count: One of COUNTS.
+        """
+        if count != "auto":
+            return self._once(variant, count, swap=ours(count))
+        # A device that the whole model would fill: automatic tuning has to swap about half of it.
+        return self._once(variant, count, swap=ours(None), limit_bytes=self.unswapped(variant).peak_bytes)
+
+    def unswapped(self, variant: str) -> SimpleNamespace:
+        """What came of it without any swapping."""
+        return self._once(variant, "unswapped")
+
+    def native(self, variant: str) -> SimpleNamespace:
+        """What came of it with all blocks swapped by the wrapper."""
+        return self._once(variant, "native", swap=native())
+
+    def _once(self, variant: str, how: object, **changes: object) -> SimpleNamespace:
+        if (variant, how) not in self._made:
+            outcome = self._comfy.run(VARIANTS[variant], **changes)
+            outcome.how = how
+            self._made[variant, how] = outcome
+        outcome = self._made[variant, how]
+        assert not hasattr(outcome, "error"), outcome.error
+        return outcome

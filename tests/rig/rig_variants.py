@@ -1,0 +1,127 @@
+"""The ways in which users run the wrapper, as cases for comfy_process.py, and the nodes that swap blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+BLOCKS, VACE_BLOCKS = 30, 15
+"""Of every tiny model, and of one with VACE besides."""
+
+Case = dict[str, Any]
+
+
+def ours(blocks: int | None, **widgets: Any) -> Case:
+    """Our node with a count of blocks (VACE blocks in proportion), or None for automatic tuning."""
+    manual = {} if blocks is None else {"blocks_to_swap": blocks, "vace_blocks_to_swap": blocks * VACE_BLOCKS // BLOCKS}
+    inputs = {"auto_hardware_tuning": blocks is None, **manual, **widgets}
+    return {"node": "WanVideoEnhancedBlockSwap", "inputs": inputs}
+
+
+def native(blocks: int = BLOCKS, prefetch: int = 0) -> Case:
+    """The wrapper's own node; all blocks by default."""
+    inputs = {
+        "blocks_to_swap": blocks,
+        "vace_blocks_to_swap": VACE_BLOCKS,
+        "offload_img_emb": False,
+        "offload_txt_emb": False,
+        "use_non_blocking": False,
+        "prefetch_blocks": prefetch,
+        "block_swap_debug": False,
+    }
+    return {"node": "WanVideoBlockSwap", "inputs": inputs}
+
+
+def _case(model: str, **further: Any) -> Case:
+    """A case from a file, inputs of the loader and the sampler by their names, and keys of the case."""
+    load = {name: further.pop(name) for name in LOADER_INPUTS & further.keys()}
+    sample = {name: further.pop(name) for name in SAMPLER_INPUTS & further.keys()}
+    return {"load": {"model": model, **load}, "sample": sample, **further}
+
+
+LOADER_INPUTS = {"base_precision", "quantization", "load_device", "extra_model", "compile_args", "vram_management_args"}
+SAMPLER_INPUTS = {"steps", "cfg", "shift", "force_offload"}
+
+BF16, SCALED, GGUF = "bf16.safetensors", "fp8_scaled.safetensors", "q8_0.gguf"
+SCALED_FP8 = {"quantization": "fp8_e4m3fn_scaled"}
+
+_MERGED = {"lora": "lora.safetensors", "strength": 0.8, "merge_loras": True}
+_UNMERGED = _MERGED | {"merge_loras": False}
+_LARGE = _UNMERGED | {"lora": "large_lora.safetensors"}
+_SET = _UNMERGED | {"set": True}
+
+_WINDOWS = {
+    "node": "WanVideoContextOptions",
+    "inputs": {
+        "context_schedule": "uniform_standard",
+        "context_frames": 9,
+        "context_stride": 4,
+        "context_overlap": 4,
+        "freenoise": True,
+        "verbose": False,
+    },
+}
+_SKIPPED_LAYERS = {
+    "node": "WanVideoSLG",
+    "inputs": {"blocks": "3,10,20", "start_percent": 0.0, "end_percent": 1.0},
+}
+SLG_SKIPS = 3
+"""Blocks that each unconditional forward leaves out."""
+
+_LATE = {"start_step": 1, "end_step": -1, "cache_device": "offload_device"}
+_TEACACHE = {
+    "node": "WanVideoTeaCache",
+    "inputs": {**_LATE, "rel_l1_thresh": 0.9, "use_coefficients": False, "mode": "e"},
+}
+_MAGCACHE = {"node": "WanVideoMagCache", "inputs": {**_LATE, "magcache_thresh": 0.3, "magcache_K": 2}}
+_EASYCACHE = {"node": "WanVideoEasyCache", "inputs": {**_LATE, "easycache_thresh": 0.9}}
+
+COMPILED = {
+    "backend": "aot_eager",
+    "fullgraph": False,
+    "mode": "default",
+    "dynamic": False,
+    "dynamo_cache_size_limit": 64,
+    "dynamo_recompile_limit": 128,
+    "compile_transformer_blocks_only": True,
+    "force_parameter_static_shapes": True,
+    "allow_unmerged_lora_compile": False,
+}
+
+VARIANTS: dict[str, Case] = {
+    "bf16": _case(BF16),
+    "fp16": _case(BF16, base_precision="fp16", steps=1),
+    "fp32": _case(BF16, base_precision="fp32", cfg=1.0),
+    "fp8": _case("fp8.safetensors", quantization="fp8_e4m3fn", cfg=1.0),
+    "fp8_at_load": _case(BF16, quantization="fp8_e4m3fn", cfg=1.0),
+    "fp8_scaled": _case(SCALED, **SCALED_FP8, cfg=1.0),
+    "gguf": _case(GGUF, cfg=1.0),
+    "lora_merged": _case(BF16, lora=_MERGED, cfg=1.0),
+    "lora_unmerged": _case(BF16, lora=_UNMERGED),
+    "lora_unmerged_large": _case(BF16, lora=_LARGE, cfg=1.0),
+    "lora_set": _case(BF16, lora=_SET, cfg=1.0),
+    "lora_fp8_scaled": _case(SCALED, **SCALED_FP8, lora=_UNMERGED, cfg=1.0),
+    "lora_gguf": _case(GGUF, lora=_UNMERGED, cfg=1.0),
+    "vace": _case("vace.safetensors", vace=True),
+    "vace_module": _case(BF16, extra_model="vace_module.safetensors", vace=True, cfg=1.0),
+    "vace_fp8_scaled": _case("vace_fp8_scaled.safetensors", **SCALED_FP8, vace=True, cfg=1.0),
+    "vace_gguf": _case("vace_q8_0.gguf", vace=True, cfg=1.0),
+    "context_windows": _case(BF16, nodes={"context_options": _WINDOWS}, size={"num_frames": 17}, cfg=1.0),
+    "two_experts": _case(BF16, second="low_noise.safetensors"),
+    "two_experts_fp8_scaled": _case(SCALED, **SCALED_FP8, second="low_noise_fp8_scaled.safetensors"),
+    "compiled": _case(BF16, compile_args=COMPILED, cfg=1.0),
+    "compiled_lora_unmerged": _case(BF16, compile_args=COMPILED, lora=_UNMERGED, cfg=1.0),
+    "stays": _case(BF16, force_offload=False, cfg=1.0),
+    "stays_gguf": _case(GGUF, force_offload=False, cfg=1.0),
+    "main_device": _case(BF16, load_device="main_device", cfg=1.0),
+    "set_block_swap": _case(BF16, swap_at="set", cfg=1.0),
+    "skipped_layers": _case(BF16, nodes={"slg_args": _SKIPPED_LAYERS}),
+    "teacache": _case(BF16, nodes={"cache_args": _TEACACHE}, steps=4, shift=50.0, cfg=1.0),
+    "magcache": _case(BF16, nodes={"cache_args": _MAGCACHE}, steps=4, cfg=1.0),
+    "easycache": _case(BF16, nodes={"cache_args": _EASYCACHE}, steps=4, cfg=1.0),
+    "one_forward_a_step": _case(BF16, cfg=1.0),
+    "forcing": _case(BF16, sampler="WanVideoDiffusionForcingSampler", cfg=1.0),
+}
+"""By name. Four forwards, or two (with cfg=1.0) where that shows as much: the whole is to take minutes."""
+
+REMOVED_FROM = ("bf16", "stays", "stays_gguf", "lora_unmerged", "gguf", "vace")
+"""Those from which the node is taken away."""

@@ -1,0 +1,82 @@
+"""One loaded model, run after run in the real wrapper, failures among them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from comfy_client import Comfy
+from rig_runs import HALF
+from rig_variants import BLOCKS, VARIANTS, ours
+
+pytestmark = pytest.mark.rig
+
+CLEAN = 5
+"""Runs before the first failure."""
+
+IN_THE_MIDDLE = BLOCKS + HALF
+"""Of the second forward, counted in blocks."""
+
+FAILURES = {"interrupt": "InterruptProcessingException", "memory": "OutOfMemoryError", "error": "RuntimeError"}
+"""What strikes, and the exception that the user sees."""
+
+Sequence = dict[str, list[SimpleNamespace]]
+
+
+@pytest.fixture(scope="module", params=["bf16", "lora_merged", "fp8_scaled", "gguf", "vace"])
+def sequence(request: pytest.FixtureRequest, comfy: Comfy) -> Sequence:
+    """`clean` runs, then one of each of FAILURES with a clean one (`after`) behind it; the loader is cached."""
+    case = VARIANTS[request.param] | {"sample": {"cfg": 1.0}}
+    found: Sequence = {"truth": [comfy.run(case)]}
+    case["swap"] = ours(HALF)
+    found["clean"] = [comfy.run(case, cached=index > 0) for index in range(CLEAN)]
+    found["failed"], found["after"] = [], []
+    for kind in FAILURES:
+        found["failed"].append(comfy.run(case, cached=True, fault={"kind": kind, "at": IN_THE_MIDDLE}))
+        found["after"].append(comfy.run(case, cached=True))
+    return found
+
+
+def test_every_run_gives_the_unswapped_latents(sequence: Sequence) -> None:
+    (truth,) = sequence["truth"]
+    assert [getattr(run, "error", None) for run in sequence["clean"] + sequence["after"]] == [None] * (
+        CLEAN + len(FAILURES)
+    )
+    assert {run.latents for run in sequence["clean"] + sequence["after"]} == {truth.latents}
+
+
+def test_every_run_costs_what_the_first_one_did(sequence: Sequence) -> None:
+    figures = {(run.h2d_bytes, run.d2h_bytes, run.peak_bytes) for run in sequence["clean"] + sequence["after"]}
+    assert len(figures) == 1
+
+
+def test_failures_reach_the_user_as_they_are(sequence: Sequence) -> None:
+    seen = [run.error.split(":")[0] for run in sequence["failed"]]
+    assert seen == list(FAILURES.values())
+
+
+def test_failures_strike_in_the_middle(sequence: Sequence) -> None:
+    for run in sequence["failed"]:
+        assert sum(one["blocks"] for one in run.forwards) == IN_THE_MIDDLE
+
+
+def test_the_device_memory_is_free_after_every_run(sequence: Sequence) -> None:
+    (truth,) = sequence["truth"]
+    everything = sequence["clean"] + sequence["failed"] + sequence["after"]
+    assert {run.after_bytes for run in everything} == {truth.after_bytes}
+
+
+def test_the_transformer_is_the_wrappers_own_after_every_run(sequence: Sequence) -> None:
+    (truth,) = sequence["truth"]
+    for run in sequence["clean"] + sequence["failed"] + sequence["after"]:
+        assert (run.counters, run.places, run.has_own_forward) == ([[-1, -1, 0]], truth.places, False)
+
+
+def test_host_memory_does_not_grow_from_run_to_run(sequence: Sequence) -> None:
+    second, fifth = sequence["clean"][1], sequence["clean"][CLEAN - 1]
+    assert fifth.host_bytes == pytest.approx(second.host_bytes, rel=0.03)
+
+
+def test_host_memory_does_not_grow_with_failures(sequence: Sequence) -> None:
+    second, last = sequence["clean"][1], sequence["after"][-1]
+    assert last.host_bytes <= 1.03 * second.host_bytes

@@ -1,0 +1,113 @@
+"""Inputs that change while the real wrapper keeps its model, and inputs that do not go together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from comfy_client import Comfy
+from rig_figures import to_host
+from rig_runs import HALF, Runs
+from rig_variants import BLOCKS, COMPILED, VARIANTS, native, ours
+
+pytestmark = pytest.mark.rig
+
+LARGEST_COUNT = 48
+"""That the widget takes."""
+
+
+def test_changed_counts_take_effect_with_the_loader_cached(comfy: Comfy, runs: Runs) -> None:
+    case = VARIANTS["set_block_swap"]
+    counts = [BLOCKS, HALF, 1, BLOCKS]
+    changed = [comfy.run(case, swap=ours(count), cached=index > 0) for index, count in enumerate(counts)]
+    fresh = [runs.of("set_block_swap", count) for count in counts]
+    for name in ("latents", "h2d_bytes", "d2h_bytes", "peak_bytes", "after_bytes"):
+        assert [getattr(run, name) for run in changed] == [getattr(run, name) for run in fresh], name
+
+
+@pytest.mark.parametrize("variant", ["set_block_swap", "lora_unmerged", "gguf"])
+def test_both_kinds_of_swapping_take_turns_on_one_cached_model(comfy: Comfy, runs: Runs, variant: str) -> None:
+    case = VARIANTS[variant] | {"swap_at": "set"}
+    swaps = [native(), ours(HALF), native(), ours(BLOCKS)]
+    first, ours_first, second, ours_second = (
+        comfy.run(case, swap=swap, cached=index > 0) for index, swap in enumerate(swaps)
+    )
+    truth = runs.unswapped(variant)
+    assert {run.latents for run in (first, ours_first, second, ours_second)} == {truth.latents}
+    assert (second.h2d_bytes, second.d2h_bytes) == (first.h2d_bytes, first.d2h_bytes)
+    assert second.peak_bytes == pytest.approx(first.peak_bytes, rel=0.01)
+    assert second.counters == first.counters != [[-1, -1, 0]]
+    for run in (ours_first, ours_second):
+        run.how = None
+        assert run.counters == [[-1, -1, 0]]
+        assert run.d2h_bytes in to_host(variant, run, truth)
+
+
+def test_a_count_above_the_models_swaps_every_block(comfy: Comfy, runs: Runs) -> None:
+    every = runs.of("bf16", BLOCKS)
+    run = comfy.run(VARIANTS["bf16"], swap=ours(LARGEST_COUNT, vace_blocks_to_swap=15))
+    assert (run.latents, run.h2d_bytes, run.peak_bytes) == (every.latents, every.h2d_bytes, every.peak_bytes)
+
+
+@pytest.mark.parametrize(
+    "widgets",
+    [
+        {"debug_mode": True},
+        {"enable_cuda_optimization": False},
+        {"enable_dram_optimization": False},
+        {"offload_txt_emb": True, "offload_img_emb": True},
+    ],
+    ids=lambda widgets: "_".join(widgets),
+)
+def test_no_widget_changes_the_latents(comfy: Comfy, runs: Runs, widgets: dict[str, Any]) -> None:
+    assert comfy.latents(VARIANTS["bf16"], swap=ours(HALF, **widgets)) == runs.unswapped("bf16").latents
+
+
+def test_with_vram_management_the_wrapper_refuses_both_and_the_next_run_is_right(comfy: Comfy, runs: Runs) -> None:
+    load = VARIANTS["bf16"]["load"] | {"vram_management_args": {"offload_percent": 1.0}}
+    theirs = comfy.run(VARIANTS["bf16"], load=load, swap=native())
+    refused = comfy.run(VARIANTS["bf16"], load=load, swap=ours(HALF))
+    assert refused.error == theirs.error
+    assert "vram_management_args" in refused.error
+    assert comfy.latents(VARIANTS["bf16"], swap=ours(HALF)) == runs.unswapped("bf16").latents
+
+
+def test_with_vram_management_and_set_block_swap_we_do_what_the_wrappers_own_node_does(comfy: Comfy) -> None:
+    load = VARIANTS["bf16"]["load"] | {"vram_management_args": {"offload_percent": 1.0}}
+    theirs = comfy.run(VARIANTS["bf16"], load=load, swap=native(), swap_at="set")
+    run = comfy.run(VARIANTS["bf16"], load=load, swap=ours(BLOCKS), swap_at="set")
+    assert getattr(run, "error", None) == getattr(theirs, "error", None)
+    assert getattr(run, "latents", None) == getattr(theirs, "latents", None)
+
+
+def test_cuda_graphs_are_refused_with_what_to_do_and_the_next_run_is_right(comfy: Comfy, runs: Runs) -> None:
+    load = VARIANTS["bf16"]["load"] | {"compile_args": COMPILED | {"mode": "max-autotune"}}
+    refused = comfy.run(VARIANTS["bf16"], load=load, swap=ours(HALF), swap_at="set")
+    assert "max-autotune-no-cudagraphs" in refused.error
+    assert comfy.latents(VARIANTS["bf16"], swap=ours(HALF)) == runs.unswapped("bf16").latents
+
+
+def test_with_load_device_main_device_a_second_run_copies_no_block_to_the_host(comfy: Comfy, runs: Runs) -> None:
+    case = VARIANTS["main_device"] | {"swap": ours(BLOCKS)}
+    first, second = (comfy.run(case, cached=cached) for cached in (False, True))
+    (block_bytes,) = runs.unswapped("main_device").block_bytes
+    assert second.latents == first.latents == runs.unswapped("main_device").latents
+    assert second.d2h_bytes == pytest.approx(first.d2h_bytes - block_bytes, rel=0.01)
+    assert second.peak_bytes <= 1.01 * runs.of("bf16", BLOCKS).peak_bytes
+
+
+def test_a_lora_that_comes_and_goes_on_a_cached_model_is_applied_when_it_is_there(comfy: Comfy, runs: Runs) -> None:
+    plain, lora = VARIANTS["one_forward_a_step"], VARIANTS["lora_set"]
+    swap = {"swap": ours(HALF), "swap_at": "set"}
+    seen = [comfy.latents(case, cached=index > 0, **swap) for index, case in enumerate([plain, lora, plain, lora])]
+    truth = [comfy.latents(case, cached=index > 0) for index, case in enumerate([plain, lora, plain, lora])]
+    assert seen == truth
+    assert truth[0] != truth[1] == runs.unswapped("lora_set").latents
+
+
+def test_a_larger_video_on_a_cached_model_gives_the_unswapped_latents(comfy: Comfy) -> None:
+    sizes = [{}, {"width": 96}, {"num_frames": 9}]
+    truth = [comfy.latents(VARIANTS["bf16"], size=size, cached=index > 0) for index, size in enumerate(sizes)]
+    limit = {"swap": ours(None), "limit_bytes": 128 << 20}
+    seen = [comfy.latents(VARIANTS["bf16"], size=size, cached=index > 0, **limit) for index, size in enumerate(sizes)]
+    assert seen == truth
