@@ -10,6 +10,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
+    from gate_bench import GateBench
     from pretend_accelerator import PretendHpu
 
 # Several test processes on a few cores: threads that spin for one another would take most of the time.
@@ -38,3 +39,13 @@ def pretend_stats(pretend_device: torch.device) -> Iterator[PretendHpu]:
     reset()
     yield torch.hpu
     reset()
+
+
+@pytest.fixture
+def bench() -> Iterator[GateBench]:
+    """A gate installed in the stand-in wrapper, taken away after the test."""
+    from gate_bench import GateBench
+
+    bench = GateBench()
+    yield bench
+    bench.gate.restore()

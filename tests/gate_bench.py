@@ -8,7 +8,7 @@ from typing import Any
 import standin
 import torch
 from standin import Workflow
-from standin.measuring import measured
+from standin.measuring import measured, unswapped
 from wanvideo_enhanced_blockswap.blockswap import Backend, PinBudget, SwapRun, SwapSettings, TorchMachine, backend_for
 from wanvideo_enhanced_blockswap.blockswap.gate import Gate
 from wanvideo_enhanced_blockswap.blockswap.simulation import SimulatedRegistrar
@@ -24,6 +24,11 @@ def arguments(count: int | None, **changes: Any) -> dict[str, object]:
     """Our node's arguments: a number of blocks, or automatic."""
     by_hand = {"blocks_to_swap": count, "vace_blocks_to_swap": min(count, VACE_BLOCKS)} if count is not None else {}
     return SwapSettings(auto_hardware_tuning=count is None, **{**by_hand, **changes}).to_blockswapargs()
+
+
+def truth(variant: str) -> torch.Tensor:
+    """Latents of the unswapped model."""
+    return unswapped(variant, DEVICE).latents
 
 
 class GateBench:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 
 import pytest
 import standin
@@ -19,14 +18,7 @@ LOOPS |= {"animate_loop", "animate_loop_fp8_scaled"}
 EXPERTS = {name for name in standin.VARIANTS if name.startswith("two_experts")}
 STEP_BYTES = 8 * 10 * (BLOCKS + VACE_BLOCKS) * 4
 """The LoRA step counters of all layers, a long integer each, once for each time that a run is released."""
-ALL = 4
-
-
-@pytest.fixture
-def bench() -> Iterator[GateBench]:
-    bench = GateBench()
-    yield bench
-    bench.gate.restore()
+ALL = BLOCKS
 
 
 @pytest.mark.parametrize("count", [1, 2, ALL, None])

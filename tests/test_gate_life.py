@@ -6,15 +6,13 @@ import gc
 import logging
 import types
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import standin
 import torch
-from gate_bench import BLOCKS, DEVICE, VACE_BLOCKS, GateBench, allocated, arguments, is_as_new, sampled
+from gate_bench import BLOCKS, DEVICE, VACE_BLOCKS, GateBench, allocated, arguments, is_as_new, sampled, truth
 from standin import Fault, InterruptProcessingException, Workflow, swap_args
-from standin.measuring import unswapped
 from wanvideo_enhanced_blockswap.blockswap.errors import WrapperError
 from wanvideo_enhanced_blockswap.blockswap.host import Slab
 from wanvideo_enhanced_blockswap.blockswap.state import SessionState
@@ -24,17 +22,6 @@ pytestmark = pytest.mark.usefixtures("pretend_stats")
 
 KINDS = ("fp32", "fp8_scaled", "gguf", "lora_merged", "lora_unmerged", "vace", "compiled", "forcing", "multitalk")
 ALL = BLOCKS
-
-
-@pytest.fixture
-def bench() -> Iterator[GateBench]:
-    bench = GateBench()
-    yield bench
-    bench.gate.restore()
-
-
-def truth(variant: str) -> torch.Tensor:
-    return unswapped(variant, DEVICE).latents
 
 
 # Runs in a row

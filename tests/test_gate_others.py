@@ -8,39 +8,25 @@ import gc
 import importlib
 import logging
 import weakref
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import standin
 import torch
-from gate_bench import DEVICE, VACE_BLOCKS, GateBench, allocated, arguments, is_as_new, sampled
+from gate_bench import BLOCKS, DEVICE, VACE_BLOCKS, GateBench, allocated, arguments, is_as_new, sampled, truth
 from standin import Workflow, swap_args
-from standin.measuring import unswapped
 from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError, WrapperError
 from wanvideo_enhanced_blockswap.blockswap.patch import Forward
 from wanvideo_enhanced_blockswap.blockswap.settings import SETTINGS_KEY
 
 pytestmark = pytest.mark.usefixtures("pretend_stats")
 
-ALL = 4
-
-
-@pytest.fixture
-def bench() -> Iterator[GateBench]:
-    bench = GateBench()
-    yield bench
-    bench.gate.restore()
-
-
-def truth(variant: str) -> torch.Tensor:
-    return unswapped(variant, DEVICE).latents
+ALL = BLOCKS
 
 
 def stays(variant: str) -> standin.Variant:
     """Without force_offload."""
-    from dataclasses import replace
-
     return replace(standin.VARIANTS[variant], force_offload=False)
 
 
@@ -307,8 +293,6 @@ def test_slabs_of_a_model_whose_run_is_over_go_when_the_next_needs_the_hosts_mem
     assert bench.run_of(first).session.slab_bytes > 0
     machine = type(bench.run_of(first).planner.machine)
     host = bench.run_of(first).planner.machine.host()
-    from dataclasses import replace
-
     scarce = replace(host, physical_bytes=1000, available_bytes=100)
     monkeypatch.setattr(machine, "host", lambda self: scarce if bench.run_of(first).session.slab_bytes else host)
     second.sample()

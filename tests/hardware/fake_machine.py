@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,14 +101,23 @@ def _install_host(monkeypatch: pytest.MonkeyPatch, machine: Machine, folder: Pat
         files["proc/sys/kernel/osrelease"] = f"{host.release}\n"
         for card in machine.cards:
             files |= {f"sys/bus/pci/devices/{card.address}/{name}": text for name, text in card.sysfs.items()}
+    write_files(folder, files)
+    look_in(monkeypatch, folder)
+    monkeypatch.setitem(Rocm.__init__.__kwdefaults__, "sysfs_root", folder / "sys")
+
+
+def write_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Text files by their paths below the folder."""
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    # The folder stands where these functions look without being told.
+
+
+def look_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """The folder stands where the host's functions look without being told."""
     for function in (read_host_memory, read_platform):
         monkeypatch.setitem(function.__kwdefaults__, "root", folder)
-    monkeypatch.setitem(Rocm.__init__.__kwdefaults__, "sysfs_root", folder / "sys")
 
 
 def _install_torch(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:

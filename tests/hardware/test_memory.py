@@ -9,15 +9,14 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from fake_machine import look_in, write_files
 from fake_vendors import NVMLError, NVMLError_NotSupported
 from wanvideo_enhanced_blockswap.hardware import (
     MIB,
     DeviceMemory,
     HardwareUnavailableError,
     read_device_memory,
-    read_host_memory,
 )
-from wanvideo_enhanced_blockswap.hardware.host import read_platform
 
 CUDA = torch.device("cuda:0")
 
@@ -29,13 +28,9 @@ def host(monkeypatch, tmp_path):
     def build(*, total=5000, available=4000, system="linux", **files):
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=total, available=available))
         monkeypatch.setattr(sys, "platform", system)
-        for name, text in files.items():
-            path = tmp_path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+        write_files(tmp_path, files)
 
-    for function in (read_host_memory, read_platform):
-        monkeypatch.setitem(function.__kwdefaults__, "root", tmp_path)
+    look_in(monkeypatch, tmp_path)
     build()
     return build
 
