@@ -20,7 +20,7 @@ from .blockswap.machine import TorchMachine
 from .blockswap.pages import PinBudget
 from .blockswap.planner import Limits
 from .blockswap.planning import Facts, make_plan
-from .blockswap.run import SwapRun
+from .blockswap.run import SwapRun, within
 from .blockswap.settings import SwapSettings
 from .blockswap.stored import profile_tensors
 from .blockswap.wanvideo import find_wrapper
@@ -124,11 +124,11 @@ class ComfyUI:
         tokens = tokens_for(found.architecture, *shape)
         device = comfy.model_management.get_torch_device()
         machine = ComfyMachine(device, cache_dir=_user_folder())
-        memory, limits = machine.memory(), _limits()
+        backend = backend_for(device, pin_budget=self._pin_budget())
+        memory, limits = machine.memory(), within(backend, _limits())
         # The sampler has ComfyUI unload its models first, and loads what is outside the blocks.
         unloaded = sum(loaded.model_loaded_memory() for loaded in comfy.model_management.current_loaded_models)
         free = min(memory.total_bytes, memory.free_bytes + unloaded + machine.unused_cache_bytes())
-        backend = backend_for(device, pin_budget=self._pin_budget())
         facts = Facts(
             spec=machine.spec,
             memory=replace(memory, free_bytes=max(0, free - found.model.other_bytes)),
@@ -136,8 +136,8 @@ class ComfyUI:
             activations=Activations(nbytes=activation_bytes(found.architecture, tokens), is_measured=False),
             reserve_bytes=limits.reserve_bytes,
             host_held_bytes=found.model.block_bytes,
-            may_pin=limits.may_pin and backend.registrar is not None,
-            may_overlap=limits.may_overlap and backend.has_streams,
+            may_pin=limits.may_pin,
+            may_overlap=limits.may_overlap,
             must_swap_all=limits.must_swap_all,
         )
         return make_plan(found.model, settings, facts), machine.spec.name

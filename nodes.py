@@ -6,9 +6,8 @@ import logging
 from typing import Any
 
 from .blockswap.errors import BlockSwapError, SettingsError, WrapperError
-from .blockswap.loaded import is_ours
 from .blockswap.report_text import plan_text, summary
-from .blockswap.settings import EVERY_BLOCK, SwapSettings
+from .blockswap.settings import EVERY_BLOCK, SwapSettings, is_ours
 from .comfyui import ComfyUI
 from .hardware import HardwareUnavailableError
 from .widgets import MODEL, SHAPE_WIDGETS, SWAP_WIDGETS

@@ -8,11 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .architecture import WanArchitecture, block_flops, tokens_for
 from .errors import CheckpointError
 from .stored import CheckpointProfile, StoredTensor, profile_tensors
-
-__all__ = ["CheckpointProfile", "WanArchitecture", "block_flops", "read_checkpoint", "tokens_for"]
 
 LONGEST_SAFETENSORS_HEADER = 100_000_000
 """Bytes; the safetensors format refuses longer ones, so a larger number is some other file's first bytes."""

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from .loaded import bring_home, entry, is_ours, replace_in
+from .loaded import bring_home, replace_in
 from .patch import Forward, Watched
 from .run import SwapRun
-from .settings import SwapSettings
+from .settings import SwapSettings, is_ours
 from .state import SessionState
 from .wanvideo import (
     BEGIN,
@@ -28,6 +28,7 @@ from .wanvideo import (
     Wrapper,
     blocks_as_they_stand,
     check_transformer,
+    entry,
     forget_our_count,
     forget_packed,
     host_bytes,
@@ -38,6 +39,7 @@ from .wanvideo import (
     reset_counters,
     unwrapped,
     vace_blocks_entered,
+    vace_blocks_of,
     workload_of,
 )
 
@@ -71,6 +73,13 @@ class Guest:
             forward = reference()
             if forward is not None:
                 forward.disarm()
+
+    def release(self) -> bool:
+        """Ends the run if one holds the device; whether one did."""
+        is_held = self.run.session.state is SessionState.ADOPTED
+        if is_held:
+            self.run.release()
+        return is_held
 
 
 class Gate:
@@ -126,8 +135,7 @@ class Gate:
             refuse_cuda_graphs(arguments.get("compile_args"))
             if guest is not None:
                 guest.disarm()
-                if guest.run.session.state is SessionState.ADOPTED:
-                    guest.run.release()
+                guest.release()
             return
         forget_our_count(transformer)
         if guest is not None:
@@ -167,8 +175,7 @@ class Gate:
         guest.run.session.on_master = replace_in(model)
         self._make_room(transformer, guest)
         guest.hints_to_host = not settings.auto_hardware_tuning and settings.vace_blocks_to_swap > 0
-        if guest.run.session.state is SessionState.ADOPTED:
-            guest.run.release()
+        guest.release()
         guest.disarm()
         guest.patched = [weakref.ref(Forward.on(transformer, self._forward))]
         if outer is not transformer:
@@ -201,8 +208,7 @@ class Gate:
         guest = self._guests.get(unwrapped(transformer))
         if guest is not None:
             guest.disarm()
-            if guest.run.session.state is SessionState.ADOPTED:
-                guest.run.release()
+            if guest.release():
                 self._relieve(guest)
 
     def _relieve(self, guest: Guest) -> None:
@@ -233,15 +239,14 @@ class Gate:
                 return original(*arguments, **keywords)
         except BaseException:
             # Not every caller offloads after a failure, and what failed may be memory.
-            if guest.run.session.state is SessionState.ADOPTED:
-                guest.run.release()
+            guest.release()
             raise
 
     def _prepared(self, transformer: Any, guest: Guest, latents: Any) -> Any:
         """What the forward does, and a plan for it; VACE hints go to the host where the plan has no room for them."""
         workload = workload_of(transformer, latents, hints_to_host=guest.hints_to_host)
         plan = guest.run.prepare(workload)
-        vace = len(getattr(transformer, "vace_blocks", None) or ())
+        vace = len(vace_blocks_of(transformer))
         if vace and not guest.hints_to_host and plan.over_ceiling:
             guest.hints_to_host = True
             guest.run.planner.withdraw(workload)

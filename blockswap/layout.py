@@ -123,6 +123,11 @@ class ModelProfile:
         return sum(b.nbytes for b in self.blocks)
 
     @property
+    def nbytes(self) -> int:
+        """All bytes of the model."""
+        return self.block_bytes + self.other_bytes
+
+    @property
     def small_device_bytes(self) -> int:
         """Device memory of every tensor that always stays there, as it is allocated: one buffer, aligned, and one
         allocation for each tensor that needs storage of its own.

@@ -11,24 +11,10 @@ import torch
 from torch import nn
 
 from .checkpoint import tensors_of_gguf
-from .settings import SETTINGS_KEY
 from .stored import StoredTensor
-from .wanvideo import named_blocks
+from .wanvideo import entry, named_blocks
 
 logger = logging.getLogger(__name__)
-
-
-def is_ours(swap_args: Any) -> bool:
-    """Whether BLOCKSWAPARGS are ours."""
-    return isinstance(swap_args, Mapping) and swap_args.get(SETTINGS_KEY) is not None
-
-
-def entry(model: Any, key: str) -> Any:
-    """An entry of the wrapper's model, which is no mapping but has items; None if it has none of that name."""
-    try:
-        return model[key]
-    except (KeyError, TypeError, AttributeError):
-        return None
 
 
 def stored_tensors(model: Any, patches: Mapping[str, Any]) -> dict[str, StoredTensor]:

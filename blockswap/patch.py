@@ -83,13 +83,12 @@ class Watched:
         bound = signature.bind_partial(*arguments, **keywords).arguments
         transformer = bound.get("transformer")
         try:
-            if self._always:
-                try:
-                    self._before(transformer, bound)
-                finally:
-                    result = function(*arguments, **keywords)
-                return result
-            self._before(transformer, bound)
+            try:
+                self._before(transformer, bound)
+            except BaseException:
+                if self._always:
+                    function(*arguments, **keywords)
+                raise
             return function(*arguments, **keywords)
         finally:
             if self._after is not None:

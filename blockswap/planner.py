@@ -142,7 +142,7 @@ class Planner:
     @property
     def followed(self) -> SwapPlan | None:
         """The plan that the session follows, or followed last."""
-        session = None if self.session is None else self.session()
+        session = self._session()
         return None if session is None else session.plan
 
     @property
@@ -185,7 +185,7 @@ class Planner:
         """
         if observed.compute_ms is not None:
             self._seen_now().compute_ms = observed.compute_ms
-        session = None if self.session is None else self.session()
+        session = self._session()
         is_pinned = plan.pinned_bytes > 0 and not plan.staging_bytes and not (session and session.refusals)
         if observed.copied_bytes_per_s is not None and is_pinned:
             self._doubt(observed.copied_bytes_per_s, streams=plan.streams)
@@ -241,8 +241,11 @@ class Planner:
     def _seen_now(self) -> _Seen:
         return self._seen.setdefault(self.workload, _Seen())
 
+    def _session(self) -> SwapSession | None:
+        return None if self.session is None else self.session()
+
     def _facts(self, profile: ModelProfile) -> Facts:
-        session = None if self.session is None else self.session()
+        session = self._session()
         compute_ms = self._seen_now().compute_ms
         locked = 0 if session is None else session.pinned_bytes
         return Facts(

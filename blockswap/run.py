@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from ..hardware import Sampler
+from ..hardware.samples import Samples
 from .backend import Backend
 from .decision import SwapPlan
 from .errors import BlockSwapError, DeviceMemoryError, HostMemoryError, PlanError
@@ -72,7 +73,7 @@ class SwapRun:
         sampler: Sampler | None = None,
         trace_dir: Path | None = None,
     ) -> None:
-        self.planner = Planner(settings, machine, backend.pin_budget, _within(backend, limits or Limits()))
+        self.planner = Planner(settings, machine, backend.pin_budget, within(backend, limits or Limits()))
         self.session = SwapSession(blocks, self.planner, backend, root=root, traced=TIMED_FORWARDS)
         self.planner.session = weakref.ref(self.session)
         self.last_report: RunReport | None = None
@@ -164,8 +165,9 @@ class SwapRun:
         if not self._in_run:
             return self.last_report
         self._found.observed = self._observe() or self._found.observed
-        samples = None if self._sampler is None else self._sampler.samples()
-        return make_report(self._title, self.session, self.planner, self._found, timed=self._timed, samples=samples)
+        return make_report(
+            self._title, self.session, self.planner, self._found, timed=self._timed, samples=self._samples
+        )
 
     def release(self) -> None:
         """The run is over: every tensor points at its master, the device memory is free, slabs stay for the next."""
@@ -185,9 +187,8 @@ class SwapRun:
             return None
 
     def _tell(self, report: RunReport) -> None:
-        samples = None if self._sampler is None else self._sampler.samples()  # with the one at the end
         try:
-            report = replace(report, measured=replace(report.measured, samples=samples))
+            report = replace(report, measured=replace(report.measured, samples=self._samples))  # with the last one
             self.last_report = tell(report, self.session, self.planner, self._trace_dir)
         except Exception:  # as above
             logger.exception("the run's report could not be written; please report this")
@@ -200,6 +201,10 @@ class SwapRun:
         finally:
             self.session.close()
             self._end_run()
+
+    @property
+    def _samples(self) -> Samples | None:
+        return None if self._sampler is None else self._sampler.samples()
 
     @property
     def _present(self) -> SwapPlan:
@@ -290,7 +295,7 @@ class SwapRun:
         return observe(trace.collect(), slab_bytes=slabs, timed=self._timed, traced=traced)
 
 
-def _within(backend: Backend, limits: Limits) -> Limits:
+def within(backend: Backend, limits: Limits) -> Limits:
     """The limits, and what the device itself cannot do."""
     return replace(
         limits,

@@ -25,8 +25,7 @@ def log_in_the_briefs_words(plan: SwapPlan, planner: Planner, parameters: int | 
     """Debug mode's lines when a plan has been made."""
     assert planner.profile is not None
     assert planner.host is not None
-    nbytes = planner.profile.block_bytes + planner.profile.other_bytes
-    size = ModelSize(parameters=parameters, nbytes=nbytes, layers=len(planner.profile.blocks))
+    size = ModelSize(parameters=parameters, nbytes=planner.profile.nbytes, layers=len(planner.profile.blocks))
     for line in brief_lines(plan, size, memory=planner.memory, host=planner.host, ratio=planner.ratio):
         logger.info("%s", line)
 

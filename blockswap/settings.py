@@ -105,6 +105,11 @@ class SwapSettings:
         return cls(**{name: value for name, value in stored.items() if name in known})
 
 
+def is_ours(arguments: object) -> bool:
+    """Whether BLOCKSWAPARGS have settings of ours."""
+    return isinstance(arguments, Mapping) and arguments.get(SETTINGS_KEY) is not None
+
+
 def _check(name: str, kind: str, value: object) -> None:
     if kind == "bool":
         if not isinstance(value, bool):

@@ -130,15 +130,19 @@ def refuse_cuda_graphs(compile_args: Mapping[str, Any] | None) -> None:
 
 def refuse_vram_management(model: Any) -> None:
     """Raises WrapperError where the wrapper's own VRAM management has the model: it moves what we hold."""
-    try:
-        is_on = bool(model["auto_cpu_offload"])
-    except (KeyError, TypeError, AttributeError):
-        return  # an older wrapper, or a model of another kind, without it
-    if is_on:
+    if entry(model, "auto_cpu_offload"):  # older wrappers have no such entry
         raise WrapperError(
             "swapped blocks expect a model without vram_management_args but got one with them: they move the same "
             "weights; disconnect one of the two nodes"
         )
+
+
+def entry(model: Any, key: str) -> Any:
+    """An entry of the wrapper's model, which is no mapping but has items; None if it has none of that name."""
+    try:
+        return model[key]
+    except (KeyError, TypeError, AttributeError):
+        return None
 
 
 def unwrapped(module: Any) -> Any:
@@ -151,6 +155,11 @@ def unwrapped(module: Any) -> Any:
 def named_blocks(transformer: nn.Module) -> tuple[tuple[str, nn.Module], ...]:
     """Name and module of each block, without torch.compile's wrapping, which is new at every run."""
     return tuple((name, unwrapped(block)) for name, block in blocks_of(transformer))
+
+
+def vace_blocks_of(transformer: Any) -> Sequence[nn.Module]:
+    """The VACE blocks, as they stand; none in a model without VACE."""
+    return tuple(getattr(transformer, "vace_blocks", None) or ())
 
 
 def host_bytes(transformer: nn.Module) -> int:
@@ -207,7 +216,7 @@ def vace_blocks_entered(transformer: nn.Module, enter: Callable[[int], None]) ->
     one after the `after_proj` of the block before it.
     """
     handles: list[RemovableHandle] = []
-    blocks = list(getattr(transformer, "vace_blocks", None) or ())
+    blocks = vace_blocks_of(transformer)
     entering = torch.compiler.disable(enter)
     try:
         if blocks:
@@ -235,13 +244,12 @@ def workload_of(transformer: Any, latents: Any, *, hints_to_host: bool) -> Workl
     if patch is None or not shapes:
         return None
     tokens = sum(f // patch[0] * (h // patch[1]) * (w // patch[2]) for f, h, w in shapes)
-    vace = len(getattr(transformer, "vace_blocks", None) or ())
     architecture = WanArchitecture(
         width=int(transformer.dim),
         ffn_width=int(transformer.ffn_dim),
         heads=int(transformer.num_heads),
         blocks=len(transformer.blocks),
-        vace_blocks=vace,
+        vace_blocks=len(vace_blocks_of(transformer)),
         patch=tuple(patch),
         in_channels=int(transformer.in_dim),
     )

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from ..blockswap.architecture import WanArchitecture, activation_bytes, block_flops, tokens_for
 from ..blockswap.budget import SAFETY_RESERVE, Activations
-from ..blockswap.checkpoint import CheckpointProfile, read_checkpoint
+from ..blockswap.checkpoint import read_checkpoint
 from ..blockswap.decision import SwapPlan
 from ..blockswap.errors import PlanError, SettingsError
 from ..blockswap.layout import ModelProfile
 from ..blockswap.planning import Facts, make_plan
 from ..blockswap.settings import SwapSettings
+from ..blockswap.stored import CheckpointProfile
 from ..hardware import (
     DeviceMemory,
     DeviceSpec,
@@ -72,24 +73,20 @@ def plan(options: Namespace) -> Result:
         facts = _with(beside, settings, facts)
         decided = make_plan(checkpoint.model, settings, facts)
     except PlanError as failure:
-        others = sum(map(_bytes, beside))
+        others = sum(model.nbytes for model in beside)
         taken = f", of which the models beside take {format_bytes(others)}" if others else ""
         raise PlanError(f"{failure} (--ram and --vram plan for another machine{taken})") from failure
     data = _data(checkpoint, decided)
     data |= {"card": card.spec.name, "vram_bytes": card.memory.total_bytes, "tokens": tokens}
-    data |= {"beside_bytes": sum(map(_bytes, beside))}
+    data |= {"beside_bytes": sum(model.nbytes for model in beside)}
     return Result(data, _text(options, checkpoint, decided, facts, card), succeeded=decided.fits is not False)
-
-
-def _bytes(model: ModelProfile) -> int:
-    return model.block_bytes + model.other_bytes
 
 
 def _with(beside: list[ModelProfile], settings: SwapSettings, facts: Facts) -> Facts:
     """The host with these models in it as well, each with what its own plan page-locks."""
     for model in beside:
         pinned = make_plan(model, settings, replace(facts, compute_ms=None)).pinned_bytes
-        available = max(0, facts.host.available_bytes - _bytes(model))
+        available = max(0, facts.host.available_bytes - model.nbytes)
         host = replace(facts.host, available_bytes=available)
         facts = replace(facts, host=host, locked_elsewhere_bytes=facts.locked_elsewhere_bytes + pinned)
     return facts

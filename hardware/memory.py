@@ -149,9 +149,12 @@ def _ask_vendor(opened: OpenDevice, total_bytes: int) -> DeviceMemory | None:
                 reading = None if handle is None else nvml.memory(handle)
         except HardwareUnavailableError as exc:
             logger.warning("the driver cannot be asked for the memory of %s: %s", opened.device, exc)
-    if reading is None or abs(reading.total_bytes - total_bytes) * 100 > _SAME_DEVICE_PERCENT * total_bytes:
-        return None
-    return reading
+    return reading if reading is not None and is_of_device(reading, total_bytes) else None
+
+
+def is_of_device(reading: DeviceMemory, total_bytes: int) -> bool:
+    """Whether a vendor's reading is of the device whose total torch tells."""
+    return abs(reading.total_bytes - total_bytes) * 100 <= _SAME_DEVICE_PERCENT * total_bytes
 
 
 def _estimate(opened: OpenDevice, total_bytes: int, why: str) -> DeviceMemory:

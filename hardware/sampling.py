@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from .host import read_host_memory
+from .memory import is_of_device
 from .nvml import Nvml
 from .rocm import Rocm
 from .samples import Samples, Tally
@@ -33,10 +34,6 @@ READING_FAILURES = (OSError, RuntimeError, ValueError, psutil.Error)
 """What a reading that fails is known to raise: OSError where /proc cannot be opened (the process has no file descriptor
 left); RuntimeError from a driver through torch, and HardwareUnavailableError, which is one; ValueError where a driver's
 figures cannot be; psutil.Error where the system forbids the question. All else is a mistake of ours."""
-
-# As in memory.py: a vendor's reading whose total is farther from torch's is of something else, such as of the GPU that
-# holds a MIG instance or a compute partition.
-_SAME_DEVICE_PERCENT = 10
 
 
 class Readers(Protocol):
@@ -251,4 +248,4 @@ class _DeviceReaders:
 
     def _is_of_this_device(self, reading: DeviceMemory) -> bool:
         total = self._spec.total_bytes
-        return total is None or abs(reading.total_bytes - total) * 100 <= _SAME_DEVICE_PERCENT * total
+        return total is None or is_of_device(reading, total)

@@ -21,10 +21,12 @@ from checkpoint_files import (
     write_sparse_gguf,
     write_sparse_safetensors,
 )
-from wanvideo_enhanced_blockswap.blockswap.checkpoint import CheckpointProfile, WanArchitecture, read_checkpoint
+from wanvideo_enhanced_blockswap.blockswap.architecture import WanArchitecture
+from wanvideo_enhanced_blockswap.blockswap.checkpoint import read_checkpoint
 from wanvideo_enhanced_blockswap.blockswap.errors import CheckpointError
 from wanvideo_enhanced_blockswap.blockswap.layout import Placement
 from wanvideo_enhanced_blockswap.blockswap.profile import profile_model
+from wanvideo_enhanced_blockswap.blockswap.stored import CheckpointProfile
 
 needs_sparse_files = pytest.mark.skipif(sys.platform == "win32", reason="NTFS would store 28 GB of zeros")
 

@@ -12,11 +12,12 @@ from fake_machine import Readings, in_place, read
 from machines import Machine
 from wanvideo_enhanced_blockswap.blockswap.architecture import activation_bytes, block_flops, tokens_for
 from wanvideo_enhanced_blockswap.blockswap.budget import Activations
-from wanvideo_enhanced_blockswap.blockswap.checkpoint import CheckpointProfile, read_checkpoint
+from wanvideo_enhanced_blockswap.blockswap.checkpoint import read_checkpoint
 from wanvideo_enhanced_blockswap.blockswap.decision import HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
 from wanvideo_enhanced_blockswap.blockswap.planning import Facts, make_plan
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
+from wanvideo_enhanced_blockswap.blockswap.stored import CheckpointProfile
 from wanvideo_enhanced_blockswap.hardware import (
     GIB,
     DeviceMemory,
