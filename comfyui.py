@@ -20,7 +20,7 @@ from .blockswap.machine import TorchMachine
 from .blockswap.pages import PinBudget
 from .blockswap.planner import Limits
 from .blockswap.planning import Facts, make_plan
-from .blockswap.run import SwapRun, within
+from .blockswap.run import SwapRun
 from .blockswap.settings import SwapSettings
 from .blockswap.stored import profile_tensors
 from .blockswap.wanvideo import find_wrapper
@@ -125,7 +125,7 @@ class ComfyUI:
         device = comfy.model_management.get_torch_device()
         machine = ComfyMachine(device, cache_dir=_user_folder())
         backend = backend_for(device, pin_budget=self._pin_budget())
-        memory, limits = machine.memory(), within(backend, _limits())
+        memory, limits = machine.memory(), _limits().within(backend)
         # The sampler has ComfyUI unload its models first, and loads what is outside the blocks.
         unloaded = sum(loaded.model_loaded_memory() for loaded in comfy.model_management.current_loaded_models)
         free = min(memory.total_bytes, memory.free_bytes + unloaded + machine.unused_cache_bytes())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from ..hardware import DeviceMemory, HostMemory, LinkSpeed, contradicts, tier_for, tune
+from .backend import Backend
 from .budget import Activations, MemoryBudget
 from .decision import SwapPlan
 from .layout import ModelProfile
@@ -54,6 +55,14 @@ class Limits:
     must_swap_all: bool = False
     reserve_bytes: int = 0
     originals_stay: bool = False
+
+    def within(self, backend: Backend) -> Limits:
+        """These, and what the device itself cannot do."""
+        return replace(
+            self,
+            may_overlap=self.may_overlap and backend.has_streams,
+            may_pin=self.may_pin and backend.registrar is not None,
+        )
 
 
 class LinkDoubt(Enum):

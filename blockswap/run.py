@@ -73,7 +73,7 @@ class SwapRun:
         sampler: Sampler | None = None,
         trace_dir: Path | None = None,
     ) -> None:
-        self.planner = Planner(settings, machine, backend.pin_budget, within(backend, limits or Limits()))
+        self.planner = Planner(settings, machine, backend.pin_budget, (limits or Limits()).within(backend))
         self.session = SwapSession(blocks, self.planner, backend, root=root, traced=TIMED_FORWARDS)
         self.planner.session = weakref.ref(self.session)
         self.last_report: RunReport | None = None
@@ -293,12 +293,3 @@ class SwapRun:
             return None
         slabs = [block.slab_bytes for block in profile.blocks]
         return observe(trace.collect(), slab_bytes=slabs, timed=self._timed, traced=traced)
-
-
-def within(backend: Backend, limits: Limits) -> Limits:
-    """The limits, and what the device itself cannot do."""
-    return replace(
-        limits,
-        may_overlap=limits.may_overlap and backend.has_streams,
-        may_pin=limits.may_pin and backend.registrar is not None,
-    )
