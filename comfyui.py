@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,21 @@ from .blockswap.architecture import activation_bytes, tokens_for
 from .blockswap.backend import backend_for
 from .blockswap.budget import Activations
 from .blockswap.decision import SwapPlan
+from .blockswap.errors import SettingsError
 from .blockswap.gate import Gate
 from .blockswap.loaded import stored_tensors
 from .blockswap.machine import TorchMachine
 from .blockswap.pages import PinBudget
 from .blockswap.planner import Limits
 from .blockswap.planning import Facts, make_plan
+from .blockswap.progress import Phase, Progress
 from .blockswap.run import SwapRun
-from .blockswap.settings import SwapSettings
+from .blockswap.settings import SwapSettings, node_of
 from .blockswap.stored import profile_tensors
 from .blockswap.wanvideo import find_wrapper
 from .hardware import DeviceMemory, HardwareUnavailableError, Sampler, probe_device, read_host_memory
+from .node_progress import NodeProgress
+from .preferences import Preferences
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +88,12 @@ class ComfyUI:
         if self._gate is None:
             import nodes
 
-            self._gate = Gate(find_wrapper(nodes.NODE_CLASS_MAPPINGS), self._make_run)
+            self._gate = Gate(
+                find_wrapper(nodes.NODE_CLASS_MAPPINGS),
+                self._make_run,
+                on_begin=self._on_begin,
+                keeps_slabs=lambda: self._preferences().keep_host_slabs,
+            )
         self._gate.install()
         return self._gate
 
@@ -136,6 +145,7 @@ class ComfyUI:
             activations=Activations(nbytes=activation_bytes(found.architecture, tokens), is_measured=False),
             reserve_bytes=limits.reserve_bytes,
             host_held_bytes=found.model.block_bytes,
+            pin_limit_bytes=self._pin_budget().limit_bytes,
             may_pin=limits.may_pin,
             may_overlap=limits.may_overlap,
             must_swap_all=limits.must_swap_all,
@@ -148,10 +158,50 @@ class ComfyUI:
             self._said.add(message)
             logger.warning("%s", message)
 
+    def say_off(self, why: str, *, node: str | None) -> None:
+        """Nothing is swapped by us: in the log, and on the node with this id."""
+        self.say_once(why)
+        progress = None if node is None else self.progress_on(node)
+        if progress is not None:
+            progress(Progress(phase=Phase.OFF, why=why))
+
+    def progress_on(self, node: str) -> NodeProgress | None:
+        """Where progress of the node with this id is shown; None where nobody looks, as in a script."""
+        from server import PromptServer
+
+        server = getattr(PromptServer, "instance", None)
+        if server is None:
+            return None
+        return NodeProgress(
+            node,
+            lambda event, data: server.send_sync(event, data, server.client_id),
+            lambda text, of_node: server.send_progress_text(text, of_node, server.client_id),
+        )
+
+    def _on_begin(self, run: SwapRun, arguments: Mapping[str, Any]) -> None:
+        self._pin_budget()
+        node = node_of(arguments)
+        run.teller.tell = None if node is None else self.progress_on(node)
+
     def _pin_budget(self) -> PinBudget:
+        """What may be page-locked by the user's present settings."""
+        limit = read_host_memory().pin_budget_bytes
+        asked = self._preferences().pin_budget_bytes
         if self._pins is None:
-            self._pins = PinBudget(read_host_memory().pin_budget_bytes)
+            self._pins = PinBudget(limit)
+        self._pins.limit_bytes = limit if asked is None else min(limit, asked)
         return self._pins
+
+    def _preferences(self) -> Preferences:
+        """The user's; with several users, whose files are apart, nobody's: memory is the machine's."""
+        import folder_paths
+
+        path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
+        try:
+            return Preferences.read(path)
+        except SettingsError as failure:
+            self.say_once(f"{failure}; the settings of block swapping are at their defaults until then")
+            return Preferences()
 
     def _make_run(self, transformer: Any, blocks: Sequence[tuple[str, Any]], settings: SwapSettings) -> SwapRun | None:
         try:

@@ -40,7 +40,7 @@ class WanVideoEnhancedBlockSwap:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
         # Optional, so that a prompt which leaves some out gets their defaults.
-        return {"required": {}, "optional": dict(SWAP_WIDGETS)}
+        return {"required": {}, "optional": dict(SWAP_WIDGETS), "hidden": {"unique_id": "UNIQUE_ID"}}
 
     @classmethod
     def VALIDATE_INPUTS(  # noqa: N802 - ComfyUI's name; an input named here loses ComfyUI's own check of its range
@@ -58,18 +58,18 @@ class WanVideoEnhancedBlockSwap:
             return str(failure)
         return True
 
-    def setargs(self, **widgets: Any) -> tuple[dict[str, object] | None]:
+    def setargs(self, unique_id: str | None = None, **widgets: Any) -> tuple[dict[str, object] | None]:
         settings = SwapSettings(**widgets)
         why_not = COMFYUI.why_not_swapped(settings)
         if why_not is not None:
-            COMFYUI.say_once(f"WanVideo Enhanced BlockSwap passes through: {why_not}")
+            COMFYUI.say_off(f"WanVideo Enhanced BlockSwap passes through: {why_not}", node=unique_id)
             return (None,)
         try:
             COMFYUI.install_gate()
         except WrapperError as failure:
-            COMFYUI.say_once(f"{failure}; until then the wrapper's own, slower swapping is used")
+            COMFYUI.say_off(f"{failure}; until then the wrapper's own, slower swapping is used", node=unique_id)
             return (native_arguments(settings),)
-        return (settings.to_blockswapargs(),)
+        return (settings.to_blockswapargs(node=unique_id),)
 
 
 class WanVideoBlockSwapPlan:

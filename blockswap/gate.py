@@ -48,6 +48,9 @@ logger = logging.getLogger(__name__)
 SCARCE_HOST_SHARE = 0.05
 """Part of the host's memory below which nothing is kept for a next run: there the system begins to swap."""
 
+OnBegin = Callable[["SwapRun", Mapping[str, Any]], None]
+"""Told of a run and of our arguments each time it begins, before anything is planned."""
+
 MakeRun = Callable[[nn.Module, Any, SwapSettings], "SwapRun | None"]
 """Makes the run of a transformer with its blocks and settings; None where its device cannot be swapped on."""
 
@@ -88,11 +91,22 @@ class Gate:
     Args:
         wrapper: The wrapper as found and checked.
         make_run: Makes the run of a transformer.
+        on_begin: Told when a run begins.
+        keeps_slabs: Whether slabs are kept for the next run, as far as memory allows.
     """
 
-    def __init__(self, wrapper: Wrapper, make_run: MakeRun) -> None:
+    def __init__(
+        self,
+        wrapper: Wrapper,
+        make_run: MakeRun,
+        *,
+        on_begin: OnBegin | None = None,
+        keeps_slabs: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._wrapper = wrapper
         self._make_run = make_run
+        self._on_begin = on_begin
+        self._keeps_slabs = keeps_slabs
         self._guests: weakref.WeakKeyDictionary[nn.Module, Guest] = weakref.WeakKeyDictionary()
         self._watched: list[Watched] = []
 
@@ -172,7 +186,9 @@ class Gate:
             guest = self._guests[transformer] = Guest(run, [])
         bring_home(transformer, model)
         guest.run.use(settings)
-        guest.run.session.on_master = replace_in(model)
+        guest.run.session.listeners.on_master = replace_in(model)
+        if self._on_begin is not None:
+            self._on_begin(guest.run, swap_args)
         self._make_room(transformer, guest)
         guest.hints_to_host = not settings.auto_hardware_tuning and settings.vace_blocks_to_swap > 0
         guest.release()
@@ -212,7 +228,10 @@ class Gate:
                 self._relieve(guest)
 
     def _relieve(self, guest: Guest) -> None:
-        """Slabs are kept for the next run while host memory allows."""
+        """Slabs are kept for the next run while host memory, and the user, allow."""
+        if not self._keeps_slabs():
+            guest.run.session.give_up_slabs()
+            return
         host = guest.run.planner.machine.host()
         if host.available_bytes < SCARCE_HOST_SHARE * host.physical_bytes and guest.run.session.slab_bytes:
             logger.info("host memory is nearly full: slabs are not kept for the next run")

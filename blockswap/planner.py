@@ -149,9 +149,14 @@ class Planner:
         return make_plan(self.profile, self.settings, self._facts(self.profile))
 
     @property
+    def followed_by(self) -> SwapSession | None:
+        """The session that adopts the plans; None if it is gone."""
+        return None if self.session is None else self.session()
+
+    @property
     def followed(self) -> SwapPlan | None:
         """The plan that the session follows, or followed last."""
-        session = self._session()
+        session = self.followed_by
         return None if session is None else session.plan
 
     @property
@@ -194,7 +199,7 @@ class Planner:
         """
         if observed.compute_ms is not None:
             self._seen_now().compute_ms = observed.compute_ms
-        session = self._session()
+        session = self.followed_by
         is_pinned = plan.pinned_bytes > 0 and not plan.staging_bytes and not (session and session.refusals)
         if observed.copied_bytes_per_s is not None and is_pinned:
             self._doubt(observed.copied_bytes_per_s, streams=plan.streams)
@@ -250,11 +255,8 @@ class Planner:
     def _seen_now(self) -> _Seen:
         return self._seen.setdefault(self.workload, _Seen())
 
-    def _session(self) -> SwapSession | None:
-        return None if self.session is None else self.session()
-
     def _facts(self, profile: ModelProfile) -> Facts:
-        session = self._session()
+        session = self.followed_by
         compute_ms = self._seen_now().compute_ms
         locked = 0 if session is None else session.pinned_bytes
         return Facts(

@@ -20,13 +20,13 @@ from .forwards import EVERY_FORWARD
 from .look import is_over, why_change
 from .machine import Machine
 from .planner import Limits, Planner, Workload
-from .replan import Observed, observe
 from .report import RunReport
 from .run_log import count_parameters, log_in_the_briefs_words, tell
-from .run_report import Begin, Findings, make_report
+from .run_report import Begin, Findings, make_report, observe_timed
 from .session import SwapSession
 from .settings import SwapSettings
 from .state import SessionState
+from .teller import Teller
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class SwapRun:
 
     Attributes:
         last_report: Of the last run that was released.
+        teller: Tells whoever watches what the run is doing.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class SwapRun:
         self.planner = Planner(settings, machine, backend.pin_budget, (limits or Limits()).within(backend))
         self.session = SwapSession(blocks, self.planner, backend, root=root, traced=TIMED_FORWARDS)
         self.planner.session = weakref.ref(self.session)
+        self.teller = Teller(self.session, self.planner)
         self.last_report: RunReport | None = None
         self._found = Findings(Begin.of(self.session))
         self._in_run = False
@@ -123,6 +125,7 @@ class SwapRun:
             self.planner.learn_activations(machine.peak_bytes() - before)
         self._notice_adoption()
         self._learn()
+        self.teller.ran(self._present, self._found)
 
     def prepare(self, workload: Workload | None = None) -> SwapPlan:
         """What `forward` does first: a plan for this workload, in place. Returns the plan.
@@ -164,20 +167,22 @@ class SwapRun:
         """Of the run so far; of the last one if none has begun since; None before the first."""
         if not self._in_run:
             return self.last_report
-        self._found.observed = self._observe() or self._found.observed
+        self._found.observed = observe_timed(self.session, self.planner, self._timed) or self._found.observed
         return make_report(
             self._title, self.session, self.planner, self._found, timed=self._timed, samples=self._samples
         )
 
     def release(self) -> None:
         """The run is over: every tensor points at its master, the device memory is free, slabs stay for the next."""
-        report = self._report_or_none() if self._in_run else None
+        was_in_run, report = self._in_run, self._report_or_none() if self._in_run else None
         try:
             self.session.release()
         finally:
             self._end_run()
         if report and report.measured.forwards:
-            self._tell(report)
+            self._log(report)
+        if was_in_run:
+            self.teller.over(report)
 
     def _report_or_none(self) -> RunReport | None:
         try:
@@ -186,7 +191,7 @@ class SwapRun:
             logger.exception("the run has no report; please report this")
             return None
 
-    def _tell(self, report: RunReport) -> None:
+    def _log(self, report: RunReport) -> None:
         try:
             report = replace(report, measured=replace(report.measured, samples=self._samples))  # with the last one
             self.last_report = tell(report, self.session, self.planner, self._trace_dir)
@@ -219,8 +224,9 @@ class SwapRun:
             self._sampling.enter_context(self._sampler)
         try:
             self._adopt()
-        except BaseException:
+        except BaseException as failure:
             self._sampling.close()
+            self.teller.failed(failure)
             raise
         self._in_run = True
 
@@ -235,6 +241,7 @@ class SwapRun:
         self._found.weight_bytes = self.planner.machine.allocated_bytes() - before
         self._adopted_settings = self.planner.settings
         self._notice_adoption()
+        self.teller.ran(plan, self._found)
         if self.planner.settings.debug_mode:
             log_in_the_briefs_words(plan, self.planner, self._parameters)
 
@@ -280,16 +287,8 @@ class SwapRun:
         """
         if self._found.observed is not None or self.session.log.forwards < self._timed.stop:
             return
-        self._found.observed = self._observe()
+        self._found.observed = observe_timed(self.session, self.planner, self._timed)
         if self._found.observed is not None:
             self.planner.learn(self._found.observed, self._present)
             self._found.prediction = self.planner.predict(self._present)
             self._wants_look = True
-
-    def _observe(self) -> Observed | None:
-        """What the trace shows by now; None while the device is not through with the forwards that were timed."""
-        trace, profile, traced = self.session.trace, self.planner.profile, self.session.log.traced
-        if trace is None or profile is None or traced is None:
-            return None
-        slabs = [block.slab_bytes for block in profile.blocks]
-        return observe(trace.collect(), slab_bytes=slabs, timed=self._timed, traced=traced)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from ..hardware.samples import Samples
 from .layout import ModelProfile
 from .planner import Planner
-from .replan import Observed
+from .replan import Observed, observe
 from .report import BlockTimes, Measured, RunReport
 from .schedule import ForwardTime
 from .session import SwapSession
@@ -117,6 +117,15 @@ def make_report(
         ),
         notes=(*found.notes, *cut),
     )
+
+
+def observe_timed(session: SwapSession, planner: Planner, timed: range) -> Observed | None:
+    """What the trace shows by now; None while the device is not through with the forwards that were timed."""
+    trace, profile, traced = session.trace, planner.profile, session.log.traced
+    if trace is None or profile is None or traced is None:
+        return None
+    slabs = [block.slab_bytes for block in profile.blocks]
+    return observe(trace.collect(), slab_bytes=slabs, timed=timed, traced=traced)
 
 
 def _from(spans: Sequence[Span], timed: range) -> Sequence[Span]:

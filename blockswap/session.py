@@ -22,7 +22,7 @@ from .profile import ProfiledModel, profile_model, refuse_grad
 from .staging import Staging
 from .state import SessionState
 from .streams import Streams
-from .swapper import BlockSwapper, OnMaster
+from .swapper import BlockSwapper, Listeners
 from .trace import Trace
 from .transfer import Counters, Transfer
 
@@ -74,7 +74,7 @@ class SwapSession:
         self.log = ForwardLog(traced)
         self.counters = Counters()
         self.adoptions = 0
-        self.on_master: OnMaster | None = None
+        self.listeners = Listeners()
         self.checks = False
 
     def __enter__(self) -> SwapSession:
@@ -292,7 +292,7 @@ class SwapSession:
             self._holds.store = HostStore(streams, self._backend.registrar, self._backend.pin_budget)
         self._holds.store.use(streams)
         self._holds.transfer = Transfer(streams, self.counters)
-        self._holds.swapper = BlockSwapper(model, plan, self._holds.store, self._holds.transfer, self.on_master)
+        self._holds.swapper = BlockSwapper(model, plan, self._holds.store, self._holds.transfer, self.listeners)
         staging = self._holds.store.make_staging()
         if staging:
             self._holds.transfer.staging = Staging(streams, staging, self._backend.make_worker(streams))

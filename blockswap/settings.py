@@ -10,6 +10,9 @@ from .errors import SettingsError
 SETTINGS_KEY = "wanvideo_enhanced_blockswap"
 """Our own key in BLOCKSWAPARGS; the wrapper reads only the keys it knows and hands the rest on."""
 
+NODE_KEY = "wanvideo_enhanced_blockswap_node"
+"""Beside it: the id of the node in its workflow, where progress is shown."""
+
 EVERY_BLOCK = 10_000
 """A block count above any model's: the wrapper then loads every block to the host, where we take over."""
 
@@ -74,8 +77,12 @@ class SwapSettings:
         """The same, with what no plan depends on at its default."""
         return replace(self, offload_txt_emb=False, offload_img_emb=False, debug_mode=False)
 
-    def to_blockswapargs(self) -> dict[str, object]:
-        """BLOCKSWAPARGS as the wrapper reads them: every block to the host, and our settings as plain data."""
+    def to_blockswapargs(self, *, node: str | None = None) -> dict[str, object]:
+        """BLOCKSWAPARGS as the wrapper reads them: every block to the host, and our settings as plain data.
+
+        Args:
+            node: Id of the node that gives them; None if there is none.
+        """
         return {
             "blocks_to_swap": EVERY_BLOCK,
             "vace_blocks_to_swap": EVERY_BLOCK,
@@ -85,6 +92,7 @@ class SwapSettings:
             "prefetch_blocks": 0,
             "block_swap_debug": False,
             SETTINGS_KEY: {field.name: getattr(self, field.name) for field in fields(self)},
+            NODE_KEY: node,
         }
 
     @classmethod
@@ -108,6 +116,12 @@ class SwapSettings:
 def is_ours(arguments: object) -> bool:
     """Whether BLOCKSWAPARGS have settings of ours."""
     return isinstance(arguments, Mapping) and arguments.get(SETTINGS_KEY) is not None
+
+
+def node_of(arguments: object) -> str | None:
+    """The id of the node that gave BLOCKSWAPARGS; None if it is not told."""
+    node = arguments.get(NODE_KEY) if isinstance(arguments, Mapping) else None
+    return node if isinstance(node, str) else None
 
 
 def _check(name: str, kind: str, value: object) -> None:

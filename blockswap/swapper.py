@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,22 @@ from .transfer import Transfer
 OnMaster = Callable[[str, int, torch.Tensor], None]
 """Told the full name of a streamed tensor, the address its bytes had when they were found, and their master."""
 
+OnPlaced = Callable[[SwapPlan, int], None]
+"""Told the plan that is being followed, and how many blocks are in their place by now."""
+
+
+@dataclass(slots=True)
+class Listeners:
+    """Who is told what an adopt does.
+
+    Attributes:
+        on_master: Told of each streamed tensor of a swapped block, once its bytes are in the slab.
+        on_placed: Told at the begin, and of each block once its weights are in their place.
+    """
+
+    on_master: OnMaster | None = None
+    on_placed: OnPlaced | None = None
+
 
 class BlockSwapper:
     """Places a model's blocks as the plan says and runs them; made at adopt, gone at release.
@@ -34,7 +51,7 @@ class BlockSwapper:
         plan: The decision.
         store: Holds the slab of every swapped block.
         transfer: The device's copies.
-        on_master: Told of each streamed tensor of a swapped block, once its bytes are in the slab.
+        listeners: Told what it does.
 
     Attributes:
         trace: Receives spans of time; None records nothing. May be switched between forwards.
@@ -51,13 +68,13 @@ class BlockSwapper:
         plan: SwapPlan,
         store: HostStore,
         transfer: Transfer,
-        on_master: OnMaster | None = None,
+        listeners: Listeners | None = None,
     ) -> None:
         self._model = model
         self._plan = plan
         self._store = store
         self._transfer = transfer
-        self._on_master = on_master
+        self._listeners = listeners or Listeners()
         self.trace: Trace | None = None
         self.entered = 0
         self.checks = False
@@ -186,6 +203,7 @@ class BlockSwapper:
         for entry in everything:
             if entry.placement is Placement.FIXED:
                 self._move(entry)
+        self._tell_placed(0)
         for block, entries in enumerate(self._model.entries):
             streamed = [entry for entry in entries if entry.placement is Placement.STREAMED]
             if self._plan.swapped[block]:
@@ -193,6 +211,11 @@ class BlockSwapper:
             else:
                 self._store.drop(block)
                 self._copy_to_device(streamed)
+            self._tell_placed(block + 1)
+
+    def _tell_placed(self, count: int) -> None:
+        if self._listeners.on_placed is not None:
+            self._listeners.on_placed(self._plan, count)
 
     def _fill_slab(self, block: int, streamed: Sequence[TensorEntry]) -> None:
         tier = self._plan.tiers[block]
@@ -202,10 +225,10 @@ class BlockSwapper:
         slab = self._store.put(block, tensors, tier=tier)
         for entry, tensor, master in zip(streamed, tensors, slab.views, strict=True):
             self._bound.append(Bound(entry, tensor, master, None, version_of(tensor)))
-        if self._on_master is not None:
+        if self._listeners.on_master is not None:
             name = self._model.profile.blocks[block].name
             for entry, address, master in zip(streamed, addresses, slab.views, strict=True):
-                self._on_master(f"{name}.{entry.path}", address, master)
+                self._listeners.on_master(f"{name}.{entry.path}", address, master)
 
     def _copy_to_device(self, entries: Sequence[TensorEntry]) -> None:
         """Copies tensors into one new device buffer and points them there; those on the device already stay."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,6 +145,7 @@ def comfy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pretend_device: torch
         "comfy": {"__path__": []},
         "comfy.model_management": vars(management),
         "comfy.cli_args": {"args": flags},
+        "server": {"PromptServer": SimpleNamespace(instance=None)},
         "folder_paths": {
             "get_user_directory": lambda: str(tmp_path / "user"),
             "get_temp_directory": lambda: str(tmp_path / "temp"),
@@ -162,6 +164,7 @@ def comfy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pretend_device: torch
         set_device=lambda device: vars(sys.modules["comfy.model_management"]).update(get_torch_device=lambda: device),
         classes=sys.modules["nodes"].NODE_CLASS_MAPPINGS,
         temp=tmp_path / "temp",
+        settings=tmp_path / "user" / "default" / "comfy.settings.json",
     )
     if node_module.COMFYUI.gate is not None:
         node_module.COMFYUI.gate.restore()
@@ -314,3 +317,118 @@ def test_debug_mode_writes_its_trace_into_comfyuis_temp_folder(comfy: SimpleName
     sampled(arguments)
     (trace,) = (comfy.temp / "wanvideo-enhanced-blockswap").iterdir()
     assert trace.suffix == ".json"
+
+
+# In the browser
+
+
+@pytest.fixture
+def events(comfy: SimpleNamespace) -> list[dict[str, Any]]:
+    """What the browser that has queued the prompt is sent."""
+    sent: list[dict[str, Any]] = []
+    texts: list[tuple[str, str, str]] = []
+
+    def send_sync(event: str, data: dict[str, Any], sid: str) -> None:
+        assert (event, sid) == ("wanvideo_enhanced_blockswap.progress", "a browser")
+        sent.append(data)
+
+    def send_progress_text(text: str, node: str, sid: str) -> None:
+        texts.append((text, node, sid))
+        assert texts[-1] == (sent[-1]["text"], sent[-1]["node"], "a browser")
+
+    sys.modules["server"].PromptServer.instance = SimpleNamespace(
+        client_id="a browser", send_sync=send_sync, send_progress_text=send_progress_text
+    )
+    return sent
+
+
+def phases(events: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(event["phase"] for event in events))
+
+
+def test_the_node_is_told_what_its_run_does(comfy: SimpleNamespace, events: list[dict[str, Any]]) -> None:
+    (arguments,) = SWAP().setargs(unique_id="7:12", auto_hardware_tuning=False, blocks_to_swap=3)
+    assert events == []
+    _, latents = sampled(arguments)
+    assert torch.equal(latents, unswapped("fp32", HPU).latents)
+    assert phases(events) == ["adopting", "sampling", "done"]
+    assert {event["node"] for event in events} == {"7:12"}
+    assert "1 of 4 blocks stay, 3 stream through 1 slot" in events[0]["text"]
+
+
+def test_two_experts_tell_each_their_own_node(comfy: SimpleNamespace, events: list[dict[str, Any]]) -> None:
+    for node, count in (("3", 2), ("4", 3)):
+        (arguments,) = SWAP().setargs(unique_id=node, auto_hardware_tuning=False, blocks_to_swap=count)
+        sampled(arguments)
+    told = {event["node"]: event["plan"]["swapped"] for event in events}
+    assert told == {"3": 2, "4": 3}
+
+
+def test_a_loader_that_is_cached_tells_the_node_that_gives_the_arguments_now(
+    comfy: SimpleNamespace, events: list[dict[str, Any]]
+) -> None:
+    (first,) = SWAP().setargs(unique_id="3", auto_hardware_tuning=False, blocks_to_swap=3)
+    workflow, _ = sampled(first)
+    events.clear()
+    (second,) = SWAP().setargs(unique_id="5", auto_hardware_tuning=False, blocks_to_swap=3)
+    workflow.sample(second)
+    assert {event["node"] for event in events} == {"5"}
+
+
+def test_the_node_says_why_nothing_is_swapped(comfy: SimpleNamespace, events: list[dict[str, Any]]) -> None:
+    comfy.set_device(torch.device("cpu"))
+    assert SWAP().setargs(unique_id="3") == (None,)
+    (event,) = events
+    assert (event["phase"], event["node"]) == ("off", "3")
+    assert "the CPU computes from host memory" in event["text"]
+
+
+def test_without_a_browser_nothing_is_sent_and_all_goes_on(comfy: SimpleNamespace) -> None:
+    (arguments,) = SWAP().setargs(unique_id="3", auto_hardware_tuning=False, blocks_to_swap=3)
+    _, latents = sampled(arguments)
+    assert torch.equal(latents, unswapped("fp32", HPU).latents)
+
+
+# The user's settings
+
+
+def written(comfy: SimpleNamespace, **values: object) -> None:
+    comfy.settings.parent.mkdir(parents=True, exist_ok=True)
+    stored = {f"WanVideoEnhancedBlockSwap.{name}": value for name, value in values.items()}
+    comfy.settings.write_text(json.dumps(stored), encoding="utf-8")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_slabs_are_kept_for_the_next_run_unless_the_user_says_no(comfy: SimpleNamespace, keep: bool) -> None:
+    written(comfy, KeepHostSlabs=keep)
+    (arguments,) = SWAP().setargs(auto_hardware_tuning=False, blocks_to_swap=3)
+    workflow, latents = sampled(arguments)
+    assert torch.equal(latents, unswapped("fp32", HPU).latents)
+    run = node_module.COMFYUI.gate.run_of(workflow.transformer)
+    assert (run.session.slab_bytes > 0) is keep
+    assert torch.equal(workflow.sample(), latents)
+
+
+def test_the_pin_budget_is_what_the_user_says_at_the_next_run(comfy: SimpleNamespace) -> None:
+    (arguments,) = SWAP().setargs(auto_hardware_tuning=False, blocks_to_swap=3)
+    workflow, _ = sampled(arguments)
+    pins = node_module.COMFYUI.gate.run_of(workflow.transformer).planner.pins
+    without = pins.limit_bytes
+    written(comfy, PinBudgetGiB=0.25)
+    workflow.sample()
+    assert pins.limit_bytes == GIB // 4 < without
+    written(comfy, PinBudgetGiB=0)
+    workflow.sample()
+    assert pins.limit_bytes > GIB // 4
+
+
+def test_a_settings_file_that_cannot_be_read_is_said_once_and_costs_nothing_else(
+    comfy: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    written(comfy, PinBudgetGiB="all")
+    (arguments,) = SWAP().setargs(auto_hardware_tuning=False, blocks_to_swap=3)
+    workflow, latents = sampled(arguments)
+    workflow.sample()
+    assert torch.equal(latents, unswapped("fp32", HPU).latents)
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len([message for message in said if "PinBudgetGiB expects 0 to 1024 GiB" in message]) == 1

@@ -1,0 +1,54 @@
+"""NodeProgress: a run's progress on its node in the browser: an event for our memory bar, and ComfyUI's own text."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from .blockswap.progress import Phase, Progress
+
+logger = logging.getLogger(__name__)
+
+EVENT = "wanvideo_enhanced_blockswap.progress"
+
+INTERVAL_S = 0.1
+"""Between two events of one phase: what ComfyUI keeps to for its own progress (comfy.utils.ProgressBar's sender)."""
+
+SendEvent = Callable[[str, dict[str, object]], None]
+SendText = Callable[[str, str], None]
+
+
+class NodeProgress:
+    """Sends what a run is doing to the browsers that show its node. A failure to send is no failure of the run.
+
+    Args:
+        node: The node's id, as ComfyUI executes it ("7:12" inside a subgraph).
+        send_event: Sends an event by name with its data.
+        send_text: Sends a text for a node by its id.
+        clock: In seconds.
+    """
+
+    def __init__(
+        self, node: str, send_event: SendEvent, send_text: SendText, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._node = node
+        self._send_event = send_event
+        self._send_text = send_text
+        self._clock = clock
+        self._phase: Phase | None = None
+        self._sent_at = 0.0
+        self._works = True
+
+    def __call__(self, progress: Progress) -> None:
+        """Sends it, unless one of the same phase has just been sent."""
+        now = self._clock()
+        if not self._works or (progress.phase is self._phase and now - self._sent_at < INTERVAL_S):
+            return
+        self._phase, self._sent_at = progress.phase, now
+        try:
+            self._send_event(EVENT, {"node": self._node, **progress.as_json()})
+            self._send_text(progress.text, self._node)
+        except Exception:  # a server that is shutting down, or another's that has changed: the video matters more
+            self._works = False
+            logger.exception("progress is not shown on the node any more; please report this")

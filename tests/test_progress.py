@@ -1,0 +1,226 @@
+"""What a run tells while it goes on: the sentence, the figures, and when."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from run_bench import BLOCK, COUNT, LARGE_VIDEO, SMALL_VIDEO, Bench
+from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
+from wanvideo_enhanced_blockswap.blockswap.planner import Limits
+from wanvideo_enhanced_blockswap.blockswap.progress import (
+    AdoptFigures,
+    MemoryUse,
+    Phase,
+    PlanFigures,
+    Progress,
+    RunFigures,
+    stopped,
+)
+from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
+from wanvideo_enhanced_blockswap.hardware import GIB
+
+MEMORY = MemoryUse(total=12 * GIB, other=GIB, residents=4 * GIB, window=GIB // 2, ceiling=6 * GIB, activations=2 * GIB)
+PLAN = PlanFigures(
+    blocks=40, swapped=18, slots=2, free=int(11.2 * GIB), stall_ms=None, forward_ms=None, over_ceiling=False
+)
+RUN = RunFigures(forwards=7, streamed=61_300_000_000, forward_ms=1000.0, stall_ms=4.0, copy_bytes_per_s=11.9e9)
+STAY = "11.2 GiB free: 22 of 40 blocks stay, 18 stream through 2 slots"
+
+
+def sampling(**changes: Any) -> Progress:
+    return Progress(phase=Phase.SAMPLING, memory=MEMORY, **{"plan": PLAN, "run": RUN, **changes})
+
+
+# The sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, STAY),
+        ({"stall_ms": 0.0, "forward_ms": 1000.0}, f"{STAY}, no stall expected"),
+        ({"stall_ms": 0.4, "forward_ms": 1000.0}, f"{STAY}, no stall expected"),
+        ({"stall_ms": 31.0, "forward_ms": 1000.0}, f"{STAY}, 3.1% stall expected"),
+        ({"over_ceiling": True}, f"{STAY} (over the ceiling)"),
+        ({"slots": 1}, STAY.replace("2 slots", "1 slot")),
+        ({"swapped": 0, "slots": 0}, "11.2 GiB free: all 40 blocks stay"),
+        ({"swapped": 40}, "11.2 GiB free: 0 of 40 blocks stay, 40 stream through 2 slots"),
+    ],
+)
+def test_a_plan_is_one_sentence(changes: dict[str, Any], said: str) -> None:
+    assert Progress(phase=Phase.ADOPTING, plan=replace(PLAN, **changes)).text == said
+
+
+def test_adopting_tells_how_far_it_is_and_what_is_page_locked() -> None:
+    placed = AdoptFigures(placed=int(12.3 * GIB), all=26 * GIB, pinned=int(10.1 * GIB))
+    said = Progress(phase=Phase.ADOPTING, plan=PLAN, adopt=placed).text
+    assert said == f"{STAY}\nplacing weights: 12.3 GiB of 26.0 GiB, 10.1 GiB page-locked"
+    assert "page-locked" not in Progress(phase=Phase.ADOPTING, plan=PLAN, adopt=replace(placed, pinned=0)).text
+
+
+@pytest.mark.parametrize(
+    ("progress", "said"),
+    [
+        (sampling(), "forward 7: 61.3 GB streamed, 0.4% stall, 11.9 GB/s"),
+        (sampling(run=RunFigures(forwards=2, streamed=17_500_000)), "forward 2: 17.5 MB streamed, being measured"),
+        (sampling(run=RunFigures(forwards=0, streamed=0)), "the first forward is under way"),
+        (replace(sampling(), phase=Phase.DONE), "7 forwards: 61.3 GB streamed, 0.4% stall, 11.9 GB/s"),
+        (
+            replace(sampling(run=RunFigures(forwards=1, streamed=10**9)), phase=Phase.DONE),
+            "1 forward: 1.0 GB streamed",
+        ),
+    ],
+)
+def test_forwards_tell_what_they_streamed_and_waited_for(progress: Progress, said: str) -> None:
+    assert progress.text == f"{STAY}\n{said}"
+
+
+def test_forwards_that_stream_nothing_have_no_stall_to_tell() -> None:
+    assert sampling(plan=replace(PLAN, swapped=0)).text.splitlines()[1] == "forward 7"
+
+
+def test_why_nothing_is_swapped_is_all_the_text() -> None:
+    assert (
+        Progress(phase=Phase.OFF, why="the CPU computes from host memory").text == "the CPU computes from host memory"
+    )
+    assert stopped().text == "the run ended before a forward was through"
+
+
+def test_it_is_plain_data_with_every_part_named() -> None:
+    told = json.loads(json.dumps(sampling().as_json()))
+    assert set(told) == {"phase", "text", "memory", "plan", "adopt", "run"}
+    assert set(told["memory"]) == {"total", "other", "residents", "window", "ceiling", "activations"}
+    assert set(told["plan"]) == {"blocks", "swapped", "slots", "free", "stall_ms", "forward_ms", "over_ceiling"}
+    assert set(told["run"]) == {"forwards", "streamed", "forward_ms", "stall_ms", "copy_bytes_per_s"}
+    assert (told["phase"], told["adopt"]) == ("sampling", None)
+
+
+# A run
+
+
+class Watcher:
+    """Keeps what it is told."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.told: list[Progress] = []
+        bench.run.teller.tell = self.told.append
+
+    def phases(self) -> list[Phase]:
+        """Each once, as long as it lasted."""
+        found: list[Phase] = []
+        for progress in self.told:
+            if not found or found[-1] is not progress.phase:
+                found.append(progress.phase)
+        return found
+
+    def of(self, phase: Phase) -> list[Progress]:
+        return [progress for progress in self.told if progress.phase is phase]
+
+
+def test_a_run_is_told_from_its_plan_to_its_result() -> None:
+    bench = Bench(4.5)
+    watcher = Watcher(bench)
+    bench.forward(times=4)
+    bench.run.release()
+    assert watcher.phases() == [Phase.ADOPTING, Phase.SAMPLING, Phase.DONE]
+    assert [progress.run.forwards for progress in watcher.of(Phase.SAMPLING) if progress.run] == [0, 1, 2, 3, 4]
+
+
+def test_adopting_counts_every_block_and_what_is_page_locked() -> None:
+    bench = Bench(4.5)
+    watcher = Watcher(bench)
+    bench.forward()
+    placed = [progress.adopt for progress in watcher.of(Phase.ADOPTING)]
+    assert [adopt.placed for adopt in placed if adopt] == [i * placed[-1].all // COUNT for i in range(COUNT + 1)]
+    pinned = [adopt.pinned for adopt in placed if adopt]
+    assert pinned == sorted(pinned)
+    assert pinned[-1] == bench.run.session.pinned_bytes > 0
+
+
+def test_memory_is_the_plan_s_and_its_parts_fit_the_card() -> None:
+    bench = Bench(4.5)
+    watcher = Watcher(bench)
+    bench.forward(times=3)
+    assert bench.run.plan is not None
+    for progress in watcher.told:
+        memory = progress.memory
+        assert memory is not None
+        assert memory.residents + memory.window == bench.run.plan.device_bytes
+        assert memory.other + memory.residents + memory.window <= memory.total
+        assert memory.ceiling == memory.total // 2
+
+
+def test_the_stall_is_told_once_it_was_measured_and_is_the_report_s() -> None:
+    bench = Bench(4.5, compute_ms=0.1, link_ms=1.0)
+    watcher = Watcher(bench)
+    bench.forward(times=5)
+    runs = [progress.run for progress in watcher.of(Phase.SAMPLING) if progress.run]
+    assert [run.stall_ms for run in runs[:3]] == [None, None, None]
+    bench.run.release()
+    (done,) = watcher.of(Phase.DONE)
+    report = bench.run.last_report
+    assert done.run is not None
+    assert report is not None
+    assert (done.run.stall_ms, done.run.copy_bytes_per_s) == (
+        report.measured.stall_ms,
+        report.measured.copy_bytes_per_s,
+    )
+    assert done.run.stall_ms is not None
+    assert done.run.stall_ms > 0
+    assert done.run.streamed == report.measured.onloaded_bytes
+
+
+def test_a_plan_that_gives_way_is_told_again_and_forwards_count_on() -> None:
+    bench = Bench(4.5)
+    watcher = Watcher(bench)
+    bench.forward(SMALL_VIDEO, times=2)
+    bench.run.use(SwapSettings(auto_hardware_tuning=False, blocks_to_swap=6))
+    bench.forward(LARGE_VIDEO)
+    assert watcher.phases() == [Phase.ADOPTING, Phase.SAMPLING, Phase.ADOPTING, Phase.SAMPLING]
+    last = watcher.told[-1]
+    assert last.run is not None
+    assert last.plan is not None
+    assert (last.run.forwards, last.plan.swapped) == (3, 6)
+
+
+def test_each_run_counts_from_its_own_begin() -> None:
+    bench = Bench(4.5)
+    watcher = Watcher(bench)
+    for _ in range(2):
+        bench.forward(times=3)
+        bench.run.release()
+    assert [progress.run.forwards for progress in watcher.of(Phase.DONE) if progress.run] == [3, 3]
+
+
+def test_a_plan_that_cannot_be_is_told_in_the_error_s_words() -> None:
+    bench = Bench(4.5, limits=Limits(originals_stay=True))
+    watcher = Watcher(bench)
+    bench.machine.host_available_bytes = BLOCK // 4
+    with pytest.raises(PlanError) as failure:
+        bench.forward()
+    assert watcher.told[-1] == stopped(str(failure.value))
+
+
+def test_a_run_without_a_forward_is_told_as_stopped() -> None:
+    bench = Bench(4.5)
+    watcher = Watcher(bench)
+    bench.run.prepare(SMALL_VIDEO)
+    bench.run.release()
+    assert watcher.phases() == [Phase.ADOPTING, Phase.SAMPLING, Phase.STOPPED]
+
+
+def test_a_release_without_a_run_tells_nothing() -> None:
+    bench = Bench(4.5)
+    watcher = Watcher(bench)
+    bench.run.release()
+    assert watcher.told == []
+
+
+def test_nobody_need_watch() -> None:
+    bench = Bench(4.5)
+    bench.forward(times=3)
+    bench.run.release()
+    assert bench.run.last_report is not None
