@@ -14,12 +14,13 @@ from .errors import (
     TransferError,
     UnsupportedModelError,
 )
+from .experience import Workload
 from .forwards import EVERY_FORWARD
 from .layout import BlockProfile, ModelProfile, Placement, TensorProfile
 from .machine import Machine, TorchMachine
 from .pages import PinBudget
 from .plan import plan_swap
-from .planner import Limits, Workload
+from .planner import Limits
 from .planning import Facts, make_plan
 from .profile import blocks_of, profile_model
 from .report import RunReport

@@ -16,6 +16,10 @@ from typing import Any
 
 from torch import nn
 
+from ..hardware import is_out_of_memory
+from .errors import DeviceMemoryError
+from .fit import not_again
+from .inputs import Inputs
 from .loaded import bring_home, replace_in
 from .patch import Forward, Watched
 from .run import SwapRun
@@ -37,6 +41,7 @@ from .wanvideo import (
     refuse_cuda_graphs,
     refuse_vram_management,
     reset_counters,
+    state_kept,
     unwrapped,
     vace_blocks_entered,
     vace_blocks_of,
@@ -249,17 +254,30 @@ class Gate:
         if guest is None:
             return original(*arguments, **keywords)
         latents = arguments[0] if arguments else keywords.get("x")
-        try:
-            workload = self._prepared(transformer, guest, latents)
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(own_swapping_off(transformer, hints_to_host=guest.hints_to_host))
-                stack.enter_context(guest.run.forward(workload, blocks_as_they_stand(transformer)))
-                stack.enter_context(vace_blocks_entered(transformer, guest.run.session.enter))
-                return original(*arguments, **keywords)
-        except BaseException:
-            # Not every caller offloads after a failure, and what failed may be memory.
-            guest.release()
-            raise
+        inputs = Inputs.of(arguments, keywords)
+        while True:
+            has_begun = False
+            try:
+                workload = self._prepared(transformer, guest, latents)
+                has_begun = True
+                with contextlib.ExitStack() as stack:
+                    stack.enter_context(own_swapping_off(transformer, hints_to_host=guest.hints_to_host))
+                    stack.enter_context(guest.run.forward(workload, blocks_as_they_stand(transformer)))
+                    stack.enter_context(vace_blocks_entered(transformer, guest.run.session.enter))
+                    return original(*arguments, **keywords)
+            except BaseException as failure:
+                if not (isinstance(failure, DeviceMemoryError) or is_out_of_memory(failure)):
+                    # Not every caller offloads after a failure.
+                    guest.release()
+                    raise
+                logger.warning("%s; trying a smaller plan", str(failure).partition("\n")[0])
+            # Not in the handler: the failure's traceback holds what the forward had allocated.
+            guest.run.shrink()
+            why_not = state_kept(transformer, keywords)
+            if why_not is None and not inputs.are_still(arguments, keywords):
+                why_not = "it has changed its inputs"
+            if has_begun and why_not is not None:
+                raise DeviceMemoryError(not_again(why_not))
 
     def _prepared(self, transformer: Any, guest: Guest, latents: Any) -> Any:
         """What the forward does, and a plan for it; VACE hints go to the host where the plan has no room for them."""

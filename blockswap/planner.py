@@ -11,6 +11,7 @@ from ..hardware import DeviceMemory, HostMemory, LinkSpeed, contradicts, tier_fo
 from .backend import Backend
 from .budget import Activations, MemoryBudget
 from .decision import SwapPlan
+from .experience import Experience, Workload
 from .layout import ModelProfile
 from .machine import Machine
 from .pages import PinBudget
@@ -22,20 +23,6 @@ from .session import SwapSession
 from .settings import SwapSettings
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """What one forward is given to do, as far as memory and time depend on it.
-
-    Attributes:
-        tokens: Length of all sequences of a batch together.
-        expected_activation_bytes: Device memory it is expected to take above the weights, from
-            `architecture.activation_bytes`; None if it is not known.
-    """
-
-    tokens: int
-    expected_activation_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,14 +66,6 @@ class LinkDoubt(Enum):
 
 
 @dataclass(slots=True)
-class _Seen:
-    """What forwards of one workload have shown."""
-
-    compute_ms: tuple[float, ...] | None = None
-    activation_bytes: int | None = None
-
-
-@dataclass(slots=True)
 class Planner:
     """Plans for one transformer.
 
@@ -102,6 +81,8 @@ class Planner:
         host: Host memory as read for the last plan.
         once: The next plan, whatever would be planned; used up by it.
         link: The link as measured, or as a run has shown it to be; None if no plan has needed it.
+        made: The plan that was made last, followed or not.
+        experience: What forwards have shown.
     """
 
     settings: SwapSettings
@@ -115,8 +96,8 @@ class Planner:
     host: HostMemory | None = None
     once: SwapPlan | None = None
     link: LinkSpeed | None = None
-    _seen: dict[Workload | None, _Seen] = field(default_factory=dict)
-    _in_this_run: set[Workload | None] = field(default_factory=set)
+    made: SwapPlan | None = None
+    experience: Experience = field(default_factory=Experience)
     _doubts: LinkDoubt = field(default_factory=lambda: LinkDoubt.NONE)
 
     def __call__(self, profile: ModelProfile) -> SwapPlan:
@@ -126,6 +107,10 @@ class Planner:
             PlanError: None fits.
         """
         self.profile = profile
+        self.made = self._make(profile)
+        return self.made
+
+    def _make(self, profile: ModelProfile) -> SwapPlan:
         if self.once is not None:
             plan, self.once = self.once, None
             return plan
@@ -168,17 +153,16 @@ class Planner:
 
     def begin(self, workload: Workload | None) -> bool:
         """A forward with this workload comes next; whether the run has had none like it."""
-        is_new, self.workload = workload not in self._in_this_run, workload
-        self._in_this_run.add(workload)
-        return is_new
+        self.workload = workload
+        return self.experience.begin(workload)
 
     def withdraw(self, workload: Workload | None) -> None:
         """This workload will not come after all: its memory does not count."""
-        self._in_this_run.discard(workload)
+        self.experience.withdraw(workload)
 
     def end_run(self) -> None:
         """The run is over: what its forwards took is remembered for the next that has the like."""
-        self._in_this_run.clear()
+        self.experience.end_run()
         if self._doubts is LinkDoubt.OPEN:
             self._doubts = LinkDoubt.DUE
 
@@ -198,7 +182,7 @@ class Planner:
             plan: What they followed.
         """
         if observed.compute_ms is not None:
-            self._seen_now().compute_ms = observed.compute_ms
+            self.experience.of(self.workload).compute_ms = observed.compute_ms
         session = self.followed_by
         is_pinned = plan.pinned_bytes > 0 and not plan.staging_bytes and not (session and session.refusals)
         if observed.copied_bytes_per_s is not None and is_pinned:
@@ -214,32 +198,38 @@ class Planner:
 
     def learn_activations(self, nbytes: int) -> None:
         """A forward took this much above the weights at its peak."""
-        seen = self._seen_now()
-        seen.activation_bytes = max(nbytes, seen.activation_bytes or 0)
+        self.experience.learn_activations(self.workload, nbytes, is_automatic=self.settings.auto_hardware_tuning)
+
+    def shrink(self) -> bool:
+        """Memory has run out under the plan made last, in its adopt or in a forward: the next one is smaller.
+
+        Returns:
+            Whether it can be. Where card and host share one memory, swapping frees nothing.
+        """
+        assert self.made is not None, "memory runs out under a plan"
+        slots = self.made.slots if all(self.made.swapped) else None
+        return self.experience.shrink(self.workload, slots=slots) and not self.machine.spec.is_integrated
+
+    def use(self, settings: SwapSettings) -> None:
+        """The settings of the coming plans."""
+        if settings.of_the_plan != self.settings.of_the_plan:
+            self.experience.forgive()
+        self.settings = settings
 
     @property
     def hungriest(self) -> Workload | None:
         """The workload of this run that takes most above the weights, as far as that is known."""
-        known = [(found.nbytes, one) for one in self._in_this_run if (found := self._activations(one)) is not None]
-        return max(known, key=lambda pair: pair[0])[1] if known else None
+        return self.experience.hungriest
 
     @property
     def activations(self) -> Activations | None:
         """What the hungriest forward of this run takes above the weights: measured, else expected."""
-        return self._activations(self.hungriest)
+        return self.experience.activations(self.hungriest)
 
     @property
     def is_peak_known(self) -> bool:
         """Whether a forward of the present workload has shown its peak."""
-        return self._seen_now().activation_bytes is not None
-
-    def _activations(self, workload: Workload | None) -> Activations | None:
-        seen = self._seen.get(workload)
-        if seen is not None and seen.activation_bytes is not None:
-            return Activations(nbytes=seen.activation_bytes, is_measured=True)
-        if workload is None or workload.expected_activation_bytes is None:
-            return None
-        return Activations(nbytes=workload.expected_activation_bytes, is_measured=False)
+        return self.experience.of(self.workload).activation_bytes is not None
 
     def _doubt(self, speed: float, *, streams: int) -> None:
         """Copies ran at `speed`: if that contradicts the measurement, it counts until the link is measured again."""
@@ -252,12 +242,9 @@ class Planner:
             self.link = replace(self.link, pinned=((streams, speed),))
             self._doubts = LinkDoubt.OPEN
 
-    def _seen_now(self) -> _Seen:
-        return self._seen.setdefault(self.workload, _Seen())
-
     def _facts(self, profile: ModelProfile) -> Facts:
         session = self.followed_by
-        compute_ms = self._seen_now().compute_ms
+        compute_ms = self.experience.of(self.workload).compute_ms
         locked = 0 if session is None else session.pinned_bytes
         return Facts(
             spec=self.machine.spec,
@@ -279,4 +266,5 @@ class Planner:
             may_pin=self.limits.may_pin,
             may_overlap=self.limits.may_overlap,
             must_swap_all=self.limits.must_swap_all,
+            most_slots=self.experience.most_slots,
         )

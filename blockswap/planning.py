@@ -36,6 +36,7 @@ class Facts:
         may_pin: Page-locking is not forbidden from outside.
         may_overlap: The device has streams, and using them is not forbidden from outside.
         must_swap_all: No block may stay on the device.
+        most_slots: Memory ran out with more slots than these; None if it did not.
     """
 
     spec: DeviceSpec
@@ -56,6 +57,7 @@ class Facts:
     may_pin: bool = True
     may_overlap: bool = True
     must_swap_all: bool = False
+    most_slots: int | None = None
 
 
 def make_plan(profile: ModelProfile, settings: SwapSettings, facts: Facts) -> SwapPlan:
@@ -71,9 +73,11 @@ def make_plan(profile: ModelProfile, settings: SwapSettings, facts: Facts) -> Sw
     """
     tuning = tune(facts.spec, facts.host, facts.link, vram_threshold_percent=settings.vram_threshold_percent)
     plan = plan_swap(profile, budget_for(settings, facts, tuning), _request(profile, settings, facts, tuning))
-    estimated = [f"free device memory is an estimate: {facts.memory.source}"] if facts.memory.is_estimate else []
+    further = [f"free device memory is an estimate: {facts.memory.source}"] if facts.memory.is_estimate else []
+    if facts.most_slots is not None:
+        further.append("the device ran out of memory with a larger plan for this video size, so that none stays")
     chosen = tuning.reasons if settings.auto_hardware_tuning and plan.swapped_count else ()
-    return replace(plan, reasons=(*plan.reasons, *chosen, *estimated))
+    return replace(plan, reasons=(*plan.reasons, *chosen, *further))
 
 
 def budget_for(settings: SwapSettings, facts: Facts, tuning: Tuning) -> MemoryBudget:
@@ -107,13 +111,14 @@ def budget_for(settings: SwapSettings, facts: Facts, tuning: Tuning) -> MemoryBu
 def _request(profile: ModelProfile, settings: SwapSettings, facts: Facts, tuning: Tuning) -> PlanRequest:
     is_auto = settings.auto_hardware_tuning
     counts = (None, 0) if is_auto else (settings.blocks_to_swap, settings.vace_blocks_to_swap)
-    if facts.must_swap_all:
+    if facts.must_swap_all or facts.most_slots is not None:
         counts = block_counts(profile)
     overlap = settings.enable_cuda_optimization and facts.may_overlap
     return PlanRequest(
         blocks_to_swap=counts[0],
         vace_blocks_to_swap=counts[1],
         overlap=overlap,
+        slots=facts.most_slots if overlap or facts.most_slots is None else 1,
         # By hand, only what the user says decides; what is known to do harm is part of the automatic choice.
         pin=settings.enable_dram_optimization and facts.may_pin and (tuning.pin or not is_auto),
         timing=timing_for(facts, streams=tuning.streams if is_auto else settings.num_cuda_streams),

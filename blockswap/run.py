@@ -6,7 +6,6 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -16,12 +15,14 @@ from ..hardware.samples import Samples
 from .backend import Backend
 from .decision import SwapPlan
 from .errors import BlockSwapError, DeviceMemoryError, HostMemoryError, PlanError
+from .experience import Workload
+from .fit import too_large
 from .forwards import EVERY_FORWARD
 from .look import is_over, why_change
 from .machine import Machine
-from .planner import Limits, Planner, Workload
+from .planner import Limits, Planner
 from .report import RunReport
-from .run_log import count_parameters, log_in_the_briefs_words, tell
+from .run_log import count_parameters, log_in_the_briefs_words, log_run
 from .run_report import Begin, Findings, make_report, observe_timed
 from .session import SwapSession
 from .settings import SwapSettings
@@ -160,17 +161,29 @@ class SwapRun:
 
     def use(self, settings: SwapSettings) -> None:
         """The settings from the next forward on."""
-        self.planner.settings = settings
+        self.planner.use(settings)
         self._trace_what_is_asked()
+
+    def shrink(self) -> None:
+        """Device memory ran out, in `prepare` or in a forward: ours is given back, and the next plan is smaller.
+
+        Raises:
+            DeviceMemoryError: There is no smaller plan; the message says what would fit.
+        """
+        if self.session.state is SessionState.ADOPTED:
+            self.session.release()
+        if not self.planner.shrink():
+            assert self.planner.made is not None
+            raise DeviceMemoryError(too_large(self._workload, self.planner.made))
+        self._found.replans.append("the device ran out of memory")
 
     def report(self) -> RunReport | None:
         """Of the run so far; of the last one if none has begun since; None before the first."""
         if not self._in_run:
             return self.last_report
-        self._found.observed = observe_timed(self.session, self.planner, self._timed) or self._found.observed
-        return make_report(
-            self._title, self.session, self.planner, self._found, timed=self._timed, samples=self._samples
-        )
+        found, timed = self._found, self._timed
+        found.observed = observe_timed(self.session, self.planner, timed) or found.observed
+        return make_report(self._title, self.session, self.planner, found, timed=timed, samples=self._samples)
 
     def release(self) -> None:
         """The run is over: every tensor points at its master, the device memory is free, slabs stay for the next."""
@@ -180,7 +193,7 @@ class SwapRun:
         finally:
             self._end_run()
         if report and report.measured.forwards:
-            self._log(report)
+            self.last_report = log_run(report, self._samples, self.session, self.planner, self._trace_dir)
         if was_in_run:
             self.teller.over(report)
 
@@ -190,13 +203,6 @@ class SwapRun:
         except Exception:  # whatever it stumbles over, the run itself has succeeded and its memory must go
             logger.exception("the run has no report; please report this")
             return None
-
-    def _log(self, report: RunReport) -> None:
-        try:
-            report = replace(report, measured=replace(report.measured, samples=self._samples))  # with the last one
-            self.last_report = tell(report, self.session, self.planner, self._trace_dir)
-        except Exception:  # as above
-            logger.exception("the run's report could not be written; please report this")
 
     def close(self) -> None:
         """Releases, unlocks the slabs and ends; idempotent."""

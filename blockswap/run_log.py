@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..hardware.samples import Samples
 from .decision import SwapPlan
 from .errors import BlockSwapError
 from .planner import Planner
@@ -30,12 +31,30 @@ def log_in_the_briefs_words(plan: SwapPlan, planner: Planner, parameters: int | 
         logger.info("%s", line)
 
 
-def tell(report: RunReport, session: SwapSession, planner: Planner, trace_dir: Path | None) -> RunReport:
+def log_run(
+    report: RunReport, samples: Samples | None, session: SwapSession, planner: Planner, trace_dir: Path | None
+) -> RunReport:
     """Logs the summary of a run that is over; in debug mode a table of its blocks and a trace file as well.
 
+    Args:
+        report: Of the run, before its release.
+        samples: With the last one; None if nothing was sampled.
+        session: Its session.
+        planner: Its planner.
+        trace_dir: Where the trace file goes; None writes none.
+
     Returns:
-        The report, with notes on the trace.
+        The report, with these samples and notes on the trace.
     """
+    report = replace(report, measured=replace(report.measured, samples=samples))
+    try:
+        return _tell(report, session, planner, trace_dir)
+    except Exception:  # whatever it stumbles over, the run itself has succeeded
+        logger.exception("the run's report could not be written; please report this")
+        return report
+
+
+def _tell(report: RunReport, session: SwapSession, planner: Planner, trace_dir: Path | None) -> RunReport:
     if planner.settings.debug_mode:
         logger.info("%s", block_table(report))
         notes = _write_trace(session, planner, trace_dir)

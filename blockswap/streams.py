@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..hardware import is_out_of_memory
 from .errors import DeviceMemoryError
 
 
@@ -235,17 +236,12 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         return tensor.to(device)
 
 
-OUT_OF_MEMORY = 2
-"""cudaErrorMemoryAllocation and hipErrorOutOfMemory: a driver's refusal, where torch's allocator was not asked."""
-
-
 @contextlib.contextmanager
 def _one_clear_error(device: torch.device, nbytes: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as cause:
-        # torch.OutOfMemoryError, or AcceleratorError (torch 2.8 and later) with the driver's code.
-        if not isinstance(cause, torch.OutOfMemoryError) and getattr(cause, "error_code", None) != OUT_OF_MEMORY:
+        if not is_out_of_memory(cause):
             raise
         raise DeviceMemoryError(
             f"{device} expects {nbytes:,} free bytes for block weights but ran out of memory; "

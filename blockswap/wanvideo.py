@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .architecture import WanArchitecture, activation_bytes
 from .errors import WrapperError
-from .planner import Workload
+from .experience import Workload
 from .profile import blocks_of
 from .settings import EVERY_BLOCK
 
@@ -47,6 +47,10 @@ HINTS_TO_HOST = 0.5
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 """Modes of torch.compile that replay kernels at fixed addresses, which a block in changing slots does not have."""
+
+
+CACHES = {"enable_teacache": "TeaCache", "enable_magcache": "MagCache", "enable_easycache": "EasyCache"}
+"""Switches of a transformer with which a forward changes what it keeps for later ones, before its blocks run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +197,14 @@ def reset_counters(transformer: nn.Module) -> None:
         setattr(transformer, name, value)
 
 
+def state_kept(transformer: nn.Module, keywords: Mapping[str, Any]) -> str | None:
+    """What keeps a forward that has begun from being repeated, as a clause; None if nothing does."""
+    caches = [name for switch, name in CACHES.items() if getattr(transformer, switch, False)]
+    if keywords.get("standin_input") is not None:  # keys and values of the first forward are kept in the blocks
+        caches.append("Stand-In")
+    return f"{' and '.join(caches)} keeps state from one forward to the next" if caches else None
+
+
 def forget_our_count(transformer: nn.Module) -> None:
     """A run with our arguments that failed before it began has left their count behind."""
     if getattr(transformer, "blocks_to_swap", 0) == EVERY_BLOCK:
@@ -254,7 +266,7 @@ def workload_of(transformer: Any, latents: Any, *, hints_to_host: bool) -> Workl
         in_channels=int(transformer.in_dim),
     )
     expected = activation_bytes(architecture, tokens, vace_hints=not hints_to_host)
-    return Workload(tokens=tokens, expected_activation_bytes=expected)
+    return Workload(tokens=tokens, expected_activation_bytes=expected, latent_frames=max(f for f, _, _ in shapes))
 
 
 def _parameters(function: Callable[..., Any]) -> Sequence[str]:

@@ -2,7 +2,7 @@
 
 from .host import read_host_memory
 from .link import contradicts, measure_link
-from .memory import read_device_memory
+from .memory import is_out_of_memory, read_device_memory
 from .nvml import Nvml
 from .probe import probe_device, read_utilisation
 from .rocm import Rocm
@@ -45,6 +45,7 @@ __all__ = [
     "contradicts",
     "find_gpu",
     "format_bytes",
+    "is_out_of_memory",
     "measure_link",
     "parse_bytes",
     "probe_device",

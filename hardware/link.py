@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .memory import is_out_of_memory
 from .probe import probe_device
 from .spec import LinkSpeed
 from .units import MIB
@@ -112,15 +113,18 @@ def _measure(device: torch.device, counts: tuple[int, ...], nbytes: int) -> Link
         target = torch.empty(nbytes, dtype=torch.uint8, device=device)
         pageable = _measure_pageable(target)
         pinned, host_copy = _measure_pinned(target, counts) if device.type == "cuda" else ((), None)
-    except torch.OutOfMemoryError as exc:
-        logger.warning("the link to %s expects %d free bytes there to be measured: %s", device, nbytes, exc)
+    except (RuntimeError, OSError, MemoryError) as exc:
+        if isinstance(exc, RuntimeError) and not is_out_of_memory(exc):
+            raise
+        logger.warning("the link to %s expects %d free bytes on both sides to be measured: %s", device, nbytes, exc)
         return LinkSpeed((), None)
     return LinkSpeed(pinned, pageable, host_copy)
 
 
 def _measure_pageable(target: torch.Tensor) -> float:
     """Bytes per second from ordinary memory, by the host's clock, because the host takes part in every such copy."""
-    source = torch.zeros_like(target, device="cpu").fill_(1)  # written: untouched pages all map to one page of zeros
+    # Written: untouched pages all map to one page of zeros.
+    source = torch.frombuffer(mmap.mmap(-1, target.nbytes), dtype=torch.uint8).fill_(1)
     module = torch.get_device_module(target.device)
 
     def copy() -> float:

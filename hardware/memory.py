@@ -22,13 +22,22 @@ _OTHERS_PERCENT = 15
 _ESTIMATED_FREE_PERCENT = 100 - _OTHERS_PERCENT
 # torch and the vendor differ by what the driver keeps for itself, 1 to 3 % of a device; its parts differ by much more.
 _SAME_DEVICE_PERCENT = 10
-_OUT_OF_MEMORY = 2  # hipErrorOutOfMemory: the device is full, and opening it failed
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation and hipErrorOutOfMemory: the driver's own refusal
 # AMD's documentation of hipMemGetInfo says of Windows that free "only accounts for memory allocated by this process".
 # On WSL2 that depends on the library between HIP and the driver: librocdxg counts the other processes.
 _WHY_NOT_BELIEVED = {
     HostPlatform.WINDOWS: "HIP on Windows sees this process alone",
     HostPlatform.WSL2: "HIP on WSL2 may see this process alone",
 }
+
+
+def is_out_of_memory(failure: BaseException) -> bool:
+    """Whether a failure is a device's refusal of memory: of torch's allocator, or of the driver where it was not asked
+    (AcceleratorError of torch 2.8 and later, which carries the driver's code).
+    """
+    return isinstance(failure, torch.OutOfMemoryError) or (
+        isinstance(failure, RuntimeError) and getattr(failure, "error_code", None) == _OUT_OF_MEMORY
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,7 @@ def test_an_error_at_the_begin_of_a_forward_leaves_a_run_that_goes_on(
     assert bench.simulation.streams.allocated_bytes == 0
 
 
-@pytest.mark.parametrize("what", ["make_report", "tell"])
+@pytest.mark.parametrize("what", ["run.make_report", "run_log._tell"])
 def test_a_report_that_fails_costs_neither_the_run_nor_its_memory(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
 ) -> None:
@@ -78,7 +78,7 @@ def test_a_report_that_fails_costs_neither_the_run_nor_its_memory(
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"wanvideo_enhanced_blockswap.blockswap.run.{what}", fail)
+        patch.setattr(f"wanvideo_enhanced_blockswap.blockswap.{what}", fail)
         bench.run.release()
     assert (bench.simulation.streams.allocated_bytes, threading.active_count()) == (0, before)
     assert any("please report this" in record.message and record.exc_info for record in caplog.records)
@@ -143,9 +143,9 @@ def test_durations_are_kept_for_the_workload_that_took_them() -> None:
     bench.forward(LARGE_VIDEO, times=4)
     assert bench.run.found.observed is not None
     assert bench.run.found.observed.compute_ms == pytest.approx((9.0,) * COUNT)
-    seen = bench.run.planner._seen
-    assert seen[LARGE_VIDEO].compute_ms == pytest.approx((9.0,) * COUNT)
-    assert seen[SMALL_VIDEO].compute_ms is None
+    seen = bench.run.planner.experience
+    assert seen.of(LARGE_VIDEO).compute_ms == pytest.approx((9.0,) * COUNT)
+    assert seen.of(SMALL_VIDEO).compute_ms is None
 
 
 def test_a_longer_video_is_no_reason_to_change_a_plan_that_is_right_for_it() -> None:

@@ -32,7 +32,8 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What goes wrong: `error` is raised in block `block` the `forward`th time (from 0) that it runs.
+    """What goes wrong: `error` is raised in block `block` from the `forward`th time (from 0) on that it runs, `times`
+    times; None is for ever.
 
     It comes out of the block's last pre-hook; an InterruptProcessingException comes where the wrapper looks for one,
     before the block.
@@ -41,6 +42,7 @@ class Fault:
     block: int
     forward: int = 0
     error: type[BaseException] = RuntimeError
+    times: int | None = None
 
 
 def swap_args(blocks_to_swap: int, **changes: Any) -> dict[str, Any]:
@@ -200,7 +202,7 @@ def _failing(transformer: Any, fault: Fault | None) -> Iterator[None]:
     def fail(block: object, arguments: object) -> None:
         nonlocal left
         left -= 1
-        if left < 0:
+        if left < 0 and (fault.times is None or -left <= fault.times):
             raise fault.error(f"block {fault.block} fails")
 
     def watch(model: Any, arguments: object) -> None:

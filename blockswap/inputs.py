@@ -1,0 +1,84 @@
+"""Inputs: what a forward was called with, so that it can be seen whether it may be called so once more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .tensors import flat, version_of
+
+DEEPEST = 8
+"""Containers inside containers that are looked into; the wrapper's arguments have three."""
+
+SAMPLED_WORDS = 1 << 16
+"""Of a tensor in host memory, at most so many words are added up: the host's own time must not grow with its size."""
+
+SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.device, torch.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """A picture of a call's arguments. Tensors count their edits, except for inference tensors, as all of ComfyUI's
+    are: of those the sum of all bytes is kept, on their device, so that nothing is waited for.
+
+    Attributes:
+        facts: Of everything but the bytes of inference tensors, in a fixed order.
+        tensors: The inference tensors.
+        sums: Of their bytes, each a 0D tensor.
+    """
+
+    facts: tuple[Any, ...]
+    tensors: tuple[torch.Tensor, ...]
+    sums: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, *arguments: Any) -> Inputs:
+        """Of these objects as they are now."""
+        facts: list[Any] = []
+        tensors: list[torch.Tensor] = []
+        _walk(arguments, facts, tensors, depth=0)
+        return cls(tuple(facts), tuple(tensors), tuple(map(_byte_sum, tensors)))
+
+    def are_still(self, *arguments: Any) -> bool:
+        """Whether these are the same objects with the same contents. Waits for the device."""
+        now = Inputs.of(*arguments)
+        if self.facts != now.facts:
+            return False
+        pairs = zip(self.sums, now.sums, strict=True)
+        return all(int(before) == int(after) for before, after in pairs)
+
+
+def _walk(value: Any, facts: list[Any], tensors: list[torch.Tensor], *, depth: int) -> None:
+    if isinstance(value, torch.Tensor):
+        is_strided = value.layout is torch.strided and not value.is_meta
+        facts.append((id(value), value.data_ptr() if is_strided else 0, tuple(value.shape), version_of(value)))
+        if version_of(value) is None and is_strided:
+            tensors.append(value)
+    elif isinstance(value, SCALARS):
+        facts.append((type(value), value) if value == value else (type(value), "nan"))
+    elif isinstance(value, Mapping) and depth < DEEPEST:
+        facts.append((id(value), len(value)))
+        for key, inside in value.items():
+            _walk(key, facts, tensors, depth=depth + 1)
+            _walk(inside, facts, tensors, depth=depth + 1)
+    elif isinstance(value, (list, tuple)) and depth < DEEPEST:
+        facts.append((type(value), len(value)))
+        for inside in value:
+            _walk(inside, facts, tensors, depth=depth + 1)
+    else:
+        facts.append(id(value))
+
+
+def _byte_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor's bytes, in the widest words they fill, wrapping around."""
+    with torch.inference_mode():
+        data = flat(tensor).view(torch.uint8)
+        word = next(size for size in (8, 4, 2, 1) if data.numel() % size == 0 and tensor.data_ptr() % size == 0)
+        words = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[word]
+        whole = data.view(words)
+        if whole.device.type == "cpu":
+            whole = whole[:: max(1, whole.numel() // SAMPLED_WORDS)]
+        return whole.sum(dtype=torch.int64)

@@ -1,0 +1,159 @@
+"""Device memory that runs out in the middle of a run: it goes on with a smaller plan, or says what would fit."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from gate_bench import BLOCKS, GateBench, allocated, arguments, truth
+from standin import Fault, Workflow
+from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError
+from wanvideo_enhanced_blockswap.blockswap.state import SessionState
+
+pytestmark = pytest.mark.usefixtures("pretend_device")
+
+KINDS = ("fp32", "fp8_scaled", "gguf", "lora_merged", "lora_unmerged", "vace", "compiled", "forcing", "multitalk")
+LARGER = "trying a smaller plan"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_of_failures() -> Iterator[None]:
+    """Failures that a test has caught hold what their frames held on the device until the collector comes."""
+    yield
+    gc.collect()
+
+
+def once(block: int, forward: int = 0, *, times: int = 1) -> Fault:
+    return Fault(block=block, forward=forward, error=torch.OutOfMemoryError, times=times)
+
+
+def swapped(bench: GateBench, workflow: Workflow) -> int:
+    plan = bench.run_of(workflow).plan
+    assert plan is not None
+    return plan.swapped_count
+
+
+@pytest.mark.parametrize("variant", KINDS)
+@pytest.mark.parametrize("count", [1, None])
+def test_a_forward_that_runs_out_of_memory_is_repeated_with_everything_swapped(
+    bench: GateBench, variant: str, count: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    workflow = bench.workflow(variant, arguments(count))
+    for forward, block in ((0, 0), (0, BLOCKS - 1), (1, 1), (3, 2)):
+        assert torch.equal(workflow.sample(fault=once(block, forward)), truth(variant))
+        assert bench.run_of(workflow).session.state is SessionState.IDLE
+        assert bench.run_of(workflow).session.device_bytes == 0
+        bench.run_of(workflow).planner.experience.forgive()
+    assert sum(LARGER in record.message for record in caplog.records) == 4
+
+
+def test_the_smaller_plan_is_remembered_for_the_next_run_of_that_size(
+    bench: GateBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    workflow = bench.workflow("fp32", arguments(2))
+    workflow.sample(fault=once(1))
+    caplog.clear()
+    assert torch.equal(workflow.sample(), truth("fp32"))
+    assert swapped(bench, workflow) == BLOCKS
+    report = bench.run_of(workflow).report()
+    assert report is not None
+    assert any("ran out of memory with a larger plan" in reason for reason in report.plan.reasons)
+    assert not any(LARGER in record.message for record in caplog.records)
+    workflow.sample(frames=2)
+    assert swapped(bench, workflow) == 2
+
+
+def test_other_settings_are_tried_as_they_are(bench: GateBench) -> None:
+    workflow = bench.workflow("fp32", arguments(2))
+    workflow.sample(fault=once(1))
+    assert torch.equal(workflow.sample(arguments(1)), truth("fp32"))
+    assert swapped(bench, workflow) == 1
+
+
+def test_automatic_tuning_plans_anew_from_the_peak_that_the_repeated_forward_has_shown(bench: GateBench) -> None:
+    workflow = bench.workflow("fp32", arguments(None))
+    assert torch.equal(workflow.sample(fault=once(1)), truth("fp32"))
+    run = bench.run_of(workflow)
+    assert run.report().measured.replans[0] == "the device ran out of memory"
+    assert run.report().measured.activation_bytes is not None
+    assert torch.equal(workflow.sample(), truth("fp32"))
+    assert swapped(bench, workflow) == 0
+    # A second refusal is not for want of a figure: the plan stays small.
+    assert torch.equal(workflow.sample(fault=once(1)), truth("fp32"))
+    assert torch.equal(workflow.sample(), truth("fp32"))
+    assert swapped(bench, workflow) == BLOCKS
+
+
+def test_where_even_the_smallest_plan_fails_it_says_what_would_fit_and_the_next_run_works(bench: GateBench) -> None:
+    workflow = bench.workflow("fp32", arguments(2))
+    with pytest.raises(DeviceMemoryError) as failure:
+        workflow.sample(fault=once(1, times=2))
+    said = str(failure.value)
+    assert "tokens expects about" in said
+    assert f"(all {BLOCKS} blocks swapped through 1 slot)" in said
+    assert "frames, or" in said
+    assert failure.value.__context__ is None  # nothing of the failed forward is held
+    before = allocated()
+    assert torch.equal(workflow.sample(), truth("fp32"))
+    assert allocated() <= before
+
+
+def test_a_forward_with_a_step_cache_is_not_repeated_and_the_next_run_has_the_smaller_plan(bench: GateBench) -> None:
+    workflow = bench.workflow("teacache", arguments(2))
+    with pytest.raises(DeviceMemoryError, match="cannot be repeated, since TeaCache keeps state from one forward"):
+        workflow.sample(fault=once(1, forward=2))
+    assert torch.equal(workflow.sample(), truth("teacache"))
+    assert swapped(bench, workflow) == BLOCKS
+
+
+def test_a_forward_that_changed_its_inputs_is_not_repeated(bench: GateBench) -> None:
+    workflow = bench.workflow("fp32", arguments(2))
+
+    given: list[Any] = []
+
+    def keep(model: Any, arguments: Any, keywords: Any) -> None:
+        given[:] = [arguments[0] if arguments else keywords["x"]]
+
+    handles = [
+        workflow.transformer.register_forward_pre_hook(keep, with_kwargs=True),
+        workflow.transformer.blocks[0].register_forward_pre_hook(lambda *_: [one.add_(1) for one in given[0]] and None),
+    ]
+    try:
+        with pytest.raises(DeviceMemoryError, match="it has changed its inputs"):
+            workflow.sample(fault=once(1))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(workflow.sample(), truth("fp32"))
+
+
+def test_an_error_that_is_none_of_memory_is_not_swallowed(bench: GateBench) -> None:
+    workflow = bench.workflow("fp32", arguments(2))
+    with pytest.raises(RuntimeError, match="block 1 fails"):
+        workflow.sample(fault=Fault(block=1, times=1))
+
+
+# The device's own memory
+
+
+def peak_of(bench: GateBench, count: int | None, pretend_stats: Any) -> int:
+    workflow = bench.workflow("fp32", arguments(count))
+    pretend_stats.reset_peak_memory_stats()
+    workflow.sample()
+    return int(pretend_stats.max_memory_allocated())
+
+
+def test_a_card_that_is_smaller_than_it_says_is_got_along_with(
+    bench: GateBench, pretend_stats: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(pretend_stats), "mem_get_info", lambda self, device=None: (1 << 34, 1 << 34))
+    most, least = peak_of(bench, 1, pretend_stats), peak_of(bench, BLOCKS, pretend_stats)
+    assert least < most
+    for limit in range(most - 1, least, -(most - least) // 5):
+        workflow = bench.workflow("fp32", arguments(1))
+        pretend_stats.set_memory_limit(limit)
+        assert torch.equal(workflow.sample(), truth("fp32")), limit
+        pretend_stats.set_memory_limit(None)
