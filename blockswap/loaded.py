@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import tensors_of_gguf
 from .stored import StoredTensor
 from .wanvideo import entry, named_blocks
 
@@ -28,7 +27,7 @@ def stored_tensors(model: Any, patches: Mapping[str, Any]) -> dict[str, StoredTe
     found: dict[str, StoredTensor] = {}
     if readers is not None:
         for reader in readers if isinstance(readers, (list, tuple)) else [readers]:
-            found |= tensors_of_gguf(reader)
+            found |= _tensors_of_gguf(reader)
     weights = stored if isinstance(stored, dict) else dict(model.diffusion_model.named_parameters())
     dtype = entry(model, "weight_dtype")
     for name, tensor in weights.items():
@@ -37,6 +36,17 @@ def stored_tensors(model: Any, patches: Mapping[str, Any]) -> dict[str, StoredTe
     for name, deltas in patches.items():
         found[f"{name.removeprefix('diffusion_model.')}.lora_diff"] = StoredTensor((1,), "LORA", _bytes_in(deltas))
     return found
+
+
+def _tensors_of_gguf(reader: Any) -> dict[str, StoredTensor]:
+    """The tensor table of the open GGUFReader that the wrapper has loaded the model from."""
+    tensors = {}
+    for tensor in reader.tensors:
+        # ComfyUI's converters flatten tensors that GGML's quantisation cannot hold and note their shape here.
+        noted = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")
+        shape = noted.contents() if noted else reversed(tensor.shape.tolist())
+        tensors[tensor.name] = StoredTensor(tuple(map(int, shape)), tensor.tensor_type.name, int(tensor.n_bytes))
+    return tensors
 
 
 def _as_loaded(name: str, tensor: torch.Tensor, dtype: Any, weights: Mapping[str, Any]) -> StoredTensor:

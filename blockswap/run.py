@@ -18,7 +18,7 @@ from .errors import BlockSwapError, DeviceMemoryError, HostMemoryError, PlanErro
 from .experience import Workload
 from .fit import too_large
 from .forwards import EVERY_FORWARD
-from .look import is_over, why_change
+from .look import has_become_slow, is_over, learn, why_change
 from .machine import Machine
 from .planner import Limits, Planner
 from .report import RunReport
@@ -125,7 +125,10 @@ class SwapRun:
         if was_reset or machine.peak_bytes() > peak:
             self.planner.learn_activations(machine.peak_bytes() - before)
         self._notice_adoption()
-        self._learn()
+        if learn(self.session, self.planner, self._found, self._timed):
+            self._wants_look = True
+        if has_become_slow(self.session, self.planner, self._found, self._timed):
+            self._time_again()  # the copies' speed shows whether it is they
         self.teller.ran(self._present, self._found)
 
     def prepare(self, workload: Workload | None = None) -> SwapPlan:
@@ -286,15 +289,3 @@ class SwapRun:
             self._adopt()
             return
         self._found.replans.append(why)
-
-    def _learn(self) -> None:
-        """Once the forwards that were timed are over on the device: what they say. What follows from it is done before
-        the next forward, which may fail; this one is over.
-        """
-        if self._found.observed is not None or self.session.log.forwards < self._timed.stop:
-            return
-        self._found.observed = observe_timed(self.session, self.planner, self._timed)
-        if self._found.observed is not None:
-            self.planner.learn(self._found.observed, self._present)
-            self._found.prediction = self.planner.predict(self._present)
-            self._wants_look = True

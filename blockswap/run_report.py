@@ -43,6 +43,7 @@ class Findings:
         observed: What the forwards that were timed have shown.
         prediction: A forward with the present plan in virtual time.
         weight_bytes: Device memory that block weights took under the present plan.
+        is_slow: Forwards have become much slower than those before them, and that has been looked into.
         over_bytes: By how much the weights stood above their budget when that was last seen.
         looks: How often another plan has taken the place of the one before by itself.
         replans: Why other plans took the first one's place.
@@ -53,6 +54,7 @@ class Findings:
     observed: Observed | None = None
     prediction: ForwardTime | None = None
     weight_bytes: int | None = None
+    is_slow: bool = False
     over_bytes: int = 0
     looks: int = 0
     replans: list[str] = field(default_factory=list)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .architecture import WanArchitecture
 from .errors import CheckpointError
 from .layout import BlockProfile, ModelProfile, Placement, TensorProfile, small_cutoff
+from .untrusted import SHOWN_LETTERS, printable
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 """What files put before the transformer's own names: all-in-one checkpoints, ComfyUI's exports, plain transformers."""
 
-BLOCK_KEY = re.compile(r"(vace_blocks|blocks)\.(\d+)\.(.+)")
+BLOCK_KEY = re.compile(r"(vace_blocks|blocks)\.(0|[1-9][0-9]{0,3})\.(.+)")
+
+MOST_BLOCKS = 256
+"""VACE's included; the largest published Wan has 40 and 8 of VACE. A plan takes time by their square."""
 
 HEAD_WIDTH = 128
 """Channels of one attention head in every published Wan model (1.3B: 12 heads, 5B: 24, 14B: 40). No weight shows it."""
@@ -77,7 +81,7 @@ def _transformer_tensors(source: str, stored: Mapping[str, StoredTensor]) -> dic
         own = {name[len(prefix) :]: tensor for name, tensor in stored.items() if name.startswith(prefix)}
         if "patch_embedding.weight" in own:
             return own
-    few = ", ".join(sorted(stored)[:3]) or "no tensors"
+    few = _few(sorted(stored)[:3]) or "no tensors"
     raise CheckpointError(
         f"{source} is not a Wan model: expects patch_embedding.weight and blocks.0.self_attn.q.weight among its "
         f"{len(stored)} tensors but has {few}; name a whole Wan transformer in one file, "
@@ -105,6 +109,8 @@ def _group_blocks(source: str, tensors: Mapping[str, StoredTensor]) -> dict[tupl
         raise CheckpointError(
             f"{source} expects transformer blocks but has none named blocks.0; name a whole Wan model"
         )
+    if len(found) > MOST_BLOCKS:
+        raise CheckpointError(f"{source} expects up to {MOST_BLOCKS} blocks but has {len(found)}; name a Wan model")
     return {key: found[key] for key in sorted(found, key=lambda key: (key[0] == "blocks", key[1]))}
 
 
@@ -112,13 +118,13 @@ def _architecture(
     source: str, tensors: Mapping[str, StoredTensor], blocks: Mapping[tuple[str, int], Mapping[str, StoredTensor]]
 ) -> WanArchitecture:
     head = _first(tensors, "head.head.weight", "proj_out.weight")
-    if head is None:
+    if head is None or not _is_filled(head):
         raise CheckpointError(
             f"{source} expects an output layer head.head.weight (diffusers: proj_out.weight) but has none; join the "
             "parts of a split model"
         )
     patch = tensors["patch_embedding.weight"].shape
-    if len(patch) != PATCH_DIMENSIONS:
+    if len(patch) != PATCH_DIMENSIONS or 0 in patch:
         raise CheckpointError(
             f"{source} expects patch_embedding.weight with {PATCH_DIMENSIONS} dimensions but its shape is {patch}; "
             "convert the model again"
@@ -142,13 +148,22 @@ def _matrices(source: str, name: str, block: Mapping[str, StoredTensor]) -> tupl
     """The query matrix of a block's self-attention and its first feed-forward matrix: (out, in)."""
     query = _first(block, "self_attn.q.weight", "attn1.to_q.weight")
     ffn = _first(block, "ffn.0.weight", "ffn.net.0.proj.weight")
-    if query is None or ffn is None or min(len(query.shape), len(ffn.shape)) < MATRIX_DIMENSIONS:
-        few = ", ".join(list(block)[:3])
+    if query is None or ffn is None or not (_is_filled(query) and _is_filled(ffn)):
+        few = _few(list(block)[:3])
         raise CheckpointError(
             f"{source} expects the matrices self_attn.q.weight and ffn.0.weight (diffusers: attn1.to_q.weight and "
             f"ffn.net.0.proj.weight) in {name} but it has {few} ({len(block)} tensors); name a whole Wan model"
         )
     return query, ffn
+
+
+def _is_filled(tensor: StoredTensor) -> bool:
+    """Whether this is a matrix with elements: what the model's sizes are read from must have some."""
+    return len(tensor.shape) >= MATRIX_DIMENSIONS and 0 not in tensor.shape
+
+
+def _few(names: Iterable[str]) -> str:
+    return ", ".join(printable(name, longest=SHOWN_LETTERS) for name in names)
 
 
 def _first(tensors: Mapping[str, StoredTensor], *names: str) -> StoredTensor | None:

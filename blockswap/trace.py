@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from .spans import Span
+from .spans import FORWARD, Span
 from .streams import Streams
 
 MOST_SPANS = 200_000
@@ -22,6 +22,7 @@ class Trace:
     Attributes:
         streams: Where the marks are set.
         dropped: Spans beyond `MOST_SPANS`, which were not recorded.
+        forward_ms: Duration of each forward that the device has passed, in order.
     """
 
     streams: Streams
@@ -29,10 +30,11 @@ class Trace:
     _spans: list[Span] = field(default_factory=list)
     _origin: Any = None
     dropped: int = 0
+    forward_ms: list[float] = field(default_factory=list)
 
     def start(self) -> None:
         """Forgets what was recorded; time counts from here."""
-        self._marks, self._spans = deque(), []
+        self._marks, self._spans, self.forward_ms = deque(), [], []
         with self.streams.guard():
             self._origin = self.streams.mark(self.streams.current())
 
@@ -61,4 +63,7 @@ class Trace:
 
     def _read(self, lane: str, block: int, begin: Any, end: Any) -> None:
         read = self.streams.elapsed_ms
-        self._spans.append(Span(lane, block, read(self._origin, begin), read(self._origin, end)))
+        span = Span(lane, block, read(self._origin, begin), read(self._origin, end))
+        self._spans.append(span)
+        if lane == FORWARD:
+            self.forward_ms.append(span.duration_ms)
