@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from .profile import HOST_NAMES, TensorEntry
-from .tensors import copy_bytes, version_of
+from .tensors import copy_bytes, storage_key, version_of
 
 
 @dataclass(slots=True)
@@ -39,11 +39,34 @@ class Bound:
         copy_bytes(self.master, self.copy)
         return self.master.nbytes
 
+    def show_master(self, inside: Container[int]) -> int:
+        """Points at the master again, with what a forward has changed; returns how many bytes that were.
+
+        Args:
+            inside: Keys of the storage that is about to be given up; a tensor that points elsewhere is left alone.
+        """
+        edited = 0
+        with torch.no_grad():
+            if storage_key(self.tensor) in inside:
+                try:
+                    edited = self.keep_edits()
+                finally:
+                    with torch._C.DisableTorchFunctionSubclass():
+                        self.tensor.data = self.master
+            self.fetch_replacement()
+        return edited
+
     def fetch_replacement(self) -> None:
         """A buffer that a forward has assigned anew goes to where the one before was found."""
         now = self.entry.holder.get(self.entry.name)
         if self.entry.is_buffer and now is not None and now is not self.tensor:
             self.entry.holder[self.entry.name] = now.to(self.master.device)
+
+
+def bring_back(entry: TensorEntry, original: torch.Tensor, moved: torch.Tensor) -> None:
+    """A tensor that was replaced by a moved one is in its place again, unless somebody has replaced that since."""
+    if entry.holder.get(entry.name) is moved:
+        entry.holder[entry.name] = original
 
 
 @dataclass(slots=True)

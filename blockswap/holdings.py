@@ -1,6 +1,11 @@
-"""What a session holds on the device and in page-locked memory, and how it is given up."""
+"""What a session holds on the device and in page-locked memory, how it is given up, and how blocks come to it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
 
 from .host import HostStore
 from .swapper import BlockSwapper
@@ -52,3 +57,28 @@ class Holdings:
             finally:
                 if store is not None:
                     store.release()
+
+
+def block_hook(
+    holds: Holdings, enter: Callable[[], Callable[[int], None] | None], block: int
+) -> Callable[[nn.Module, object], None]:
+    """The hook in front of a block.
+
+    Args:
+        holds: What runs the blocks.
+        enter: Gives the session's method, None once the session is gone: one that is dropped must not wait for the
+            garbage collector.
+        block: Index of the block.
+    """
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def before_block(module: nn.Module, arguments: object) -> None:
+        swapper = holds.swapper
+        if swapper is not None and swapper.is_as_left(block):
+            swapper.enter(block)
+            return
+        alive = enter()
+        assert alive is not None, "hooks are registered only inside a session's forward"
+        alive(block)
+
+    return before_block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Sequence
@@ -181,19 +182,23 @@ class HostStore:
         """`block` has no need of a slab any more; its masters live on as long as parameters point at them."""
         slab = self.slabs.pop(block, None)
         if slab is not None:
-            slab.settle()
-            slab.pages.unpin()
+            try:
+                slab.settle()
+            finally:
+                slab.pages.unpin()
 
     def unlock(self) -> None:
         """Unlocks everything after its last copy; slabs stay, for their next tier to be found at the next adopt."""
-        for slab in self.slabs.values():
-            slab.pages.unpin()
-            slab.tier = HostTier.PAGEABLE
+        with contextlib.ExitStack() as stack:
+            for slab in self.slabs.values():
+                slab.tier = HostTier.PAGEABLE
+                stack.callback(slab.pages.unpin)  # each of them, whatever fails with another
 
     def release(self) -> None:
         """Unlocks everything after its last copy. Masters live on as long as parameters point at them."""
-        for block in list(self.slabs):
-            self.drop(block)
+        with contextlib.ExitStack() as stack:
+            for block in list(self.slabs):
+                stack.callback(self.drop, block)  # each of them, whatever fails with another
 
     def use(self, streams: Streams) -> None:
         """A new adopt: `streams` read the slabs from here on; copies of others are waited for first."""
@@ -219,10 +224,12 @@ class HostStore:
                 staged.append(slab)
         size = max(slab.used_bytes for slab in staged)
         pages = [PageMemory(size, self.streams) for _ in range(STAGING_SLABS)]
-        if all(self.lock(page, "a staging slab", again=True) for page in pages):
-            return pages
-        for page in pages:
-            page.unpin()
+        with contextlib.ExitStack() as stack:
+            for page in pages:
+                stack.callback(page.unpin)
+            if all(self.lock(page, "a staging slab", again=True) for page in pages):
+                stack.pop_all()
+                return pages
         for slab in staged:
             slab.tier = HostTier.PAGEABLE
         return []

@@ -161,7 +161,12 @@ class PageMemory:
 
     def pin(self, registrar: Registrar, budget: PinBudget) -> int:
         """Locks the pages, once they have been filled (locking touches every page); 0, or the driver's error code."""
-        result = registrar.register(self.tensor.data_ptr(), self.size)
+        try:
+            result = registrar.register(self.tensor.data_ptr(), self.size)
+        except BaseException:
+            registrar.unregister(self.tensor.data_ptr())  # an interrupt may have come after it was done
+            registrar.consume_error()
+            raise
         if result != 0:
             registrar.consume_error()
             return result
@@ -195,14 +200,23 @@ class _Use:
             return
         try:
             self.settle()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # a device that fails at waiting twice has nothing under way
+                self.settle()  # an interrupt has ended the wait, and not the copy
+            raise
         finally:
             self._unregister()
 
     def _unregister(self) -> None:
         assert self.lock is not None
         (registrar, budget), self.lock = self.lock, None
-        result = registrar.unregister(self._pointer)
-        budget.used_bytes -= self._size
+        try:
+            result = registrar.unregister(self._pointer)
+        except BaseException:
+            registrar.unregister(self._pointer)  # an interrupt may have come before; that it is done already harms not
+            raise
+        finally:
+            budget.used_bytes -= self._size
         if result != 0:
             registrar.consume_error()
             logger.warning("unregistering %d bytes of host memory failed: %s", self._size, register_result(result))

@@ -13,7 +13,6 @@ from .budget import Activations, MemoryBudget
 from .decision import SwapPlan
 from .experience import Experience, Workload
 from .layout import ModelProfile
-from .machine import Machine
 from .pages import PinBudget
 from .plan import predict
 from .planning import Facts, budget_for, make_plan, timing_for
@@ -21,6 +20,7 @@ from .replan import Observed
 from .schedule import ForwardTime
 from .session import SwapSession
 from .settings import SwapSettings
+from .steady import SteadyMachine
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Planner:
     """
 
     settings: SwapSettings
-    machine: Machine
+    machine: SteadyMachine
     pins: PinBudget
     limits: Limits = field(default_factory=Limits)
     workload: Workload | None = None

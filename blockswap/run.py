@@ -27,6 +27,7 @@ from .run_report import Begin, Findings, make_report, observe_timed
 from .session import SwapSession
 from .settings import SwapSettings
 from .state import SessionState
+from .steady import PeakMeter, SteadyMachine
 from .teller import Teller
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,9 @@ class SwapRun:
         sampler: Sampler | None = None,
         trace_dir: Path | None = None,
     ) -> None:
-        self.planner = Planner(settings, machine, backend.pin_budget, (limits or Limits()).within(backend))
+        self._machine = SteadyMachine(machine)
+        self._peak = PeakMeter(self._machine)
+        self.planner = Planner(settings, self._machine, backend.pin_budget, (limits or Limits()).within(backend))
         self.session = SwapSession(blocks, self.planner, backend, root=root, traced=TIMED_FORWARDS)
         self.planner.session = weakref.ref(self.session)
         self.teller = Teller(self.session, self.planner)
@@ -116,14 +119,12 @@ class SwapRun:
             PlanError: No plan fits; the forward has not begun.
         """
         self.prepare(workload)
-        machine = self.planner.machine
-        was_reset = not self.planner.is_peak_known and machine.reset_peak()
-        before, peak = machine.allocated_bytes(), machine.peak_bytes()
+        self._peak.begin(anew=not self.planner.is_peak_known)
         with self.session.forward(blocks):
             yield
-        # A peak that was not reset and has not grown may be an earlier one, of something else.
-        if was_reset or machine.peak_bytes() > peak:
-            self.planner.learn_activations(machine.peak_bytes() - before)
+        taken = self._peak.taken_bytes()
+        if taken is not None:
+            self.planner.learn_activations(taken)
         self._notice_adoption()
         if learn(self.session, self.planner, self._found, self._timed):
             self._wants_look = True
@@ -245,9 +246,10 @@ class SwapRun:
         self._sampling.close()
 
     def _adopt(self) -> None:
-        before = self.planner.machine.allocated_bytes()
+        before = self._machine.allocated_bytes()
         plan = self.session.adopt()
-        self._found.weight_bytes = self.planner.machine.allocated_bytes() - before
+        after = self._machine.allocated_bytes()
+        self._found.weight_bytes = None if before is None or after is None else after - before
         self._adopted_settings = self.planner.settings
         self._notice_adoption()
         self.teller.ran(plan, self._found)

@@ -15,9 +15,10 @@ from .backend import Backend
 from .decision import HostTier, SwapPlan
 from .errors import BlockSwapError, UnsupportedModelError
 from .forwards import ForwardLog
-from .holdings import Holdings
+from .holdings import Holdings, block_hook
 from .host import HostStore
 from .layout import ModelProfile
+from .named import named
 from .profile import ProfiledModel, profile_model, refuse_grad
 from .staging import Staging
 from .state import SessionState
@@ -69,7 +70,8 @@ class SwapSession:
         self._holds = Holdings()
         weakref.finalize(self, self._holds.drop)
         self._handles: list[RemovableHandle] = []
-        self._hooks = [self._hook(index) for index in range(len(self._named))]
+        enter = weakref.WeakMethod(self.enter)
+        self._hooks = [block_hook(self._holds, enter, index) for index in range(len(self._named))]
         self.plan: SwapPlan | None = None
         self.log = ForwardLog(traced)
         self.counters = Counters()
@@ -133,6 +135,7 @@ class SwapSession:
         """What kept slabs from being page-locked as planned."""
         return () if self._holds.store is None else tuple(self._holds.store.refusals)
 
+    @named("blocks were being placed")
     def adopt(self) -> SwapPlan:
         """Profiles, plans, and places the blocks.
 
@@ -199,23 +202,29 @@ class SwapSession:
         self._planner = planner
         return self.adopt()
 
+    @named("device memory was being given back")
     def release(self) -> None:
         """Every tensor points at its master, and the device memory is free at once. Slabs stay for the next adopt."""
         self._expect("release", SessionState.IDLE, SessionState.ADOPTED)
-        self._holds.drop_device()
-        self._state = SessionState.IDLE
+        try:
+            self._holds.drop_device()
+        finally:
+            self._state = SessionState.IDLE
 
+    @named("host memory was being unlocked")
     def unlock(self) -> None:
         """No slab is page-locked any more; they stay, and are locked again at the next adopt."""
         self._expect("unlock", SessionState.IDLE)
         if self._holds.store is not None:
             self._holds.store.unlock()
 
+    @named("host memory was being given up")
     def give_up_slabs(self) -> None:
         """No slab is kept for the next run; weights that are nowhere else stay, in ordinary memory."""
         self._expect("give_up_slabs", SessionState.IDLE)
         self._holds.drop()
 
+    @named("a session was being closed")
     def close(self) -> None:
         """Releases, unlocks the slabs and ends; idempotent. Weights stay in ordinary host memory."""
         try:
@@ -229,6 +238,7 @@ class SwapSession:
             expected = " or ".join(state.value for state in states)
             raise BlockSwapError(f"{what} expects a session that is {expected} but got one that is {self._state.value}")
 
+    @named("a forward was beginning")
     def _begin(self, modules: Sequence[nn.Module]) -> None:
         self._state = SessionState.RUNNING
         self.log.begin(self._holds)
@@ -236,22 +246,6 @@ class SwapSession:
         self._holds.swapper.checks = self.checks
         for module, hook in zip(modules, self._hooks, strict=True):
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
-
-    def _hook(self, block: int) -> Callable[[nn.Module, object], None]:
-        # A session that is dropped must not wait for the garbage collector: the hook holds it weakly.
-        holds, session = self._holds, weakref.ref(self)
-
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def before_block(module: nn.Module, arguments: object) -> None:
-            swapper = holds.swapper
-            if swapper is not None and swapper.is_as_left(block):
-                swapper.enter(block)
-                return
-            alive = session()
-            assert alive is not None, "hooks are registered only inside a session's forward"
-            alive.enter(block)
-
-        return before_block
 
     def _end(self, *, finished: bool) -> None:
         handles, self._handles = self._handles, []
@@ -264,6 +258,7 @@ class SwapSession:
                 self._state = SessionState.ADOPTED
                 self._leave(finished=finished)
 
+    @named("a forward was ending")
     def _leave(self, *, finished: bool) -> None:
         swapper = self._holds.swapper
         assert swapper is not None

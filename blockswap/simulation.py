@@ -9,7 +9,7 @@ from .clocks import WORKER
 from .errors import TransferError
 from .pages import PinBudget, Registrar
 from .simulated import SimulatedStreams
-from .staging import Job, Worker
+from .staging import Job, Worker, staged_failure
 from .streams import Streams
 
 
@@ -29,19 +29,22 @@ class _SimulatedJob:
             assert work is not None, "a job runs once"
             try:
                 work()
-            except TransferError as failure:
+            except RuntimeError as failure:
                 self._failure = failure
             self._done = streams.worker_now()
 
     def wait(self) -> None:
         self.join()
+        if isinstance(self._failure, TransferError):
+            raise self._failure  # a broken rule is told as it is
         if self._failure is not None:
-            raise self._failure
+            raise staged_failure(self._failure) from self._failure
 
-    def join(self) -> None:
+    def join(self) -> bool:
         self._worker.run_until(self)
         assert self._done is not None
         self._worker.streams.wait_for_worker(*self._done)
+        return self._failure is None
 
 
 class SimulatedWorker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -21,8 +22,8 @@ class Job(Protocol):
     def wait(self) -> None:
         """Blocks the host until the work is done; raises what it raised."""
 
-    def join(self) -> None:
-        """Blocks the host until the work is over, however it ended."""
+    def join(self) -> bool:
+        """Blocks the host until the work is over, however it ended; whether it ended well."""
 
 
 class Worker(Protocol):
@@ -55,10 +56,16 @@ class _ThreadJob:
     def wait(self) -> None:
         self._done.wait()
         if self._failure is not None:
-            raise TransferError(f"a staged copy to the device failed: {self._failure}") from self._failure
+            raise staged_failure(self._failure) from self._failure
 
-    def join(self) -> None:
+    def join(self) -> bool:
         self._done.wait()
+        return self._failure is None
+
+
+def staged_failure(failure: BaseException) -> TransferError:
+    """What the host thread is told of a failure in the worker."""
+    return TransferError(f"a staged copy to the device failed: {failure}")
 
 
 class ThreadWorker:
@@ -121,7 +128,7 @@ class Staging:
 
     def close(self) -> None:
         """Ends the worker, then gives the staging slabs up."""
-        self._worker.stop()
-        for staging in self.slabs:
-            staging.settle()
-            staging.unpin()
+        with contextlib.ExitStack() as stack:
+            for staging in self.slabs:
+                stack.callback(staging.unpin)  # each of them, whatever fails with another
+            self._worker.stop()

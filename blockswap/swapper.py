@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .binding import BlockBinding, Bound
+from .binding import BlockBinding, Bound, bring_back
 from .checks import check_slot
 from .decision import SwapPlan
 from .errors import UnsupportedModelError
 from .host import HostStore
 from .layout import Placement, device_bytes, slab_offsets
+from .named import named
 from .profile import ProfiledModel, TensorEntry
 from .schedule import Ring, Step
 from .spans import COMPUTE, STALL
@@ -95,12 +97,14 @@ class BlockSwapper:
         """Fills the window with the first blocks, before any forward."""
         self._obey(self._ring.leave())
 
+    @named("a block was ending")
     def is_as_left(self, block: int) -> bool:
         """Whether the tensors of `block` are still the ones that were placed; if not, the swapper must be made anew."""
         if self._running is not None and self._running[0] == block:
             self._finish()
         return self._blocks[block].is_as_left()
 
+    @named("a block was beginning")
     def enter(self, block: int) -> None:
         """Block `block` is about to run: the one before gives its slot back, the next ones are prefetched, and this
         one's tensors point at the device. Copies are issued first: they are under way while the host re-points.
@@ -145,23 +149,22 @@ class BlockSwapper:
 
     def release(self) -> None:
         """Every tensor points at its master; residents, small tensors and window are given up. Idempotent."""
-        self._transfer.follow()
-        ours = [*self._memories, *self._transfer.window]
-        inside = {storage_key(memory) for memory in ours}
-        with torch.no_grad():
-            for bound in self._bound:
-                if storage_key(bound.tensor) in inside:
-                    self._transfer.counters.returned_bytes += bound.keep_edits()
-                    with torch._C.DisableTorchFunctionSubclass():
-                        bound.tensor.data = bound.master
-                bound.fetch_replacement()
-        for entry, original, moved in self._fixed:
-            if entry.holder.get(entry.name) is moved:
-                entry.holder[entry.name] = original
-        self._transfer.close_window()
-        for memory in self._memories:
-            self._transfer.free(memory)
-        self._bound, self._fixed, self._memories, self._running = [], [], [], None
+        inside = {storage_key(memory) for memory in (*self._memories, *self._transfer.window)}
+        bound, self._bound = self._bound, []
+        fixed, self._fixed = self._fixed, []
+        memories, self._memories, self._running = self._memories, [], None
+        with contextlib.ExitStack() as stack:  # every step, whatever fails with another; from the last to the first
+            for memory in memories:
+                stack.callback(self._transfer.free, memory)
+            stack.callback(self._transfer.close_window)
+            for entry, original, moved in fixed:
+                stack.callback(bring_back, entry, original, moved)
+            for one in bound:
+                stack.callback(self._show_master, one, inside)
+            self._transfer.follow()
+
+    def _show_master(self, bound: Bound, inside: Container[int]) -> None:
+        self._transfer.counters.returned_bytes += bound.show_master(inside)
 
     def _finish(self) -> None:
         """The block that ran has been queued in full: its tensors point at their masters again."""

@@ -107,8 +107,8 @@ class Transfer:
             self._home = self._compute = self.streams.current()
             for _ in range(slots):
                 # One by one: what has been allocated when a later one fails is given up by `close_window`.
-                ready = tuple(self.streams.event() for _ in self.streams.copy_streams)
-                slot = Slot(self.streams.allocate(slot_bytes), self.streams.event(), ready)
+                free, *ready = (self.streams.event() for _ in range(1 + len(self.streams.copy_streams)))
+                slot = Slot(self.streams.allocate(slot_bytes), free, tuple(ready))
                 self._slots = (*self._slots, slot)
                 self.streams.record(slot.free, self._compute)  # Rule 1
         return self.window
@@ -116,8 +116,10 @@ class Transfer:
     def close_window(self) -> None:
         """Gives the window up; a prefetch in flight is waited for on the device, not on the host."""
         with self.streams.guard():  # Rule 8
-            self._join_worker()
-            self._drain_to_compute()
+            ended_well = self._join_worker()
+            for event in self._drain_to_compute():
+                if not ended_well:
+                    self.streams.host_wait(event)  # Rule 6: a copy that was struck has left no event with its slab
             slots, self._slots = self._slots, ()
             for slot in slots:
                 self.streams.free(slot.memory)
@@ -269,12 +271,14 @@ class Transfer:
         if job is not None:
             job.wait()
 
-    def _join_worker(self) -> None:
-        """Until the worker is done, it may queue copies; what it raised no longer matters."""
+    def _join_worker(self) -> bool:
+        """Until the worker is done, it may queue copies; whether all ended well. What it raised no longer matters."""
+        ended_well = True
         for slot in self._slots:
             job, slot.filling = slot.filling, None
             if job is not None:
-                job.join()
+                ended_well = job.join() and ended_well
+        return ended_well
 
     def _follow(self, compute: Any) -> None:
         before, self._compute = self._compute, compute

@@ -35,12 +35,13 @@ class Bench:
         count: int = COUNT,
         sampler: Sampler | None = None,
         trace_dir: Path | None = None,
+        pin_bytes: int = 1 << 40,
     ) -> None:
         self.model = toy(count)
         self.expected = toy(count)(X)
         speed = BLOCK / link_ms  # bytes per ms
         hardware = SimulatedHardware(link_bytes_per_ms=speed, default_compute_ms=compute_ms)
-        self.simulation = Simulation(hardware=hardware)
+        self.simulation = Simulation(hardware=hardware, pin_bytes=pin_bytes)
         # The ceiling of 50 % is the smallest term: 0.9 x 0.9 of the card is more.
         self.machine = SimulatedMachine(
             self.simulation, int(2 * (room * BLOCK + 256 * count + 512)), link_speed=speed * 1e3

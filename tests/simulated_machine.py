@@ -45,7 +45,7 @@ class SimulatedMachine:
     _peak: int = 0
 
     def memory(self) -> DeviceMemory:
-        free = self.total_bytes - self.others_bytes - self.cache_bytes - self.allocated_bytes()
+        free = self.total_bytes - self.others_bytes - self.cache_bytes - self.simulation.streams.allocated_bytes
         return DeviceMemory(self.total_bytes, max(0, free), "simulated")
 
     def unused_cache_bytes(self) -> int:
@@ -59,12 +59,12 @@ class SimulatedMachine:
 
     def reset_peak(self) -> bool:
         if self.can_reset:
-            self._peak = self.allocated_bytes()
+            self._peak = self.simulation.streams.allocated_bytes
         return self.can_reset
 
     def run_peak(self) -> None:
         """A forward has reached its peak."""
-        self._peak = max(self._peak, self.allocated_bytes() + self.activation_bytes)
+        self._peak = max(self._peak, self.simulation.streams.allocated_bytes + self.activation_bytes)
 
     def host(self) -> HostMemory:
         return HostMemory(
