@@ -124,7 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
     (options.out / "before_after.json").write_text(
         json.dumps({**origin, "rows": [asdict(row) for row in rows]}, indent=1) + "\n", encoding="utf-8"
     )
-    caption = f"tiny {options.variant} Wan model, 30 blocks, {rows[0].forwards} forwards; {machine()}; {command}; {date}"
+    caption = (
+        f"tiny {options.variant} Wan model, 30 blocks, {rows[0].forwards} forwards; {machine()}; {command}; {date}"
+    )
     draw(rows, caption, options.out / "before_after.png")
     for row in rows:
         figures = f"{row.peak_bytes:>14,} peak {row.to_device_bytes:>14,} to device {row.to_host_bytes:>14,} back"

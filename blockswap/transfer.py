@@ -119,7 +119,7 @@ class Transfer:
             ended_well = self._join_worker()
             for event in self._drain_to_compute():
                 if not ended_well:
-                    self.streams.host_wait(event)  # Rule 6: a copy that was struck has left no event with its slab
+                    self.streams.host_wait(event)  # Rule 6: nor with a staging slab
             slots, self._slots = self._slots, ()
             for slot in slots:
                 self.streams.free(slot.memory)

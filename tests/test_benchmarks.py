@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import predictions
+from benchmarks import predictions, soak
 
 
 def test_predictions_come_true_on_the_simulated_device(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -41,3 +41,12 @@ def test_a_prediction_that_does_not_come_true_fails(
     monkeypatch.setattr(predictions, "plan_swap", optimistic)
     assert predictions.main(["--device", "cpu", "--shapes", "64x64x5", "--counts", "half", "--steps", "2"]) == 1
     assert "limit 1%" in capsys.readouterr().out
+
+
+def test_a_soak_of_random_runs_leaves_nothing_and_gets_nothing_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    soak.main(["--runs", "12", "--json"])  # too short to judge host memory by
+    found = json.loads(capsys.readouterr().out)
+    assert (found["runs"], found["wrong_outputs"], found["device_bytes_left"]) == (12, 0, 0)
+    assert sum(found["outcomes"].values()) == 12
+    assert found["files"][0] == found["files"][1]
+    assert found["threads"][0] == found["threads"][1]

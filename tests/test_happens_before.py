@@ -13,6 +13,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from toys import Block, Model, Simulation, fixed_plan, toy
 from wanvideo_enhanced_blockswap.blockswap import HostTier, SwapSession, TransferError, binding, transfer
+from wanvideo_enhanced_blockswap.blockswap.clocks import WORKER
 from wanvideo_enhanced_blockswap.blockswap.forwards import EVERY_FORWARD
 from wanvideo_enhanced_blockswap.blockswap.schedule import Ring, VirtualTime, spread, steady_time
 from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedHardware
@@ -183,6 +184,26 @@ def test_rule_6_a_slab_is_unlocked_behind_copies_that_were_struck_amid(
         assert simulation.registrar.locked == {}
         assert simulation.streams.allocated_bytes == 0
         run(simulation, model, planner, None)
+
+
+def test_rule_6_a_staging_slab_is_unlocked_behind_a_copy_that_was_struck_amid() -> None:
+    """What strikes the worker between a copy and its event leaves a copy that the staging slab does not know of."""
+    simulation, model = Simulation(lateness=1.0), toy(5)
+    struck, record = [False], simulation.streams.record
+
+    def striking(event: object, stream: object) -> None:
+        if not struck[0] and stream in simulation.streams.copy_streams and simulation.streams._actor == WORKER:
+            struck[0] = True
+            raise TransferError("struck")
+        record(event, stream)
+
+    with torch.inference_mode(), simulation.session(model, fixed_plan([True] * 5, tiers=HostTier.STAGED)) as session:
+        with session.forward():
+            model(torch.randn(2, 16))
+        simulation.streams.record = striking
+        session.release()
+        assert struck == [True]
+    assert simulation.registrar.locked == {}
 
 
 @pytest.mark.parametrize("lateness", LATENESS)

@@ -1,0 +1,244 @@
+"""Many runs in one process with random settings, videos, interrupts and faults: outputs stay right, memory stays flat.
+
+    python -m benchmarks.soak [--runs 200] [--seed 0] [--json]
+
+The demo's small model on the simulated device, through SwapRun as in ComfyUI. After each run device memory must be
+empty; host memory, open files and threads must not grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import logging
+import random
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from tqdm import tqdm
+from wanvideo_enhanced_blockswap.blockswap import BlockSwapError, SwapRun, SwapSettings, Workload, blocks_of
+from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedHardware
+from wanvideo_enhanced_blockswap.commands.wan import PRESETS, Inputs, build, make_inputs
+
+TESTS = Path(__file__).parents[1] / "tests"
+SHAPES = ((64, 64, 5), (96, 64, 5), (128, 96, 5))
+WARM_UP = 20
+"""Runs before memory is looked at: buffers of libraries, and slabs of every size, are there by then."""
+FLAT = 0.01
+CARD_BYTES = 48 << 20
+"""Room for half of the model under the default ceiling."""
+PIN_BYTES = 12 << 20
+
+TROUBLES = ("none", "none", "interrupt", "out of memory", "error in a block", "fault", "interrupted fault")
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened.
+
+    Attributes:
+        troubles: How often each kind was tried.
+        outcomes: What came of runs: right outputs, or errors by their type.
+        wrong: Outputs that were not the unswapped model's.
+        rss_bytes: Host memory of the process after each run.
+        left_bytes: Device memory that was left after a run, at most.
+        files: Open files after each run.
+        threads: Threads after each run.
+    """
+
+    troubles: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    wrong: int = 0
+    rss_bytes: list[int] = field(default_factory=list)
+    left_bytes: int = 0
+    files: list[int] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
+
+
+class Soak:
+    """A model, its device, and runs of it.
+
+    Args:
+        seed: Of everything that is random.
+        folder: Where debug mode writes traces.
+    """
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        if str(TESTS) not in sys.path:
+            sys.path.insert(0, str(TESTS))
+        from simulated_machine import SimulatedMachine
+        from toys import Simulation
+
+        self.random = random.Random(seed)
+        self.model = build(PRESETS["small"], seed=seed)
+        self.blocks = blocks_of(self.model)
+        self.inputs = [make_inputs(PRESETS["small"], shape, torch.device("cpu"), seed=seed) for shape in SHAPES]
+        self.truth = [self._forward(inputs) for inputs in self.inputs]
+        hardware = SimulatedHardware(link_bytes_per_ms=4e6, default_compute_ms=1.0, seed=seed)
+        self.simulation = Simulation(hardware=hardware, streams=2, pin_bytes=PIN_BYTES)
+        self.machine = SimulatedMachine(self.simulation, CARD_BYTES, link_speed=4e9)
+        self.folder = folder
+        self.tally = Tally()
+        self.run = self._new_run()
+
+    def once(self) -> None:
+        """One run: some forwards, with or without trouble, and its end."""
+        trouble = self.random.choice(TROUBLES)
+        self.tally.troubles[trouble] += 1
+        self.run.use(self._settings())
+        try:
+            with self._trouble(trouble):
+                for _ in range(self.random.randint(1, 3)):
+                    self._swapped(self.random.randrange(len(SHAPES)))
+                self.run.release()
+            self.tally.outcomes["right"] += 1
+        except (BlockSwapError, KeyboardInterrupt, ArithmeticError) as failure:
+            self.tally.outcomes[type(failure).__name__] += 1
+            self.run.release()
+        if self.random.random() < 1 / 8:
+            self.run.close()
+            self.run = self._new_run()
+        self._measure()
+
+    def _settings(self) -> SwapSettings:
+        is_auto = self.random.random() < 1 / 2
+        return SwapSettings(
+            auto_hardware_tuning=is_auto,
+            blocks_to_swap=self.random.randint(0, len(self.blocks)),
+            enable_cuda_optimization=self.random.random() < 3 / 4,
+            enable_dram_optimization=self.random.random() < 3 / 4,
+            vram_threshold_percent=self.random.choice((30.0, 50.0, 90.0)),
+            debug_mode=self.random.random() < 1 / 4,
+        )
+
+    def _new_run(self) -> SwapRun:
+        return SwapRun(
+            self.blocks, SwapSettings(), self.machine, self.simulation.backend, root=self.model, trace_dir=self.folder
+        )
+
+    def _swapped(self, index: int) -> None:
+        """One forward, repeated with a smaller plan if memory runs out, as the gate does."""
+        workload = Workload(tokens=SHAPES[index][0] * SHAPES[index][1])
+        for _ in range(3):
+            try:
+                with torch.inference_mode(), self.run.forward(workload):
+                    output = self._forward(self.inputs[index])
+            except torch.OutOfMemoryError:
+                self.run.shrink()
+                continue
+            self.tally.wrong += not torch.equal(output, self.truth[index])
+            return
+
+    def _forward(self, inputs: Inputs) -> torch.Tensor:
+        with torch.inference_mode():
+            time = torch.full((1,), 500.0)
+            return self.model(inputs.latents, time, inputs.positive, return_dict=False)[0]
+
+    @contextlib.contextmanager
+    def _trouble(self, kind: str) -> Iterator[None]:
+        if kind == "none":
+            yield
+        elif "fault" in kind:
+            from faults import INTERRUPTED, PLACES, Armed
+
+            place = self.random.choice(PLACES if kind == "fault" else INTERRUPTED)
+            with Armed(place, self.random.randint(0, 60)).at(self):
+                yield
+        else:
+            error: Any = {
+                "interrupt": KeyboardInterrupt,
+                "out of memory": torch.OutOfMemoryError,
+                "error in a block": ZeroDivisionError,
+            }[kind]
+            block = self.random.choice(self.blocks)[1]
+            with _failing_once(block, after=self.random.randint(0, 2), error=error):
+                yield
+
+    def _measure(self) -> None:
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # glibc's; elsewhere freed memory may stay
+            ctypes.CDLL(None).malloc_trim(0)
+        process = psutil.Process()
+        self.tally.rss_bytes.append(process.memory_info().rss)
+        self.tally.left_bytes = max(self.tally.left_bytes, self.simulation.streams.allocated_bytes)
+        self.tally.files.append(process.num_fds() if hasattr(process, "num_fds") else 0)
+        self.tally.threads.append(process.num_threads())
+        for file in self.folder.iterdir():
+            file.unlink()
+
+
+@contextlib.contextmanager
+def _failing_once(block: nn.Module, *, after: int, error: type[BaseException]) -> Iterator[None]:
+    left = after
+
+    def fail(module: nn.Module, arguments: object) -> None:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            raise error
+
+    handle = block.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def verdict(tally: Tally) -> dict[str, object]:
+    """The figures, and whether all is as it should be."""
+    warm = min(WARM_UP, len(tally.rss_bytes) // 3)
+    tenth = max(1, (len(tally.rss_bytes) - warm) // 10)
+    first = statistics.median(tally.rss_bytes[warm : warm + tenth])
+    last = statistics.median(tally.rss_bytes[-tenth:])
+    grown = last / first - 1
+    figures: dict[str, object] = {
+        "runs": len(tally.rss_bytes),
+        "troubles": dict(tally.troubles),
+        "outcomes": dict(tally.outcomes),
+        "wrong_outputs": tally.wrong,
+        "device_bytes_left": tally.left_bytes,
+        "host_bytes_first": int(first),
+        "host_bytes_last": int(last),
+        "host_growth": grown,
+        "files": [tally.files[warm], tally.files[-1]],
+        "threads": [tally.threads[warm], tally.threads[-1]],
+    }
+    is_flat = grown <= FLAT and tally.files[-1] <= tally.files[warm] and tally.threads[-1] <= tally.threads[warm]
+    return {**figures, "passed": tally.wrong == 0 and tally.left_bytes == 0 and is_flat}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak")
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    logging.disable(logging.CRITICAL)  # hundreds of warnings are asked for
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            soak = Soak(options.seed, Path(folder))
+            for _ in tqdm(range(options.runs), unit="run", disable=options.json):
+                soak.once()
+            soak.run.close()
+    finally:
+        logging.disable(logging.NOTSET)
+    found = verdict(soak.tally)
+    print(json.dumps(found) if options.json else "\n".join(f"{name}: {value}" for name, value in found.items()))
+    return 0 if found["passed"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
