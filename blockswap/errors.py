@@ -1,15 +1,15 @@
 """Every error the package raises on purpose.
 
     BlockSwapError
-    ├── SettingsError           a widget or option has a value that cannot be meant
-    ├── UnsupportedModelError   the module cannot be block-swapped (no blocks, meta tensors, grad enabled)
-    ├── WrapperError            ComfyUI-WanVideoWrapper is absent, has changed, or is set up in a way that cannot be
-    │                           swapped
-    ├── CheckpointError         a model file is truncated, unreadable or not a Wan model
-    ├── PlanError               no plan fits the memory there is
-    ├── HostMemoryError         host memory could not hold or page-lock what the plan needs
-    ├── DeviceMemoryError       the device could not hold what the plan promised to place there
-    └── TransferError           a copy, or the order of copies, went wrong
+    |-- SettingsError           a widget or option has a value that cannot be meant
+    |-- UnsupportedModelError   the module cannot be block-swapped (no blocks, meta tensors, grad enabled)
+    |-- WrapperError            ComfyUI-WanVideoWrapper is absent, has changed, or is set up in a way that cannot be
+    |                           swapped
+    |-- CheckpointError         a model file is truncated, unreadable or not a Wan model
+    |-- PlanError               no plan fits the memory there is
+    |-- HostMemoryError         host memory could not hold or page-lock what the plan needs
+    |-- DeviceMemoryError       the device could not hold what the plan promised to place there
+    `-- TransferError           a copy, or the order of copies, went wrong
 
 Each message says what was expected, what came, with numbers and names, and what to do.
 """

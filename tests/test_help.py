@@ -156,7 +156,7 @@ def test_a_translation_calls_other_inputs_by_the_names_that_they_have_on_the_nod
 
 
 def test_every_node_has_a_page_in_both_languages_and_no_page_is_of_another_node() -> None:
-    found = {str(path.relative_to(DOCS).as_posix()) for path in DOCS.rglob("*") if path.is_file()}
+    found = {str(path.relative_to(DOCS).as_posix()) for path in DOCS.rglob("*.md")}
     assert found == {f"{node}.md" for node in NODES} | {f"{node}/zh.md" for node in NODES}
 
 
@@ -197,13 +197,12 @@ def test_a_page_is_headed_by_the_nodes_name(node: str, language: str) -> None:
 
 
 @pytest.mark.parametrize(("node", "language"), PAGES)
-def test_a_page_has_no_absolute_path_and_images_that_lie_beside_it(node: str, language: str) -> None:
+def test_a_page_has_no_absolute_path_and_images_where_the_front_end_looks_for_them(node: str, language: str) -> None:
     text = page(node, language)
     assert ABSOLUTE_PATH.search(text) is None
-    folder = DOCS if language == "en" else DOCS / node
     for target in re.findall(r"!\[[^\]]*\]\(([^)\s]+)", text) + re.findall(r"src=\"([^\"]+)", text):
-        assert not re.match(r"/|\w+:", target)
-        assert (folder / target).is_file()
+        assert not re.match(r"/|\w+:|\.\.", target)
+        assert (DOCS / target).is_file()  # it resolves addresses on a translated page against this folder, too
 
 
 @pytest.mark.parametrize(("node", "language"), PAGES)
@@ -212,6 +211,17 @@ def test_messages_that_a_page_quotes_are_those_of_the_code(node: str, language: 
     spans = [span for span in SPAN.findall(page(node, language)) if not span.startswith("python ")]
     pieces = [piece.strip(" .,:;()") for span in spans for piece in re.split(r"…|\d[\d.]*", span)]
     assert [piece for piece in pieces if " " in piece and piece not in said] == []
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_page_calls_the_parts_of_the_bar_and_the_settings_what_the_front_end_calls_them(language: str) -> None:
+    folder = ROOT / "locales" / language
+    main, settings = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("main", "settings"))
+    words = main["wanVideoEnhancedBlockSwap"]
+    parts = [words[name] for name in ("other", "residents", "window", "activations", "headroom", "ceiling")]
+    shown = parts + [setting["name"] for setting in settings.values()]
+    explained = re.findall(r"^- \*\*(.+?)\*\*", page("WanVideoEnhancedBlockSwap", language), re.MULTILINE)
+    assert explained[: len(shown)] == shown
 
 
 # Examples on the pages

@@ -1,0 +1,173 @@
+"""Runs that nobody has made: the progress that Python would tell of one on a card that is named, for the pictures."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+
+import gguf
+from checkpoint_files import Shapes, wan_shapes
+from wanvideo_enhanced_blockswap.blockswap.architecture import activation_bytes, block_flops, tokens_for
+from wanvideo_enhanced_blockswap.blockswap.budget import Activations
+from wanvideo_enhanced_blockswap.blockswap.decision import SwapPlan
+from wanvideo_enhanced_blockswap.blockswap.planning import Facts, make_plan
+from wanvideo_enhanced_blockswap.blockswap.progress import (
+    AdoptFigures,
+    MemoryUse,
+    Phase,
+    Progress,
+    RunFigures,
+    figures_of,
+)
+from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
+from wanvideo_enhanced_blockswap.blockswap.stored import CheckpointProfile, StoredTensor, profile_tensors
+from wanvideo_enhanced_blockswap.hardware import (
+    GIB,
+    DeviceMemory,
+    DeviceSpec,
+    HostMemory,
+    HostPlatform,
+    LinkSpeed,
+    Vendor,
+    find_gpu,
+)
+
+IN_USE_BYTES = GIB
+"""Of the card, by the desktop and the CUDA context: as the example on the plan's help page has it."""
+
+LINK_BYTES_PER_S = 12e9
+"""What page-locked copies reach over PCIe 3.0 x16, or 4.0 x8; as in the README's example for `plan`."""
+
+LORA_RANK = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What is run, and where.
+
+    Attributes:
+        card: Its name, as the driver tells it.
+        vram_gib: Its memory.
+        rates: The known GPU whose assumed rates it is given.
+        model: One of the functions below gives it.
+        video: Width, height and frames.
+        settings: Of the swap node.
+    """
+
+    card: str
+    vram_gib: int
+    rates: str
+    model: CheckpointProfile
+    video: tuple[int, int, int] = (832, 480, 81)
+    settings: SwapSettings = field(default_factory=SwapSettings)
+
+
+def fp8(*, channels: int = 16, vace: int = 0) -> CheckpointProfile:
+    """Wan 14B with the blocks' matrices in fp8."""
+    shapes = wan_shapes(5120, 13824, 40, vace, channels=channels)
+    matrices = {name for name, shape in shapes.items() if _is_matrix(name, shape)}
+    stored = {
+        name: StoredTensor(shape, "F8_E4M3", math.prod(shape))
+        if name in matrices
+        else StoredTensor(shape, "BF16", 2 * math.prod(shape))
+        for name, shape in shapes.items()
+    }
+    return profile_tensors("Wan 14B in fp8", stored)
+
+
+def gguf_with_lora() -> CheckpointProfile:
+    """Wan 14B in Q4_K_M with a LoRA that is not merged."""
+    shapes = wan_shapes(5120, 13824, 40)
+    stored = {name: _quantised(name, shape) for name, shape in shapes.items()}
+    return profile_tensors("Wan 14B in Q4_K_M", stored | _lora(shapes))
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    return "blocks." in name and len(shape) == 2
+
+
+def _quantised(name: str, shape: tuple[int, ...]) -> StoredTensor:
+    """Q4_K_M stores what errors hurt most, values and the second feed-forward layer, in Q6_K."""
+    kind = "F32"
+    if _is_matrix(name, shape):
+        kind = "Q6_K" if name.endswith(("attn.v.weight", "ffn.2.weight")) else "Q4_K"
+    elements, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return StoredTensor(shape, kind, math.prod(shape) // elements * nbytes)
+
+
+def _lora(shapes: Shapes) -> dict[str, StoredTensor]:
+    """Beside each matrix of a block, one from its inputs and one to its outputs, in bf16."""
+    found = {}
+    for name, shape in shapes.items():
+        if _is_matrix(name, shape):
+            outputs, inputs = shape
+            found[f"{name}.lora_A"] = StoredTensor((LORA_RANK, inputs), "BF16", 2 * LORA_RANK * inputs)
+            found[f"{name}.lora_B"] = StoredTensor((outputs, LORA_RANK), "BF16", 2 * LORA_RANK * outputs)
+    return found
+
+
+class MadeRun:
+    """A run of a case, with all that is measured taken from the plan's own forward in virtual time.
+
+    Attributes:
+        card: Its name, as the plan's text has it.
+        plan: The plan that Python makes for it.
+    """
+
+    def __init__(self, case: Case) -> None:
+        rates, model = find_gpu(case.rates), case.model
+        tokens = tokens_for(model.architecture, *case.video)
+        linear, attention = block_flops(model.architecture, tokens)
+        block_ms = (linear / rates.linear_flops + attention / rates.attention_flops) * 1e3
+        expected = activation_bytes(model.architecture, tokens)
+        total = case.vram_gib * GIB
+        spec = DeviceSpec(case.card, Vendor.NVIDIA, "cuda:0", None, None, None, False, None, total, None)
+        facts = Facts(
+            spec=spec,
+            memory=DeviceMemory(total, total - IN_USE_BYTES - model.model.other_bytes, "made up"),
+            host=HostMemory(64 * GIB, 44 * GIB, None, None, HostPlatform.LINUX, in_container=False),
+            link=LinkSpeed(((1, LINK_BYTES_PER_S),), None),
+            compute_ms=(block_ms,) * len(model.model.blocks),
+            activations=Activations(nbytes=expected, is_measured=False),
+            host_held_bytes=model.model.block_bytes,
+        )
+        self.card = case.card
+        self.plan: SwapPlan = make_plan(model.model, case.settings, facts)
+        assert self.plan.forward is not None, "rates, link and video are known"
+        self._forward = self.plan.forward
+        self._sizes = [block.nbytes for block in model.model.blocks]
+        self._memory = MemoryUse(
+            total=total,
+            other=total - self.plan.limit_bytes,
+            residents=self.plan.resident_bytes,
+            window=self.plan.window_bytes,
+            ceiling=int(case.settings.vram_threshold_percent / 100 * total),
+            activations=expected,
+        )
+        self._figures = figures_of(self.plan, stall_ms=self._forward.stall, forward_ms=self._forward.elapsed)
+
+    def adopting(self, blocks: int) -> Progress:
+        """The first `blocks` blocks are placed."""
+        placed = list(itertools.accumulate(self._sizes, initial=0))
+        locked = sum(self.plan.swapped[:blocks]) / max(1, self.plan.swapped_count)
+        adopt = AdoptFigures(placed=placed[blocks], all=placed[-1], pinned=int(locked * self.plan.pinned_bytes))
+        return Progress(phase=Phase.ADOPTING, memory=self._memory, plan=self._figures, adopt=adopt)
+
+    def sampling(self, forwards: int) -> Progress:
+        """So many forwards are over."""
+        return self._running(Phase.SAMPLING, forwards)
+
+    def done(self, forwards: int) -> Progress:
+        """It ended after so many forwards."""
+        return self._running(Phase.DONE, forwards)
+
+    def _running(self, phase: Phase, forwards: int) -> Progress:
+        run = RunFigures(
+            forwards=forwards,
+            streamed=forwards * self.plan.streamed_bytes,
+            forward_ms=self._forward.elapsed,
+            stall_ms=self._forward.stall,
+            copy_bytes_per_s=LINK_BYTES_PER_S if self.plan.streamed_bytes else None,
+        )
+        return Progress(phase=phase, memory=self._memory, plan=self._figures, run=run)

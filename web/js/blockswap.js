@@ -1,0 +1,196 @@
+// The memory bar on the swap node, and our section of the settings.
+
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+import { readEvent } from "./event.js";
+import { Panel } from "./panel.js";
+import { DEFAULT_CEILING, settings } from "./settings.js";
+import { Texts, textsFrom } from "./texts.js";
+import { Workflows, nodeAt, nodesOf } from "./workflows.js";
+
+const NODE = "WanVideoEnhancedBlockSwap";
+const EVENT = "wanvideo_enhanced_blockswap.progress";
+const WIDGET = "blockswap_memory";
+// ComfyUI's own, for the text that nodes send while they run.
+const TEXT_WIDGET = "$$node-text-preview";
+const CEILING = "vram_threshold_percent";
+
+// Around the panel, as around ComfyUI's own elements on a node.
+const MARGIN = 10;
+
+// Of a new node: the plan takes two lines, in any language.
+const NEW_WIDTH = 400;
+
+const workflows = new Workflows();
+const panels = new WeakMap();
+let texts = new Texts();
+let language = "en";
+let isShown = true;
+
+const isOurs = (node) => node?.comfyClass === NODE;
+const setting = (id) => app.extensionManager.setting.get(id);
+
+// The bar
+
+const barOf = (node) => node.widgets?.find((widget) => widget.name === WIDGET);
+const textOf = (node) => node.widgets?.find((widget) => widget.name === TEXT_WIDGET);
+
+function panelOf(node) {
+  if (!panels.has(node)) {
+    const panel = new Panel(() => node.setDirtyCanvas(true, true));
+    forwardToCanvas(panel.element);
+    panels.set(node, panel);
+  }
+  return panels.get(node);
+}
+
+const heightOf = (node) => panelOf(node).height + 2 * MARGIN;
+
+function addBar(node) {
+  const panel = panelOf(node);
+  const height = () => heightOf(node);
+  const widget = node.addDOMWidget(WIDGET, WIDGET, panel.element, {
+    serialize: false,
+    hideInPanel: true,
+    hideOnZoom: false,
+    margin: MARGIN,
+    getMinHeight: height,
+    getMaxHeight: height,
+  });
+  widget.serialize = false;
+  if (textOf(node)) node.removeWidget(textOf(node));
+  panel.show(panel.event, texts);
+}
+
+/** Gives a node the height that its widgets need, if it has less. Nodes 2.0 do so by themselves. */
+function makeRoom(node) {
+  if (!LiteGraph.vueNodesMode) node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+}
+
+function removeBar(node) {
+  const widget = barOf(node);
+  // The front end would show a widget that it no longer has if its node left the graph and came again.
+  widget.hidden = true;
+  node.removeWidget(widget);
+  // A hidden one; the next text brings another.
+  if (textOf(node)) node.removeWidget(textOf(node));
+  node.setSize([node.size[0], node.size[1] - heightOf(node)]);
+}
+
+function onShowBar(shown) {
+  isShown = shown;
+  // The setting is first told before there is a graph.
+  if (!app.isGraphReady) return;
+  for (const node of nodesOf(app.rootGraph)) {
+    if (!isOurs(node) || Boolean(barOf(node)) === shown) continue;
+    (shown ? addBar : removeBar)(node);
+    makeRoom(node);
+    node.setDirtyCanvas(true, true);
+  }
+  showEvents();
+}
+
+/** Wheel and middle button, with which the canvas is moved: an element on it would keep them. */
+function forwardToCanvas(element) {
+  element.addEventListener("wheel", (event) => {
+    event.preventDefault();
+    app.canvas.processMouseWheel(event);
+  });
+  const isMiddle = (event) => event.button === 1 || (event.buttons & 4) !== 0;
+  element.addEventListener("pointerdown", (event) => isMiddle(event) && app.canvas.processMouseDown(event));
+  element.addEventListener("pointermove", (event) => isMiddle(event) && app.canvas.processMouseMove(event));
+  element.addEventListener("pointerup", (event) => isMiddle(event) && app.canvas.processMouseUp(event));
+}
+
+// Events
+
+function showEvent(event) {
+  const node = nodeAt(app.rootGraph, event.node);
+  if (isOurs(node)) panelOf(node).show(event, texts);
+}
+
+/** Shows what is known of the open workflow: its nodes may be new, or the language. */
+function showEvents() {
+  for (const node of nodesOf(app.rootGraph)) if (isOurs(node)) panelOf(node).show(panelOf(node).event, texts);
+  for (const event of workflows.eventsOf(app.rootGraph)) showEvent(event);
+}
+
+function onProgress({ detail }) {
+  const event = readEvent(detail);
+  if (!event) return;
+  workflows.keep(event, app.rootGraph);
+  if (workflows.isOpen(app.rootGraph)) showEvent(event);
+}
+
+/**
+ * Hides the text that ComfyUI has just put on nodes with a bar, which says the same. Hidden it stays in use: if it were
+ * removed, ComfyUI would make another for every text, and each leaves something behind on its node.
+ */
+function onProgressText() {
+  if (!isShown) return;
+  for (const node of nodesOf(app.rootGraph)) {
+    const text = isOurs(node) && textOf(node);
+    if (text) text.hidden = text.options.hidden = true;
+  }
+}
+
+async function followLanguage() {
+  const wanted = setting("Comfy.Locale");
+  if (wanted === language) return;
+  language = wanted;
+  // English is here; and it is what remains if the server does not answer.
+  const languages = wanted === "en" ? {} : await api.getCustomNodesI18n().catch(() => ({}));
+  if (wanted !== language) return; // changed again meanwhile
+  texts = textsFrom(languages, wanted);
+  showEvents();
+}
+
+// New nodes
+
+/** Whether a saved node has a value for a widget, by its position or by its name. */
+function hasSaved(saved, node, widget) {
+  if (widget.name in (saved?.widgets_values_named ?? {})) return true;
+  const position = node.widgets.filter((each) => each.serialize !== false).indexOf(widget);
+  return position < (saved?.widgets_values?.length ?? 0);
+}
+
+/** Gives a node the user's own ceiling; a node that is loaded or copied takes its saved one over this. */
+function takeDefaultCeiling(node) {
+  const widget = node.widgets?.find((each) => each.name === CEILING);
+  const wanted = setting(DEFAULT_CEILING);
+  if (!widget || !Number.isFinite(wanted)) return;
+  const { min, max } = widget.options;
+  const declared = widget.value;
+  widget.value = Math.min(Math.max(wanted, min), max);
+  const before = node.onConfigure;
+  node.onConfigure = function (saved, ...others) {
+    // Saved without a value, it had the node's own default.
+    if (!hasSaved(saved, this, widget)) widget.value = declared;
+    return before?.call(this, saved, ...others);
+  };
+}
+
+app.registerExtension({
+  name: "wanvideoenhancedblockswap.memory_bar",
+  settings: settings(onShowBar),
+  async setup() {
+    api.addEventListener("promptQueueing", () => workflows.onQueue(app.rootGraph));
+    api.addEventListener("status", ({ detail }) => workflows.onQueueLength(detail?.exec_info?.queue_remaining));
+    api.addEventListener(EVENT, onProgress);
+    // After ComfyUI's own listener, which is there before extensions are; nothing is drawn in between.
+    api.addEventListener("progress_text", onProgressText);
+    await followLanguage();
+  },
+  nodeCreated(node) {
+    if (!isOurs(node)) return;
+    takeDefaultCeiling(node);
+    if (!isShown) return;
+    addBar(node);
+    node.setSize([Math.max(node.size[0], NEW_WIDTH), node.size[1]]);
+    makeRoom(node);
+  },
+  async afterConfigureGraph() {
+    showEvents();
+    await followLanguage();
+  },
+});

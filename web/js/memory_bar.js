@@ -1,0 +1,94 @@
+// The card's memory as one horizontal bar in SVG. Widths are percentages, so that the bar fits whatever holds it.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+export const HEIGHT = 24;
+const TOP = 4;
+const BAR = HEIGHT - 2 * TOP;
+
+// Okabe and Ito's colours, which all kinds of colour vision tell apart, and which stand out from dark and light grounds.
+// Green, which some see like vermilion, is hatched as well.
+export const COLOURS = { other: "#767676", residents: "#0072b2", window: "#d55e00", activations: "#009e73" };
+
+// Those of ComfyUI's own text fields, in any theme.
+export const TEXT = "var(--input-text, #ddd)";
+export const GROUND = "var(--comfy-input-bg, #222)";
+
+/** An SVG element. */
+export function svg(name, attributes = {}, children = []) {
+  const element = document.createElementNS(SVG, name);
+  for (const [attribute, value] of Object.entries(attributes)) element.setAttribute(attribute, value);
+  element.append(...children);
+  return element;
+}
+
+/**
+ * Which parts of the card what takes, from 0 to 1, from left to right.
+ * @param {object} memory Of a checked event.
+ */
+export function partsOf(memory) {
+  const used = memory.other + memory.residents + memory.window;
+  // Estimates may add up to more than the card has: the bar ends with the larger.
+  const whole = Math.max(memory.total, used);
+  const headroom = whole - used;
+  const parts = [];
+  let start = 0;
+  for (const name of ["other", "residents", "window"]) {
+    parts.push({ name, start, width: memory[name] / whole });
+    start += memory[name] / whole;
+  }
+  if (memory.activations !== null)
+    parts.push({ name: "activations", start, width: Math.min(memory.activations, headroom) / whole });
+  return { parts, headroom, ceiling: memory.ceiling ? Math.min(memory.ceiling / whole, 1) : null };
+}
+
+const percent = (share) => `${share * 100}%`;
+
+/** Stripes of the activations' colour. */
+function hatch() {
+  const stripes = { id: "hatch", patternUnits: "userSpaceOnUse", width: 5, height: 5, patternTransform: "rotate(45)" };
+  const ground = { width: 5, height: 5, fill: COLOURS.activations, "fill-opacity": 0.3 };
+  return svg("pattern", stripes, [
+    svg("rect", ground),
+    svg("rect", { width: 2.5, height: 5, fill: COLOURS.activations }),
+  ]);
+}
+
+/** What fills a part, on the bar and in the legend beside it: the bar has the hatch. */
+export const fillOf = (name) => (name === "activations" ? "url(#hatch)" : COLOURS[name]);
+
+const edge = (share) =>
+  svg("line", { x1: percent(share), x2: percent(share), y1: TOP, y2: TOP + BAR, stroke: GROUND });
+
+/** A line across the bar, with a rim that sets it off from any colour. */
+function ceilingAt(share) {
+  const place = { x1: percent(share), x2: percent(share), y1: 0, y2: HEIGHT };
+  const rim = { ...place, stroke: GROUND, "stroke-width": 4 };
+  return [svg("line", rim), svg("line", { "data-part": "ceiling", ...place, stroke: TEXT, "stroke-width": 2 })];
+}
+
+/**
+ * The bar.
+ * @param {object | null} memory Of a checked event; null draws an empty one.
+ */
+export function bar(memory) {
+  const round = { y: TOP, width: "100%", height: BAR, rx: 4 };
+  const outline = { ...round, fill: "none", stroke: TEXT, "stroke-opacity": memory ? 0.45 : 0.3 };
+  const frame = svg("rect", { ...outline, ...(memory ? {} : { "stroke-dasharray": "3 3" }) });
+  const drawing = svg("svg", { width: "100%", height: HEIGHT, style: "display: block; overflow: visible" });
+  drawing.append(svg("defs", {}, [svg("clipPath", { id: "round" }, [svg("rect", round)]), hatch()]));
+  if (memory === null) {
+    drawing.append(frame);
+    return drawing;
+  }
+  const { parts, ceiling } = partsOf(memory);
+  const inside = svg("g", { "clip-path": "url(#round)" });
+  for (const { name, start, width } of parts) {
+    const place = { x: percent(start), width: percent(width), y: TOP, height: BAR };
+    inside.append(svg("rect", { "data-part": name, ...place, fill: fillOf(name) }));
+    if (width) inside.append(edge(start + width));
+  }
+  drawing.append(inside, frame);
+  if (ceiling !== null) drawing.append(...ceilingAt(ceiling));
+  return drawing;
+}
