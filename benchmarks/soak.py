@@ -52,7 +52,7 @@ class Tally:
         troubles: How often each kind was tried.
         outcomes: What came of runs: right outputs, or errors by their type.
         wrong: Outputs that were not the unswapped model's.
-        rss_bytes: Host memory of the process after each run.
+        rss_bytes: Host memory of the process, each time that the run was closed.
         left_bytes: Device memory that was left after a run, at most.
         files: Open files after each run.
         threads: Threads after each run.
@@ -107,10 +107,11 @@ class Soak:
         except (BlockSwapError, KeyboardInterrupt, ArithmeticError) as failure:
             self.tally.outcomes[type(failure).__name__] += 1
             self.run.release()
-        if self.random.random() < 1 / 8:
+        is_closed = self.random.random() < 1 / 4
+        if is_closed:
             self.run.close()
             self.run = self._new_run()
-        self._measure()
+        self._measure(is_closed=is_closed)
 
     def _settings(self) -> SwapSettings:
         is_auto = self.random.random() < 1 / 2
@@ -166,12 +167,13 @@ class Soak:
             with _failing_once(block, after=self.random.randint(0, 2), error=error):
                 yield
 
-    def _measure(self) -> None:
+    def _measure(self, *, is_closed: bool) -> None:
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):  # glibc's; elsewhere freed memory may stay
             ctypes.CDLL(None).malloc_trim(0)
         process = psutil.Process()
-        self.tally.rss_bytes.append(process.memory_info().rss)
+        if is_closed:  # while a run lives, slabs of its last plan are kept, which differ from plan to plan
+            self.tally.rss_bytes.append(process.memory_info().rss)
         self.tally.left_bytes = max(self.tally.left_bytes, self.simulation.streams.allocated_bytes)
         self.tally.files.append(process.num_fds() if hasattr(process, "num_fds") else 0)
         self.tally.threads.append(process.num_threads())
@@ -198,13 +200,14 @@ def _failing_once(block: nn.Module, *, after: int, error: type[BaseException]) -
 
 def verdict(tally: Tally) -> dict[str, object]:
     """The figures, and whether all is as it should be."""
-    warm = min(WARM_UP, len(tally.rss_bytes) // 3)
-    tenth = max(1, (len(tally.rss_bytes) - warm) // 10)
-    first = statistics.median(tally.rss_bytes[warm : warm + tenth])
-    last = statistics.median(tally.rss_bytes[-tenth:])
+    runs = len(tally.files)
+    warm = min(WARM_UP, runs // 3)
+    closed = tally.rss_bytes[len(tally.rss_bytes) * warm // runs :]
+    part = max(1, len(closed) // 5)
+    first, last = statistics.median(closed[:part]), statistics.median(closed[-part:])
     grown = last / first - 1
     figures: dict[str, object] = {
-        "runs": len(tally.rss_bytes),
+        "runs": runs,
         "troubles": dict(tally.troubles),
         "outcomes": dict(tally.outcomes),
         "wrong_outputs": tally.wrong,

@@ -39,7 +39,7 @@ class Place:
         name: What is asked for.
         of: The object that is asked, from a bench.
         method: Its method.
-        error: What it raises, or the code that it returns.
+        error: What it raises the like of, or the code that it returns.
     """
 
     name: str
@@ -102,10 +102,12 @@ class Armed:
 
     Attributes:
         has_struck: Whether it has failed.
+        raised: What it has raised. New each time: an error keeps the frames that it went through, and what they hold.
     """
 
     def __init__(self, place: Place, k: int) -> None:
         self.has_struck = False
+        self.raised: BaseException | None = None
         self._place = place
         self._k = k
 
@@ -122,7 +124,8 @@ class Armed:
                 return original(*arguments, **keywords)
             self.has_struck = True
             if isinstance(place.error, BaseException):
-                raise place.error.with_traceback(None)
+                self.raised = type(place.error)(*place.error.args)
+                raise self.raised
             if place.method == "unregister":
                 original(*arguments, **keywords)  # it says no, and the lock is gone all the same
             return place.error
@@ -151,11 +154,11 @@ def full_run(bench: Bench) -> None:
     bench.run.close()
 
 
-def check_afterwards(bench: Bench, failure: BaseException | None, place: Place) -> None:
+def check_afterwards(bench: Bench, failure: BaseException | None, armed: Armed) -> None:
     """The failure is ours and tells its cause; nothing is left; what comes next is right."""
     if failure is not None:
-        assert isinstance(failure, BlockSwapError) or failure is INTERRUPT, repr(failure)
-        assert place.error in chain(failure) or isinstance(failure, PlanError), repr(failure)
+        assert isinstance(failure, (BlockSwapError, KeyboardInterrupt)), repr(failure)
+        assert armed.raised in chain(failure) or isinstance(failure, PlanError), repr(failure)
     if bench.run.session.state.value != "closed":
         if bench.run.session.state.value == "running":
             raise AssertionError("a forward has never ended")
@@ -195,5 +198,5 @@ def strike(place: Place, k: int, folder: Path) -> bool:
             full_run(bench)
     except (BlockSwapError, KeyboardInterrupt) as struck:
         failure = struck
-    check_afterwards(bench, failure, place)
+    check_afterwards(bench, failure, armed)
     return armed.has_struck
