@@ -1,4 +1,4 @@
-"""A model file's header → its blocks, tensors and bytes, without loading a weight."""
+"""A model file's header -> its blocks, tensors and bytes, without loading a weight."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _read_start(path: Path, source: str) -> tuple[bytes, int]:
         start = file.read(wanted)
     if len(start) < wanted:
         raise CheckpointError(
-            f"{source} expects {wanted:,} readable bytes but gave {len(start):,}: it has been changed meanwhile, so wait "
-            "until its download is complete"
+            f"{source} expects {wanted:,} bytes to be read but gave {len(start):,}: it has become shorter meanwhile; "
+            "wait until its download is complete"
         )
     return start, found.st_size

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .layout import align
 from .stored import StoredTensor
-from .untrusted import LONGEST_HEADER, MOST_DIMENSIONS, MOST_TENSORS, HeaderError, check_name
+from .untrusted import LONGEST_HEADER, LONGEST_NAME, MOST_DIMENSIONS, MOST_TENSORS, HeaderError
 
 MAGIC = b"GGUF"
 
@@ -26,16 +26,43 @@ WHOLE = "BbHhIiQq"
 
 UINT32, STRING, ARRAY = 4, 8, 9
 
+LENGTH = struct.Struct("<Q")
+
 TYPES = {
-    **{0: ("F32", 1, 4), 1: ("F16", 1, 2), 28: ("F64", 1, 8), 30: ("BF16", 1, 2)},
-    **{24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8)},
-    **{2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24)},
-    **{8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110)},
-    **{12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292)},
-    **{16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50)},
-    **{20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136)},
-    **{29: ("IQ1_M", 256, 56), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66)},
-    **{39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18)},
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 40),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
+    41: ("Q1_0", 128, 18),
 }
 """GGML's types by number: name, elements of a block, bytes of a block. A test compares it with the gguf package's."""
 
@@ -76,7 +103,9 @@ def gguf_table(start: bytes, size: int) -> dict[str, StoredTensor]:
     alignment, shapes = _pairs(cursor, pair_count)
     found: dict[str, _Entry] = {}
     for _ in range(tensor_count):
-        entry = _entry(cursor, shapes, taken=found)
+        entry = _entry(cursor, shapes)
+        if entry.name in found:
+            raise HeaderError(f"expects each tensor once but got {entry.name} twice")
         found[entry.name] = entry
     _check_places(list(found.values()), start=align(cursor.at, alignment), alignment=alignment, size=size)
     return {name: entry.stored for name, entry in found.items()}
@@ -118,6 +147,15 @@ class _Cursor:
     def text(self) -> bytes:
         return self.take(self.number("Q"))
 
+    def skip_texts(self, count: int) -> None:
+        """Goes past so many texts; a vocabulary has some hundred thousand."""
+        data, last, end = self._data, len(self._data) - LENGTH.size, self.at
+        for _ in range(count):
+            end += LENGTH.size + (LENGTH.unpack_from(data, end)[0] if end <= last else 0)
+            if end > len(data):
+                break
+        self.skip(end - self.at)
+
 
 def _pairs(cursor: _Cursor, count: int) -> tuple[int, dict[bytes, tuple[int, ...]]]:
     """The alignment, and the shapes that are noted, by their tensor's name; what else there is nobody reads."""
@@ -158,15 +196,14 @@ def _skip_value(cursor: _Cursor, kind: int) -> None:
     if kind in NUMBERS:
         cursor.skip(count * struct.calcsize(f"<{NUMBERS[kind]}"))
     elif kind == STRING:
-        for _ in range(count):
-            cursor.skip(cursor.number("Q"))
+        cursor.skip_texts(count)
     else:  # an array inside an array, which no reader knows, has its number as well
         raise HeaderError(f"expects a value's type from 0 to 12 at byte {cursor.at:,} but got {kind}")
 
 
-def _entry(cursor: _Cursor, shapes: Mapping[bytes, tuple[int, ...]], *, taken: Mapping[str, object]) -> _Entry:
+def _entry(cursor: _Cursor, shapes: Mapping[bytes, tuple[int, ...]]) -> _Entry:
     key, dimensions = cursor.text(), cursor.number("I")
-    name = check_name(key, taken=taken)
+    name = _name(key)
     if dimensions > MOST_DIMENSIONS:
         raise HeaderError(f"expects up to {MOST_DIMENSIONS} dimensions of {name} but got {dimensions:,}")
     sizes = cursor.numbers("Q", dimensions)
@@ -186,13 +223,21 @@ def _entry(cursor: _Cursor, shapes: Mapping[bytes, tuple[int, ...]], *, taken: M
     return _Entry(name, StoredTensor(shape, kind, count // block * block_bytes), begin)
 
 
+def _name(key: bytes) -> str:
+    text = key.decode("latin-1")
+    if not 1 <= len(key) <= LONGEST_NAME or not text.isascii() or not text.isprintable():
+        rule = f"a tensor's name of 1 to {LONGEST_NAME} printable ASCII letters"
+        raise HeaderError(f"expects {rule} but got {len(key):,} bytes beginning with {key[:40]!r}")
+    return text
+
+
 def _check_places(entries: list[_Entry], *, start: int, alignment: int, size: int) -> None:
     """Every tensor lies in the file, and on no other's bytes."""
     end = 0
     for entry in sorted(entries, key=lambda entry: (entry.begin, entry.stored.nbytes)):
         if entry.begin < end or entry.begin % alignment:
-            rule = f"a multiple of {alignment:,} from {end:,} up"
-            raise HeaderError(f"expects {entry.name} at {rule} in the data, behind the one before, but got {entry.begin:,}")
+            rule = f"a multiple of {alignment:,} from {end:,} up, where the tensor before ends"
+            raise HeaderError(f"expects {entry.name} at {rule}, but got {entry.begin:,}")
         end = entry.begin + entry.stored.nbytes
     if start + end > size:
-        raise HeaderError(f"is cut short: expects {start + end:,} bytes by its header but has {size:,}")
+        raise HeaderError(f"expects {start + end:,} bytes by its header but has {size:,}")

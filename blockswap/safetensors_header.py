@@ -1,7 +1,7 @@
 """The tensor table of a .safetensors file, from its first bytes: [Note: Untrusted headers] in untrusted.py; pure.
 
-The header is JSON of one fixed form, and is read as that form alone. A general JSON parser would take 28 bytes of memory
-for each byte of `{},{},{},` and go as deep as the file nests.
+The header is JSON of one fixed form, and is read as that form alone. A general JSON parser would take 28 bytes of
+memory for each byte of some texts, and go as deep as the file nests.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ BITS = (4, 6, 8, 16, 32, 64, 128)
 
 SHOWN_BYTES = 24
 
-# On a masked copy, in which a quote ends its text: so no pattern repeats a group, and each takes time by its bytes alone.
+# For a masked header, in which each quote ends its text: so no pattern repeats a group, and time is by bytes.
 _SPACE = rb"[ \t\n\r]*"
 _VALUE = rb'"(dtype|shape|data_offsets)"' + _SPACE + b":" + _SPACE
-_VALUE += rb'("[A-Z][A-Z0-9_]{0,31}"|\[[0-9, \t\n\r]{0,512}\])' + _SPACE
+_VALUE += rb'("[A-Z][A-Z0-9_]{0,31}"|\[[0-9, \t\n\r]{0,8192}\])' + _SPACE
 _OPEN = re.compile(rb"\{" + _SPACE)
 _CLOSE = re.compile(rb"\}" + _SPACE)
 _NEXT = re.compile(_SPACE + rb"([,}])" + _SPACE)
 _NAME = re.compile(rb'"([ !#-\[\]-~]{1,%d})"' % LONGEST_NAME + _SPACE + b":" + _SPACE)
-_TEXT_PAIR = re.compile(rb'"[^"]*"' + _SPACE + b":" + _SPACE + rb'"[^"]*"')
+_TEXT = rb'"[^"\x00-\x1f]*"'
+_TEXT_PAIR = re.compile(_TEXT + _SPACE + b":" + _SPACE + _TEXT)
 _ENTRY = re.compile(rb"\{" + _SPACE + (b"," + _SPACE).join([_VALUE] * 3) + rb"\}")
 _NUMBER = re.compile(rb"0|[1-9][0-9]{0,18}")
 _METADATA = b"__metadata__"
@@ -60,7 +61,9 @@ def safetensors_table(start: bytes, size: int) -> dict[str, StoredTensor]:
     end = 0
     for begin, after, name in sorted(places):
         if begin != end:
-            raise HeaderError(f"expects {name} at byte {end:,} of the data, behind the tensor before, but got {begin:,}")
+            raise HeaderError(
+                f"expects {name} at byte {end:,} of the data, where the one before ends, but got {begin:,}"
+            )
         end = after
     if LENGTH_BYTES + len(header) + end != size:
         raise HeaderError(f"expects {LENGTH_BYTES + len(header) + end:,} bytes by its header but has {size:,}")
@@ -85,8 +88,9 @@ class _Scanner:
     """Takes one piece after the other off a header."""
 
     def __init__(self, header: bytes) -> None:
-        # An escape becomes two NULs, which no pattern takes but where any text may stand: then each quote is a real one.
-        self._masked = header.replace(b"\\\\", b"\0\0").replace(b'\\"', b"\0\0")
+        self._header = header
+        # An escape becomes two DELs, which are taken only where any text may stand: then each quote is a real one.
+        self._masked = header.replace(b"\\\\", b"\x7f\x7f").replace(b'\\"', b"\x7f\x7f")
         self._at = 0
 
     @property
@@ -108,7 +112,7 @@ class _Scanner:
         return match is not None
 
     def refusal(self, expected: str) -> HeaderError:
-        found = self._masked[self._at : self._at + SHOWN_BYTES]
+        found = self._header[self._at : self._at + SHOWN_BYTES]
         got = repr(found) if found else "its end"
         return HeaderError(f"its header cannot be parsed: expects {expected} at byte {self._at:,} but got {got}")
 

@@ -1,4 +1,4 @@
-"""A table of stored tensors → the blocks, sizes and bytes of the Wan transformer they are; pure."""
+"""A table of stored tensors -> the blocks, sizes and bytes of the Wan transformer they are; pure."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 
 BLOCK_KEY = re.compile(r"(vace_blocks|blocks)\.(0|[1-9][0-9]{0,3})\.(.+)")
 
-MOST_BLOCKS = 256
-"""VACE's included; the largest published Wan has 40 and 8 of VACE. A plan takes time by their square."""
+MOST_BLOCKS = 128
+"""VACE's included; the largest published Wan has 40 and 8 of VACE. A plan takes time by blocks times tensors."""
 
 HEAD_WIDTH = 128
 """Channels of one attention head in every published Wan model (1.3B: 12 heads, 5B: 24, 14B: 40). No weight shows it."""

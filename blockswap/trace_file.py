@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
+from ..hardware.files import write_json
 from .errors import BlockSwapError
 from .spans import COMPUTE, COPY, FORWARD, STALL, Span
 
@@ -55,13 +54,7 @@ def write_trace(path: Path, trace: Mapping[str, object]) -> None:
         BlockSwapError: The folder cannot be made or the file not be written, usually for a full disk or missing rights.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Drafted in a folder of its own and not by mkstemp, whose files nobody else may read.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".blockswap-", ignore_cleanup_errors=True) as folder:
-            draft = Path(folder) / path.name
-            with draft.open("w", encoding="utf-8") as file:
-                json.dump(trace, file, separators=(",", ":"))
-            draft.replace(path)
+        write_json(path, trace)
     except OSError as cause:
         raise BlockSwapError(
             f"the trace expects a path that can be written but got {path}: {cause}; free some space or choose another"

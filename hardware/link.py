@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import mmap
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .link_cache import MeasurementKey, cache_name, keep_measurement, read_measurement
 from .memory import is_out_of_memory
 from .probe import probe_device
 from .spec import LinkSpeed
@@ -32,22 +28,8 @@ _REPEATS = 3
 # No figure takes much longer than this, so that a slow link (an external GPU) is measured in a second as well.
 _SECONDS_PER_FIGURE = 0.1
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context, on CUDA and HIP alike
-_CACHE_FORMAT = 2
 CONTRADICTION = 0.20
 """Share by which a speed seen in a run may differ from the measured one: beyond it, the measurement is not believed."""
-
-
-@dataclass(frozen=True, slots=True)
-class _CacheKey:
-    """What a measurement belongs to; a change in any of it asks for a new one."""
-
-    name: str
-    uuid: str | None
-    pci_bus_id: str | None
-    driver: str | None
-    torch_version: str
-    stream_counts: tuple[int, ...]
-    nbytes: int
 
 
 def measure_link(
@@ -83,14 +65,14 @@ def measure_link(
         )
     spec = probe_device(device)
     device = torch.device(spec.torch_device)
-    key = _CacheKey(spec.name, spec.uuid, spec.pci_bus_id, spec.driver, torch.__version__, counts, nbytes)
-    path = None if cache_dir is None else cache_dir / _cache_name(key)
-    cached = None if path is None or again else _read_cache(path, key)
+    key = MeasurementKey(spec.name, spec.uuid, spec.pci_bus_id, spec.driver, torch.__version__, counts, nbytes)
+    path = None if cache_dir is None else cache_dir / cache_name(key)
+    cached = None if path is None or again else read_measurement(path, key)
     if cached is not None:
         return cached
     speed = _measure(device, counts, nbytes)
     if path is not None and speed.pageable is not None and (speed.pinned or device.type != "cuda"):
-        _write_cache(path, key, speed)
+        keep_measurement(path, key, speed)
     return speed
 
 
@@ -216,51 +198,3 @@ def _consume_error(target: torch.Tensor) -> None:
         torch.cuda.synchronize()
     except RuntimeError as exc:
         logger.debug("pending error consumed: %s", exc)
-
-
-def _cache_name(key: _CacheKey) -> str:
-    identity = json.dumps([key.name, key.uuid, key.pci_bus_id])
-    return f"link-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
-
-
-def _read_cache(path: Path, key: _CacheKey) -> LinkSpeed | None:
-    """The measurement kept for this key; None if there is none, or the file cannot be read."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as exc:
-        logger.warning("%s cannot be read (%s); the link is measured again", path, exc)
-        return None
-    try:
-        record: dict[str, Any] = json.loads(text)
-        if record["format"] != _CACHE_FORMAT or record["key"] != _as_json(key):
-            return None
-        pinned = tuple((int(count), float(speed)) for count, speed in record["pinned"])
-        host_copy = record["host_copy"]
-        return LinkSpeed(pinned, float(record["pageable"]), None if host_copy is None else float(host_copy))
-    except (ValueError, TypeError, KeyError) as exc:
-        logger.warning("%s is not a measurement of a link (%r); it is measured again", path, exc)
-        return None
-
-
-def _write_cache(path: Path, key: _CacheKey, speed: LinkSpeed) -> None:
-    """Keep a measurement: written beside its place, then moved there, so that no reader sees half of it."""
-    record = {"format": _CACHE_FORMAT, "key": _as_json(key)} | asdict(speed)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(record, file, indent=1)
-            Path(draft).replace(path)
-        except OSError:
-            Path(draft).unlink(missing_ok=True)
-            raise
-    except OSError as exc:
-        logger.warning("%s cannot be written (%s); the link will be measured again next time", path, exc)
-
-
-def _as_json(key: _CacheKey) -> Any:
-    """The key as reading its JSON gives it: lists for tuples."""
-    return json.loads(json.dumps(asdict(key)))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
+import socket
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import psutil
 import pytest
 import torch
@@ -21,12 +26,28 @@ from checkpoint_files import (
     write_sparse_gguf,
     write_sparse_safetensors,
 )
+from hostile_headers import (
+    LYING_GGUF,
+    LYING_SAFETENSORS,
+    LYING_SIZES,
+    NO_NAMES,
+    TEXT,
+    TOO_LONG_GGUF,
+    costly_files,
+    entry,
+    gguf_header,
+    gguf_tensor,
+    raw_safetensors,
+)
+from safetensors.torch import save_file
 from wanvideo_enhanced_blockswap.blockswap.architecture import WanArchitecture
 from wanvideo_enhanced_blockswap.blockswap.checkpoint import read_checkpoint
 from wanvideo_enhanced_blockswap.blockswap.errors import CheckpointError
+from wanvideo_enhanced_blockswap.blockswap.gguf_header import TYPES
 from wanvideo_enhanced_blockswap.blockswap.layout import Placement
 from wanvideo_enhanced_blockswap.blockswap.profile import profile_model
 from wanvideo_enhanced_blockswap.blockswap.stored import CheckpointProfile
+from watched import Watched
 
 needs_sparse_files = pytest.mark.skipif(sys.platform == "win32", reason="NTFS would store 28 GB of zeros")
 
@@ -148,11 +169,11 @@ def test_a_missing_file_a_folder_and_another_kind_of_file_are_named(tmp_path: Pa
 
 
 def test_a_file_that_the_system_does_not_let_us_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, framework: str) -> None:
+    def refuse(path: str, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     file = write_safetensors(tmp_path / "wan.safetensors", wan_tensors())
-    monkeypatch.setattr("safetensors.safe_open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(CheckpointError, match=r"wan\.safetensors cannot be read .*Permission denied.*: check its"):
         read_checkpoint(file)
 
@@ -234,12 +255,164 @@ def test_a_model_that_lacks_a_part_is_refused_with_its_name(tmp_path: Path, lack
         read_checkpoint(file)
 
 
-@pytest.mark.parametrize(("library", "suffix"), [("safetensors", ".safetensors"), ("gguf", ".gguf")])
-def test_a_library_that_is_not_installed_is_named_with_the_way_to_install_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, suffix: str
+@pytest.mark.parametrize("write", [lambda path: write_safetensors(path, wan_tensors()), write_gguf])
+def test_no_library_is_needed_to_read_a_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], Path]
 ) -> None:
-    monkeypatch.setitem(sys.modules, library, None)
-    file = tmp_path / f"wan{suffix}"
-    file.touch()
-    with pytest.raises(CheckpointError, match=rf"needs the {library} package: pip install {library}$"):
-        read_checkpoint(file)
+    file = write(tmp_path / ("wan.gguf" if write is write_gguf else "wan.safetensors"))
+    for library in ("safetensors", "gguf", "numpy"):
+        monkeypatch.setitem(sys.modules, library, None)
+    assert read_checkpoint(file).architecture == TINY
+
+
+# ---- what a stranger may write
+
+
+def refusal(path: Path) -> str:
+    """The one sentence in which a file is refused."""
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(path)
+    message = str(caught.value)
+    assert message.isprintable()
+    assert len(message) < 1500
+    return message
+
+
+@pytest.mark.parametrize("lie", LYING_SAFETENSORS)
+def test_a_safetensors_header_that_lies_is_refused_in_a_sentence(tmp_path: Path, lie: str) -> None:
+    header, reason = LYING_SAFETENSORS[lie]
+    message = refusal(raw_safetensors(tmp_path / "wan.safetensors", header, 8))
+    assert re.search(rf"wan\.safetensors, [\d,]+ bytes long, is no whole safetensors file: .*{reason}", message)
+    assert message.endswith("; download it again")
+
+
+@pytest.mark.parametrize("kind", NO_NAMES)
+def test_a_name_that_no_module_has_is_refused_and_printed_on_one_line(tmp_path: Path, kind: str) -> None:
+    name = NO_NAMES[kind]
+    for header in (f'{{"{name}":{entry()}}}', f"{{{json.dumps(name)}:{entry()}}}"):
+        assert TEXT in refusal(raw_safetensors(tmp_path / "wan.safetensors", header, 8))
+    content = gguf_header([gguf_tensor(name.encode())])
+    (tmp_path / "wan.gguf").write_bytes(content)
+    assert TEXT in refusal(tmp_path / "wan.gguf")
+
+
+def test_the_files_own_name_is_printed_on_one_line(tmp_path: Path) -> None:
+    if sys.platform == "win32":
+        pytest.skip("Windows has no such names")
+    assert r"\x1b[2J\nwan.safetensors" in refusal(raw_safetensors(tmp_path / "\x1b[2J\nwan.safetensors", "{}"))
+    assert r"\x1b[2J\nwan.safetensors" in refusal(tmp_path / "missing" / "\x1b[2J\nwan.safetensors")
+    (tmp_path / "\x1b[2J\nwan.ckpt").touch()
+    assert r"\x1b[2J\nwan.ckpt" in refusal(tmp_path / "\x1b[2J\nwan.ckpt")
+
+
+def test_text_that_json_escapes_passes_in_metadata(tmp_path: Path) -> None:
+    tensors = wan_tensors()
+    metadata = {"workflow": json.dumps({"a": ['"', "\\", '\\"', "}{", "\x1b"]}), "名": "\\"}
+    save_file(tensors, tmp_path / "wan.safetensors", metadata)
+    assert read_checkpoint(tmp_path / "wan.safetensors").architecture == TINY
+
+
+@pytest.mark.parametrize("lie", LYING_SIZES)
+def test_sizes_that_no_plan_could_use_are_refused(tmp_path: Path, lie: str) -> None:
+    changes, reason = LYING_SIZES[lie]
+    file = write_sparse_safetensors(tmp_path / "wan.safetensors", wan_shapes() | changes)
+    if reason:
+        assert re.search(reason, refusal(file))
+    else:  # a name like any other
+        assert len(read_checkpoint(file).model.blocks) == 2
+
+
+@pytest.mark.parametrize("lie", LYING_GGUF)
+def test_a_gguf_header_that_lies_is_refused_in_a_sentence(tmp_path: Path, lie: str) -> None:
+    content, reason = LYING_GGUF[lie]
+    (tmp_path / "wan.gguf").write_bytes(content)
+    message = refusal(tmp_path / "wan.gguf")
+    assert re.search(rf"wan\.gguf, [\d,]+ bytes long, is no whole GGUF file: .*{reason}", message)
+
+
+def test_the_types_of_ggml_are_those_of_the_gguf_package() -> None:
+    theirs = {int(kind): (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
+    assert {number: TYPES.get(number) for number in theirs} == theirs
+
+
+# ---- what a stranger's file may cost, and touch
+
+
+def test_no_header_takes_more_than_64_mb(tmp_path: Path) -> None:
+    for file in costly_files(tmp_path):
+        tracemalloc.start()
+        try:
+            refusal(file)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 64e6, file.name
+
+
+def test_the_longest_header_is_told_with_the_way_out(tmp_path: Path) -> None:
+    file = raw_safetensors(tmp_path / "wan.safetensors", "{" + " " * (8 << 20))
+    assert re.search(r"up to 8,388,608 bytes but has one of 8,388,609; save the model again without", refusal(file))
+    (tmp_path / "wan.gguf").write_bytes(TOO_LONG_GGUF)
+    told = refusal(tmp_path / "wan.gguf")
+    assert re.search(r"up to 8,388,608 bytes but has one of .*; convert the model again without", told)
+
+
+def test_a_name_that_is_a_path_is_a_name_and_no_other_file_is_opened(tmp_path: Path) -> None:
+    names = dict.fromkeys(("../../../etc/passwd", "/dev/zero", "C:/Windows/win.ini", "file:///etc/passwd"), (4,))
+    files = [
+        write_sparse_safetensors(tmp_path / "wan.safetensors", wan_shapes() | names),
+        write_sparse_gguf(tmp_path / "wan.gguf", wan_shapes() | names, "F16"),
+    ]
+    for file in files:
+        with Watched() as touched:
+            assert read_checkpoint(file).architecture == TINY
+        assert set(touched) == {("open", str(file))}
+
+
+def test_a_pipe_a_device_and_a_socket_are_refused_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sys.platform == "win32":
+        pytest.skip("Windows has no such files")
+    pipe, device, plug = (tmp_path / f"{kind}.safetensors" for kind in ("pipe", "device", "socket"))
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as opened:
+        monkeypatch.chdir(tmp_path)
+        opened.bind(plug.name)  # of about 100 letters at most
+        for path in (pipe, device, plug):
+            assert f"{path.name} is a pipe, a socket or a device: name a file" in refusal(path)
+
+
+def test_a_pipe_that_takes_the_files_place_is_refused_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sys.platform == "win32":
+        pytest.skip("Windows has no such files")
+    file = raw_safetensors(tmp_path / "wan.safetensors", "{}")
+    before = file.stat()
+    file.unlink()
+    os.mkfifo(file)
+    monkeypatch.setattr(Path, "stat", lambda _path: before)
+    assert "is a pipe, a socket or a device" in refusal(file)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_safetensors(tmp_path / "wan.safetensors", wan_tensors())
+    before = file.stat()
+    os.truncate(file, 1000)
+    monkeypatch.setattr(os, "fstat", lambda _handle: before)
+    assert re.search(r"expects [\d,]+ bytes to be read but gave 1,000: .*; wait until", refusal(file))
+
+
+def test_links_to_a_model_are_followed_and_links_in_a_circle_are_told(tmp_path: Path) -> None:
+    if sys.platform == "win32":
+        pytest.skip("Windows needs a right for links")
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(write_safetensors(tmp_path / "wan.safetensors", wan_tensors()))
+    assert read_checkpoint(link).architecture == TINY
+    circle = tmp_path / "circle.safetensors"
+    circle.symlink_to(circle)
+    assert "circle.safetensors cannot be read" in refusal(circle)

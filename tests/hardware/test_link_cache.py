@@ -1,0 +1,157 @@
+"""A kept measurement that was planted or damaged is never believed, and costs one warning."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+
+import pytest
+import torch
+from wanvideo_enhanced_blockswap.hardware import MIB, LinkSpeed, measure_link
+from wanvideo_enhanced_blockswap.hardware.link_cache import (
+    MeasurementKey,
+    cache_name,
+    keep_measurement,
+    read_measurement,
+)
+
+KEY = MeasurementKey("RTX 4090", "GPU-1", "0000:01:00.0", "580.1", "2.13.0", (1, 2, 4), 64 * MIB)
+SPEED = LinkSpeed(((1, 20e9), (2, 24e9), (4, 24.5e9)), 9e9, 12e9)
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such files")
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """The file of a measurement."""
+    path = tmp_path / cache_name(KEY)
+    keep_measurement(path, KEY, SPEED)
+    return path
+
+
+def poison(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refused(path, caplog):
+    """Whether the file is not believed, with one warning of one short line."""
+    assert read_measurement(path, KEY) is None
+    (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert message.isprintable()
+    return len(message) < len(str(path)) + 300 and "it is measured again" in message
+
+
+def test_a_measurement_comes_back_as_it_was_kept(kept, caplog):
+    assert read_measurement(kept, KEY) == SPEED
+    assert not caplog.records
+
+
+NO_SPEEDS = [
+    *(float("nan"), float("inf"), -float("inf"), -1.0, 0, 0.0, 1e-300, 999.9, 1.1e13, 1e300, 10**400),
+    *(None, True, "9e9", "x" * 5000, [], [9e9], {}, {"a": 1}),
+]
+
+
+@pytest.mark.parametrize("speed", NO_SPEEDS, ids=lambda speed: repr(speed)[:20])
+@pytest.mark.parametrize("place", ["pageable", "host_copy", "pinned"])
+def test_a_speed_that_was_never_measured_is_not_believed(kept, caplog, place, speed):
+    if place == "host_copy" and speed is None:
+        poison(kept, host_copy=None)  # what a measurement says that has none
+        assert read_measurement(kept, KEY) == LinkSpeed(SPEED.pinned, SPEED.pageable)
+        return
+    poison(kept, **{place: [[1, 20e9], [2, speed], [4, 24e9]] if place == "pinned" else speed})
+    assert refused(kept, caplog)
+
+
+@pytest.mark.parametrize(
+    "pinned",
+    [
+        *(None, 3, "124", {}, {"1": 2e10}, [1, 2, 4], [[]], [[1]], [[1, 2e10, 3]], ["ab"], [None]),
+        [[1, 2e10], [2, 2e10]],
+        [[1, 2e10], [2, 2e10], [4, 2e10], [8, 2e10]],
+        [[1, 2e10], [4, 2e10], [2, 2e10]],
+        [[True, 2e10], [2, 2e10], [4, 2e10]],
+        [[1.0, 2e10], [2, 2e10], [4, 2e10]],
+        [["1", 2e10], [2, 2e10], [4, 2e10]],
+        [[1, 2e10], [2, 2e10], [2**62, 2e10]],
+        [[[1], 2e10], [2, 2e10], [4, 2e10]],
+        [[1, 2e10]] * 1000,
+    ],
+    ids=lambda pinned: repr(pinned)[:30],
+)
+def test_stream_counts_other_than_the_measured_ones_are_not_believed(kept, caplog, pinned):
+    poison(kept, pinned=pinned)
+    assert refused(kept, caplog)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"", b"{", b"[]", b"null", b"3", b'"x"', b"{}", b"\xff\xfe\x00", b"\x1b[2J"),
+        b"[" * 60_000,
+        b'{"a":' * 10_000,
+        b"9" * 60_000,
+        b'{"format": 2, "key": NaN',
+        b" " * 70_000,
+    ],
+    ids=lambda text: repr(text[:20]),
+)
+def test_what_is_no_record_is_not_believed(kept, caplog, text):
+    kept.write_bytes(text)
+    assert refused(kept, caplog)
+
+
+@pytest.mark.parametrize("key", [None, [], {}, "x", {"name": "RTX 4090"}])
+def test_a_record_of_another_measurement_is_passed_over_without_a_word(kept, caplog, key):
+    poison(kept, key=key)
+    assert read_measurement(kept, KEY) is None
+    assert not caplog.records
+
+
+@posix_only
+def test_a_file_of_a_gigabyte_is_not_read(kept, caplog):
+    os.truncate(kept, 1 << 30)
+    assert refused(kept, caplog)
+
+
+@posix_only
+@pytest.mark.parametrize("plant", ["pipe", "link", "endless link", "folder"])
+def test_what_is_no_file_is_neither_waited_for_nor_followed(kept, tmp_path, caplog, plant):
+    real = kept.rename(tmp_path / "real")
+    if plant == "pipe":
+        os.mkfifo(kept)
+    elif plant == "folder":
+        kept.mkdir()
+    else:
+        kept.symlink_to(real if plant == "link" else "/dev/zero")
+    assert refused(kept, caplog)
+
+
+def test_a_poisoned_file_is_measured_anew_and_replaced(tmp_path, caplog):
+    measure_link(torch.device("cpu"), nbytes=MIB, cache_dir=tmp_path)
+    (path,) = tmp_path.iterdir()
+    poison(path, pageable=1e300)
+    speed = measure_link(torch.device("cpu"), nbytes=MIB, cache_dir=tmp_path)
+    assert speed.pageable < 1e13
+    assert len(caplog.records) == 1
+    assert json.loads(path.read_text())["pageable"] == speed.pageable
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/dev/zero", "a\x00b\n\x1b[2J", "CON", "x" * 5000, "名", ""])
+def test_the_files_name_is_safe_whatever_the_driver_calls_the_device(tmp_path, name):
+    key = MeasurementKey(name, name, name, name, name, (1,), 1)
+    file = cache_name(key)
+    assert (tmp_path / file).parent == tmp_path
+    assert file.startswith("link-")
+    assert set(file) <= set("abcdefghijklmnopqrstuvwxyz0123456789-.")
+    assert len(file) == len("link-0123456789abcdef.json")
+    keep_measurement(tmp_path / file, key, LinkSpeed((), 9e9))
+    assert read_measurement(tmp_path / file, key) == LinkSpeed((), 9e9)
+
+
+def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    keep_measurement(tmp_path / "file" / "link.json", KEY, SPEED)
+    (record,) = caplog.records
+    assert "cannot be written" in record.getMessage()
