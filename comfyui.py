@@ -26,7 +26,7 @@ from .blockswap.run import SwapRun
 from .blockswap.settings import SwapSettings, node_of
 from .blockswap.stored import profile_tensors
 from .blockswap.wanvideo import find_wrapper
-from .hardware import DeviceMemory, HardwareUnavailableError, Sampler, probe_device, read_host_memory
+from .hardware import READING_FAILURES, DeviceMemory, HardwareUnavailableError, Sampler, probe_device, read_host_memory
 from .node_progress import NodeProgress
 from .preferences import Preferences
 
@@ -185,17 +185,24 @@ class ComfyUI:
 
     def _pin_budget(self) -> PinBudget:
         """What may be page-locked by the user's present settings."""
-        limit = read_host_memory().pin_budget_bytes
-        asked = self._preferences().pin_budget_bytes
         if self._pins is None:
-            self._pins = PinBudget(limit)
+            self._pins = PinBudget(0)
+        try:
+            limit = read_host_memory().pin_budget_bytes
+        except READING_FAILURES as failure:
+            self.say_once(f"host memory cannot be read: {failure}; what may be page-locked stays as it is")
+            return self._pins
+        asked = self._preferences().pin_budget_bytes
         self._pins.limit_bytes = limit if asked is None else min(limit, asked)
         return self._pins
 
     def _preferences(self) -> Preferences:
-        """The user's; with several users, whose files are apart, nobody's: memory is the machine's."""
+        """The user's; with --multi-user, where each has a file, nobody's: memory is the machine's."""
         import folder_paths
+        from comfy.cli_args import args
 
+        if getattr(args, "multi_user", False):
+            return Preferences()
         path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
         try:
             return Preferences.read(path)

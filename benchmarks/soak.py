@@ -136,11 +136,12 @@ class Soak:
             try:
                 with torch.inference_mode(), self.run.forward(workload):
                     output = self._forward(self.inputs[index])
-            except torch.OutOfMemoryError:
-                self.run.shrink()
-                continue
-            self.tally.wrong += not torch.equal(output, self.truth[index])
-            return
+            except torch.OutOfMemoryError as failure:
+                said = str(failure)
+            else:
+                self.tally.wrong += not torch.equal(output, self.truth[index])
+                return
+            self.run.shrink(said)
 
     def _forward(self, inputs: Inputs) -> torch.Tensor:
         with torch.inference_mode():

@@ -66,6 +66,7 @@ class PlanRequest:
 
     Attributes:
         blocks_to_swap: Blocks to swap among the main blocks; None lets the budget decide.
+        why: Why so many, if they are given.
         vace_blocks_to_swap: The same among the VACE blocks; read only when `blocks_to_swap` is given.
         overlap: Copies have streams of their own; without, one slot suffices, since nothing can run ahead.
         pin: Streamed weights may be page-locked.
@@ -74,6 +75,7 @@ class PlanRequest:
     """
 
     blocks_to_swap: int | None = None
+    why: str = "as asked"
     vace_blocks_to_swap: int = 0
     overlap: bool = True
     pin: bool = True

@@ -10,6 +10,10 @@ FEWER_SLOTS = (2, 1)
 """Slots with everything swapped, after a first and a second refusal: a plan cannot be smaller than the last."""
 
 
+MORE_ROOM = 1.1
+"""Times the room there was when memory ran out, from which on a larger plan is tried again: others have given back."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """What one forward is given to do, as far as memory and time depend on it.
@@ -34,13 +38,15 @@ class Seen:
         compute_ms: Duration of each block.
         activation_bytes: The most they have taken above the weights since memory last ran out.
         refusals: How often memory has run out.
-        shrunk: How far plans are to be shrunk for that: an index into FEWER_SLOTS, from 1; 0 not at all.
+        most_slots: Slots that plans may have for that, with everything swapped; None if nothing limits them.
+        room_bytes: Device memory that there was for all of ours when it last ran out.
     """
 
     compute_ms: tuple[float, ...] | None = None
     activation_bytes: int | None = None
     refusals: int = 0
-    shrunk: int = 0
+    most_slots: int | None = None
+    room_bytes: int = 0
 
 
 class Experience:
@@ -92,14 +98,15 @@ class Experience:
         seen = self.of(workload)
         seen.activation_bytes = max(nbytes, seen.activation_bytes or 0)
         if is_automatic and seen.refusals == 1:
-            seen.shrunk = 0
+            seen.most_slots = None
 
-    def shrink(self, workload: Workload | None, *, slots: int | None) -> bool:
+    def shrink(self, workload: Workload | None, *, slots: int | None, room_bytes: int) -> bool:
         """Memory has run out in a forward of this workload, or in the adopt before it.
 
         Args:
             workload: The workload.
             slots: Of the plan that was followed, if it had everything swapped; None if it had not.
+            room_bytes: Device memory that there was for all of ours.
 
         Returns:
             Whether there is a smaller plan.
@@ -107,17 +114,22 @@ class Experience:
         seen = self.of(workload)
         seen.refusals += 1
         seen.activation_bytes = None  # the forward that failed has not shown its peak, and earlier ones took less
-        smaller = [level for level, fewer in enumerate(FEWER_SLOTS, start=1) if slots is None or fewer < slots]
-        seen.shrunk = smaller[0] if smaller else len(FEWER_SLOTS)
+        seen.room_bytes = room_bytes
+        smaller = [fewer for fewer in FEWER_SLOTS if slots is None or fewer < slots]
+        seen.most_slots = smaller[0] if smaller else FEWER_SLOTS[-1]
         return bool(smaller)
 
     def forgive(self) -> None:
         """Other settings: what did not fit under the old ones may fit now."""
         for seen in self._seen.values():
-            seen.refusals = seen.shrunk = 0
+            seen.refusals, seen.most_slots = 0, None
 
-    @property
-    def most_slots(self) -> int | None:
-        """Slots that plans for this run may have, everything swapped; None where nothing limits them."""
-        shrunk = max((self._seen[one].shrunk for one in self._in_this_run if one in self._seen), default=0)
-        return FEWER_SLOTS[shrunk - 1] if shrunk else None
+    def most_slots(self, room_bytes: int) -> int | None:
+        """Slots that plans for this run may have, everything swapped; None where nothing limits them.
+
+        Args:
+            room_bytes: Device memory that there is for all of ours: a refusal counts until there is clearly more.
+        """
+        seen = [self._seen[one] for one in self._in_this_run if one in self._seen]
+        limits = [s.most_slots for s in seen if s.most_slots is not None and room_bytes <= MORE_ROOM * s.room_bytes]
+        return min(limits, default=None)

@@ -11,22 +11,23 @@ MORE_THAN_THERE_WAS = 1.25
 factor that `architecture.activation_bytes` adds to the widest place, once more."""
 
 
-def too_large(workload: Workload | None, plan: SwapPlan) -> str:
+def too_large(workload: Workload | None, plan: SwapPlan, *, said: str) -> str:
     """Why a forward ran out of memory under the smallest plan there is, and what would fit.
 
     Args:
         workload: What it did; None if that is not known.
         plan: The plan.
+        said: What the device said.
     """
     room = max(0, plan.limit_bytes - plan.device_bytes)
     slots = f"{plan.slots} slot{'' if plan.slots == 1 else 's'}"
-    swapped = f"all {len(plan.swapped)} blocks swapped through {slots}" if all(plan.swapped) else "no block swapped"
+    swapped = f"{plan.swapped_count} of {len(plan.swapped)} blocks swapped through {slots}"
     weights = f"{format_bytes(plan.device_bytes)} of weights"
     what = "a forward" if workload is None else f"a forward of {workload.tokens:,} tokens"
     expected = None if workload is None else workload.expected_activation_bytes
     needs = "" if expected is None else f"expects about {format_bytes(expected)} for activations but "
     head = f"{what} {needs}ran out of the {format_bytes(room)} that were left beside {weights} ({swapped})"
-    return f"{head}; {_advice(workload, room)}or close other programs on the GPU"
+    return f"{head}; {_advice(workload, room)}or close other programs on the GPU (the device said: {said})"
 
 
 def _advice(workload: Workload | None, room: int) -> str:
@@ -43,13 +44,14 @@ def _advice(workload: Workload | None, room: int) -> str:
     return f"take about {4 * (fewer - 1) + 1} of the {4 * (frames - 1) + 1} frames, or {smaller}, "
 
 
-def not_again(why: str) -> str:
+def not_again(why: str, *, said: str) -> str:
     """A forward that ran out of memory and cannot be repeated.
 
     Args:
         why: What keeps it from that.
+        said: What the device said.
     """
     return (
         f"a forward ran out of device memory and cannot be repeated, since {why}; a smaller plan is remembered for "
-        "this video size: queue the prompt again"
+        f"this video size: queue the prompt again (the device said: {said})"
     )

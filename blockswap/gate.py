@@ -11,7 +11,6 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -19,9 +18,11 @@ from torch import nn
 from ..hardware import is_out_of_memory
 from .errors import DeviceMemoryError
 from .fit import not_again
+from .guest import Guest
 from .inputs import Inputs
 from .loaded import bring_home, replace_in
 from .patch import Forward, Watched
+from .repeat import why_not_again
 from .run import SwapRun
 from .settings import SwapSettings, is_ours
 from .state import SessionState
@@ -41,7 +42,6 @@ from .wanvideo import (
     refuse_cuda_graphs,
     refuse_vram_management,
     reset_counters,
-    state_kept,
     unwrapped,
     vace_blocks_entered,
     vace_blocks_of,
@@ -58,36 +58,6 @@ OnBegin = Callable[["SwapRun", Mapping[str, Any]], None]
 
 MakeRun = Callable[[nn.Module, Any, SwapSettings], "SwapRun | None"]
 """Makes the run of a transformer with its blocks and settings; None where its device cannot be swapped on."""
-
-
-@dataclass(slots=True)
-class Guest:
-    """A transformer that has our arguments. Does not know it: its life is the wrapper's.
-
-    Attributes:
-        run: Its run.
-        patched: What stands as `forward` on its modules now; those hold it themselves.
-        hints_to_host: VACE hints go to the host.
-    """
-
-    run: SwapRun
-    patched: list[weakref.ref[Forward]]
-    hints_to_host: bool = False
-
-    def disarm(self) -> None:
-        """Every `forward` as it was."""
-        patched, self.patched = self.patched, []
-        for reference in patched:
-            forward = reference()
-            if forward is not None:
-                forward.disarm()
-
-    def release(self) -> bool:
-        """Ends the run if one holds the device; whether one did."""
-        is_held = self.run.session.state is SessionState.ADOPTED
-        if is_held:
-            self.run.release()
-        return is_held
 
 
 class Gate:
@@ -229,8 +199,8 @@ class Gate:
         guest = self._guests.get(unwrapped(transformer))
         if guest is not None:
             guest.disarm()
-            if guest.release():
-                self._relieve(guest)
+            guest.release()
+            self._relieve(guest)
 
     def _relieve(self, guest: Guest) -> None:
         """Slabs are kept for the next run while host memory, and the user, allow."""
@@ -253,31 +223,39 @@ class Gate:
         guest = self._guests.get(transformer)
         if guest is None:
             return original(*arguments, **keywords)
-        latents = arguments[0] if arguments else keywords.get("x")
-        inputs = Inputs.of(arguments, keywords)
+        try:
+            return self._with_memory(transformer, guest, original, arguments, keywords)
+        except BaseException as failure:
+            guest.release(failure)  # not every caller offloads after a failure
+            raise
+
+    def _with_memory(self, transformer: Any, guest: Guest, original: Any, arguments: Any, keywords: Any) -> Any:
+        """One forward; where device memory runs out, again with a smaller plan, if that cannot change the result."""
+        inputs: Inputs | None = None
         while True:
             has_begun = False
             try:
-                workload = self._prepared(transformer, guest, latents)
+                inputs = inputs or Inputs.of(arguments, keywords)
+                workload = self._prepared(transformer, guest, arguments[0] if arguments else keywords.get("x"))
                 has_begun = True
                 with contextlib.ExitStack() as stack:
                     stack.enter_context(own_swapping_off(transformer, hints_to_host=guest.hints_to_host))
                     stack.enter_context(guest.run.forward(workload, blocks_as_they_stand(transformer)))
                     stack.enter_context(vace_blocks_entered(transformer, guest.run.session.enter))
                     return original(*arguments, **keywords)
-            except BaseException as failure:
+            except RuntimeError as failure:
                 if not (isinstance(failure, DeviceMemoryError) or is_out_of_memory(failure)):
-                    # Not every caller offloads after a failure.
-                    guest.release()
                     raise
-                logger.warning("%s; trying a smaller plan", str(failure).partition("\n")[0])
+                said = str(failure).partition("\n")[0]
             # Not in the handler: the failure's traceback holds what the forward had allocated.
-            guest.run.shrink()
-            why_not = state_kept(transformer, keywords)
-            if why_not is None and not inputs.are_still(arguments, keywords):
-                why_not = "it has changed its inputs"
-            if has_begun and why_not is not None:
-                raise DeviceMemoryError(not_again(why_not))
+            logger.warning("%s; trying a smaller plan", said)
+            guest.run.shrink(said)
+            if not has_begun:
+                continue
+            assert inputs is not None, "it is there before a forward begins"
+            why_not = why_not_again(transformer, original, inputs, arguments, keywords)
+            if why_not is not None:
+                raise DeviceMemoryError(not_again(why_not, said=said))
 
     def _prepared(self, transformer: Any, guest: Guest, latents: Any) -> Any:
         """What the forward does, and a plan for it; VACE hints go to the host where the plan has no room for them."""

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 
+from ..hardware import is_out_of_memory
 from .tensors import flat, version_of
 
 DEEPEST = 8
 """Containers inside containers that are looked into; the wrapper's arguments have three."""
 
-SAMPLED_WORDS = 1 << 16
-"""Of a tensor in host memory, at most so many words are added up: the host's own time must not grow with its size."""
+CHUNKS, SAMPLED_WORDS = 64, 1024
+"""A tensor's bytes are added up in so many chunks, so that contents that change places are seen too. In host memory at
+most so many words of each chunk are read: the host's own time must not grow with its size.
+"""
 
 SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.device, torch.dtype)
 
@@ -22,17 +25,17 @@ SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.device, torc
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """A picture of a call's arguments. Tensors count their edits, except for inference tensors, as all of ComfyUI's
-    are: of those the sum of all bytes is kept, on their device, so that nothing is waited for.
+    are: of those sums of their bytes are kept, on their device, so that nothing is waited for.
 
     Attributes:
         facts: Of everything but the bytes of inference tensors, in a fixed order.
         tensors: The inference tensors.
-        sums: Of their bytes, each a 0D tensor.
+        sums: Of their bytes, `(chunks + 1,)` of each; None of one that cannot be added up.
     """
 
     facts: tuple[Any, ...]
     tensors: tuple[torch.Tensor, ...]
-    sums: tuple[torch.Tensor, ...]
+    sums: tuple[torch.Tensor | None, ...]
 
     @classmethod
     def of(cls, *arguments: Any) -> Inputs:
@@ -40,15 +43,15 @@ class Inputs:
         facts: list[Any] = []
         tensors: list[torch.Tensor] = []
         _walk(arguments, facts, tensors, depth=0)
-        return cls(tuple(facts), tuple(tensors), tuple(map(_byte_sum, tensors)))
+        return cls(tuple(facts), tuple(tensors), tuple(map(_byte_sums, tensors)))
 
     def are_still(self, *arguments: Any) -> bool:
-        """Whether these are the same objects with the same contents. Waits for the device."""
+        """Whether these are the same objects with the same contents, as far as sums can tell. Waits for the device."""
         now = Inputs.of(*arguments)
         if self.facts != now.facts:
             return False
         pairs = zip(self.sums, now.sums, strict=True)
-        return all(int(before) == int(after) for before, after in pairs)
+        return all(one is not None and other is not None and torch.equal(one, other) for one, other in pairs)
 
 
 def _walk(value: Any, facts: list[Any], tensors: list[torch.Tensor], *, depth: int) -> None:
@@ -72,13 +75,21 @@ def _walk(value: Any, facts: list[Any], tensors: list[torch.Tensor], *, depth: i
         facts.append(id(value))
 
 
-def _byte_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor's bytes, in the widest words they fill, wrapping around."""
-    with torch.inference_mode():
-        data = flat(tensor).view(torch.uint8)
-        word = next(size for size in (8, 4, 2, 1) if data.numel() % size == 0 and tensor.data_ptr() % size == 0)
-        words = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[word]
-        whole = data.view(words)
-        if whole.device.type == "cpu":
-            whole = whole[:: max(1, whole.numel() // SAMPLED_WORDS)]
-        return whole.sum(dtype=torch.int64)
+def _byte_sums(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Sums of a tensor's bytes chunk by chunk, in the widest words they fill, wrapping around; None where they cannot
+    be had, as of conjugate or quantised tensors.
+    """
+    try:
+        with torch.inference_mode():
+            data = flat(tensor).view(torch.uint8)
+            word = next(size for size in (8, 4, 2, 1) if data.numel() % size == 0 and tensor.data_ptr() % size == 0)
+            words = data.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[word])
+            length = words.numel() // CHUNKS
+            chunks, rest = words[: CHUNKS * length].view(CHUNKS, length), words[CHUNKS * length :]
+            if words.device.type == "cpu":
+                chunks = chunks[:, :SAMPLED_WORDS]
+            return torch.cat([chunks.sum(dim=1, dtype=torch.int64), rest.sum(dtype=torch.int64).reshape(1)])
+    except RuntimeError as failure:
+        if is_out_of_memory(failure):
+            raise
+        return None

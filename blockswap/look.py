@@ -41,10 +41,10 @@ def learn(session: SwapSession, planner: Planner, found: Findings, timed: range)
         Whether they have said something that was not known.
     """
     plan = planner.followed
-    if plan is None or found.observed is not None or session.log.forwards < timed.stop:
+    if plan is None or found.is_timed or session.log.forwards < timed.stop:
         return False
-    found.observed = observe_timed(session, planner, timed)
-    if found.observed is None:
+    found.observe(observe_timed(session, planner, timed), timed)
+    if found.observed is None or not found.is_timed:
         return False
     _notice_slow_link(planner, plan, found)
     planner.learn(found.observed, plan)

@@ -93,7 +93,7 @@ def _residency(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest
         if asked > count:
             reasons.append(f"{name} is cut from {asked} to {count}, the number of blocks the model has")
     counts = min(request.vace_blocks_to_swap, vace), min(request.blocks_to_swap, main)
-    reasons.append(f"{sum(counts)} of {len(profile.blocks)} blocks are swapped, as asked")
+    reasons.append(f"{sum(counts)} of {len(profile.blocks)} blocks are swapped, {request.why}")
     return (spread(vace, counts[0]) if vace else ()) + (spread(main, counts[1]) if main else ()), reasons
 
 

@@ -207,8 +207,10 @@ class Planner:
             Whether it can be. Where card and host share one memory, swapping frees nothing.
         """
         assert self.made is not None, "memory runs out under a plan"
+        if self.machine.spec.is_integrated:
+            return False
         slots = self.made.slots if all(self.made.swapped) else None
-        return self.experience.shrink(self.workload, slots=slots) and not self.machine.spec.is_integrated
+        return self.experience.shrink(self.workload, slots=slots, room_bytes=self.made.limit_bytes)
 
     def use(self, settings: SwapSettings) -> None:
         """The settings of the coming plans."""
@@ -246,16 +248,18 @@ class Planner:
         session = self.followed_by
         compute_ms = self.experience.of(self.workload).compute_ms
         locked = 0 if session is None else session.pinned_bytes
+        memory, unused_cache = self.machine.memory(), self.machine.unused_cache_bytes()
+        own = 0 if session is None else session.device_bytes
         return Facts(
             spec=self.machine.spec,
-            memory=self.machine.memory(),
+            memory=memory,
             host=self.machine.host(),
             link=self.link,
             # Another LoRA or another VACE model has other blocks.
             compute_ms=compute_ms if compute_ms is not None and len(compute_ms) == len(profile.blocks) else None,
             activations=self.activations,
-            unused_cache_bytes=self.machine.unused_cache_bytes(),
-            own_bytes=0 if session is None else session.device_bytes,
+            unused_cache_bytes=unused_cache,
+            own_bytes=own,
             reserve_bytes=self.limits.reserve_bytes,
             host_held_bytes=profile.block_bytes,
             slab_bytes=0 if session is None else session.slab_bytes,
@@ -266,5 +270,5 @@ class Planner:
             may_pin=self.limits.may_pin,
             may_overlap=self.limits.may_overlap,
             must_swap_all=self.limits.must_swap_all,
-            most_slots=self.experience.most_slots,
+            most_slots=self.experience.most_slots(memory.free_bytes + unused_cache + own),
         )

@@ -12,6 +12,8 @@ from .layout import ModelProfile
 from .plan import block_counts, plan_swap
 from .settings import SwapSettings
 
+RAN_OUT = "since the device ran out of memory with a larger plan for this video size"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
@@ -74,8 +76,6 @@ def make_plan(profile: ModelProfile, settings: SwapSettings, facts: Facts) -> Sw
     tuning = tune(facts.spec, facts.host, facts.link, vram_threshold_percent=settings.vram_threshold_percent)
     plan = plan_swap(profile, budget_for(settings, facts, tuning), _request(profile, settings, facts, tuning))
     further = [f"free device memory is an estimate: {facts.memory.source}"] if facts.memory.is_estimate else []
-    if facts.most_slots is not None:
-        further.append("the device ran out of memory with a larger plan for this video size, so that none stays")
     chosen = tuning.reasons if settings.auto_hardware_tuning and plan.swapped_count else ()
     return replace(plan, reasons=(*plan.reasons, *chosen, *further))
 
@@ -116,6 +116,7 @@ def _request(profile: ModelProfile, settings: SwapSettings, facts: Facts, tuning
     overlap = settings.enable_cuda_optimization and facts.may_overlap
     return PlanRequest(
         blocks_to_swap=counts[0],
+        why="as asked" if facts.most_slots is None else RAN_OUT,
         vace_blocks_to_swap=counts[1],
         overlap=overlap,
         slots=facts.most_slots if overlap or facts.most_slots is None else 1,

@@ -47,7 +47,7 @@ class SwapRun:
 
     With automatic tuning a plan is looked at again before a forward whose workload is new to the run, when memory on
     the card has shrunk, and once the first full step has shown durations and peak; another takes its place if the
-    present one does not fit any more, or is slower by more than it costs to change. By hand, only settings count.
+    present one does not fit any more, or if it saves more than it costs. By hand, settings and refused memory count.
 
     Args:
         blocks: Name and module of each block, in execution order.
@@ -126,10 +126,9 @@ class SwapRun:
         if taken is not None:
             self.planner.learn_activations(taken)
         self._notice_adoption()
-        if learn(self.session, self.planner, self._found, self._timed):
-            self._wants_look = True
+        self._wants_look |= learn(self.session, self.planner, self._found, self._timed)
         if has_become_slow(self.session, self.planner, self._found, self._timed):
-            self._time_again()  # the copies' speed shows whether it is they
+            self._time_again(keep=True)  # the copies' speed shows whether it is they
         self.teller.ran(self._present, self._found)
 
     def prepare(self, workload: Workload | None = None) -> SwapPlan:
@@ -168,8 +167,11 @@ class SwapRun:
         self.planner.use(settings)
         self._trace_what_is_asked()
 
-    def shrink(self) -> None:
+    def shrink(self, said: str) -> None:
         """Device memory ran out, in `prepare` or in a forward: ours is given back, and the next plan is smaller.
+
+        Args:
+            said: What the device said.
 
         Raises:
             DeviceMemoryError: There is no smaller plan; the message says what would fit.
@@ -178,19 +180,22 @@ class SwapRun:
             self.session.release()
         if not self.planner.shrink():
             assert self.planner.made is not None
-            raise DeviceMemoryError(too_large(self._workload, self.planner.made))
+            raise DeviceMemoryError(too_large(self._workload, self.planner.made, said=said))
         self._found.replans.append("the device ran out of memory")
 
     def report(self) -> RunReport | None:
         """Of the run so far; of the last one if none has begun since; None before the first."""
         if not self._in_run:
             return self.last_report
-        found, timed = self._found, self._timed
-        found.observed = observe_timed(self.session, self.planner, timed) or found.observed
-        return make_report(self._title, self.session, self.planner, found, timed=timed, samples=self._samples)
+        self._found.observe(observe_timed(self.session, self.planner, self._timed), self._timed)
+        return make_report(self._title, self.session, self.planner, self._found, samples=self._samples)
 
-    def release(self) -> None:
-        """The run is over: every tensor points at its master, the device memory is free, slabs stay for the next."""
+    def release(self, failure: BaseException | None = None) -> None:
+        """The run is over: every tensor points at its master, the device memory is free, slabs stay for the next.
+
+        Args:
+            failure: What has ended it; None if it has ended well.
+        """
         was_in_run, report = self._in_run, self._report_or_none() if self._in_run else None
         try:
             self.session.release()
@@ -198,13 +203,13 @@ class SwapRun:
             self._end_run()
         if report and report.measured.forwards:
             self.last_report = log_run(report, self._samples, self.session, self.planner, self._trace_dir)
-        if was_in_run:
-            self.teller.over(report)
+        if was_in_run or failure is not None:
+            self.teller.over(report, failure)
 
     def _report_or_none(self) -> RunReport | None:
         try:
             return self.report()
-        except Exception:  # whatever it stumbles over, the run itself has succeeded and its memory must go
+        except Exception:  # whatever it stumbles over, the run's memory must go
             logger.exception("the run has no report; please report this")
             return None
 
@@ -236,7 +241,7 @@ class SwapRun:
             self._adopt()
         except BaseException as failure:
             self._sampling.close()
-            self.teller.failed(failure)
+            self.teller.over(None, failure)
             raise
         self._in_run = True
 
@@ -262,12 +267,14 @@ class SwapRun:
             self._adoptions = self.session.adoptions
             self._time_again()
 
-    def _time_again(self) -> None:
-        """Durations are taken anew, after one forward that warms up: of another plan, or of another workload."""
+    def _time_again(self, *, keep: bool = False) -> None:
+        """Durations are taken anew, after one forward that warms up; those of the same plan and video are kept."""
         begin = self.session.log.forwards + TIMED_FORWARDS.start
         self._timed = range(begin, begin + len(TIMED_FORWARDS))
         self._trace_what_is_asked()
-        self._found.observed, self._found.prediction = None, self.planner.predict(self._present)
+        self._found.is_timed = False
+        if not keep:
+            self._found.observed, self._found.prediction = None, self.planner.predict(self._present)
 
     def _trace_what_is_asked(self) -> None:
         self.session.checks = self.planner.settings.debug_mode

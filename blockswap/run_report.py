@@ -40,7 +40,9 @@ class Findings:
 
     Attributes:
         begin: Where the counters stood when it began.
-        observed: What the forwards that were timed have shown.
+        observed: What the forwards that were timed last have shown.
+        timed: Numbers of these forwards.
+        is_timed: Those of the present plan and workload are among them.
         prediction: A forward with the present plan in virtual time.
         weight_bytes: Device memory that block weights took under the present plan.
         is_slow: Forwards have become much slower than those before them, and that has been looked into.
@@ -52,6 +54,8 @@ class Findings:
 
     begin: Begin
     observed: Observed | None = None
+    timed: range = range(0)
+    is_timed: bool = False
     prediction: ForwardTime | None = None
     weight_bytes: int | None = None
     is_slow: bool = False
@@ -59,6 +63,11 @@ class Findings:
     looks: int = 0
     replans: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def observe(self, observed: Observed | None, timed: range) -> None:
+        """What forwards have shown, if it is there by now."""
+        if observed is not None:
+            self.observed, self.timed, self.is_timed = observed, timed, True
 
     def note(self, text: str) -> None:
         """Something that no figure tells: said once, and kept for the report."""
@@ -68,7 +77,7 @@ class Findings:
 
 
 def make_report(
-    title: str, session: SwapSession, planner: Planner, found: Findings, *, timed: range, samples: Samples | None
+    title: str, session: SwapSession, planner: Planner, found: Findings, *, samples: Samples | None
 ) -> RunReport:
     """The report of a run, before its release: slabs, their tiers and staging are counted as they stand.
 
@@ -77,7 +86,6 @@ def make_report(
         session: Its session.
         planner: Its planner.
         found: What it has kept of itself.
-        timed: Numbers of the forwards of which blocks were timed; earlier ones warm up.
         samples: Of the device; None if it was not watched.
     """
     plan, profile = session.plan, planner.profile
@@ -114,7 +122,7 @@ def make_report(
             original_bytes=profile.block_bytes if planner.limits.originals_stay else 0,
             refusals=session.refusals,
             replans=tuple(found.replans),
-            blocks=() if seen is None else block_times(_from(spans, timed), profile, plan.swapped),
+            blocks=() if seen is None else block_times(_from(spans, found.timed), profile, plan.swapped),
             samples=samples,
         ),
         notes=(*found.notes, *cut),

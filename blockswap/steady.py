@@ -6,8 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from ..hardware import DeviceMemory, DeviceSpec, HostMemory, LinkSpeed
-from ..hardware.sampling import READING_FAILURES
+from ..hardware import READING_FAILURES, DeviceMemory, DeviceSpec, HostMemory, LinkSpeed
 from .errors import PlanError
 from .machine import Machine
 

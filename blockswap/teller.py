@@ -60,13 +60,17 @@ class Teller:
         forward = found.prediction or plan.forward
         self.tell(Progress(phase=Phase.SAMPLING, memory=self._memory(plan), plan=_figures(plan, forward), run=run))
 
-    def over(self, report: RunReport | None) -> None:
+    def over(self, report: RunReport | None, failure: BaseException | None = None) -> None:
         """The run is over.
 
         Args:
             report: What came of it; None if there is none.
+            failure: What has ended it; None if it has ended well.
         """
         if self.tell is None:
+            return
+        if isinstance(failure, BlockSwapError):
+            self.tell(stopped(str(failure)))
             return
         if report is None or not report.measured.forwards:
             self.tell(stopped())
@@ -82,11 +86,6 @@ class Teller:
         figures = _figures(plan, report.prediction or plan.forward)
         memory = self._memory(plan, measured.activation_bytes)
         self.tell(Progress(phase=Phase.DONE, memory=memory, plan=figures, run=run))
-
-    def failed(self, failure: BaseException) -> None:
-        """The run has not begun: no plan fits, memory was refused, or the user has interrupted."""
-        if self.tell is not None:
-            self.tell(stopped(str(failure)) if isinstance(failure, BlockSwapError) else stopped())
 
     def _placed(self, plan: SwapPlan, count: int) -> None:
         profile, session = self._planner.profile, self._planner.followed_by

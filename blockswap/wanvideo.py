@@ -49,10 +49,6 @@ CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 """Modes of torch.compile that replay kernels at fixed addresses, which a block in changing slots does not have."""
 
 
-CACHES = {"enable_teacache": "TeaCache", "enable_magcache": "MagCache", "enable_easycache": "EasyCache"}
-"""Switches of a transformer with which a forward changes what it keeps for later ones, before its blocks run."""
-
-
 @dataclass(frozen=True, slots=True)
 class Wrapper:
     """The loaded wrapper.
@@ -195,14 +191,6 @@ def reset_counters(transformer: nn.Module) -> None:
     """The wrapper's own swapping is off, as in a new model: a count that our arguments brought would stay for ever."""
     for name, value in COUNTERS.items():
         setattr(transformer, name, value)
-
-
-def state_kept(transformer: nn.Module, keywords: Mapping[str, Any]) -> str | None:
-    """What keeps a forward that has begun from being repeated, as a clause; None if nothing does."""
-    caches = [name for switch, name in CACHES.items() if getattr(transformer, switch, False)]
-    if keywords.get("standin_input") is not None:  # keys and values of the first forward are kept in the blocks
-        caches.append("Stand-In")
-    return f"{' and '.join(caches)} keeps state from one forward to the next" if caches else None
 
 
 def forget_our_count(transformer: nn.Module) -> None:

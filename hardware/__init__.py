@@ -7,7 +7,7 @@ from .nvml import Nvml
 from .probe import probe_device, read_utilisation
 from .rocm import Rocm
 from .samples import Samples
-from .sampling import Sampler
+from .sampling import READING_FAILURES, Sampler
 from .spec import (
     DeviceMemory,
     DeviceSpec,
@@ -26,6 +26,7 @@ __all__ = [
     "GIB",
     "KIB",
     "MIB",
+    "READING_FAILURES",
     "DeviceMemory",
     "DeviceSpec",
     "GpuTier",

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from gate_bench import BLOCKS, GateBench, allocated, arguments, truth
-from standin import Fault, Workflow
+from standin import Fault, InterruptProcessingException, Workflow
 from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError
+from wanvideo_enhanced_blockswap.blockswap.progress import Progress, stopped
 from wanvideo_enhanced_blockswap.blockswap.state import SessionState
 
 pytestmark = pytest.mark.usefixtures("pretend_device")
@@ -60,7 +61,7 @@ def test_the_smaller_plan_is_remembered_for_the_next_run_of_that_size(
     assert swapped(bench, workflow) == BLOCKS
     report = bench.run_of(workflow).report()
     assert report is not None
-    assert any("ran out of memory with a larger plan" in reason for reason in report.plan.reasons)
+    assert "4 of 4 blocks are swapped, since the device ran out of memory with a larger plan" in report.plan.reasons[0]
     assert not any(LARGER in record.message for record in caplog.records)
     workflow.sample(frames=2)
     assert swapped(bench, workflow) == 2
@@ -93,12 +94,98 @@ def test_where_even_the_smallest_plan_fails_it_says_what_would_fit_and_the_next_
         workflow.sample(fault=once(1, times=2))
     said = str(failure.value)
     assert "tokens expects about" in said
-    assert f"(all {BLOCKS} blocks swapped through 1 slot)" in said
+    assert f"({BLOCKS} of {BLOCKS} blocks swapped through 1 slot)" in said
     assert "frames, or" in said
+    assert "(the device said: block 1 fails)" in said
     assert failure.value.__context__ is None  # nothing of the failed forward is held
     before = allocated()
     assert torch.equal(workflow.sample(), truth("fp32"))
     assert allocated() <= before
+
+
+def ends_badly(bench: GateBench, how: str) -> Workflow:
+    """A model whose run has ended with an error about memory."""
+    variant = "teacache" if how == "not again" else "fp32"
+    workflow = bench.workflow(variant, arguments(2))
+    with pytest.raises(DeviceMemoryError):
+        workflow.sample(fault=once(1, forward=2 if how == "not again" else 0, times=2))
+    return workflow
+
+
+@pytest.mark.parametrize("how", ["too large", "not again"])
+def test_a_refused_video_does_not_burden_the_next_one(bench: GateBench, how: str) -> None:
+    workflow = ends_badly(bench, how)
+    workflow.sample(frames=2)
+    assert swapped(bench, workflow) == 2
+    report = bench.run_of(workflow).report()
+    assert report is not None
+    assert report.measured.replans == ()
+
+
+@pytest.mark.parametrize("how", ["too large", "not again"])
+def test_the_node_is_told_the_error_that_the_run_has_ended_with(bench: GateBench, how: str) -> None:
+    workflow = bench.workflow("teacache" if how == "not again" else "fp32", arguments(2))
+    workflow.sample()
+    told: list[Progress] = []
+    bench.run_of(workflow).teller.tell = told.append
+    with pytest.raises(DeviceMemoryError) as failure:
+        workflow.sample(fault=once(1, forward=2 if how == "not again" else 0, times=2))
+    assert told[-1] == stopped(str(failure.value))
+
+
+@pytest.mark.parametrize("error", [InterruptProcessingException, RuntimeError])
+def test_slabs_that_are_not_to_be_kept_go_after_a_run_that_failed_as_well(
+    bench: GateBench, error: type[BaseException]
+) -> None:
+    bench.gate._keeps_slabs = lambda: False
+    workflow = bench.workflow("fp32", arguments(2))
+    workflow.sample()
+    assert bench.run_of(workflow).session.slab_bytes == 0
+    with pytest.raises(error):
+        workflow.sample(fault=Fault(block=2, forward=1, error=error))
+    assert bench.run_of(workflow).session.slab_bytes == 0
+
+
+def test_a_plan_may_grow_again_once_others_have_given_memory_back(
+    bench: GateBench, pretend_stats: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [1 << 20]
+    monkeypatch.setattr(type(pretend_stats), "mem_get_info", lambda self, device=None: (free[0], 1 << 34))
+    workflow = bench.workflow("fp32", arguments(2))
+    workflow.sample(fault=once(1))
+    workflow.sample()
+    assert swapped(bench, workflow) == BLOCKS
+    free[0] = 1 << 21
+    assert torch.equal(workflow.sample(), truth("fp32"))
+    assert swapped(bench, workflow) == 2
+
+
+def test_a_forward_that_another_pack_has_changed_is_not_repeated(
+    bench: GateBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow = bench.workflow("fp32", arguments(2))
+    kind = type(workflow.transformer)
+    plain = kind.forward
+
+    def counting(self: Any, *given: Any, **named: Any) -> Any:
+        return plain(self, *given, **named)
+
+    monkeypatch.setattr(kind, "forward", counting)
+    with pytest.raises(DeviceMemoryError, match="another pack has changed the model's forward"):
+        workflow.sample(fault=once(1))
+    monkeypatch.undo()
+    handle = workflow.transformer.blocks[0].register_forward_hook(lambda *_: None)
+    bench.run_of(workflow).planner.experience.forgive()
+    with pytest.raises(DeviceMemoryError, match="another pack has hooks on the model's blocks"):
+        workflow.sample(fault=once(1))
+    handle.remove()
+    assert torch.equal(workflow.sample(), truth("fp32"))
+
+
+def test_a_step_cache_that_does_not_act_in_this_step_keeps_nothing_from_being_repeated(bench: GateBench) -> None:
+    workflow = bench.workflow("teacache", arguments(2))
+    workflow.transformer.teacache_start_step, workflow.transformer.teacache_end_step = 1, -1
+    assert torch.equal(workflow.sample(fault=once(1)), truth("teacache"))
 
 
 def test_a_forward_with_a_step_cache_is_not_repeated_and_the_next_run_has_the_smaller_plan(bench: GateBench) -> None:

@@ -14,12 +14,14 @@ def call() -> dict[str, Any]:
     """Arguments as ComfyUI's nodes make them: inference tensors in lists and mappings."""
     with torch.inference_mode():
         latents = torch.linspace(0, 1, 77).reshape(7, 11)
+        rows = torch.arange(640.0).reshape(64, 10)
         odd = torch.arange(5, dtype=torch.uint8)
         part = torch.arange(24.0).reshape(4, 6)[1:3, ::2]
     return {
         "x": [latents, torch.zeros(3)],
         "t": torch.ones(1),
         "odd": odd,
+        "rows": rows,
         "part": part,
         "nested": {"cond": ({"a": latents.clone(), "b": 1.5},), "name": "x"},
         "nan": float("nan"),
@@ -39,6 +41,7 @@ def edits() -> dict[str, Callable[[dict[str, Any]], object]]:
     return {
         "an inference tensor edited": lambda a: a["x"][0].add_(0.25),
         "one element of it": lambda a: a["x"][0][3].__setitem__(4, 9.0),
+        "rows that change places": lambda a: a["rows"].copy_(a["rows"].flip(0).clone()),
         "bytes that fill no word": lambda a: a["odd"].__setitem__(2, 200),
         "a view": lambda a: a["part"].mul_(2),
         "a normal tensor edited": lambda a: a["t"].add_(1),
@@ -62,6 +65,12 @@ def test_an_edit_is_seen(name: str) -> None:
     with torch.inference_mode():
         edits()[name](arguments)
     assert not before.are_still(arguments)
+
+
+def test_a_tensor_whose_bytes_cannot_be_added_up_is_not_taken_for_the_same() -> None:
+    with torch.inference_mode():
+        conjugate = torch.zeros(4, dtype=torch.complex64).conj()
+    assert not Inputs.of(conjugate).are_still(conjugate)
 
 
 def test_containers_that_hold_themselves_end_somewhere() -> None:

@@ -85,6 +85,19 @@ def test_copies_that_become_slow_in_the_middle_are_timed_again_and_told() -> Non
     assert any("copies run at" in note for note in notes(bench))
 
 
+def test_a_slow_forward_at_the_end_leaves_the_figures_of_those_before_in_the_report() -> None:
+    bench = Bench(4.5, settings=BY_HAND)
+    bench.forward(times=6)
+    before = bench.run.report()
+    paced(bench, compute_ms=8.0)
+    bench.forward()
+    after = bench.run.report()
+    assert before is not None
+    assert after is not None
+    assert (after.measured.stall_ms, after.measured.timed_forwards) == (before.measured.stall_ms, 2)
+    assert after.measured.blocks == before.measured.blocks != ()
+
+
 def test_a_link_as_measured_is_not_told() -> None:
     bench = Bench(4.5, link_ms=3.0)
     bench.forward(times=6)
