@@ -176,6 +176,7 @@ class ComfyUI:
             node,
             lambda event, data: server.send_sync(event, data, server.client_id),
             lambda text, of_node: server.send_progress_text(text, of_node, server.client_id),
+            workflow=_running_workflow(server),
         )
 
     def _on_begin(self, run: SwapRun, arguments: Mapping[str, Any]) -> None:
@@ -226,6 +227,16 @@ class ComfyUI:
             sampler=Sampler(machine.spec, idle_s=IDLE_S),
             trace_dir=_temp_folder(),
         )
+
+
+def _running_workflow(server: Any) -> str | None:
+    """The id of the workflow that ComfyUI executes now; None for prompts that came without one, as through the API."""
+    running = getattr(getattr(server, "prompt_queue", None), "currently_running", None) or {}
+    for item in list(running.values()):  # of one executor, at most one: number, id, prompt, extra data, outputs
+        extra = item[3] if len(item) > 3 and isinstance(item[3], dict) else {}  # noqa: PLR2004 - as told above
+        found = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
+        return found.get("id") if isinstance(found.get("id"), str) else None
+    return None
 
 
 def _limits() -> Limits:

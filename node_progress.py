@@ -24,15 +24,23 @@ class NodeProgress:
 
     Args:
         node: The node's id, as ComfyUI executes it ("7:12" inside a subgraph).
+        workflow: The id of its workflow, in whose file the node is; None if that is not known.
         send_event: Sends an event by name with its data.
         send_text: Sends a text for a node by its id.
         clock: In seconds.
     """
 
     def __init__(
-        self, node: str, send_event: SendEvent, send_text: SendText, *, clock: Callable[[], float] = time.monotonic
+        self,
+        node: str,
+        send_event: SendEvent,
+        send_text: SendText,
+        *,
+        workflow: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node = node
+        self._workflow = workflow
         self._send_event = send_event
         self._send_text = send_text
         self._clock = clock
@@ -47,8 +55,8 @@ class NodeProgress:
             return
         self._phase, self._sent_at = progress.phase, now
         try:
-            self._send_event(EVENT, {"node": self._node, **progress.as_json()})
-            self._send_text(progress.text, self._node)
+            self._send_event(EVENT, {"node": self._node, "workflow": self._workflow, **progress.as_json()})
+            self._send_text(progress.text.replace("\n", ".\n"), self._node)  # some renderers drop line ends
         except Exception:  # a server that is shutting down, or another's that has changed: the video matters more
             self._works = False
             logger.exception("progress is not shown on the node any more; please report this")

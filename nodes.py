@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from .blockswap.errors import BlockSwapError, SettingsError, WrapperError
+from .blockswap.errors import BlockSwapError, WrapperError
 from .blockswap.report_text import plan_text, summary
 from .blockswap.settings import EVERY_BLOCK, SwapSettings, is_ours
 from .comfyui import ComfyUI
@@ -41,22 +41,6 @@ class WanVideoEnhancedBlockSwap:
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
         # Optional, so that a prompt which leaves some out gets their defaults.
         return {"required": {}, "optional": dict(SWAP_WIDGETS), "hidden": {"unique_id": "UNIQUE_ID"}}
-
-    @classmethod
-    def VALIDATE_INPUTS(  # noqa: N802 - ComfyUI's name; an input named here loses ComfyUI's own check of its range
-        cls,
-        blocks_to_swap: Any = None,
-        vram_threshold_percent: Any = None,
-        num_cuda_streams: Any = None,
-        bandwidth_target: Any = None,
-        vace_blocks_to_swap: Any = None,
-    ) -> bool | str:
-        given = {name: value for name, value in locals().items() if name in SWAP_WIDGETS and value is not None}
-        try:
-            SwapSettings(**given)
-        except SettingsError as failure:
-            return str(failure)
-        return True
 
     def setargs(self, unique_id: str | None = None, **widgets: Any) -> tuple[dict[str, object] | None]:
         settings = SwapSettings(**widgets)

@@ -204,7 +204,11 @@ def _tiers(
     sizes = {i: profile.blocks[i].slab_host_bytes for i in inside}
     pageable = tuple(HostTier.PAGEABLE if s else None for s in swapped)
     if not request.pin or not request.overlap:
-        why = "page-locked memory is switched off" if not request.pin else "copies on the compute stream need no pins"
+        why = (
+            "page-locked memory is switched off, or not to be had here"
+            if not request.pin
+            else "copies on the compute stream need no pins"
+        )
         return pageable, 0, [why] if inside else []
     wanted = sum(sizes.values())
     if wanted <= budget.pin_bytes:
@@ -270,12 +274,15 @@ def _complete(
 
 def _refuse_what_cannot_be(profile: ModelProfile, budget: MemoryBudget, plan: SwapPlan) -> None:
     if plan.device_bytes > budget.limit_bytes:
+        can_be_less = not (all(plan.swapped) or budget.is_unified)
+        advice = "swap more blocks or leave that to auto_hardware_tuning, " if can_be_less else ""
         raise PlanError(
             f"the block weights expect {format_bytes(plan.device_bytes)} of device memory "
-            f"({plan.slots} slots of {format_bytes(plan.slot_bytes)}, {len(plan.swapped) - plan.swapped_count} "
-            f"resident blocks, {format_bytes(profile.small_device_bytes)} of small tensors) but got "
+            f"({f'{plan.slots} slots of {format_bytes(plan.slot_bytes)}, ' if plan.slots else ''}"
+            f"{len(plan.swapped) - plan.swapped_count} resident blocks, "
+            f"{format_bytes(profile.small_device_bytes)} of small tensors) but got "
             f"{format_bytes(budget.limit_bytes)} that are not in use; "
-            f"{'' if all(plan.swapped) or budget.is_unified else 'swap more blocks, '}close other programs, or take "
+            f"{advice}close other programs, or take "
             "a smaller or quantised model"
         )
     need = budget.host_need(profile.block_bytes, slab_bytes=plan.slab_bytes, staging_bytes=plan.staging_bytes)

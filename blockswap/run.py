@@ -33,8 +33,7 @@ from .teller import Teller
 logger = logging.getLogger(__name__)
 
 TIMED_FORWARDS = range(1, 3)
-"""Forwards of which every block is timed: the first full step (conditional and unconditional) after one that warms up,
-compiles and fills the window."""
+"""Forwards of which every block is timed: the first full step after one that warms up, compiles, fills the window."""
 
 
 class SwapRun:
@@ -122,13 +121,14 @@ class SwapRun:
         self._peak.begin(anew=not self.planner.is_peak_known)
         with self.session.forward(blocks):
             yield
+        self._found.count_onloads(self.session.counters)
         taken = self._peak.taken_bytes()
         if taken is not None:
             self.planner.learn_activations(taken)
         self._notice_adoption()
         self._wants_look |= learn(self.session, self.planner, self._found, self._timed)
         if has_become_slow(self.session, self.planner, self._found, self._timed):
-            self._time_again(keep=True)  # the copies' speed shows whether it is they
+            self._time_again(keep=True)
         self.teller.ran(self._present, self._found)
 
     def prepare(self, workload: Workload | None = None) -> SwapPlan:

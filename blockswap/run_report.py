@@ -40,6 +40,8 @@ class Findings:
 
     Attributes:
         begin: Where the counters stood when it began.
+        onloads: Copies into slots, up to the last forward that has ended well.
+        onloaded_bytes: Bytes of these.
         observed: What the forwards that were timed last have shown.
         timed: Numbers of these forwards.
         is_timed: Those of the present plan and workload are among them.
@@ -53,6 +55,8 @@ class Findings:
     """
 
     begin: Begin
+    onloads: int = 0
+    onloaded_bytes: int = 0
     observed: Observed | None = None
     timed: range = range(0)
     is_timed: bool = False
@@ -63,6 +67,11 @@ class Findings:
     looks: int = 0
     replans: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def count_onloads(self, counters: Counters) -> None:
+        """A forward has ended well: what one that does not copies is nobody's."""
+        self.onloads = counters.onloads - self.begin.counters.onloads
+        self.onloaded_bytes = counters.onloaded_bytes - self.begin.counters.onloaded_bytes
 
     def observe(self, observed: Observed | None, timed: range) -> None:
         """What forwards have shown, if it is there by now."""
@@ -110,8 +119,8 @@ def make_report(
             timed_forwards=0 if seen is None else seen.forwards,
             forward_ms=None if seen is None else seen.forward_ms,
             stall_ms=None if seen is None else seen.stall_ms,
-            onloads=now.onloads - before.onloads,
-            onloaded_bytes=now.onloaded_bytes - before.onloaded_bytes,
+            onloads=found.onloads,
+            onloaded_bytes=found.onloaded_bytes,
             placed_bytes=now.placed_bytes - before.placed_bytes,
             returned_bytes=now.returned_bytes - before.returned_bytes,
             copy_bytes_per_s=None if seen is None else seen.copied_bytes_per_s,

@@ -116,12 +116,12 @@ class BlockSwapper:
             self._ring.forget(block)
             self._store.slabs[block].sources, self._store.slabs[block].checksums = (), None
         step = self._ring.enter(block)
+        before = self._mark()  # copies that are not asynchronous are waited for as they are started
         self._obey(step)
         if step.slot is None:
             self._transfer.follow()
             self._running = block, self._mark()
             return
-        before = self._mark()
         self._transfer.wait(step.slot)
         after = self._mark()
         self._running = block, after

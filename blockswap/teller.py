@@ -75,6 +75,10 @@ class Teller:
         if report is None or not report.measured.forwards:
             self.tell(stopped())
             return
+        if failure is not None:
+            count = report.measured.forwards
+            self.tell(stopped(f"the run was stopped after {count} forward{'' if count == 1 else 's'}"))
+            return
         plan, measured = report.plan, report.measured
         run = RunFigures(
             forwards=measured.forwards,

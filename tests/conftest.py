@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pretend_accelerator
 import pytest
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
 
 # Several test processes on a few cores: threads that spin for one another would take most of the time.
 torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tells how many faults were injected."""
+    injected: dict[str, int] = getattr(sys.modules.get("faults"), "INJECTED", {})
+    if injected:
+        terminalreporter.write_line(f"{sum(injected.values()):,} faults were injected at {len(injected)} places")
 
 
 @pytest.fixture(scope="session")

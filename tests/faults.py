@@ -97,6 +97,10 @@ INTERRUPTED = [
 """The same, with an interrupt there. None reaches the worker's thread."""
 
 
+INJECTED: dict[str, int] = {}
+"""Faults by place, in this session; told at its end."""
+
+
 class Armed:
     """One place that fails at its k-th call, once.
 

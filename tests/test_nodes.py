@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import wanvideo_enhanced_blockswap as package
 from standin import Workflow
 from standin.measuring import unswapped
 from wanvideo_enhanced_blockswap import nodes as node_module
+from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError
 from wanvideo_enhanced_blockswap.blockswap.settings import EVERY_BLOCK, SETTINGS_KEY, SwapSettings
 from wanvideo_enhanced_blockswap.comfyui import ComfyUI
 from wanvideo_enhanced_blockswap.hardware import GIB
@@ -122,13 +124,18 @@ def test_the_text_nodes_pass_their_first_input_on(name: str, kind: str) -> None:
         ({"vace_blocks_to_swap": 16}, "vace_blocks_to_swap expects a whole number from 0 to 15 but got 16"),
     ],
 )
-def test_a_value_out_of_range_is_told_before_anything_runs(given: dict[str, Any], said: str) -> None:
-    assert SWAP.VALIDATE_INPUTS(**given).startswith(said)
+def test_a_value_out_of_range_that_passes_comfyuis_own_check_is_told_before_anything_runs(
+    given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(SettingsError, match=re.escape(said)):
+        SWAP().setargs(**given)
 
 
-def test_values_in_range_and_inputs_that_come_from_other_nodes_are_accepted() -> None:
-    assert SWAP.VALIDATE_INPUTS() is True
-    assert SWAP.VALIDATE_INPUTS(blocks_to_swap=48, vram_threshold_percent=30.0) is True
+def test_comfyui_checks_ranges_itself_and_marks_the_widget_that_is_wrong() -> None:
+    """A text of ours for one input would be shown at every input that we check (validate_inputs in execution.py)."""
+    assert not hasattr(SWAP, "VALIDATE_INPUTS")
+    for name, (kind, options) in SWAP.INPUT_TYPES()["optional"].items():
+        assert kind == "BOOLEAN" or {"min", "max"} <= set(options), name
 
 
 # Inside ComfyUI
@@ -334,10 +341,14 @@ def events(comfy: SimpleNamespace) -> list[dict[str, Any]]:
 
     def send_progress_text(text: str, node: str, sid: str) -> None:
         texts.append((text, node, sid))
-        assert texts[-1] == (sent[-1]["text"], sent[-1]["node"], "a browser")
+        assert texts[-1] == (sent[-1]["text"].replace("\n", ".\n"), sent[-1]["node"], "a browser")
 
+    item = (0, "a prompt", {}, {"extra_pnginfo": {"workflow": {"id": "a workflow"}}}, [])
     sys.modules["server"].PromptServer.instance = SimpleNamespace(
-        client_id="a browser", send_sync=send_sync, send_progress_text=send_progress_text
+        client_id="a browser",
+        send_sync=send_sync,
+        send_progress_text=send_progress_text,
+        prompt_queue=SimpleNamespace(currently_running={0: item}),
     )
     return sent
 
@@ -352,8 +363,27 @@ def test_the_node_is_told_what_its_run_does(comfy: SimpleNamespace, events: list
     _, latents = sampled(arguments)
     assert torch.equal(latents, unswapped("fp32", HPU).latents)
     assert phases(events) == ["adopting", "sampling", "done"]
-    assert {event["node"] for event in events} == {"7:12"}
+    assert {(event["node"], event["workflow"]) for event in events} == {("7:12", "a workflow")}
     assert "1 of 4 blocks stay, 3 stream through 1 slot" in events[0]["text"]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        None,
+        (0, "a prompt", {}),
+        (0, "a prompt", {}, {}, []),
+        (0, "a prompt", {}, {"extra_pnginfo": {"workflow": None}}, []),
+    ],
+)
+def test_a_prompt_without_a_workflow_is_told_of_all_the_same(
+    comfy: SimpleNamespace, events: list[dict[str, Any]], item: Any
+) -> None:
+    queue = SimpleNamespace(currently_running={} if item is None else {0: item})
+    sys.modules["server"].PromptServer.instance.prompt_queue = queue
+    comfy.set_device(torch.device("cpu"))
+    SWAP().setargs(unique_id="3")
+    assert [(event["node"], event["workflow"]) for event in events] == [("3", None)]
 
 
 def test_two_experts_tell_each_their_own_node(comfy: SimpleNamespace, events: list[dict[str, Any]]) -> None:

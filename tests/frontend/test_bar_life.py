@@ -236,6 +236,36 @@ def test_a_workflow_that_is_opened_again_shows_where_its_nodes_stand(ui: FrontEn
 
 
 @one_language
+def test_events_that_name_their_workflow_are_shown_there_however_many_are_queued(ui: FrontEnd) -> None:
+    node = ui.add(NODE)
+    ui.evaluate(QUEUE)
+    behind = ui.serialize()
+    ui.load({**behind, "id": "00000000-0000-4000-8000-000000000003"})
+    ui.evaluate(QUEUE)
+    ui.send(EVENT, {"node": node, "workflow": behind["id"], **DONE.as_json()})
+    assert bar(ui, node).phase == "idle"
+    ui.send(EVENT, {"node": node, "workflow": "00000000-0000-4000-8000-000000000003", **SAMPLING.as_json()})
+    assert bar(ui, node).phase == "sampling"
+    ui.load(behind)
+    assert bar(ui, node).phase == "done"
+    ui.send("status", {"status": {"exec_info": {"queue_remaining": 0}}})
+    assert ui.errors == []
+
+
+def test_what_is_of_an_earlier_run_says_so_until_an_event_comes(ui: FrontEnd) -> None:
+    node = ui.add(NODE)
+    send(ui, node, DONE)
+    lines = bar(ui, node).lines
+    ui.send("execution_start", {"prompt_id": "another", "timestamp": 1})
+    aged = bar(ui, node)
+    assert aged.phase == "done"
+    assert aged.lines[:-1] == lines
+    assert aged.lines[-1] in ("of an earlier run", "来自之前的运行")
+    send(ui, node, SAMPLING)
+    assert len(bar(ui, node).lines) == 2
+    assert ui.errors == []
+
+
 def test_a_run_of_the_workflow_behind_is_shown_there_and_not_here(ui: FrontEnd) -> None:
     node = ui.add(NODE)
     ui.evaluate(QUEUE)

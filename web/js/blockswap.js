@@ -119,7 +119,13 @@ function onProgress({ detail }) {
   const event = readEvent(detail);
   if (!event) return;
   workflows.keep(event, app.rootGraph);
-  if (workflows.isOpen(app.rootGraph)) showEvent(event);
+  if (workflows.isOpen(event, app.rootGraph)) showEvent(event);
+}
+
+/** A run begins, in which our nodes may have no part: bypassed, or with another node's arguments in effect. */
+function onStart() {
+  workflows.age();
+  showEvents();
 }
 
 /**
@@ -176,6 +182,7 @@ app.registerExtension({
   async setup() {
     api.addEventListener("promptQueueing", () => workflows.onQueue(app.rootGraph));
     api.addEventListener("status", ({ detail }) => workflows.onQueueLength(detail?.exec_info?.queue_remaining));
+    api.addEventListener("execution_start", onStart);
     api.addEventListener(EVENT, onProgress);
     // After ComfyUI's own listener, which is there before extensions are; nothing is drawn in between.
     api.addEventListener("progress_text", onProgressText);

@@ -27,6 +27,7 @@ export function readEvent(detail) {
   const memory = amounts(detail.memory, ["total", "other", "residents", "window", "ceiling"], ["activations"]);
   return {
     node: String(detail.node),
+    workflow: typeof detail.workflow === "string" ? detail.workflow : null,
     phase: detail.phase,
     text: typeof detail.text === "string" ? detail.text : "",
     memory: memory?.total ? memory : null,

@@ -90,6 +90,8 @@ export class Panel {
     this.event = event;
     const memory = event?.memory ?? null;
     const lines = event ? texts.lines(event) : [texts.say("idle")];
+    if (event?.isEarlier) lines.push(texts.say("earlier"));
+    this.content.style.opacity = event?.isEarlier ? "0.6" : "1";
     const legend = memory || !event ? entriesOf(memory, texts) : [];
     const total = memory ? texts.memory(memory.total) : "";
     const amounts = memory ? legend.flat().map(({ word, size }) => `${word} ${size}`) : [];

@@ -28,6 +28,7 @@ export const ENGLISH = {
   and: "[one], [other]",
   stopped: "the run ended before a forward was through",
   off: "nothing is swapped by this node",
+  earlier: "of an earlier run",
   size: "[number] [unit]",
   gib: "GiB",
   mib: "MiB",

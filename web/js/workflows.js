@@ -31,19 +31,28 @@ export class Workflows {
     if (remaining === 0) this.#queued.clear();
   }
 
-  /** Whether events are for the workflow that is open. They do not tell: if several are queued, it is taken to be. */
-  isOpen(rootGraph) {
+  /**
+   * Whether an event is for the workflow that is open. One that does not tell its own is, unless only another is queued.
+   */
+  isOpen(event, rootGraph) {
+    if (event.workflow !== null) return event.workflow === rootGraph.id;
     return this.#queued.size !== 1 || this.#queued.has(rootGraph.id);
   }
 
   /** Keeps an event for the workflow that it is for. */
   keep(event, rootGraph) {
-    const workflow = this.isOpen(rootGraph) ? rootGraph.id : this.#queued.values().next().value;
+    const queued = this.isOpen(event, rootGraph) ? rootGraph.id : this.#queued.values().next().value;
+    const workflow = event.workflow ?? queued;
     if (!this.#events.has(workflow)) this.#events.set(workflow, new Map());
     const events = this.#events.get(workflow);
     // The newest comes last: a node of a subgraph that is used twice has two ids.
     events.delete(event.node);
     events.set(event.node, event);
+  }
+
+  /** Something is being executed: what there is to show is of an earlier run, until an event comes. */
+  age() {
+    for (const events of this.#events.values()) for (const event of events.values()) event.isEarlier = true;
   }
 
   /** The last event of each node of a workflow, the newest last. */
