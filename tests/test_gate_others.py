@@ -199,7 +199,7 @@ def test_a_failed_notice_does_not_cost_the_wrappers_own_offload(
     workflow = bench.workflow("fp32", arguments(2))
     run = None
 
-    def fail() -> None:
+    def fail(_failure: BaseException | None = None) -> None:
         raise ZeroDivisionError
 
     def spoil(model: Any, _: Any) -> None:
