@@ -26,15 +26,21 @@ from .blockswap.run import SwapRun
 from .blockswap.settings import SwapSettings, node_of
 from .blockswap.stored import profile_tensors
 from .blockswap.wanvideo import find_wrapper
-from .hardware import READING_FAILURES, DeviceMemory, HardwareUnavailableError, Sampler, probe_device, read_host_memory
+from .hardware import (
+    GIB,
+    READING_FAILURES,
+    DeviceMemory,
+    HardwareUnavailableError,
+    Sampler,
+    probe_device,
+    read_host_memory,
+)
 from .node_progress import NodeProgress
 from .preferences import Preferences
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "wanvideo-enhanced-blockswap"
-
-GIB = 1 << 30
 
 IDLE_S = 60.0
 """Without a forward for so long nobody watches a run any more: with force_offload off nobody tells its end."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .blockswap.errors import SettingsError
+from .hardware import GIB
 
-GIB = 1 << 30
 MOST_GIB = 1024
 """As the dialog's own limit."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..hardware.units import format_bytes
+from ..hardware.units import format_bytes, format_count
 from .decision import SwapPlan
 from .experience import Workload
 
@@ -20,7 +20,7 @@ def too_large(workload: Workload | None, plan: SwapPlan, *, said: str) -> str:
         said: What the device said.
     """
     room = max(0, plan.limit_bytes - plan.device_bytes)
-    slots = f"{plan.slots} slot{'' if plan.slots == 1 else 's'}"
+    slots = format_count(plan.slots, "slot")
     swapped = f"{plan.swapped_count} of {len(plan.swapped)} blocks swapped through {slots}"
     weights = f"{format_bytes(plan.device_bytes)} of weights"
     what = "a forward" if workload is None else f"a forward of {workload.tokens:,} tokens"

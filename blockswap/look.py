@@ -8,6 +8,7 @@ import math
 import statistics
 
 from ..hardware import format_bytes
+from ..hardware.units import format_count
 from .decision import SwapPlan
 from .errors import PlanError
 from .planner import Planner
@@ -83,8 +84,8 @@ def has_become_slow(session: SwapSession, planner: Planner, found: Findings, tim
         found.note(
             f"a forward took {durations[-1]:,.0f} ms where {usual:,.0f} ms are usual, with "
             f"{format_bytes(memory.free_bytes)} of {format_bytes(memory.total_bytes)} free: the driver is probably "
-            f"moving video memory to the host; lower vram_threshold_percent, by hand swap {more} more block"
-            f"{'' if more == 1 else 's'}, or close other programs on the GPU"
+            f"moving video memory to the host; lower vram_threshold_percent, by hand swap "
+            f"{format_count(more, 'more block')}, or close other programs on the GPU"
         )
     return True
 

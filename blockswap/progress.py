@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from enum import Enum
 
-from ..hardware.units import format_bytes
+from ..hardware.units import format_bytes, format_count
 from .decision import SwapPlan
 
 NO_STALL = 0.0005
@@ -137,7 +137,7 @@ class Progress:
         if not number:
             return "the first forward is under way"
         is_over = self.phase is Phase.DONE
-        head = f"{number} forward{'' if number == 1 else 's'}" if is_over else f"forward {number}"
+        head = format_count(number, "forward") if is_over else f"forward {number}"
         if self.plan is None or not self.plan.swapped:
             return head
         return f"{head}: {', '.join(_streaming(self.run, is_over=is_over))}"
@@ -164,7 +164,7 @@ def figures_of(plan: SwapPlan, *, stall_ms: float | None, forward_ms: float | No
 def _plan(plan: PlanFigures) -> str:
     free = f"{format_bytes(plan.free)} free"
     if plan.swapped:
-        stay, slots = plan.blocks - plan.swapped, f"{plan.slots} slot{'' if plan.slots == 1 else 's'}"
+        stay, slots = plan.blocks - plan.swapped, format_count(plan.slots, "slot")
         where = f"{stay} of {plan.blocks} blocks stay, {plan.swapped} stream through {slots}"
         share = _stall(plan.stall_ms, plan.forward_ms)
         where += f", {share} expected" if share else ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..hardware.samples import Samples
 from ..hardware.spec import DeviceMemory, HostMemory
-from ..hardware.units import MIB, format_bytes
+from ..hardware.units import MIB, format_bytes, format_count
 from .decision import SwapPlan
 from .report import Measured, RunReport, host_tiers
 
@@ -67,10 +67,10 @@ def plan_text(plan: SwapPlan, *, card: str, budget_bytes: int) -> str:
     count, total = plan.swapped_count, len(plan.swapped)
     free = format_bytes(budget_bytes)
     if not count:
-        head = f"{card}, {free} for block weights: all {_count(total, 'block')} stay"
+        head = f"{card}, {free} for block weights: all {format_count(total, 'block')} stay"
     else:
         stall = "" if plan.stall_ms is None else f", {_ms(plan.stall_ms)} of stall expected per forward"
-        through = f"{count} stream through {_count(plan.slots, 'slot')}"
+        through = f"{count} stream through {format_count(plan.slots, 'slot')}"
         head = f"{card}, {free} for block weights: {total - count} of {total} blocks stay, {through}{stall}"
     lines = [head, _weights_planned(plan), *(f"- {reason}" for reason in plan.reasons)]
     if count:
@@ -145,9 +145,9 @@ def _mib(nbytes: int) -> str:
 
 def _swapped(plan: SwapPlan) -> str:
     if not plan.swapped_count:
-        return f"all {_count(len(plan.swapped), 'block')} resident"
-    streams = _count(plan.streams, "copy stream") if plan.overlap else "no overlap"
-    window = f"{_count(plan.slots, 'slot')} of {format_bytes(plan.slot_bytes)}, {streams}"
+        return f"all {format_count(len(plan.swapped), 'block')} resident"
+    streams = format_count(plan.streams, "copy stream") if plan.overlap else "no overlap"
+    window = f"{format_count(plan.slots, 'slot')} of {format_bytes(plan.slot_bytes)}, {streams}"
     tiers = ", ".join(f"{count} {tier}" for tier, count in host_tiers(plan).items())
     return f"{plan.swapped_count} of {len(plan.swapped)} blocks swapped ({tiers}), {window}"
 
@@ -190,7 +190,7 @@ def _stall(report: RunReport) -> str:
     if prediction is not None:
         parts.append(f"{_ms(prediction.stall)}{_share(prediction.stall, prediction.elapsed)} predicted")
     if measured.stall_ms is not None:
-        timed = _count(measured.timed_forwards, "timed forward")
+        timed = format_count(measured.timed_forwards, "timed forward")
         parts.append(f"{_ms(measured.stall_ms)}{_share(measured.stall_ms, measured.forward_ms)} measured in {timed}")
     return f"stall per forward: {'; '.join(parts)}" if parts else ""
 
@@ -237,7 +237,7 @@ def _sampled(samples: Samples | None) -> str:
     ):
         if nbytes is not None:
             parts.append(f"{what} {format_bytes(nbytes)}")
-    return f"{_count(samples.count, 'sample')}: {'; '.join(parts)}" if parts else ""
+    return f"{format_count(samples.count, 'sample')}: {'; '.join(parts)}" if parts else ""
 
 
 def _named(what: str, texts: Sequence[str]) -> str:
@@ -251,10 +251,6 @@ def _named(what: str, texts: Sequence[str]) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _decimal(nbytes: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+from ..hardware.units import format_count
 from .decision import SwapPlan
 from .errors import BlockSwapError
 from .planner import Planner
@@ -76,8 +77,7 @@ class Teller:
             self.tell(stopped())
             return
         if failure is not None:
-            count = report.measured.forwards
-            self.tell(stopped(f"the run was stopped after {count} forward{'' if count == 1 else 's'}"))
+            self.tell(stopped(f"the run was stopped after {format_count(report.measured.forwards, 'forward')}"))
             return
         plan, measured = report.plan, report.measured
         run = RunFigures(

@@ -42,6 +42,11 @@ def format_bytes(n: int) -> str:
     return f"{sign}{size / GIB:.1f} GiB"
 
 
+def format_count(number: int, thing: str) -> str:
+    """A number of things, such as "1 block" and "2 blocks"."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def parse_bytes(text: str) -> int:
     """The byte count that a person wrote, such as "12GiB", "8 GB", "1.5 GiB" or "123".
 

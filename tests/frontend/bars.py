@@ -35,6 +35,14 @@ SAMPLING = Progress(
 )
 DONE = Progress(phase=Phase.DONE, memory=MEMORY, plan=PLAN, run=SAMPLING.run)
 
+COPY = """id => {
+    const before = new Set(app.graph.nodes);
+    app.canvas.copyToClipboard([app.graph.getNodeById(id)]);
+    app.canvas.pasteFromClipboard();
+    return String(app.graph.nodes.find(node => !before.has(node)).id);
+}"""
+"""The id of a node that is a copy of another, as pasted."""
+
 PANEL = """id => {
     const walk = graph => [...graph.nodes].flatMap(node => [node, ...(node.subgraph ? walk(node.subgraph) : [])]);
     const node = walk(app.rootGraph).find(each => String(each.id) === id);

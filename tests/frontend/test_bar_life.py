@@ -11,7 +11,7 @@ import pytest
 from wanvideo_enhanced_blockswap.node_progress import EVENT
 
 from .answers import EXAMPLES
-from .bars import ADOPTING, DONE, SAMPLING, bar, core_texts, send, shown
+from .bars import ADOPTING, COPY, DONE, SAMPLING, bar, core_texts, send, shown
 from .front_end import NODE, RENDERERS, VERSIONS, FrontEnd, Variant
 from .stub_server import StubServer
 
@@ -28,12 +28,6 @@ RESIZE = """([id, width]) => {
     const node = app.graph.getNodeById(id);
     node.setSize([width, node.size[1]]);
     app.canvas.setDirty(true, true);
-}"""
-COPY = """id => {
-    const before = new Set(app.graph.nodes);
-    app.canvas.copyToClipboard([app.graph.getNodeById(id)]);
-    app.canvas.pasteFromClipboard();
-    return String(app.graph.nodes.find(node => !before.has(node)).id);
 }"""
 TO_SUBGRAPH = """id => {
     const { node } = app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)]));

@@ -9,7 +9,7 @@ import pytest
 from wanvideo_enhanced_blockswap.preferences import KEEP_HOST_SLABS, PIN_BUDGET_GIB, Preferences
 
 from .answers import LOCALES
-from .bars import shown
+from .bars import COPY, shown
 from .front_end import NODE, RENDERERS, VERSIONS, FrontEnd, Variant
 
 if TYPE_CHECKING:
@@ -21,12 +21,6 @@ SHOW_BAR, DEFAULT_CEILING = f"{NODE}.ShowBar", f"{NODE}.DefaultCeiling"
 ALL = {SHOW_BAR: True, DEFAULT_CEILING: 50, KEEP_HOST_SLABS: True, PIN_BUDGET_GIB: 0}
 CEILING = "vram_threshold_percent"
 
-COPY = """id => {
-    const before = new Set(app.graph.nodes);
-    app.canvas.copyToClipboard([app.graph.getNodeById(id)]);
-    app.canvas.pasteFromClipboard();
-    return String(app.graph.nodes.find(node => !before.has(node)).id);
-}"""
 CLONE = """id => {
     const clone = app.graph.getNodeById(id).clone();
     app.graph.add(clone);
