@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .decision import STAGING_SLABS, HostTier
 from .layout import slab_offsets
+from .locking import Locking, lock
 from .pages import PageMemory, PinBudget, Registrar, register_result
 from .streams import Streams
 from .tensors import copy_bytes, element_view, flat, same_layout, span_bytes, storage_key, version_of
@@ -154,9 +155,11 @@ class HostStore:
     slabs: dict[int, Slab] = field(default_factory=dict)
     refusals: list[str] = field(default_factory=list)
     _said: set[str] = field(default_factory=set)
+    _locking: tuple[Slab, Locking] | None = None
 
     def put(self, block: int, tensors: Sequence[torch.Tensor], *, tier: HostTier) -> Slab:
-        """The slab that holds the tensors of `block`, made or filled if need be, in `tier` or the best below it.
+        """The slab that holds the tensors of `block`, made or filled if need be, in `tier` or the best below it. It may
+        still be being locked then, until `finish_locking`, which comes before the first copy.
 
         Args:
             block: Index of the block.
@@ -182,10 +185,10 @@ class HostStore:
         """`block` has no need of a slab any more; its masters live on as long as parameters point at them."""
         slab = self.slabs.pop(block, None)
         if slab is not None:
-            try:
-                slab.settle()
-            finally:
-                slab.pages.unpin()
+            with contextlib.ExitStack() as stack:
+                stack.callback(slab.pages.unpin)
+                stack.callback(slab.settle)
+                self.finish_locking()  # a lock that comes after all would stay
 
     def unlock(self) -> None:
         """Unlocks everything after its last copy; slabs stay, for their next tier to be found at the next adopt."""
@@ -193,6 +196,7 @@ class HostStore:
             for slab in self.slabs.values():
                 slab.tier = HostTier.PAGEABLE
                 stack.callback(slab.pages.unpin)  # each of them, whatever fails with another
+            self.finish_locking()
 
     def release(self) -> None:
         """Unlocks everything after its last copy. Masters live on as long as parameters point at them."""
@@ -212,7 +216,9 @@ class HostStore:
     def make_staging(self) -> list[PageMemory]:
         """Page-locked staging slabs for the staged blocks; none if there are no such blocks, or if the pages cannot be
         locked: the blocks are pageable then. A lock refused before is tried once more with as many slabs unlocked.
+        Waits for the last slab to be locked.
         """
+        self.finish_locking()
         staged = [slab for slab in self.slabs.values() if slab.is_staged]
         if not staged:
             return []
@@ -236,17 +242,31 @@ class HostStore:
 
     def lock(self, pages: PageMemory, what: str, *, again: bool = False) -> bool:
         """Page-locks, with one retry; a refusal is said, and ends the trying unless `again`."""
+        if not self._may_lock(pages, what, again=again):
+            return False
+        assert self.registrar is not None
+        return self._is_locked(lock(pages, self.registrar, self.budget), pages, what)
+
+    def _may_lock(self, pages: PageMemory, what: str, *, again: bool) -> bool:
         if self.registrar is None or (self.refusals and not again):
             return False
-        if pages.size > self.budget.left_bytes:
-            self._refuse(
-                f"{what} expects {pages.size:,} bytes of the pin budget but {self.budget.left_bytes:,} are left"
-            )
-            return False
-        result = pages.pin(self.registrar, self.budget) and pages.pin(self.registrar, self.budget)
-        if result:
-            self._refuse(f"{what} of {pages.size:,} bytes could not be page-locked: {register_result(result)}")
-        return not result
+        if pages.size <= self.budget.left_bytes:
+            return True
+        self._refuse(f"{what} expects {pages.size:,} bytes of the pin budget but {self.budget.left_bytes:,} are left")
+        return False
+
+    def _is_locked(self, code: int, pages: PageMemory, what: str) -> bool:
+        if code:
+            self._refuse(f"{what} of {pages.size:,} bytes could not be page-locked: {register_result(code)}")
+        return not code
+
+    def finish_locking(self) -> None:
+        """Waits for the slab that is being locked; what cannot be locked keeps the tier below."""
+        if self._locking is None:
+            return
+        (slab, locking), self._locking = self._locking, None
+        if self._is_locked(locking.result(), slab.pages, "a slab"):
+            slab.tier = HostTier.PINNED
 
     def _refuse(self, why: str) -> None:
         self.refusals.append(why)
@@ -264,8 +284,12 @@ class HostStore:
 
     def _move(self, slab: Slab, tier: HostTier) -> None:
         """Changes the tier of a filled slab; what cannot be locked falls to the planned tier's next."""
+        self.finish_locking()  # one at a time: the first refusal ends the trying
         if tier is not HostTier.PINNED:
             slab.pages.unpin()
-        elif not slab.pages.is_pinned and not self.lock(slab.pages, "a slab"):
+        elif not slab.pages.is_pinned:
             tier = HostTier.STAGED
+            if self._may_lock(slab.pages, "a slab", again=False):
+                assert self.registrar is not None
+                self._locking = slab, Locking(slab.pages, self.registrar, self.budget)
         slab.tier = tier

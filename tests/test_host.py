@@ -80,6 +80,13 @@ def weights(*sizes: int, seed: int = 0) -> list[torch.Tensor]:
     return [torch.randn(size, generator=generator) for size in sizes]
 
 
+def put(store: HostStore, block: int, tensors: Sequence[torch.Tensor], *, tier: HostTier) -> Slab:
+    """The slab when it has been locked."""
+    slab = store.put(block, tensors, tier=tier)
+    store.finish_locking()
+    return slab
+
+
 def point(tensors: Sequence[torch.Tensor], slab: Slab) -> None:
     """What the swapper does with a slab."""
     for tensor, view in zip(tensors, slab.views, strict=True):
@@ -139,7 +146,7 @@ def test_each_byte_is_held_once() -> None:
 
 def test_a_slab_is_filled_before_it_is_locked() -> None:
     registrar, tensors = Recorder(), weights(700, 300)
-    slab = store_with(registrar).put(0, tensors, tier=PINNED)
+    slab = put(store_with(registrar), 0, tensors, tier=PINNED)
     assert torch.equal(registrar.bytes_at_lock[0], slab.memory)
     assert torch.equal(registrar.bytes_at_lock[0][:2800].view(torch.float32), tensors[0])
 
@@ -148,7 +155,7 @@ def test_a_slab_is_locked_once_at_its_exact_size() -> None:
     registrar, tensors = Recorder(), weights(5000)
     store = store_with(registrar)
     for _ in range(3):
-        store.put(0, tensors, tier=PINNED)
+        put(store, 0, tensors, tier=PINNED)
     assert registrar.calls == [("register", 5 * PAGE)]
     assert store.budget.used_bytes == 5 * PAGE
 
@@ -157,7 +164,7 @@ def test_release_unlocks_and_leaves_the_bytes_where_parameters_point() -> None:
     registrar, tensors = Recorder(), weights(700, 300)
     truth = [tensor.clone() for tensor in tensors]
     store = store_with(registrar)
-    point(tensors, store.put(0, tensors, tier=PINNED))
+    point(tensors, put(store, 0, tensors, tier=PINNED))
     store.release()
     gc.collect()
     assert registrar.locked == {}
@@ -168,7 +175,7 @@ def test_release_unlocks_and_leaves_the_bytes_where_parameters_point() -> None:
 def test_pages_are_unlocked_before_they_are_unmapped_when_nobody_closed() -> None:
     registrar, tensors = Recorder(), weights(5000)
     store = store_with(registrar)
-    store.put(0, tensors, tier=PINNED)
+    put(store, 0, tensors, tier=PINNED)
     pointer = store.slabs[0].memory.data_ptr()
     del store, tensors
     gc.collect()
@@ -181,7 +188,7 @@ def test_pages_that_only_a_parameter_holds_are_unlocked_before_they_are_unmapped
     registrar, budget, tensors = Recorder(), PinBudget(1 << 40), weights(5000)
     truth = tensors[0].clone()
     store = store_with(registrar, budget=budget)
-    point(tensors, store.put(0, tensors, tier=PINNED))
+    point(tensors, put(store, 0, tensors, tier=PINNED))
     pointer = tensors[0].data_ptr()
     del store
     gc.collect()
@@ -196,7 +203,7 @@ def test_pages_that_only_a_parameter_holds_are_unlocked_before_they_are_unmapped
 def test_pages_caught_in_a_reference_cycle_are_unlocked_when_it_is_collected() -> None:
     registrar = Recorder()
     store = store_with(registrar)
-    store.put(0, weights(10), tier=PINNED)
+    put(store, 0, weights(10), tier=PINNED)
     knot: list[object] = [store]
     knot.append(knot)
     del store, knot
@@ -207,8 +214,8 @@ def test_pages_caught_in_a_reference_cycle_are_unlocked_when_it_is_collected() -
 def test_two_stores_share_one_pin_budget() -> None:
     budget = PinBudget(3 * PAGE)
     one, other = (store_with(Recorder(), budget=budget) for _ in range(2))
-    assert one.put(0, weights(2 * PAGE // 4), tier=PINNED).tier is PINNED
-    assert other.put(0, weights(2 * PAGE // 4), tier=PINNED).tier is STAGED
+    assert put(one, 0, weights(2 * PAGE // 4), tier=PINNED).tier is PINNED
+    assert put(other, 0, weights(2 * PAGE // 4), tier=PINNED).tier is STAGED
     assert budget.used_bytes == 2 * PAGE
     assert "4,096" in other.refusals[0]
     one.release()
@@ -220,7 +227,7 @@ def test_a_refusal_is_tried_again_once_and_then_not_for_the_rest(code: int, capl
     registrar = Recorder(otherwise=code)
     store = store_with(registrar)
     with caplog.at_level(logging.WARNING):
-        tiers = [store.put(block, weights(10), tier=PINNED).tier for block in range(4)]
+        tiers = [put(store, block, weights(10), tier=PINNED).tier for block in range(4)]
     assert tiers == [STAGED] * 4
     assert registrar.names == ["register", "consume_error"] * 2
     assert [f"code {code}" in record.getMessage() for record in caplog.records] == [True]
@@ -229,7 +236,7 @@ def test_a_refusal_is_tried_again_once_and_then_not_for_the_rest(code: int, capl
 def test_a_retry_that_succeeds_is_no_refusal(caplog: pytest.LogCaptureFixture) -> None:
     registrar = Recorder(2)
     store = store_with(registrar)
-    assert store.put(0, weights(10), tier=PINNED).tier is PINNED
+    assert put(store, 0, weights(10), tier=PINNED).tier is PINNED
     assert registrar.names == ["register", "consume_error", "register"]
     assert store.refusals == []
     assert not caplog.records
@@ -239,7 +246,7 @@ def test_a_refusal_midway_gives_locked_slabs_back_for_staging() -> None:
     registrar = Recorder(0, 0, 0, otherwise=2)
     store = store_with(registrar)
     for block in range(5):
-        store.put(block, weights(10), tier=PINNED)
+        put(store, block, weights(10), tier=PINNED)
     registrar.results, registrar.otherwise = [0, 0], 2
     staging = store.make_staging()
     assert [page.is_pinned for page in staging] == [True, True]
@@ -251,7 +258,7 @@ def test_without_room_for_staging_the_rest_is_pageable_and_nothing_stays_locked(
     registrar = Recorder(otherwise=1)
     store = store_with(registrar)
     for block in range(3):
-        store.put(block, weights(10), tier=PINNED)
+        put(store, block, weights(10), tier=PINNED)
     assert store.make_staging() == []
     assert {slab.tier for slab in store.slabs.values()} == {PAGEABLE}
     assert registrar.locked == {}
@@ -282,7 +289,7 @@ def test_adopting_again_after_a_refusal_does_not_lose_more_locked_slabs_each_tim
     for _ in range(3):
         store.use(store.streams)  # as each adopt does
         for block, tensor in enumerate(tensors):
-            point(tensor, store.put(block, tensor, tier=PINNED))
+            point(tensor, put(store, block, tensor, tier=PINNED))
         staging = store.make_staging()
         locked.append(sum(slab.tier is PINNED for slab in store.slabs.values()))
         for page in staging:
@@ -294,17 +301,17 @@ def test_room_that_another_store_gave_back_is_used_at_the_next_adopt() -> None:
     budget = PinBudget(2 * PAGE)
     one, other = (store_with(Recorder(), budget=budget) for _ in range(2))
     tensors = weights(2 * PAGE // 4)
-    one.put(0, weights(2 * PAGE // 4), tier=PINNED)
-    point(tensors, other.put(0, tensors, tier=PINNED))
+    put(one, 0, weights(2 * PAGE // 4), tier=PINNED)
+    point(tensors, put(other, 0, tensors, tier=PINNED))
     other.make_staging()
     one.release()
     other.use(other.streams)  # as each adopt does
-    assert other.put(0, tensors, tier=PINNED).tier is PINNED
+    assert put(other, 0, tensors, tier=PINNED).tier is PINNED
 
 
 def test_a_store_without_a_registrar_falls_to_pageable_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
     store = store_with(None)
-    store.put(0, weights(10), tier=PINNED)
+    put(store, 0, weights(10), tier=PINNED)
     assert store.make_staging() == []
     assert store.slabs[0].tier is PAGEABLE
     assert not caplog.records

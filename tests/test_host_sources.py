@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from test_host import PAGE, PAGEABLE, PINNED, Recorder, point, store_with, weights
+from test_host import PAGE, PAGEABLE, PINNED, Recorder, point, put, store_with, weights
 from wanvideo_enhanced_blockswap.blockswap import PinBudget
 from wanvideo_enhanced_blockswap.blockswap.host import HostStore
 from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedStreams
@@ -96,15 +96,15 @@ def test_fresh_tensors_of_the_same_layout_reuse_the_locked_pages() -> None:
     registrar = Recorder()
     store = store_with(registrar)
     for seed in range(3):
-        store.put(0, weights(5000, seed=seed), tier=PINNED)
+        put(store, 0, weights(5000, seed=seed), tier=PINNED)
     assert registrar.names == ["register"]
 
 
 def test_tensors_of_another_layout_get_a_slab_of_their_own_and_the_old_one_is_unlocked() -> None:
     registrar = Recorder()
     store = store_with(registrar)
-    store.put(0, weights(5000), tier=PINNED)
-    store.put(0, weights(100), tier=PINNED)
+    put(store, 0, weights(5000), tier=PINNED)
+    put(store, 0, weights(100), tier=PINNED)
     gc.collect()
     assert list(registrar.locked.values()) == [PAGE]
     assert store.budget.used_bytes == PAGE
@@ -113,14 +113,14 @@ def test_tensors_of_another_layout_get_a_slab_of_their_own_and_the_old_one_is_un
 def test_a_slab_is_written_again_only_after_its_last_copy() -> None:
     streams = SimulatedStreams()
     store = HostStore(streams, Recorder(), PinBudget(1 << 40))
-    slab = store.put(0, weights(1024), tier=PINNED)
+    slab = put(store, 0, weights(1024), tier=PINNED)
     with streams.guard():
         slot, event = streams.allocate(4096), streams.event()
         streams.wait(streams.copy_streams[0], recorded(streams, streams.compute_stream))
         streams.copy(slot, slab.memory, streams.copy_streams[0])
         streams.record(event, streams.copy_streams[0])
     slab.pages.in_flight = (event,)
-    store.put(0, weights(1024, seed=1), tier=PINNED)
+    put(store, 0, weights(1024, seed=1), tier=PINNED)
     assert torch.equal(slot.view(torch.float32), weights(1024)[0])
 
 

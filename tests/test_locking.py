@@ -1,0 +1,177 @@
+"""Slabs are page-locked beside the filling of the next: in order, once each, and never after all has been given up."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from test_host import PAGE, PINNED, STAGED, Recorder, store_with, weights
+from toys import Simulation, fixed_plan, toy
+from wanvideo_enhanced_blockswap.blockswap import HostTier
+from wanvideo_enhanced_blockswap.blockswap.host import Slab
+from wanvideo_enhanced_blockswap.blockswap.locking import Locking
+
+SECONDS = 30.0
+"""After these a test that waits for another thread has failed."""
+
+
+class Held(Recorder):
+    """A registrar that locks nothing until it is let go."""
+
+    def __init__(self, *results: int) -> None:
+        super().__init__(*results)
+        self.asked = threading.Event()
+        self.go = threading.Event()
+        self.threads: set[int] = set()
+
+    def register(self, pointer: int, nbytes: int) -> int:
+        self.threads.add(threading.get_ident())
+        self.asked.set()
+        assert self.go.wait(SECONDS)
+        return super().register(pointer, nbytes)
+
+
+class Failing(Recorder):
+    """A registrar whose first call raises."""
+
+    def __init__(self, failure: BaseException) -> None:
+        super().__init__()
+        self.failure: BaseException | None = failure
+
+    def register(self, pointer: int, nbytes: int) -> int:
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+        return super().register(pointer, nbytes)
+
+    def unregister(self, pointer: int) -> int:
+        return super().unregister(pointer) if pointer in self.locked else 713
+
+
+def test_the_next_slab_is_filled_while_one_is_being_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    registrar = Held()
+    store = store_with(registrar)
+    fill = Slab.fill
+
+    def filled_while_the_other_is_locked(slab: Slab, tensors) -> None:
+        fill(slab, tensors)
+        if len(store.slabs) == 2:
+            assert registrar.asked.wait(SECONDS)
+            assert registrar.locked == {}
+            registrar.go.set()
+
+    monkeypatch.setattr(Slab, "fill", filled_while_the_other_is_locked)
+    tensors = [weights(5000, seed=seed) for seed in range(3)]
+    for block, one in enumerate(tensors):
+        store.put(block, one, tier=PINNED)
+    store.finish_locking()
+    assert [slab.tier for slab in store.slabs.values()] == [PINNED] * 3
+    assert len(registrar.locked) == 3
+    assert threading.get_ident() not in registrar.threads
+    # Locked after it was filled: the bytes were there.
+    for (one,), found in zip(tensors, registrar.bytes_at_lock, strict=True):
+        assert torch.equal(found[: one.nbytes], weights_bytes(one))
+
+
+def weights_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def test_slabs_are_locked_one_after_the_other_and_the_first_refusal_ends_it() -> None:
+    registrar = Recorder(0, 2, 2)
+    store = store_with(registrar)
+    for block in range(4):
+        store.put(block, weights(10), tier=PINNED)
+    store.finish_locking()
+    assert [slab.tier for slab in store.slabs.values()] == [PINNED, STAGED, STAGED, STAGED]
+    assert registrar.names == ["register", "register", "consume_error", "register", "consume_error"]
+
+
+def test_the_pin_budget_counts_the_slab_that_is_being_locked() -> None:
+    store = store_with(Recorder(), limit=PAGE)
+    tiers = [store.put(block, weights(10), tier=PINNED).tier for block in range(2)]
+    store.finish_locking()
+    assert tiers[1] is STAGED
+    assert [slab.tier for slab in store.slabs.values()] == [PINNED, STAGED]
+    assert store.budget.used_bytes == PAGE
+
+
+@pytest.mark.parametrize("give_up", ["release", "unlock", "drop"])
+def test_what_is_being_locked_is_unlocked_when_all_is_given_up(give_up: str) -> None:
+    registrar = Held()
+    store = store_with(registrar)
+    store.put(0, weights(10), tier=PINNED)
+    assert registrar.asked.wait(SECONDS)
+    threading.Timer(0.05, registrar.go.set).start()
+    store.drop(0) if give_up == "drop" else getattr(store, give_up)()
+    assert registrar.names == ["register", "unregister"]
+    assert registrar.locked == {}
+    assert store.budget.used_bytes == 0
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("the driver is gone"), KeyboardInterrupt()])
+def test_what_locking_raises_is_raised_in_the_host_thread_and_leaves_nothing(failure: BaseException) -> None:
+    registrar = Failing(failure)
+    store = store_with(registrar)
+    store.put(0, weights(10), tier=PINNED)
+    with pytest.raises(type(failure)):
+        store.put(1, weights(10), tier=PINNED)
+    store.release()
+    assert registrar.locked == {}
+    assert store.budget.used_bytes == 0
+
+
+def test_an_interrupt_ends_the_wait_only_when_the_lock_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    registrar = Held()
+    store = store_with(registrar)
+    store.put(0, weights(10), tier=PINNED)
+    assert registrar.asked.wait(SECONDS)
+    join, joined = threading.Thread.join, []
+
+    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        joined.append(thread)
+        if len(joined) == 1:
+            registrar.go.set()
+            raise KeyboardInterrupt
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.finish_locking()
+    assert len(joined) == 2
+    store.release()
+    assert registrar.locked == {}
+
+
+def test_where_the_system_gives_no_thread_the_host_thread_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    registrar = Recorder()
+    store = store_with(registrar)
+    store.put(0, weights(10), tier=PINNED)
+    store.finish_locking()
+    assert store.slabs[0].tier is PINNED
+    assert len(registrar.locked) == 1
+
+
+def test_after_an_adopt_every_slab_is_locked_and_no_thread_is_left() -> None:
+    model, simulation = toy(6), Simulation()
+    before = threading.active_count()
+    with simulation.session(model, fixed_plan([True] * 6)) as session:
+        session.adopt()
+        assert set(session.tiers.values()) == {HostTier.PINNED}
+        assert len(simulation.registrar.locked) == 6
+        assert threading.active_count() == before
+    assert simulation.registrar.locked == {}
+
+
+def test_a_lock_can_be_asked_for_twice() -> None:
+    store = store_with(Recorder())
+    slab = store.put(0, weights(10), tier=STAGED)
+    locking = Locking(slab.pages, store.registrar, store.budget)
+    assert locking.result() == locking.result() == 0
+    store.release()
+    assert store.registrar.locked == {}
