@@ -10,9 +10,7 @@ clock's; without one the device is simulated: memory by its books, time virtual,
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -32,7 +30,9 @@ from wanvideo_enhanced_blockswap.commands.memory import card_budget
 from wanvideo_enhanced_blockswap.commands.stage import FORWARDS_PER_STEP, DeviceStage, Run, Stage
 from wanvideo_enhanced_blockswap.commands.wan import PRESETS, build, make_inputs
 from wanvideo_enhanced_blockswap.commands.words import parse_count, parse_shape
-from wanvideo_enhanced_blockswap.hardware import measure_link, probe_device, read_host_memory
+from wanvideo_enhanced_blockswap.hardware import measure_link, read_host_memory
+
+from .machine import origin
 
 SHAPES = ("128x128x5", "128x128x9", "192x192x9")
 COUNTS = ("quarter", "half", "three quarters", "all")
@@ -148,12 +148,6 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _machine(device: torch.device) -> str:
-    """What ran it, for the heading."""
-    host = f"{os.cpu_count()} cores of {probe_device(torch.device('cpu')).name}"
-    return f"simulated device, {host}" if device.type == "cpu" else f"{probe_device(device).name}, {host}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 if every prediction came true within its limit."""
     parser = argparse.ArgumentParser(prog="benchmarks.predictions", description=__doc__.split("\n")[0])
@@ -170,9 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = measure(options, device)
     weights, step = LIMITS["virtual" if device.type == "cpu" else "wall"]
     broken = sum(abs(row.weights_off) > weights or abs(row.step_off) > step for row in rows)
-    today = datetime.datetime.now(tz=datetime.timezone.utc).date()
     command = " ".join(["python -m benchmarks.predictions", *words])
-    heading = f"`{command}`, preset {options.preset}: {_machine(device)}, torch {torch.__version__}, {today}"
+    heading = f"`{command}`, preset {options.preset}: {origin(device)}"
     worst = max(abs(row.weights_off) for row in rows), max(abs(row.step_off) for row in rows)
     said = f"Worst: weights {worst[0]:.2%} (limit {weights:.0%}), step {worst[1]:.2%} (limit {step:.0%})."
     text = f"{heading}\n\n{markdown(rows)}\n{said}\n"

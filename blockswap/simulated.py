@@ -92,18 +92,19 @@ class SimulatedStreams:
     """See [Note: simulation].
 
     Args:
-        hardware: What is simulated.
-        count: Number of copy streams.
+        hardware: What is simulated; may be changed between forwards.
+        count: Number of copy streams; 0 for none of their own, as with `CudaStreams`: copies run on the compute stream.
     """
 
     def __init__(self, hardware: SimulatedHardware | None = None, *, count: int = 1) -> None:
         self.hardware = hardware or SimulatedHardware()
         self.device = torch.device("cpu")
-        self.copy_streams = tuple(SimulatedStream(f"copy {i}") for i in range(count))
+        self._own_streams = tuple(SimulatedStream(f"copy {i}") for i in range(count))
         self.compute_stream = SimulatedStream("compute")
         self.log = AccessLog()
         self.allocated_bytes = 0
         self.peak_bytes = 0
+        self.copied_bytes = 0
         self._current_device = {HOST: 1, WORKER: 1}
         self._compute_streams = 0
         self._homes: dict[int, tuple[int, int, SimulatedStream]] = {}
@@ -111,6 +112,10 @@ class SimulatedStreams:
         self._now_ms = {HOST: 0.0, WORKER: 0.0}
         self._link_idle_ms = 0.0
         self._random = random.Random(self.hardware.seed)
+
+    @property
+    def copy_streams(self) -> tuple[SimulatedStream, ...]:
+        return self._own_streams or (self.compute_stream,)
 
     def guard(self) -> contextlib.AbstractContextManager[object]:
         return self._guard()
@@ -133,7 +138,7 @@ class SimulatedStreams:
         source, position = self._recorded(event)
         self.log.join(stream.name, event.clock)
         stream.now_ms = max(stream.now_ms, event.at_ms)
-        if stream in self.copy_streams:
+        if stream in self._own_streams:
             stream.queue.append(lambda: source.run_to(position))
         else:
             source.run_to(position)
@@ -178,6 +183,7 @@ class SimulatedStreams:
             )
         self.log.read(stream.name, source.data_ptr(), source.nbytes, "copy to the device")
         self.log.write(stream.name, target.data_ptr(), target.nbytes, "copy to the device")
+        self.copied_bytes += target.nbytes
         begin = max(stream.now_ms, self._link_idle_ms)
         stream.now_ms = self._link_idle_ms = begin + target.nbytes / self.hardware.link_bytes_per_ms
         target.fill_(POISON)
@@ -186,7 +192,8 @@ class SimulatedStreams:
             target.copy_(source)
 
         stream.queue.append(land)
-        if self._random.random() >= self.hardware.lateness:
+        # What runs on the compute stream after it relies on it, and runs at once.
+        if stream is self.compute_stream or self._random.random() >= self.hardware.lateness:
             stream.run_to(stream.position)
 
     def host_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,13 +93,30 @@ def refuse_if_too_large(name: str, preset: Preset, *, available_bytes: int, is_s
         )
 
 
-def build(preset: Preset, *, seed: int) -> nn.Module:
-    """Diffusers' WanTransformer3DModel in bf16 on the host, with weights from `seed`."""
+def build(preset: Preset, *, seed: int, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Diffusers' WanTransformer3DModel on the host, with weights from `seed`."""
+    model = skeleton(preset, dtype=dtype).to_empty(device="cpu")
+    _fill(model, seed)
+    return complete(model, preset)
+
+
+def complete(model: Any, preset: Preset) -> nn.Module:
+    """`model`, whose weights are there, ready to run: the rotary table is computed, not loaded, and made with data."""
+    model.rope = type(model.rope)(preset.head_width, (1, 2, 2), model.rope.max_seq_len)
+    return model.train(mode=False).requires_grad_(requires_grad=False)
+
+
+def skeleton(preset: Preset, *, dtype: torch.dtype) -> nn.Module:
+    """The same model without data, on the meta device.
+
+    Raises:
+        BlockSwapError: diffusers is not installed.
+    """
     try:
         from diffusers import WanTransformer3DModel
     except ImportError as cause:
         raise BlockSwapError(
-            f"the demo expects diffusers but it cannot be imported ({cause}); run pip install diffusers"
+            f"a real Wan transformer expects diffusers but it cannot be imported ({cause}); run pip install diffusers"
         ) from cause
     with torch.device("meta"):
         model = WanTransformer3DModel(
@@ -115,25 +133,26 @@ def build(preset: Preset, *, seed: int) -> nn.Module:
             qk_norm="rms_norm_across_heads",
         )
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    model = model.to_empty(device="cpu")
-    # The rotary table is computed, not loaded: it is made anew with data.
-    model.rope = type(model.rope)(preset.head_width, (1, 2, 2), model.rope.max_seq_len)
-    _fill(model, seed)
-    return model.train(mode=False).requires_grad_(requires_grad=False)
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _fill(model: nn.Module, seed: int) -> None:
     pool = torch.randn(POOL_ELEMENTS, generator=torch.Generator().manual_seed(seed))
+    # One pool for each of the few distributions: laying it over the weights is a mere copy then.
+    pools: dict[tuple[float, float], torch.Tensor] = {}
     begin = 0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            flat = parameter.view(-1)
             scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.02
             centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            for part in flat.split(POOL_ELEMENTS):
-                wrapped = torch.cat((pool[begin:], pool[:begin]))[: part.numel()]
-                part.copy_(wrapped * scale + centre)
+            if (scale, centre) not in pools:
+                pools[scale, centre] = (pool * scale + centre).to(parameter.dtype)
+            turned = pools[scale, centre]
+            for part in parameter.view(-1).split(POOL_ELEMENTS):
+                ahead = min(len(part), POOL_ELEMENTS - begin)
+                part[:ahead].copy_(turned[begin : begin + ahead])
+                part[ahead:].copy_(turned[: len(part) - ahead])
                 begin = (begin + TURN) % POOL_ELEMENTS
 
 

@@ -150,6 +150,34 @@ def test_the_trace_shows_copies_beside_compute(device: torch.device) -> None:
     assert sum(span.duration_ms for span in spans if span.lane.startswith(COPY)) > 0
 
 
+@pytest.mark.parametrize("streams", [1, 4])
+@torch.inference_mode()
+def test_in_steady_state_nothing_is_allocated_and_the_host_waits_for_nothing(
+    device: torch.device, streams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = large_model()
+    with session_of(model, fixed_plan([True] * BLOCKS, streams=streams), device) as session:
+
+        def enter_all() -> None:
+            with session.forward():
+                for block in range(BLOCKS):
+                    session.enter(block)
+
+        for _ in range(2):
+            enter_all()
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_stats(device)["allocation.all.allocated"]
+        monkeypatch.setattr(torch.cuda.Event, "synchronize", None)  # whoever calls it fails
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(5):
+                enter_all()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            monkeypatch.undo()
+        assert torch.cuda.memory_stats(device)["allocation.all.allocated"] == before
+
+
 @torch.inference_mode()
 def test_memory_never_exceeds_the_plan_however_far_the_host_runs_ahead(device: torch.device) -> None:
     model, x = large_model(), torch.randn(4, WIDTH, device=device)

@@ -1,0 +1,302 @@
+"""From a checkpoint file to blocks that are ready: read, copied into slabs, page-locked, the first ones on the device.
+
+    python -m benchmarks.adopt [--model 14b] [--blocks N] [--device cuda] [--lock driver|mlock|none] [--cold] [--json]
+
+All blocks of a Wan transformer with random weights are swapped through two slots. Their files are mapped, as ComfyUI
+loads them; with `--cold` they have to come from the disk. What is reported is the speed over all of it, in slab bytes,
+beside that of plain copies in memory, each the quickest of several, since what others do to a machine only ever adds;
+and page-locked bytes over swapped bytes. Without a GPU, pages are locked by `mlock`, which pins as the driver does but
+maps nothing into a device, and nothing is copied to one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from wanvideo_enhanced_blockswap.blockswap import (
+    Backend,
+    HostTier,
+    ModelProfile,
+    PinBudget,
+    PlanRequest,
+    SwapPlan,
+    SwapSession,
+    backend_for,
+    blocks_of,
+    plan_swap,
+)
+from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError
+from wanvideo_enhanced_blockswap.blockswap.pages import PageMemory, Registrar
+from wanvideo_enhanced_blockswap.blockswap.streams import InlineStreams
+from wanvideo_enhanced_blockswap.commands.device import choose_device
+from wanvideo_enhanced_blockswap.commands.memory import card_budget
+from wanvideo_enhanced_blockswap.commands.wan import PRESETS, Preset, build, complete, expected_bytes, skeleton
+from wanvideo_enhanced_blockswap.hardware import MIB, format_bytes, read_host_memory
+
+from .machine import origin
+
+MEMORY_SHARE = 3.3
+"""Host memory over the blocks' bytes: the model that is written, its files in the page cache, the slabs."""
+COPIED_BYTES = 512 * MIB
+REPEATS = 5
+
+
+class MlockRegistrar:
+    """Locks pages with the system's own call. Not on Windows."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+
+    def register(self, pointer: int, nbytes: int) -> int:
+        failed = self._libc.mlock(ctypes.c_void_p(pointer), ctypes.c_size_t(nbytes))
+        return ctypes.get_errno() if failed else 0
+
+    def unregister(self, pointer: int) -> int:
+        return 0  # unmapping unlocks
+
+    def consume_error(self) -> None:
+        """None is pending."""
+
+
+class NoDevice(InlineStreams):
+    """Takes what is copied to it in no time: memory of the host in the device's place would be filled as a slab is."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: str) -> None:
+        """Nothing."""
+
+
+class TimedRegistrar:
+    """Another registrar, timed."""
+
+    def __init__(self, registrar: Registrar) -> None:
+        self._registrar = registrar
+        self.seconds = 0.0
+
+    def register(self, pointer: int, nbytes: int) -> int:
+        begin = time.perf_counter()
+        result = self._registrar.register(pointer, nbytes)
+        self.seconds += time.perf_counter() - begin
+        return result
+
+    def unregister(self, pointer: int) -> int:
+        return self._registrar.unregister(pointer)
+
+    def consume_error(self) -> None:
+        self._registrar.consume_error()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adopted:
+    """What one adopt took.
+
+    Attributes:
+        swapped_bytes: Of the slabs.
+        load_s: Mapping the files.
+        adopt_s: Filling and locking slabs, until the first blocks are on the device.
+        lock_s: The part of it that pages were being locked in, beside the filling.
+        pinned_bytes: Host memory that is page-locked then.
+        refusals: Why not all of it is.
+    """
+
+    swapped_bytes: int
+    load_s: float
+    adopt_s: float
+    lock_s: float
+    pinned_bytes: int
+    refusals: tuple[str, ...]
+
+    @property
+    def gbytes_per_s(self) -> float:
+        """Slab bytes over the time from file to ready."""
+        return self.swapped_bytes / (self.load_s + self.adopt_s) / 1e9
+
+
+def write_files(preset: Preset, folder: Path) -> None:
+    """A file for each block, and one for what is outside of them."""
+    from safetensors.torch import save_file
+
+    model = build(preset, seed=0)
+    parts = {name: block.state_dict(prefix=f"{name}.") for name, block in blocks_of(model)}
+    inside = {key for part in parts.values() for key in part}
+    parts["rest"] = {key: value for key, value in model.state_dict().items() if key not in inside}
+    for name, part in tqdm(parts.items(), desc="writing", unit="file", disable=None):
+        save_file(part, folder / f"{name}.safetensors")
+        with (folder / f"{name}.safetensors").open("rb") as file:
+            os.fsync(file.fileno())  # only what is on the disk can be dropped from memory
+
+
+def load(preset: Preset, folder: Path) -> nn.Module:
+    """The model over its mapped files."""
+    from safetensors.torch import load_file
+
+    model = skeleton(preset, dtype=torch.bfloat16)
+    weights = {key: value for path in sorted(folder.iterdir()) for key, value in load_file(path).items()}
+    model.load_state_dict(weights, assign=True)
+    return complete(model, preset)
+
+
+def forget(folder: Path) -> None:
+    """The files' bytes leave the page cache."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def touch(folder: Path) -> None:
+    """The files' bytes are in the page cache."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            while file.read(16 * MIB):
+                pass
+
+
+def adopt(preset: Preset, folder: Path, device: torch.device, registrar: Registrar | None) -> Adopted:
+    """One adopt of all blocks."""
+    timed = None if registrar is None else TimedRegistrar(registrar)
+    backend: Backend = replace(backend_for(device, pin_budget=PinBudget(1 << 50)), registrar=timed)
+    if device.type == "cpu":
+        backend = replace(backend, open_streams=lambda count, overlap: NoDevice(device))
+    begin = time.perf_counter()
+    model = load(preset, folder)
+    loaded = time.perf_counter()
+    with closing(SwapSession(blocks_of(model), lambda profile: _plan(profile, backend), backend)) as session:
+        session.adopt()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        ready = time.perf_counter()
+        return Adopted(
+            swapped_bytes=session.slab_bytes,
+            load_s=loaded - begin,
+            adopt_s=ready - loaded,
+            lock_s=0.0 if timed is None else timed.seconds,
+            pinned_bytes=session.pinned_bytes,
+            refusals=session.refusals,
+        )
+
+
+def _plan(profile: ModelProfile, backend: Backend) -> SwapPlan:
+    budget = card_budget(profile, 1 << 50, read_host_memory(), held_bytes=profile.block_bytes)
+    plan = plan_swap(profile, budget, PlanRequest(blocks_to_swap=len(profile.blocks), slots=2))
+    tier = HostTier.PAGEABLE if backend.registrar is None else HostTier.PINNED
+    return replace(plan, tiers=(tier,) * len(plan.swapped))
+
+
+def copy_gbytes_per_s() -> float:
+    """A copy between memory that has been touched before, by as many threads as torch has."""
+    source, target = (torch.ones(COPIED_BYTES, dtype=torch.uint8) for _ in range(2))
+    seconds = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - begin)
+    return COPIED_BYTES / min(seconds) / 1e9
+
+
+def fresh_copy_gbytes_per_s(nbytes: int) -> float:
+    """Copies of `nbytes` in all to memory that has never been written, as that of slabs: the system zeroes each page
+    first, and a virtual machine may have to ask its host for it.
+    """
+    source, streams = torch.ones(min(nbytes, COPIED_BYTES), dtype=torch.uint8), InlineStreams(torch.device("cpu"))
+    count = max(1, nbytes // source.nbytes)
+    begin = time.perf_counter()
+    targets = [PageMemory(source.nbytes, streams) for _ in range(count)]
+    for target in targets:
+        target.tensor[: source.nbytes].copy_(source)
+    return count * source.nbytes / (time.perf_counter() - begin) / 1e9
+
+
+def _registrar(lock: str, device: torch.device) -> Registrar | None:
+    if lock == "none":
+        return None
+    return MlockRegistrar() if lock == "mlock" else backend_for(device, pin_budget=PinBudget(0)).registrar
+
+
+def _blocks_that_fit(preset: Preset) -> int:
+    each = expected_bytes(preset) / preset.layers
+    return max(1, min(preset.layers, int(read_host_memory().available_bytes / MEMORY_SHARE / each)))
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options; what cannot be meant ends the process with one line."""
+    parser = argparse.ArgumentParser(prog="benchmarks.adopt", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="14b", choices=tuple(PRESETS))
+    parser.add_argument("--blocks", type=int, help="by default as many as the host's memory holds")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--lock", choices=("driver", "mlock", "none"), help="how pages are locked")
+    parser.add_argument("--cold", action="store_true", help="the files are not in the page cache")
+    parser.add_argument("--repeats", type=int, default=3, help="adopts, of which the quickest is told")
+    parser.add_argument("--scratch", type=Path, help="where the files are written; by default a temporary folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    options = parser.parse_args(words)
+    try:
+        options.chosen = choose_device(options.device)
+    except SettingsError as failure:
+        parser.error(str(failure))
+    options.lock = options.lock or ("mlock" if options.chosen.type == "cpu" else "driver")
+    if options.lock == "driver" and options.chosen.type != "cuda":
+        parser.error("--lock driver expects a CUDA or HIP device; take mlock or none")
+    if options.repeats < 1 or (options.blocks is not None and options.blocks < 3):
+        parser.error("--repeats expects 1 or more and --blocks 3 or more: two slots hold two")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the figures."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options = parse(words)
+    preset = PRESETS[options.model]
+    preset = replace(preset, layers=options.blocks or _blocks_that_fit(preset))
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        folder = Path(scratch)
+        write_files(preset, folder)
+        runs, fresh_copies = [], []
+        for _ in range(options.repeats):
+            fresh_copies.append(fresh_copy_gbytes_per_s(expected_bytes(preset)))
+            (forget if options.cold else touch)(folder)
+            runs.append(adopt(preset, folder, options.chosen, _registrar(options.lock, options.chosen)))
+    copy, fresh = copy_gbytes_per_s(), max(fresh_copies)
+    best = max(runs, key=lambda run: run.gbytes_per_s)
+    result = {
+        "heading": f"`{' '.join(['python -m benchmarks.adopt', *words])}`: {origin(options.chosen)}",
+        "blocks": preset.layers,
+        **asdict(best),
+        "gbytes_per_s": round(best.gbytes_per_s, 3),
+        "copy_gbytes_per_s": round(copy, 3),
+        "fresh_copy_gbytes_per_s": round(fresh, 3),
+        "share_of_copy": round(best.gbytes_per_s / copy, 3),
+        "share_of_fresh_copy": round(best.gbytes_per_s / fresh, 3),
+        "pinned_over_swapped": round(best.pinned_bytes / best.swapped_bytes, 4),
+    }
+    if options.json:
+        print(json.dumps(result))
+        return 0
+    print(f"{result['heading']}\n")
+    print(f"{preset.layers} blocks, {format_bytes(best.swapped_bytes)}, {'cold' if options.cold else 'warm'} files")
+    print(f"mapped in {best.load_s:.2f} s, adopted in {best.adopt_s:.2f} s, locking took {best.lock_s:.2f} s")
+    print(
+        f"{best.gbytes_per_s:.2f} GB/s; a copy in memory {copy:.2f} GB/s, of as much to pages not touched before "
+        f"{fresh:.2f} GB/s; page-locked {best.pinned_bytes / best.swapped_bytes:.4f} of the swapped bytes"
+    )
+    for refusal in best.refusals:
+        print(refusal)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Virtual times of everything that can be timed without a GPU, against those that are kept: a slower schedule shows.
+
+    python -m benchmarks.baseline [--write]
+
+Engines of ours and the plain swap run a small model on the simulated device (`benchmarks.compare`), the schedule runs
+its grid (`benchmarks.schedule_grid`), and the link is measured on the simulated device (`benchmarks.link`). Figures are
+the same on every machine, so that each difference is a change of the code: a slower or larger figure is to be repaired,
+a better one to be kept with `--write`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from . import schedule_grid
+from .compare.cells import RESIDENT, Task
+from .compare.engines import OURS
+from .compare.worker import run
+from .link import Asked, LinkBench, backend_of
+
+KEPT = Path(__file__).with_name("baseline.json")
+SHAPES = ("64x64x1", "96x96x5", "128x128x9")
+SWAPS = (6, 9, 12)
+STEPS, WARMUP = 3, 2
+TOLERANCE = 1e-4
+"""Share by which a figure may differ: figures are kept with six digits."""
+
+
+def measure() -> dict[str, float]:
+    """Each figure by its name; less is better in all of them."""
+    return dict(sorted((*_compared(), *_scheduled(), *_copied())))
+
+
+def _compared() -> Iterator[tuple[str, float]]:
+    """Milliseconds of a step, bytes of device memory at most, and bytes that a step copies to the device."""
+    with tempfile.TemporaryDirectory() as folder:
+        for engine in OURS:
+            for swapped in (0,) if engine == RESIDENT else SWAPS:
+                task = Task(
+                    engine=engine,
+                    swapped=swapped,
+                    model="small",
+                    dtype="bfloat16",
+                    shapes=SHAPES,
+                    device="cpu",
+                    streams=1,
+                    steps=STEPS,
+                    warmup=WARMUP,
+                    folder=folder,
+                )
+                for row in run(task):
+                    name = f"{engine}, {swapped} of 12 swapped, {row.shape}"
+                    assert row.output in ("equal", "reference"), f"{name}: {row.reason or row.output}"
+                    yield f"{name}: step ms", _rounded(row.step_ms)
+                    yield f"{name}: device bytes", _rounded(row.peak_bytes)
+                    yield f"{name}: bytes to the device", _rounded(row.to_device_bytes)
+
+
+def _scheduled() -> Iterator[tuple[str, float]]:
+    """Step time over the bound: the mean of each group's cells and the worst of them."""
+    for group, cells in schedule_grid.groups().items():
+        ratios = [schedule_grid.ratio_to_bound(cell) for cell in cells]
+        yield f"schedule, {group}: mean ratio to the bound", _rounded(sum(ratios) / len(ratios))
+        yield f"schedule, {group}: worst ratio to the bound", _rounded(max(ratios))
+
+
+def _copied() -> Iterator[tuple[str, float]]:
+    """Milliseconds of copies from page-locked memory."""
+    asked = Asked(sizes=(1 << 20, 1 << 24), streams=(1, 4), busy=False)
+    for row in LinkBench(backend_of(torch.device("cpu")), asked).rows(quiet=True):
+        if row.gbytes_per_s is not None and row.memory == "pinned":
+            ms = row.size_bytes / row.gbytes_per_s / 1e6
+            yield f"copy of {row.size_bytes:,} bytes on {row.streams} streams: ms", _rounded(ms)
+
+
+def _rounded(figure: float | None) -> float:
+    assert figure is not None
+    return float(f"{figure:.6g}")
+
+
+def differences(found: Mapping[str, float], kept: Mapping[str, float]) -> tuple[list[str], list[str]]:
+    """What is worse than what is kept, and what is otherwise not as kept; a sentence each."""
+    worse, other = [], []
+    for name in sorted({*found, *kept}):
+        if name not in found:
+            worse.append(f"{name}: not measured any more; it was {kept[name]:g}")
+        elif name not in kept:
+            other.append(f"{name}: {found[name]:g} is new")
+        elif found[name] > kept[name] * (1 + TOLERANCE):
+            worse.append(f"{name}: {found[name]:g}, kept is {kept[name]:g}")
+        elif found[name] < kept[name] * (1 - TOLERANCE):
+            other.append(f"{name}: {found[name]:g} is better than {kept[name]:g}")
+    return worse, other
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 1 if a figure is not as kept; with `--write`, keeps what it has found and returns 0."""
+    parser = argparse.ArgumentParser(prog="benchmarks.baseline", description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="keep the figures as they are now")
+    options = parser.parse_args(arguments)
+    found = measure()
+    kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
+    worse, other = differences(found, kept)
+    for line in (*worse, *other):
+        print(line)
+    if options.write:
+        KEPT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(f"{len(found)} figures kept")
+        return 0
+    print(f"{len(found)} figures: {len(worse)} worse, {len(other)} better or new")
+    return 1 if worse or other else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Engines that run a transformer larger than its device, side by side on the same weights and inputs.
+
+    python -m benchmarks.compare --model 14b --dtype bf16 --shapes 832x480x1,832x480x81 --swap half,all --out DIR
+
+Each engine and number of swapped blocks has a process of its own, which runs all shapes; a step is one forward of
+diffusers' WanTransformer3DModel with random weights. What is written to DIR: `results.json`, `table.md`, `plot.png`.
+Without a GPU a small model runs on a simulated device: its memory and bytes are counted, its times are virtual.
+An engine that is missing or fails is a row with its reason. Below the tables stands what is to be shown, and whether it
+is. Returns 1 if one of ours fails or has another output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError
+from wanvideo_enhanced_blockswap.commands.device import choose_device
+from wanvideo_enhanced_blockswap.commands.wan import PRESETS
+from wanvideo_enhanced_blockswap.commands.words import parse_shape
+
+from benchmarks.machine import origin
+
+from .cells import Row, parse_swaps
+from .comparison import Comparison, compare
+from .engines import NAMES, OURS
+from .limits import verdicts
+from .plot import draw
+from .table import markdown
+
+SHAPES = "64x64x1,96x96x5,128x128x9"
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """What is wrong with engines of ours: no figures, or another output than the first engine's."""
+    return [
+        f"{row.engine}, {row.swapped} swapped, {row.shape}: {row.reason or row.output}"
+        for row in rows
+        if row.engine in OURS and (row.reason or row.output not in ("equal", "reference"))
+    ]
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options, with what is asked in `asked`; what cannot be meant ends the process with one line."""
+    parser = argparse.ArgumentParser(prog="benchmarks.compare", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="small", choices=tuple(PRESETS))
+    parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
+    parser.add_argument("--shapes", default=SHAPES, help="WxHxF, several with commas between")
+    parser.add_argument("--swap", default="half,all", help="numbers of blocks, half, all, with commas between")
+    parser.add_argument("--engines", default=",".join(NAMES), help=f"some of {', '.join(NAMES)}")
+    parser.add_argument("--device", default="auto", help="auto, cpu (simulated), cuda or cuda:N")
+    parser.add_argument("--steps", type=int, default=5, help="steps that count; a step is one forward")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before these")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that one process may take")
+    parser.add_argument("--out", type=Path, help="folder for results.json, table.md and plot.png")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    options = parser.parse_args(words)
+    engines, shapes = tuple(options.engines.split(",")), tuple(options.shapes.split(","))
+    unknown = [name for name in engines if name not in NAMES]
+    if unknown:
+        parser.error(f"--engines expects some of {', '.join(NAMES)} but got {unknown[0]!r}")
+    if min(options.steps, options.warmup) < 1:
+        parser.error(f"--steps and --warmup expect 1 or more but got {options.steps} and {options.warmup}")
+    try:
+        swaps = parse_swaps(options.swap, PRESETS[options.model].layers)
+        for shape in shapes:
+            parse_shape(shape)
+        options.chosen = choose_device(options.device)
+    except SettingsError as cause:
+        parser.error(str(cause))
+    options.asked = Comparison(
+        model=options.model,
+        dtype=DTYPES[options.dtype],
+        shapes=shapes,
+        swaps=swaps,
+        engines=engines,
+        device=options.device,
+        steps=options.steps,
+        warmup=options.warmup,
+        timeout_s=options.timeout,
+        quiet=options.json,
+    )
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0 if all engines of ours ran and gave the resident model's output."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options = parse(words)
+    found = compare(options.asked)
+    title = f"`{' '.join(['python -m benchmarks.compare', *words])}`: {origin(options.chosen)}"
+    judged = verdicts(found.rows, block_bytes=found.block_bytes, link_bytes_per_s=found.link_bytes_per_s)
+    results = {
+        "heading": title,
+        "torch": torch.__version__,
+        **asdict(options.asked),
+        **asdict(found),
+        "verdicts": [asdict(verdict) for verdict in judged],
+    }
+    tables = markdown(found.rows, link_bytes_per_s=found.link_bytes_per_s)
+    lines = [f"- {'met' if verdict.met else 'NOT MET'}: {verdict.said}" for verdict in judged]
+    text = "\n".join([title, "", tables, *lines, ""])
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (options.out / "table.md").write_text(text, encoding="utf-8")
+        draw(found.rows, options.out / "plot.png")
+    print(json.dumps(results) if options.json else text)
+    wrong = failures(found.rows)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""A real device, measured by its own clock and books."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from wanvideo_enhanced_blockswap.blockswap import Backend, PinBudget, backend_for
+from wanvideo_enhanced_blockswap.blockswap.streams import CudaStreams, InlineStreams, Streams
+from wanvideo_enhanced_blockswap.commands.meter import DeviceMeter
+from wanvideo_enhanced_blockswap.commands.wan import Inputs
+from wanvideo_enhanced_blockswap.hardware import read_host_memory
+
+from .engine import Engine
+from .testbed import Figures, Shape, denoise
+from .usage import Usage, copied_in, pinned_by_torch
+
+
+class DeviceTestbed:
+    """See `Testbed`.
+
+    Args:
+        device: Any but the CPU.
+        warmup: Steps before the first that counts.
+    """
+
+    def __init__(self, device: torch.device, *, warmup: int) -> None:
+        self._usage = Usage(device)
+        self.device = device
+        self.clock = "events" if device.type == "cuda" else "wall"
+        self._warmup = warmup
+        self._meter = DeviceMeter(device)
+        self._pins = PinBudget(read_host_memory().pin_budget_bytes)
+        self._module: Any = torch.get_device_module(device)
+
+    def backend(self, *, overlap: bool) -> Backend:
+        return backend_for(self.device, pin_budget=self._pins)
+
+    def place(self, module: nn.Module) -> None:
+        module.to(self.device)
+
+    def bring_back(self, module: nn.Module) -> None:
+        module.to("cpu")
+
+    def time_blocks(self, blocks: Sequence[nn.Module]) -> None:
+        """Nothing: they take it."""
+
+    def measure(self, engine: Engine, model: nn.Module, shape: Shape, inputs: Inputs, *, steps: int) -> Figures:
+        forward = engine.forward
+        denoise(model, inputs, steps=self._warmup, forward=forward)
+        self._module.synchronize()
+        gc.collect()
+        held = self._meter.allocated()
+        self._meter.reset_peak()
+        clock = _DeviceClock(self.device)
+        # Not waited for in between: an engine whose memory grows when the host runs ahead shows it here.
+        latents = denoise(model, inputs, steps=steps, forward=forward, around=clock.lap).cpu()
+        peak, reserved = self._meter.peak(), self._peak_reserved()
+        walls: list[float] = []
+
+        @contextlib.contextmanager
+        def waited_for() -> Iterator[None]:
+            begin = time.perf_counter()
+            yield
+            self._module.synchronize()
+            walls.append((time.perf_counter() - begin) * 1e3)
+
+        denoise(model, inputs, steps=steps, forward=forward, around=waited_for)
+        with copied_in(self._meter) as moved:
+            denoise(model, inputs, steps=1, forward=forward)
+            self._module.synchronize()
+        return Figures(
+            latents=latents,
+            step_ms=statistics.median(clock.laps_ms()),
+            wall_ms=statistics.median(walls),
+            held_bytes=held,
+            peak_bytes=peak,
+            reserved_bytes=reserved,
+            driver_bytes=self._usage.device_bytes(),
+            host_bytes=self._usage.host_bytes(),
+            pinned_bytes=pinned_by_torch(self.device) + engine.pinned_bytes,
+            moved=moved(),
+        )
+
+    def _peak_reserved(self) -> int | None:
+        reserved = getattr(self._module, "max_memory_reserved", None)
+        return None if reserved is None else int(reserved(self.device))
+
+
+class _DeviceClock:
+    """Laps between marks on the compute stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._streams: Streams = CudaStreams(device, count=0) if device.type == "cuda" else InlineStreams(device)
+        self._laps: list[tuple[object, object]] = []
+
+    @contextlib.contextmanager
+    def lap(self) -> Iterator[None]:
+        begin = self._streams.mark(self._streams.current())
+        yield
+        self._laps.append((begin, self._streams.mark(self._streams.current())))
+
+    def laps_ms(self) -> list[float]:
+        """Milliseconds of each lap."""
+        return [self._streams.elapsed_ms(*lap) for lap in self._laps]

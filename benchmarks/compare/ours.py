@@ -1,0 +1,154 @@
+"""The whole model on the device, the wrapper's plain swap, and our engine with its ablations."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+
+import torch
+from torch import nn
+from wanvideo_enhanced_blockswap.blockswap import (
+    HostTier,
+    ModelProfile,
+    PlanRequest,
+    SwapPlan,
+    SwapSession,
+    Timing,
+    blocks_of,
+    plan_swap,
+)
+from wanvideo_enhanced_blockswap.commands.memory import card_budget
+from wanvideo_enhanced_blockswap.hardware import read_host_memory
+
+from .engine import NotOfferedError
+from .testbed import Testbed
+
+NO_LIMIT = 1 << 50
+"""Memory of a card that holds everything: the number of blocks is given."""
+
+
+def rest_of(model: nn.Module) -> list[nn.Module]:
+    """What lies outside the blocks: modules, and the model's own parameters as one."""
+    own = nn.ParameterList(model.parameters(recurse=False))
+    return [*(module for module in model.children() if module is not model.blocks), own]
+
+
+class Resident:
+    """No block swapped: the time and the output that all others are held against."""
+
+    packages: tuple[str, ...] = ()
+    pinned_bytes = 0
+
+    def __init__(self, testbed: Testbed) -> None:
+        self._testbed = testbed
+
+    def place(self, model: nn.Module, device: torch.device, *, swapped: int) -> None:
+        if swapped:
+            raise NotOfferedError("the whole model is on the device")
+        self._testbed.place(model)
+        self._testbed.time_blocks([block for _, block in blocks_of(model)])
+
+    def forward(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class PlainSwap:
+    """What WanVideoWrapper does by default: the last blocks come with `.to(device)` before their forward and go back
+    with `.to("cpu")` after it, both waited for.
+    """
+
+    packages: tuple[str, ...] = ()
+    pinned_bytes = 0
+
+    def __init__(self, testbed: Testbed) -> None:
+        self._testbed = testbed
+
+    def place(self, model: nn.Module, device: torch.device, *, swapped: int) -> None:
+        blocks = [block for _, block in blocks_of(model)]
+        for module in (*rest_of(model), *blocks[: len(blocks) - swapped]):
+            self._testbed.place(module)
+        self._testbed.time_blocks(blocks)
+        for block in blocks[len(blocks) - swapped :]:
+            block.register_forward_pre_hook(lambda module, _: self._testbed.place(module))
+            block.register_forward_hook(lambda module, *_: self._testbed.bring_back(module))
+
+    def forward(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class Ours:
+    """A session of ours.
+
+    Args:
+        testbed: Where it runs.
+        streams: Copy streams.
+        slots: Slots of the window.
+        tail: The last blocks are swapped, as elsewhere, and not blocks spread over all.
+        overlap: Copies have streams of their own; without, none runs ahead of the compute stream.
+        tier: Where the bytes are on the host.
+    """
+
+    packages: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        testbed: Testbed,
+        *,
+        streams: int,
+        slots: int = 2,
+        tail: bool = False,
+        overlap: bool = True,
+        tier: HostTier = HostTier.PINNED,
+    ) -> None:
+        self._testbed = testbed
+        self._streams = streams
+        self._slots = slots
+        self._tail = tail
+        self._overlap = overlap
+        self._tier = tier
+        self._session: SwapSession | None = None
+
+    def place(self, model: nn.Module, device: torch.device, *, swapped: int) -> None:
+        backend = self._testbed.backend(overlap=self._overlap)
+        if self._overlap and not backend.has_streams:
+            raise NotOfferedError(f"{device} has no streams: copies cannot overlap compute there")
+        for module in rest_of(model):
+            self._testbed.place(module)
+        self._session = SwapSession(blocks_of(model), lambda profile: self._plan(profile, swapped), backend)
+        self._session.adopt()
+        if self._session.refusals:
+            raise NotOfferedError(f"no figure without page-locked memory: {self._session.refusals[0]}")
+
+    def forward(self) -> contextlib.AbstractContextManager[object]:
+        assert self._session is not None, "a forward follows `place`"
+        return self._session.forward()
+
+    @property
+    def pinned_bytes(self) -> int:
+        return 0 if self._session is None else self._session.pinned_bytes
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+
+    def _plan(self, profile: ModelProfile, swapped: int) -> SwapPlan:
+        budget = card_budget(profile, NO_LIMIT, read_host_memory(), held_bytes=profile.block_bytes)
+        request = PlanRequest(blocks_to_swap=swapped, slots=self._slots, timing=Timing(streams=self._streams))
+        plan = plan_swap(profile, budget, request)
+        chosen = _tail(len(plan.swapped), swapped) if self._tail else plan.swapped
+        return replace(
+            plan,
+            swapped=chosen,
+            overlap=self._overlap,
+            tiers=tuple(self._tier if is_swapped else None for is_swapped in chosen),
+        )
+
+
+def _tail(count: int, swapped: int) -> tuple[bool, ...]:
+    return (False,) * (count - swapped) + (True,) * swapped

@@ -1,0 +1,100 @@
+"""In steady state a forward allocates nothing on the device, makes no event and waits for nothing on the host."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from pretend_accelerator import install, is_supported
+from toys import Model, alternating, fixed_plan, toy
+from wanvideo_enhanced_blockswap.blockswap import HostTier, PinBudget, SwapSession, backend_for
+from wanvideo_enhanced_blockswap.blockswap.clocks import HOST
+from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedStreams
+from wanvideo_enhanced_blockswap.blockswap.simulation import simulated_backend
+
+COUNT = 6
+COSTLY = ("allocate", "free", "event", "host_wait")
+"""What a driver takes long for, or what makes the host wait for the device."""
+
+
+class Counting(SimulatedStreams):
+    """Counts by primitive what the host thread asks of the device."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.calls: Counter[str] = Counter()
+
+    def __getattribute__(self, name: str):
+        found = super().__getattribute__(name)
+        if name in (*COSTLY, "record", "wait", "copy") and super().__getattribute__("_actor") == HOST:
+            super().__getattribute__("calls")[name] += 1
+        return found
+
+
+def session_of(model: Model, planner, counting: Counting, **options) -> SwapSession:
+    return SwapSession(model.named, planner, simulated_backend(counting), root=model, **options)
+
+
+PLANS = [
+    pytest.param(fixed_plan(alternating(COUNT)), 3, id="half"),
+    pytest.param(fixed_plan([True] * COUNT), 6, id="all"),
+    pytest.param(fixed_plan([True] * COUNT, slots=3), 6, id="three slots"),
+    pytest.param(fixed_plan([True] * COUNT, slots=1), 6, id="one slot"),
+    pytest.param(fixed_plan([i >= COUNT // 2 for i in range(COUNT)]), 3, id="the last blocks"),
+    pytest.param(fixed_plan([True] * COUNT, tiers=HostTier.STAGED), 6, id="staged"),
+    pytest.param(fixed_plan([True] * COUNT, slots=COUNT), 0, id="a slot for each"),
+]
+
+
+@pytest.mark.parametrize(("planner", "onloads"), PLANS)
+@pytest.mark.parametrize("streams", [1, 3])
+@pytest.mark.parametrize("traced", [None, range(0)], ids=["untraced", "traced once"])
+def test_a_forward_asks_the_device_only_for_copies_and_their_order(
+    planner, onloads: int, streams: int, traced: range | None
+) -> None:
+    counting = Counting(count=streams)
+    model, x = toy(COUNT), torch.randn(3, 16)
+    with torch.no_grad(), session_of(model, planner, counting, traced=traced) as session:
+        for _ in range(3):
+            with session.forward():
+                model(x)
+        before = session.counters.onloads
+        counting.calls.clear()
+        for _ in range(4):
+            with session.forward():
+                model(x)
+        assert session.counters.onloads - before == 4 * onloads
+        assert {name: counting.calls[name] for name in COSTLY} == dict.fromkeys(COSTLY, 0)
+        assert counting.calls["record"] <= 4 * 2 * COUNT * streams
+
+
+def test_the_counters_count() -> None:
+    counting, model = Counting(), toy(COUNT)
+    with torch.no_grad(), session_of(model, fixed_plan([True] * COUNT), counting) as session:
+        with session.forward():
+            model(torch.randn(3, 16))
+        session.release()
+    assert all(counting.calls[name] for name in ("allocate", "free", "event", "copy"))
+
+
+@pytest.mark.skipif(is_supported() is not None, reason=str(is_supported()))
+def test_a_device_with_books_of_its_own_counts_no_allocation_either() -> None:
+    hpu = install()
+    device = torch.device("hpu", 0)
+    model = toy(COUNT)
+    backend = backend_for(device, pin_budget=PinBudget(1 << 40))
+    planner = fixed_plan([True] * COUNT, slots=1, tiers=HostTier.PAGEABLE, overlap=False)
+    with torch.no_grad(), SwapSession(model.named, planner, backend) as session:
+
+        def enter_all() -> None:
+            with session.forward():
+                for block in range(COUNT):
+                    session.enter(block)
+
+        enter_all()
+        before, copied = hpu.allocation_count(), hpu.copy_stats()["h2d_bytes"]
+        for _ in range(3):
+            enter_all()
+        assert hpu.allocation_count() == before
+        assert hpu.copy_stats()["h2d_bytes"] - copied >= 3 * (COUNT - 1) * 3072
