@@ -111,6 +111,8 @@ class SwapPlan:
         forward: One forward of all blocks in virtual time, in ms; None where a speed is unknown.
         over_ceiling: The weights do not fit under the budget even so.
         reasons: Why, in sentences.
+        tuning: Those of them that tell what the GPU's tier allows and what was chosen below it; empty if the streams
+            were given, or nothing is copied.
     """
 
     swapped: tuple[bool, ...]
@@ -130,6 +132,7 @@ class SwapPlan:
     forward: ForwardTime | None
     over_ceiling: bool
     reasons: tuple[str, ...]
+    tuning: tuple[str, ...] = ()
 
     @property
     def swapped_count(self) -> int:

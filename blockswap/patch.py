@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 Notice = Callable[[Any, Mapping[str, Any]], None]
-"""Told the transformer and all arguments by name."""
+"""Told the transformer (None where none is among the arguments) and all arguments by name."""
 
 RunForward = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Runs a forward of the transformer by its original function, with these arguments."""
@@ -24,7 +24,7 @@ class Watched:
 
     Args:
         name: Its name in the modules.
-        modules: Those that hold something callable of that name.
+        modules: Those that hold something callable of that name; a class holds a method.
         before: Told before it runs. What it raises goes out, unless `always`.
         after: Told the transformer after it has run, however that ended; None tells nobody.
         always: The function runs even if `before` raises.
@@ -33,7 +33,7 @@ class Watched:
     def __init__(
         self,
         name: str,
-        modules: Sequence[ModuleType],
+        modules: Sequence[ModuleType | type],
         before: Notice,
         after: Callable[[Any], None] | None = None,
         *,
@@ -111,6 +111,8 @@ class Forward:
         self._before = found.before if isinstance(found, Forward) else found
         self._module = weakref.ref(module)
         self._run: RunForward | None = run
+        # Not when the class is made: it imports the compiler, which is slow and sets environment variables.
+        self._uncompiled = torch.compiler.disable(Forward._forward)
 
     @classmethod
     def on(cls, module: nn.Module, run: RunForward) -> Forward:
@@ -134,8 +136,10 @@ class Forward:
         else:
             vars(module)["forward"] = self._before
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._uncompiled(self, *arguments, **keywords)
+
+    def _forward(self, *arguments: Any, **keywords: Any) -> Any:
         module = self._module()
         assert module is not None, "its own attribute is being called"
         original = self._original(module)

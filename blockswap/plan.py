@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 from ..hardware.units import format_bytes
 from .budget import MemoryBudget
@@ -20,6 +21,9 @@ WORTH_A_SLOT = 0.005
 """Part of the forward that a third slot must save to be worth its memory; below it the model's own error is larger."""
 
 VACE_PREFIX = "vace_blocks."
+
+Choice: TypeAlias = "tuple[tuple[bool, ...], int]"
+"""For each block whether it is swapped, and the number of slots."""
 
 UNIFIED = "device and host share one memory: swapping frees nothing, so it is off"
 
@@ -97,34 +101,31 @@ def _residency(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest
     return (spread(vace, counts[0]) if vace else ()) + (spread(main, counts[1]) if main else ()), reasons
 
 
-def _slots(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest, swapped: Sequence[bool]) -> int:
-    """Two slots, or three where the model of time says they pay and the budget holds them."""
+def _slots(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest, swapped: tuple[bool, ...]) -> int:
+    """Two slots, or three where the model of time says they pay, the budget holds them, and not every block is asked
+    for: who swaps all wants the least memory that swapping can do with.
+    """
     count = sum(swapped)
     if request.slots is not None:
         return min(request.slots, count)
     if not request.overlap:
         return min(1, count)
     fewest, most = SLOT_CHOICES
-    if count <= fewest or weight_bytes(profile, swapped, most) > budget.weight_bytes:
+    asks_for_all = request.blocks_to_swap is not None and request.blocks_to_swap >= block_counts(profile)[0]
+    if asks_for_all or count <= fewest or weight_bytes(profile, swapped, most) > budget.weight_bytes:
         return min(fewest, count)
-    return most if _pays(profile, budget, request, (swapped, fewest), (swapped, most)) else fewest
+    return most if _saving(profile, budget, request, (swapped, fewest), (swapped, most)) else fewest
 
 
-def _pays(
-    profile: ModelProfile,
-    budget: MemoryBudget,
-    request: PlanRequest,
-    choice: tuple[Sequence[bool], int],
-    other: tuple[Sequence[bool], int],
-) -> bool:
-    """Whether `other` (blocks swapped, slots) is faster than `choice` by more than the model's error."""
+def _saving(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest, choice: Choice, other: Choice) -> float:
+    """Part of a forward that `other` saves against `choice`; 0 where it is unknown or within the model's error."""
     times = []
     for swapped, slots in (choice, other):
         tiers, _, _ = _tiers(profile, budget, request, swapped)
         times.append(predict(profile, swapped, slots, tiers, request.timing))
-    if times[0] is None or times[1] is None:
-        return False
-    return times[1].elapsed < (1 - WORTH_A_SLOT) * times[0].elapsed
+    if times[0] is None or times[1] is None or times[1].elapsed >= (1 - WORTH_A_SLOT) * times[0].elapsed:
+        return 0.0
+    return 1 - times[1].elapsed / times[0].elapsed
 
 
 def _auto(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest) -> tuple[tuple[bool, ...], int, str]:
@@ -137,12 +138,14 @@ def _auto(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest) -> 
         need = format_bytes(weight_bytes(profile, everything, slots))
         why = f"even with all {count} blocks swapped the weights take {need} of {target}"
         return everything, min(slots, count), why
-    best = spread(count, fewest), slots
-    if request.slots is None and request.overlap:
-        other = _with_another_slot(profile, budget, best)
-        best = other if other is not None and _pays(profile, budget, request, best, other) else best
+    best, why = (spread(count, fewest), slots), "blocks are swapped, the fewest that fit"
+    other = _with_another_slot(profile, budget, best) if request.slots is None and request.overlap else None
+    gain = 0.0 if other is None else _saving(profile, budget, request, best, other)
+    best = other if other is not None and gain else best
+    if sum(best[0]) > fewest:
+        why = f"blocks are swapped, 1 more than the {fewest} that fit, since a third slot saves {gain:.1%} of a forward"
     need = format_bytes(weight_bytes(profile, *best))
-    return *best, f"{sum(best[0])} of {count} blocks are swapped, the fewest that fit: {need} of {target}"
+    return *best, f"{sum(best[0])} of {count} {why}: {need} of {target}"
 
 
 def _fewest(profile: ModelProfile, weights: int, slots: int) -> int | None:
@@ -153,9 +156,7 @@ def _fewest(profile: ModelProfile, weights: int, slots: int) -> int | None:
     return next((k for k in ways if weight_bytes(profile, spread(count, k), slots) <= weights), None)
 
 
-def _with_another_slot(
-    profile: ModelProfile, budget: MemoryBudget, choice: tuple[Sequence[bool], int]
-) -> tuple[tuple[bool, ...], int] | None:
+def _with_another_slot(profile: ModelProfile, budget: MemoryBudget, choice: Choice) -> Choice | None:
     """`choice` with one slot more, for which one block more is swapped if need be; None if that takes more memory.
 
     The comparison is with the memory that `choice` takes and not with what there is: so the number of swapped blocks

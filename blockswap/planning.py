@@ -77,7 +77,7 @@ def make_plan(profile: ModelProfile, settings: SwapSettings, facts: Facts) -> Sw
     plan = plan_swap(profile, budget_for(settings, facts, tuning), _request(profile, settings, facts, tuning))
     further = [f"free device memory is an estimate: {facts.memory.source}"] if facts.memory.is_estimate else []
     chosen = tuning.reasons if settings.auto_hardware_tuning and plan.swapped_count else ()
-    return replace(plan, reasons=(*plan.reasons, *chosen, *further))
+    return replace(plan, reasons=(*plan.reasons, *chosen, *further), tuning=chosen)
 
 
 def budget_for(settings: SwapSettings, facts: Facts, tuning: Tuning) -> MemoryBudget:

@@ -46,11 +46,11 @@ def summary(report: RunReport) -> str:
         _forwards(report),
         _stall(report),
         _copies(report),
+        _tuning(report.plan),
         _host(measured),
         _loader(measured),
         _sampled(measured.samples),
         _named("planned again", measured.replans),
-        _named("not page-locked", measured.refusals),
         _named("note", report.notes),
     ]
     return "\n".join(line for line in lines if line)
@@ -211,11 +211,15 @@ def _copies(report: RunReport) -> str:
     return f"{line}; back: {changed if measured.returned_bytes else 'nothing'}"
 
 
+def _tuning(plan: SwapPlan) -> str:
+    """What the GPU's tier allows, and what the link has chosen below it."""
+    return f"tuning: {'; '.join(map(_one_line, plan.tuning))}" if plan.tuning else ""
+
+
 def _host(measured: Measured) -> str:
     slabs, pinned = measured.slab_bytes, measured.pinned_bytes
-    if not slabs and not pinned:
-        return ""
-    return f"host memory: {format_bytes(slabs)} of slabs; {format_bytes(pinned)} page-locked"
+    held = f"host memory: {format_bytes(slabs)} of slabs; {format_bytes(pinned)} page-locked" if slabs or pinned else ""
+    return "; ".join(part for part in (held, _named("not page-locked", measured.refusals)) if part)
 
 
 def _loader(measured: Measured) -> str:

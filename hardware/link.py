@@ -7,6 +7,7 @@ import mmap
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ _STREAM_COUNTS = (1, 2, 4, 8, 12, 16)
 _NBYTES = 64 * MIB
 # The median of three, after one copy that is not counted: the first wakes an idle link from a lower generation.
 _REPEATS = 3
-# No figure takes much longer than this, so that a slow link (an external GPU) is measured in a second as well.
+# About what 64 MiB take over PCIe 3.0 x8. Over a slower link (an external GPU: 0.5 to 3 GB/s) copies are cut to it:
+# they are as long beside a launch, and the 28 of a measurement, two of them whole, stay below 0.6 s at 0.5 GB/s.
+_SECONDS_PER_COPY = 0.010
+# A figure whose copies take longer however small they are is made of fewer.
 _SECONDS_PER_FIGURE = 0.1
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context, on CUDA and HIP alike
 CONTRADICTION = 0.20
@@ -50,7 +54,7 @@ def measure_link(
         device: where to. On devices other than CUDA and HIP, which have no streams here, only the pageable figure is
             taken; for the CPU that is a copy inside host memory.
         stream_counts: how many streams share a copy, each count measured on its own, from page-locked memory.
-        nbytes: size of a copy in bytes.
+        nbytes: size of a copy in bytes; over a slow link only the first copies have it.
         cache_dir: folder in which complete measurements are kept and looked up; None neither looks nor keeps.
         again: measures even if a measurement is kept, and keeps the new one in its place.
 
@@ -109,13 +113,13 @@ def _measure_pageable(target: torch.Tensor) -> float:
     source = torch.frombuffer(mmap.mmap(-1, target.nbytes), dtype=torch.uint8).fill_(1)
     module = torch.get_device_module(target.device)
 
-    def copy() -> float:
+    def copy(nbytes: int) -> float:
         start = time.perf_counter()
-        target.copy_(source)
+        target[:nbytes].copy_(source[:nbytes])
         module.synchronize()
         return time.perf_counter() - start
 
-    return target.nbytes / _typical_seconds(copy)
+    return _Pace(target.nbytes).typical_speed(copy)
 
 
 def _measure_pinned(
@@ -136,8 +140,8 @@ def _measure_pinned(
             _consume_error(target)
             return (), None
         try:
-            host_copy = _measure_host_copy(source)
-            return tuple((count, _measure_streams(source, target, count)) for count in counts), host_copy
+            host_copy, pace = _measure_host_copy(source), _Pace(target.nbytes, least_bytes=max(counts))
+            return tuple((count, _measure_streams(source, target, count, pace)) for count in counts), host_copy
         finally:
             cuda.synchronize()  # the device may still read the pages if a copy raised
             code = int(runtime.cudaHostUnregister(source.data_ptr()))
@@ -150,22 +154,22 @@ def _measure_host_copy(locked: torch.Tensor) -> float:
     """Bytes per second from ordinary memory to page-locked memory in one thread, as the staging worker copies."""
     ordinary = torch.zeros_like(locked).fill_(1)
 
-    def copy() -> float:
+    def copy(nbytes: int) -> float:
         start = time.perf_counter()
-        locked.copy_(ordinary)
+        locked[:nbytes].copy_(ordinary[:nbytes])
         return time.perf_counter() - start
 
-    return locked.nbytes / _typical_seconds(copy)
+    return _Pace(locked.nbytes).typical_speed(copy)
 
 
-def _measure_streams(source: torch.Tensor, target: torch.Tensor, count: int) -> float:
+def _measure_streams(source: torch.Tensor, target: torch.Tensor, count: int, pace: _Pace) -> float:
     """Bytes per second of a copy cut into one chunk per stream, from the first start to the last end."""
     cuda: Any = torch.cuda
     main = cuda.current_stream()
     streams = [cuda.Stream() for _ in range(count)]  # one chunk each, so that chunks overlap one another
-    chunks = list(zip(streams, target.chunk(count), source.chunk(count), strict=False))
 
-    def copy() -> float:
+    def copy(nbytes: int) -> float:
+        chunks = list(zip(streams, target[:nbytes].chunk(count), source[:nbytes].chunk(count), strict=False))
         start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         start.record(main)
         for stream, to, of in chunks:
@@ -177,18 +181,52 @@ def _measure_streams(source: torch.Tensor, target: torch.Tensor, count: int) -> 
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3  # from milliseconds
 
-    return target.nbytes / _typical_seconds(copy)
+    return pace.typical_speed(copy)
 
 
-def _typical_seconds(copy: Callable[[], float]) -> float:
-    """Median duration of a copy after one that is not counted, within the time set aside for one figure."""
-    spent = copy()
-    samples: list[float] = []
-    while len(samples) < _REPEATS and (not samples or spent < _SECONDS_PER_FIGURE):
-        samples.append(copy())
-        spent += samples[-1]
-    # A clock may be too coarse for a copy of a few bytes; one tick of it is then the best that is known.
-    return max(statistics.median(samples), time.get_clock_info("perf_counter").resolution)
+@dataclass(slots=True)
+class _Pace:
+    """How large the copies over one link are: the first as asked, and then none that takes longer than it need.
+
+    Attributes:
+        most_bytes: size of a copy as asked.
+        least_bytes: size below which no copy is cut.
+        fastest: bytes per second that a copy has reached at best, so that one which was held up cuts none for long; 0
+            before the first.
+    """
+
+    most_bytes: int
+    least_bytes: int = 1
+    fastest: float = 0.0
+
+    def typical_speed(self, copy: Callable[[int], float]) -> float:
+        """Median bytes per second of copies after one that is not counted.
+
+        Args:
+            copy: copies so many bytes and gives the seconds that took.
+        """
+        self._speed(copy)
+        speeds: list[float] = []
+        spent = 0.0
+        while len(speeds) < _REPEATS and spent < _SECONDS_PER_FIGURE:
+            nbytes = self.nbytes
+            speeds.append(self._speed(copy))
+            spent += nbytes / speeds[-1]
+        return statistics.median(speeds)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the next copy."""
+        if not self.fastest:
+            return self.most_bytes
+        return min(self.most_bytes, max(self.least_bytes, int(self.fastest * _SECONDS_PER_COPY)))
+
+    def _speed(self, copy: Callable[[int], float]) -> float:
+        nbytes = self.nbytes
+        # A clock may be too coarse for a copy of a few bytes; one tick of it is then the best that is known.
+        speed = nbytes / max(copy(nbytes), time.get_clock_info("perf_counter").resolution)
+        self.fastest = max(self.fastest, speed)
+        return speed
 
 
 def _consume_error(target: torch.Tensor) -> None:

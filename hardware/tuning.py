@@ -31,7 +31,7 @@ class GpuTier:
         name: the class.
         max_streams: the most copy streams; a measurement of the link picks the count below it.
         bandwidth_target: share of the available device memory that block weights and window may fill, 0 to 1.
-        reason: why this class, as a sentence for the report.
+        reason: why this class.
     """
 
     name: str
@@ -68,7 +68,6 @@ class KnownGpu:
         total_bytes: its memory.
         linear_flops: floating-point operations per second reached in bf16 linear layers.
         attention_flops: the same in bf16 attention.
-        link_bytes_per_second: bandwidth reached from page-locked host memory over its usual link.
         source: where the figures come from.
     """
 
@@ -76,7 +75,6 @@ class KnownGpu:
     total_bytes: int
     linear_flops: float
     attention_flops: float
-    link_bytes_per_second: float
     source: str
 
 
@@ -103,20 +101,16 @@ _TIERS = (
 _OTHER = _TierRow("other GPUs", (), 8, 0.70)
 
 
-def _assumed(link: str) -> str:
-    """The source line of a known GPU."""
-    return f"assumed, not measured: nominal memory, typical achieved bf16 rates, and a {link} link"
-
-
-# Rates are typical of what kernels reach at video sizes, links of what page-locked copies reach on the widest slot the
-# card supports: 25 GB/s over PCIe 4.0 x16, 50 GB/s over 5.0 x16. The H200's memory is what CUDA shows of its 141 GB.
+# Rates are typical of what kernels reach at video sizes. The H200's memory is what CUDA shows of its 141 GB. Links are
+# not assumed: the same card has 4 to 16 lanes of whatever generation its slot has.
+_ASSUMED = "assumed, not measured: nominal memory and typical achieved bf16 rates"
 _KNOWN_GPUS = (
-    KnownGpu("RTX 3060 12GB", 12 * GIB, 22e12, 18e12, 25e9, _assumed("PCIe 4.0 x16")),
-    KnownGpu("RTX 3090", 24 * GIB, 60e12, 50e12, 25e9, _assumed("PCIe 4.0 x16")),
-    KnownGpu("RTX 4090", 24 * GIB, 150e12, 130e12, 25e9, _assumed("PCIe 4.0 x16")),
-    KnownGpu("RTX 5090", 32 * GIB, 200e12, 170e12, 50e9, _assumed("PCIe 5.0 x16")),
-    KnownGpu("RX 7900 XTX", 24 * GIB, 75e12, 35e12, 25e9, _assumed("PCIe 4.0 x16")),
-    KnownGpu("H200", 139 * GIB, 600e12, 450e12, 50e9, _assumed("PCIe 5.0 x16")),
+    KnownGpu("RTX 3060 12GB", 12 * GIB, 22e12, 18e12, _ASSUMED),
+    KnownGpu("RTX 3090", 24 * GIB, 60e12, 50e12, _ASSUMED),
+    KnownGpu("RTX 4090", 24 * GIB, 150e12, 130e12, _ASSUMED),
+    KnownGpu("RTX 5090", 32 * GIB, 200e12, 170e12, _ASSUMED),
+    KnownGpu("RX 7900 XTX", 24 * GIB, 75e12, 35e12, _ASSUMED),
+    KnownGpu("H200", 139 * GIB, 600e12, 450e12, _ASSUMED),
 )
 
 
@@ -143,7 +137,7 @@ def tier_for(spec: DeviceSpec, *, vram_threshold_percent: float) -> GpuTier:
         streams = min(high, max(low, units // _FORMULA_UNITS_PER_STREAM))
         least, most = _FORMULA_BANDWIDTH
         ratio = min(most, max(least, (_FULL_PERCENT - vram_threshold_percent) / _FULL_PERCENT))
-        reason = f"{spec.name} is not in the table; limits follow from its {units} compute units"
+        reason = f"{spec.name} is not in the table: limits follow from its {units} compute units"
         return GpuTier(f"{units} compute units", streams, ratio, reason)
     counted = "an unknown number of" if units is None else str(units)
     reason = f"{spec.name} is not in the table and has {counted} compute units, {_FORMULA_MIN_UNITS} are asked for"
@@ -163,14 +157,15 @@ def tune(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None, *, vram_thr
         ValueError: the threshold is outside 0 to 100 or not a number.
     """
     tier = tier_for(spec, vram_threshold_percent=vram_threshold_percent)
-    limit = f"tier {tier.name}: at most {tier.max_streams} streams, {tier.bandwidth_target:.0%} of what is available"
+    share = f"{tier.bandwidth_target:.0%} of what is available, since {tier.reason}"
+    limit = f"tier {tier.name}: at most {tier.max_streams} streams, {share}"
     why_not = _why_not_pinned(spec, host, link)
     if why_not is not None:
         return Tuning(tier, 1, tier.bandwidth_target, pin=False, reasons=(limit, why_not))
     if link is None or not link.pinned:
         return Tuning(tier, 1, tier.bandwidth_target, pin=True, reasons=(limit, "the link is not measured: 1 stream"))
     streams, speed = link.best(max_streams=tier.max_streams)
-    most = min(max(count for count, _ in link.pinned), tier.max_streams)
+    most = max((count for count, _ in link.pinned if count <= tier.max_streams), default=streams)
     knee = f"link: {speed / 1e9:.1f} GB/s with {'1 stream' if streams == 1 else f'{streams} streams'}"
     knee += f", as fast as with up to {most}" if most > streams else ""
     return Tuning(tier, streams, tier.bandwidth_target, pin=True, reasons=(limit, knee))

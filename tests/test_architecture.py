@@ -14,7 +14,7 @@ LAYERS = ("hardware", "blockswap", "commands")  # above them: the files in the r
 SHIPPED = sorted([*ROOT.glob("*.py"), *(file for folder in LAYERS for file in ROOT.glob(f"{folder}/**/*.py"))])
 PURE = (
     *("layout", "budget", "decision", "plan", "planning", "replan", "schedule", "settings", "errors", "clocks"),
-    *("spans", "report", "report_text", "trace_file"),
+    *("spans", "report", "report_text", "trace_file", "wiring"),
 )
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "nodes", "server"}
 FLAGGED = {"subprocess", "pickle", "os.system", "os.popen", "importlib.import_module", "eval", "exec", "print"}

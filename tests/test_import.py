@@ -12,15 +12,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NAME = "wanvideo_enhanced_blockswap"
-MODULES = [
-    NAME,
-    f"{NAME}.nodes",
-    *(
-        f"{NAME}.{folder}" if file.stem == "__init__" else f"{NAME}.{folder}.{file.stem}"
-        for folder in ("blockswap", "hardware")
-        for file in sorted(ROOT.glob(f"{folder}/*.py"))
-    ),
+FILES = [
+    *sorted(ROOT.glob("*.py")),
+    *(file for folder in ("blockswap", "commands", "hardware") for file in sorted(ROOT.glob(f"{folder}/**/*.py"))),
 ]
+"""Of all that ships: what ComfyUI can reach, and the command line."""
+
+
+def module(file: Path) -> str:
+    *folders, name = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join([NAME, *folders, *([] if name == "__init__" else [name])])
+
+
+MODULES = [module(file) for file in FILES]
 CHILD = """
 import importlib, json, logging, os, sys, threading
 import psutil, torch
@@ -37,6 +41,7 @@ def state():
         "context": torch.cuda.is_initialized(),
         "handlers": sum(len(logger.handlers) for logger in loggers),
         "vendors": sorted({"pynvml", "amdsmi"} & set(sys.modules)),
+        "compiler": "torch._dynamo" in sys.modules,
         "default": [str(torch.get_default_dtype()), torch.is_grad_enabled(), torch.get_num_threads()],
     }
 
@@ -55,22 +60,31 @@ STUBS = {
 
 @pytest.fixture(scope="module", params=STUBS)
 def imported(request, tmp_path_factory):
-    """The child's exit, and its state before and after it imported everything that ComfyUI can reach."""
+    """The child's exit, and its state before and after it imported everything that ships."""
     stubs = tmp_path_factory.mktemp("stubs")
     for library in ("pynvml", "amdsmi"):
         (stubs / f"{library}.py").write_text(f"{STUBS[request.param]}\n")
+    # An earlier test of this process may have made torch set variables, which would hide that importing sets them.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCH")}
     hidden = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""} if "no vendor" in request.param else {}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(stubs), *MODULES],
         capture_output=True,
         text=True,
         cwd=tmp_path_factory.mktemp("elsewhere"),  # torch itself must not see them, which some would break
-        env=os.environ | hidden,
+        env=inherited | hidden,
         check=False,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done, *json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_module_of_the_package_is_imported():
+    assert {NAME, *(f"{NAME}.{name}" for name in ("nodes", "cli", "__main__", "commands.plan", "commands.demo"))} <= {
+        *MODULES
+    }
+    assert len(MODULES) == len(set(MODULES)) > 90
 
 
 def test_importing_opens_no_gpu(imported):
@@ -91,6 +105,11 @@ def test_importing_changes_no_environment_variable_and_none_of_torchs_defaults(i
 
 def test_importing_reaches_for_no_vendors_library(imported):
     assert imported[2]["vendors"] == []
+
+
+def test_importing_does_not_bring_torchs_compiler(imported):
+    _, before, after = imported
+    assert (before["compiler"], after["compiler"]) == (False, False)
 
 
 def test_importing_says_nothing_and_adds_no_handler_to_any_log(imported):

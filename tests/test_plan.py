@@ -286,6 +286,39 @@ def test_a_third_slot_is_taken_only_where_the_forward_is_faster_than_with_two(
     assert chosen == two if chosen.slots <= 2 else chosen.forward.elapsed < two.forward.elapsed
 
 
+def test_a_third_slot_that_is_worth_one_block_more_is_said_with_what_would_fit_and_what_it_saves() -> None:
+    """40 blocks of 8 MiB: 7 residents and a window of 2 slots take as much as 6 residents and one of 3."""
+    profile, weights = equal(40), budget(73 * MIB)
+    request = PlanRequest(timing=timing(profile, BALANCE))
+    plan, two = (plan_swap(profile, weights, dataclasses.replace(request, slots=slots)) for slots in (None, 2))
+    assert (plan.swapped_count, plan.slots, two.swapped_count) == (34, 3, 33)
+    assert plan.device_bytes == two.device_bytes == 72 * MIB
+    assert plan.forward is not None
+    assert two.forward is not None
+    saved = 1 - plan.forward.elapsed / two.forward.elapsed
+    assert plan.reasons[0] == (
+        f"34 of 40 blocks are swapped, 1 more than the 33 that fit, since a third slot saves {saved:.1%} of a "
+        "forward: 72.0 MiB of 73.0 MiB"
+    )
+    assert 0.005 < saved < 0.1
+    assert two.reasons[0] == "33 of 40 blocks are swapped, the fewest that fit: 72.0 MiB of 73.0 MiB"
+
+
+@generated
+@given(SIZES, SHARE, st.floats(1e4, 1e8), st.floats(0.001, 10))
+def test_who_reads_that_the_fewest_are_swapped_can_believe_it(
+    blocks: list[list[int]], share: float, speed: float, compute_ms: float
+) -> None:
+    profile = model(blocks)
+    weights = budget(int(share * device_weights(blocks, [4] * len(blocks), [False] * len(blocks), 0)))
+    request = PlanRequest(timing=timing(profile, speed, compute_ms=compute_ms))
+    plan, two = (plan_swap(profile, weights, dataclasses.replace(request, slots=slots)) for slots in (None, 2))
+    said = [reason for reason in plan.reasons if "the fewest that fit" in reason]
+    more = [reason for reason in plan.reasons if f"1 more than the {two.swapped_count} that fit" in reason]
+    if plan.swapped_count and not plan.over_ceiling:
+        assert (len(said), len(more)) == ((1, 0) if plan.swapped_count == two.swapped_count else (0, 1))
+
+
 @pytest.mark.parametrize("pin_mib", [100, 0], ids=["mostly staged", "pageable"])
 @pytest.mark.parametrize("count", [None, 33])
 def test_no_third_slot_is_taken_where_the_tiers_that_can_be_had_make_it_no_faster(
@@ -303,6 +336,30 @@ def test_a_third_slot_that_the_budget_does_not_hold_is_not_taken() -> None:
     exact = plan_swap(profile, budget(), request).device_bytes
     slots = [plan_swap(profile, budget(size), request).slots for size in (exact, exact - 1)]
     assert slots == [3, 2]
+
+
+@pytest.mark.parametrize("vace", [0, 4])
+@pytest.mark.parametrize(
+    ("asked", "slots"), [(7, 3), (8, 2), (48, 2)], ids=["all but one", "all of them", "more than there are"]
+)
+def test_who_asks_for_every_block_gets_two_slots_even_where_a_third_would_pay(
+    asked: int, slots: int, vace: int
+) -> None:
+    """Two are one block more than the wrapper's own swapping of all blocks holds."""
+    sizes = [4 * MIB, 12 * MIB] * 4
+    first = [block(i, 8 * MIB, prefix="vace_blocks.") for i in range(vace)]
+    profile = ModelProfile((*first, *(block(i, size) for i, size in enumerate(sizes))))
+    request = PlanRequest(
+        blocks_to_swap=asked, vace_blocks_to_swap=vace, timing=timing(profile, 8 * MIB / 1e-3, compute_ms=1.0)
+    )
+    plan, two, three = (plan_swap(profile, budget(), dataclasses.replace(request, slots=n)) for n in (None, 2, 3))
+    assert two.forward is not None
+    assert three.forward is not None
+    assert three.forward.elapsed < 0.99 * two.forward.elapsed
+    assert plan.slots == slots
+    largest = max(each.slab_bytes for each in profile.blocks)
+    if slots == 2:
+        assert plan.device_bytes == 2 * largest + profile.small_device_bytes
 
 
 @pytest.mark.parametrize("known", [{}, {"compute_ms": (1.0,) * 40}, {"pinned_bytes_per_s": BALANCE}])

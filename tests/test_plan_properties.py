@@ -1,4 +1,4 @@
-"""What holds for every automatic plan, on any card, for any model."""
+"""What holds for every plan, automatic or by hand, on any card in any host, for any model."""
 
 from __future__ import annotations
 
@@ -60,14 +60,12 @@ def facts(draw: st.DrawFn, profile: ModelProfile) -> Facts:
     size = profile.block_bytes
     total = draw(st.integers(size // 2, 5 * size)) + GIB
     available = draw(st.integers(int(1.3 * size), 5 * size))
-    spec = DeviceSpec(
-        "GPU", Vendor.NVIDIA, "cuda:0", None, None, draw(st.sampled_from([20, 120])), False, None, None, None
-    )
-    limit = draw(st.none() | st.integers(0, 8 * GIB))
+    vendor, units = draw(st.sampled_from([Vendor.NVIDIA, Vendor.NVIDIA, Vendor.AMD])), draw(st.sampled_from([20, 120]))
+    spec = DeviceSpec("GPU", vendor, "cuda:0", None, None, units, False, None, None, None)
+    limit = draw(st.sampled_from([None, None, draw(st.integers(0, size))]))
     used = draw(st.integers(0, total // 3))
-    host = HostMemory(
-        available + draw(st.integers(0, 8 * GIB)), available, limit, None, HostPlatform.LINUX, in_container=False
-    )
+    platform = draw(st.sampled_from([HostPlatform.LINUX, HostPlatform.WINDOWS, HostPlatform.WSL2]))
+    host = HostMemory(available + draw(st.integers(0, 8 * GIB)), available, limit, None, platform, in_container=False)
     balance_ms = size / len(profile.blocks) / 12e9 * 1e3
     compute = draw(st.none() | st.floats(0.3 * balance_ms, 1.2 * balance_ms))
     return Facts(
@@ -79,14 +77,36 @@ def facts(draw: st.DrawFn, profile: ModelProfile) -> Facts:
         activations=draw(st.none() | st.builds(Activations, nbytes=st.integers(0, total), is_measured=st.booleans())),
         host_held_bytes=draw(st.sampled_from([0, size])),
         originals_stay=draw(st.booleans()),
+        pin_limit_bytes=draw(st.sampled_from([None, None, size // 3])),
+        locked_elsewhere_bytes=draw(st.sampled_from([0, 0, size // 8])),
     )
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[ModelProfile, SwapSettings, Facts]:
+def by_hand(draw: st.DrawFn) -> SwapSettings:
+    """Counts and ratio of a user, beyond what the model and the card have too."""
+    return SwapSettings(
+        auto_hardware_tuning=False,
+        blocks_to_swap=draw(st.integers(0, 24)),
+        vace_blocks_to_swap=draw(st.integers(0, 4)),
+        vram_threshold_percent=draw(st.floats(30, 90)),
+        bandwidth_target=draw(st.floats(0.1, 1.0)),
+        num_cuda_streams=draw(st.integers(1, 16)),
+        enable_cuda_optimization=draw(st.sampled_from([True, True, True, False])),
+        enable_dram_optimization=draw(st.sampled_from([True, True, True, False])),
+    )
+
+
+AUTOMATIC = st.builds(SwapSettings, vram_threshold_percent=st.floats(30, 90))
+
+
+@st.composite
+def cases(draw: st.DrawFn, chosen: st.SearchStrategy[SwapSettings]) -> tuple[ModelProfile, SwapSettings, Facts]:
     profile = draw(profiles())
-    chosen = SwapSettings(vram_threshold_percent=draw(st.floats(30, 90)))
-    return profile, chosen, draw(facts(profile))
+    return profile, draw(chosen), draw(facts(profile))
+
+
+automatic, any_way = cases(AUTOMATIC), cases(AUTOMATIC | by_hand())
 
 
 def planned(profile: ModelProfile, chosen: SwapSettings, known: Facts) -> tuple[SwapPlan, MemoryBudget]:
@@ -100,7 +120,7 @@ def planned(profile: ModelProfile, chosen: SwapSettings, known: Facts) -> tuple[
 
 
 @generated
-@given(cases())
+@given(any_way)
 def test_a_plan_exceeds_neither_the_ceiling_nor_the_host_unless_it_says_so(
     case: tuple[ModelProfile, SwapSettings, Facts],
 ) -> None:
@@ -108,15 +128,27 @@ def test_a_plan_exceeds_neither_the_ceiling_nor_the_host_unless_it_says_so(
     plan, budget = planned(*case)
     ceiling = chosen.vram_threshold_percent / 100 * known.memory.total_bytes
     in_use = known.memory.total_bytes - known.memory.free_bytes
-    assert plan.over_ceiling or (plan.device_bytes <= budget.weight_bytes and in_use + plan.device_bytes <= ceiling)
+    assert plan.over_ceiling == (plan.device_bytes > budget.weight_bytes)
+    assert plan.over_ceiling or in_use + plan.device_bytes <= ceiling
     copies = plan.slab_bytes if known.originals_stay else 0
     needed = profile.block_bytes - known.host_held_bytes + copies + plan.staging_bytes
     assert needed <= 0.8 * known.host.available_bytes
-    assert plan.pinned_bytes <= known.host.pin_budget_bytes
+    assert plan.pinned_bytes <= most_pinned(known)
+
+
+def most_pinned(known: Facts) -> float:
+    """What may be page-locked: 40 % of RAM on Windows, elsewhere 90 % of it and all but 4 GiB; less others' locks."""
+    ram, limit = known.host.physical_bytes, known.host.cgroup_limit_bytes
+    ram = ram if limit is None else min(ram, limit)
+    is_windows = known.host.platform is HostPlatform.WINDOWS
+    own = 0.4 * ram if is_windows else max(0, min(0.9 * ram, ram - 4 * GIB))
+    if known.pin_limit_bytes is not None:
+        own = min(own, known.pin_limit_bytes)
+    return max(0, own - known.locked_elsewhere_bytes)
 
 
 @generated
-@given(cases())
+@given(automatic)
 def test_one_swapped_block_fewer_with_the_same_slots_would_not_fit(
     case: tuple[ModelProfile, SwapSettings, Facts],
 ) -> None:
@@ -128,7 +160,7 @@ def test_one_swapped_block_fewer_with_the_same_slots_would_not_fit(
 
 
 @generated
-@given(cases(), st.integers(0, 4 * GIB))
+@given(any_way, st.integers(0, 4 * GIB))
 def test_more_memory_on_the_card_never_swaps_more(case: tuple[ModelProfile, SwapSettings, Facts], more: int) -> None:
     profile, chosen, known = case
     plan, _ = planned(*case)
@@ -138,7 +170,7 @@ def test_more_memory_on_the_card_never_swaps_more(case: tuple[ModelProfile, Swap
 
 
 @generated
-@given(cases())
+@given(automatic)
 def test_nothing_is_swapped_exactly_when_everything_fits(case: tuple[ModelProfile, SwapSettings, Facts]) -> None:
     profile, _, _ = case
     plan, budget = planned(*case)
@@ -147,7 +179,7 @@ def test_nothing_is_swapped_exactly_when_everything_fits(case: tuple[ModelProfil
 
 
 @generated
-@given(cases())
+@given(any_way)
 def test_planning_again_with_our_weights_in_place_gives_the_same_plan(
     case: tuple[ModelProfile, SwapSettings, Facts],
 ) -> None:
@@ -161,6 +193,23 @@ def test_planning_again_with_our_weights_in_place_gives_the_same_plan(
     held = {"host": host, "slab_bytes": plan.slab_bytes, "staging_bytes": plan.staging_bytes}
     adopted = replace(known, memory=memory, own_bytes=plan.device_bytes, **held)
     assert make_plan(profile, chosen, adopted) == plan
+
+
+@settings(generated, max_examples=100)
+@given(any_way)
+def test_on_a_card_that_shares_the_hosts_memory_only_a_user_swaps_and_no_plan_takes_more_than_there_is(
+    case: tuple[ModelProfile, SwapSettings, Facts],
+) -> None:
+    profile, chosen, known = case
+    known = replace(known, spec=replace(known.spec, is_integrated=True))
+    plan, budget = planned(profile, chosen, known)
+    assert plan.swapped_count == 0 or not chosen.auto_hardware_tuning
+    assert plan.over_ceiling == (plan.device_bytes > budget.weight_bytes)
+    assert plan.device_bytes <= known.memory.free_bytes
+    assert plan.pinned_bytes <= most_pinned(known)
+    memory = replace(known.memory, free_bytes=known.memory.free_bytes - plan.device_bytes)
+    assume(plan.staging_bytes == 0)  # they come and go with the plan
+    assert make_plan(profile, chosen, replace(known, memory=memory, own_bytes=plan.device_bytes)) == plan
 
 
 @pytest.mark.parametrize("uneven", [False, True])

@@ -55,6 +55,11 @@ SWAPPED = plan(
     streams=4,
     device_bytes=7 * GIB,
     streamed_bytes=7_000_000_000,
+    tuning=(
+        "tier RTX 5090/4090: at most 16 streams, 90% of what is available, since NVIDIA GeForce RTX 4090 is in the "
+        "table of tiers",
+        "link: 25.0 GB/s with 4 streams, as fast as with up to 16",
+    ),
     tiers=tuple((HostTier.PINNED if i < 36 else HostTier.STAGED) if i % 2 else None for i in range(40)),
 )
 SAMPLES = Samples(
@@ -133,12 +138,14 @@ def test_a_summary_puts_what_was_predicted_beside_what_was_measured() -> None:
         "stall per forward: 6.0 ms (0.5%) predicted; 12.5 ms (1.0%) measured in 2 timed forwards\n"
         "copied to the device: 6.90 GB once; per forward 7.00 GB planned, 7.18 GB measured at 24.1 GB/s "
         "(link 25.0 GB/s); back: nothing\n"
-        "host memory: 14.0 GiB of slabs; 13.0 GiB page-locked\n"
+        "tuning: tier RTX 5090/4090: at most 16 streams, 90% of what is available, since NVIDIA GeForce RTX 4090 is in "
+        "the table of tiers; link: 25.0 GB/s with 4 streams, as fast as with up to 16\n"
+        "host memory: 14.0 GiB of slabs; 13.0 GiB page-locked; not page-locked: a slab expects 100 bytes of the pin "
+        "budget but 10 are left\n"
         "the loader keeps 12.0 GiB of the same weights beside the slabs\n"
         "120 samples: GPU busy 93 % (at most 100 %); VRAM in use at most 11.0 GiB; RAM of this process at most "
         "30.0 GiB; RAM available at least 20.0 GiB\n"
         "planned again: the settings have changed\n"
-        "not page-locked: a slab expects 100 bytes of the pin budget but 10 are left\n"
         "note: the trace is in traces/trace.json"
     )
 
@@ -146,6 +153,7 @@ def test_a_summary_puts_what_was_predicted_beside_what_was_measured() -> None:
 def test_a_summary_has_at_most_12_lines_whatever_the_texts_hold() -> None:
     many = tuple(f"reason {i}\nover two lines" for i in range(50))
     report = replace(changed(refusals=many, replans=many), title="two\nlines", notes=many)
+    report = replace(report, plan=replace(SWAPPED, tuning=many))
     assert len(summary(report).splitlines()) == 12
 
 
@@ -221,7 +229,16 @@ def test_the_same_text_is_named_once_with_how_often_it_came() -> None:
 
 
 def test_of_many_texts_the_first_are_named_and_the_others_counted() -> None:
-    assert line(changed(refusals=tuple("abcde")), "not page-locked") == "not page-locked: a; b; c; and 2 more"
+    assert line(changed(refusals=tuple("abcde")), "host").endswith("; not page-locked: a; b; c; and 2 more")
+
+
+def test_what_was_refused_is_said_of_a_run_without_slabs_too() -> None:
+    report = changed(refusals=("a",), slab_bytes=0, pinned_bytes=0)
+    assert line(report, "not page-locked") == "not page-locked: a"
+
+
+def test_streams_that_were_not_chosen_by_the_link_have_no_line_on_tuning() -> None:
+    assert line(replace(FULL, plan=replace(SWAPPED, tuning=())), "tuning") == ""
 
 
 def test_times_of_some_blocks_alone_are_refused() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from run_bench import BLOCK, COUNT, Bench, CountingSampler, interrupt
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
+from wanvideo_enhanced_blockswap.blockswap.report_text import summary
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 
 
@@ -60,6 +61,24 @@ def test_a_summary_of_at_most_12_lines_is_logged_when_a_run_is_over_and_once(cap
     assert len(said) == 1
     assert 3 < len(said[0].splitlines()) <= 12
     assert said[0].startswith("Model on RTX 4090: 5 of 8 blocks swapped (5 pinned), 2 slots")
+
+
+def test_the_summary_tells_the_tiers_limit_and_the_links_choice_unless_the_streams_were_given() -> None:
+    settings = {
+        "automatic": SwapSettings(),
+        "by hand": SwapSettings(auto_hardware_tuning=False, blocks_to_swap=5, num_cuda_streams=4),
+    }
+    said = {}
+    for name, chosen in settings.items():
+        bench = Bench(room=5, settings=chosen)
+        bench.forward(times=4)
+        bench.run.release()
+        assert bench.run.last_report is not None
+        said[name] = [text for text in summary(bench.run.last_report).splitlines() if text.startswith("tuning")]
+    (tuned,) = said["automatic"]
+    assert tuned.startswith("tuning: tier RTX 5090/4090: at most 16 streams, 90% of what is available, since RTX 4090")
+    assert re.search(r"; link: \d+\.\d GB/s with 1 stream$", tuned)
+    assert said["by hand"] == []
 
 
 def test_debug_mode_logs_the_briefs_lines_a_table_of_blocks_and_writes_a_trace(

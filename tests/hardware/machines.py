@@ -249,6 +249,11 @@ def rx_6800(**changes: Any) -> Card:
     return Card(**{"name": "AMD Radeon RX 6800", "sysfs": radeon_files(15.98, 0.3)} | common | changes)
 
 
+def rx_7900_xt(**changes: Any) -> Card:
+    common = {"total": gib(19.98), "free": gib(19.6), "units": 42, "bus": 3, "architecture": "gfx1100"}
+    return Card(**{"name": "AMD Radeon RX 7900 XT", "sysfs": radeon_files(19.98, 0.4)} | common | changes)
+
+
 def rx_7900_xtx(**changes: Any) -> Card:
     common = {"total": gib(23.98), "free": gib(23.5), "units": 48, "bus": 3, "architecture": "gfx1100"}
     return Card(**{"name": "AMD Radeon RX 7900 XTX", "sysfs": radeon_files(23.98, 0.5)} | common | changes)
@@ -575,23 +580,28 @@ AMD = (
         label="RX 6800 16GB, Linux, no amdsmi", host=linux(31.2, 26), hip="6.4", cards=(rx_6800(),), link=RADEON_LINUX
     ),
     Machine(
+        label="RX 6800 16GB, Windows",
+        host=windows(31.9, 22),
+        hip="7.13",  # the first release of wheels for Windows with this chip
+        cards=(rx_6800(total=16368 * MIB, free=16218 * MIB),),
+        link=RADEON_WINDOWS,
+        warnings=1,
+    ),
+    Machine(
         label="RX 7900 XT 20GB, Linux, amdsmi",
         host=linux(62.7, 55),
         hip="6.4",
-        cards=(
-            Card(
-                name="AMD Radeon RX 7900 XT",
-                total=gib(19.98),
-                free=gib(19.6),
-                units=42,
-                bus=3,
-                architecture="gfx1100",
-                sysfs=radeon_files(19.98, 0.4),
-                vram_usage={"vram_total": 20464, "vram_used": 380},
-            ),
-        ),
+        cards=(rx_7900_xt(vram_usage={"vram_total": 20464, "vram_used": 380}),),
         amdsmi=None,
         link=RADEON_LINUX,
+    ),
+    Machine(
+        label="RX 7900 XT 20GB, Windows",
+        host=windows(63.9, 50),
+        hip="6.4",
+        cards=(rx_7900_xt(total=20464 * MIB, free=20314 * MIB),),
+        link=RADEON_WINDOWS,
+        warnings=1,
     ),
     Machine(
         label="RX 7900 XTX 24GB, Linux, amdsmi raises KeyError at import",

@@ -114,10 +114,11 @@ def test_the_cpu_has_a_pageable_figure_and_no_pinned_one():
     assert speed.pageable > 0
 
 
-def test_a_slow_pageable_copy_is_made_only_twice(monkeypatch):
+def test_a_pageable_copy_that_is_slow_however_small_is_made_only_twice(monkeypatch):
     readings = iter([0.0, 0.9, 1.0, 1.9])
     monkeypatch.setattr(time, "perf_counter", lambda: next(readings))
-    assert measure_link(CPU, nbytes=NBYTES).pageable == pytest.approx(NBYTES / 0.9)
+    second = int(NBYTES / 0.9 * 0.010)  # what the first lets 10 ms expect
+    assert measure_link(CPU, nbytes=NBYTES).pageable == pytest.approx(second / 0.9)
 
 
 def test_a_measurement_works_inside_inference_mode():
@@ -180,12 +181,110 @@ def test_after_a_refusal_the_pending_error_is_taken_out_and_nothing_is_unlocked(
     assert [call[0] for call in cuda.calls] == ["register", "synchronize"]
 
 
-def test_a_slow_link_is_copied_over_only_twice(measure_pinned, monkeypatch):
+def test_copies_that_are_slow_however_small_are_made_only_twice(measure_pinned, monkeypatch):
     cuda = FakeCuda(milliseconds={1: 900.0})
     copies = []
     monkeypatch.setattr(cuda, "copy_milliseconds", lambda: copies.append(1) or 900.0)
     measure_pinned(cuda, (1,))
     assert len(copies) == 2
+
+
+class SimulatedLink:
+    """Copies in virtual time: to the device at the speed of a link, inside the host's memory at the host's."""
+
+    def __init__(self, monkeypatch, target, speed, *, host_speed=11e9):
+        self.now = 0.0
+        self.sizes = []
+        self.host_seconds = 0.0
+        device = target.untyped_storage().data_ptr()
+
+        def copy(to, of, *, non_blocking=False):
+            is_device = to.untyped_storage().data_ptr() == device
+            seconds = of.nbytes / (speed if is_device else host_speed)
+            self.now += seconds
+            if is_device:
+                self.sizes.append(of.nbytes)
+            else:
+                self.host_seconds += seconds
+
+        monkeypatch.setattr(torch.Tensor, "copy_", copy)
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(FakeEvent, "record", lambda event, _stream: setattr(event, "at", self.now))
+        monkeypatch.setattr(FakeEvent, "elapsed_time", lambda event, end: (end.at - event.at) * 1e3)
+
+
+@pytest.fixture
+def simulate(monkeypatch):
+    """A whole measurement as it is made of a GPU, over a simulated link of a given speed; the link, and what came."""
+
+    def measure(speed, **changes):
+        target = torch.empty(link._NBYTES, dtype=torch.uint8)
+        simulated = SimulatedLink(monkeypatch, target, speed, **changes)
+        pageable = link._measure_pageable(target)
+        monkeypatch.setattr(torch, "cuda", FakeCuda())
+        pinned, host_copy = link._measure_pinned(target, link._STREAM_COUNTS)
+        return simulated, LinkSpeed(pinned, pageable, host_copy)
+
+    return measure
+
+
+@pytest.mark.parametrize("gigabytes", [0.5, 0.7, 1, 2, 3.2, 5, 6.7, 7, 13, 25, 55, 375])
+def test_over_no_link_of_half_a_gigabyte_per_second_or_more_does_a_measurement_copy_for_long(simulate, gigabytes):
+    simulated, found = simulate(gigabytes * 1e9)
+    assert simulated.now <= 0.6
+    # All figures are taken, so that it can be kept, and they are those of the link.
+    assert [count for count, _ in found.pinned] == list(link._STREAM_COUNTS)
+    speeds = [found.pageable, *(speed for _, speed in found.pinned)]
+    assert speeds == [pytest.approx(gigabytes * 1e9)] * len(speeds)
+    assert found.host_copy == pytest.approx(11e9)
+
+
+def test_a_slow_host_adds_little_to_the_measurement_of_a_slow_link(simulate):
+    simulated, found = simulate(0.5e9, host_speed=2e9)
+    assert simulated.now <= 0.7
+    assert found.host_copy == pytest.approx(2e9)
+
+
+@pytest.mark.parametrize("gigabytes", [7, 25])
+def test_over_a_link_of_usual_speed_every_copy_is_whole_and_each_figure_is_of_three_and_one_before(simulate, gigabytes):
+    simulated, _ = simulate(gigabytes * 1e9)
+    copies = 4 * (1 + len(link._STREAM_COUNTS))
+    assert sum(simulated.sizes) == copies * link._NBYTES
+
+
+def test_over_a_slow_link_only_the_first_copy_from_each_kind_of_memory_is_whole(simulate):
+    simulated, _ = simulate(1e9)
+    whole = [index for index, size in enumerate(simulated.sizes) if size == link._NBYTES]
+    assert whole == [0, 4]
+    cut = sum(simulated.sizes) - 2 * link._NBYTES
+    assert cut == pytest.approx(26 * 0.010 * 1e9)
+
+
+@pytest.mark.parametrize(
+    ("slow", "cut", "expected"),
+    [({0}, {1}, 25e9), ({0, 1, 2}, {1, 2, 3}, 2e9), ({2}, set(), 25e9), (set(), set(), 25e9)],
+)
+def test_copies_that_are_held_up_cut_no_copy_after_a_fast_one(slow, cut, expected):
+    pace, sizes = link._Pace(64 * MIB), []
+
+    def copy(nbytes):
+        sizes.append(nbytes)
+        return nbytes / (2e9 if len(sizes) - 1 in slow else 25e9)
+
+    assert pace.typical_speed(copy) == pytest.approx(expected)
+    assert pace.typical_speed(copy) == pytest.approx(25e9)
+    assert [index for index, size in enumerate(sizes) if size != 64 * MIB] == sorted(cut)
+
+
+def test_a_copy_is_never_cut_below_a_byte_for_each_stream():
+    pace = link._Pace(64 * MIB, least_bytes=16)
+    pace.typical_speed(lambda nbytes: nbytes / 100.0)  # bytes per second
+    assert pace.nbytes == 16
+
+
+def test_over_a_link_that_hardly_moves_each_stream_still_has_a_byte_to_copy(measure_pinned):
+    figures, _ = measure_pinned(FakeCuda(milliseconds={1: 1e9, 2: 1e9}))
+    assert figures == ((1, pytest.approx(2 / 1e6)), (2, pytest.approx(2 / 1e6)))
 
 
 def test_a_kept_measurement_is_taken_again_where_that_is_asked_and_replaced(cached):

@@ -6,10 +6,11 @@ import json
 import logging
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from wanvideo_enhanced_blockswap.hardware import MIB, LinkSpeed, measure_link
+from wanvideo_enhanced_blockswap.hardware import MIB, DeviceSpec, LinkSpeed, Vendor, link, measure_link
 from wanvideo_enhanced_blockswap.hardware.link_cache import (
     MeasurementKey,
     cache_name,
@@ -19,6 +20,8 @@ from wanvideo_enhanced_blockswap.hardware.link_cache import (
 
 KEY = MeasurementKey("RTX 4090", "GPU-1", "0000:01:00.0", "580.1", "2.13.0", (1, 2, 4), 64 * MIB)
 SPEED = LinkSpeed(((1, 20e9), (2, 24e9), (4, 24.5e9)), 9e9, 12e9)
+CARD = DeviceSpec("RTX 4090", Vendor.NVIDIA, "cpu", "GPU-1", "0000:01:00.0", 128, False, "580.1", None, None)
+"""A card whose copies stay inside the host's memory."""
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such files")
 
 
@@ -28,6 +31,20 @@ def kept(tmp_path):
     path = tmp_path / cache_name(KEY)
     keep_measurement(path, KEY, SPEED)
     return path
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """How often the link of a card has been measured after it was asked for once more."""
+    times = []
+    monkeypatch.setattr(link, "_measure", lambda *_: times.append(1) or SPEED)
+
+    def measure(card):
+        monkeypatch.setattr(link, "probe_device", lambda _device: card)
+        assert measure_link(torch.device("cpu"), cache_dir=tmp_path, stream_counts=(1, 2, 4)) == SPEED
+        return len(times)
+
+    return measure
 
 
 def poison(path, **changes):
@@ -45,6 +62,32 @@ def refused(path, caplog):
 def test_a_measurement_comes_back_as_it_was_kept(kept, caplog):
     assert read_measurement(kept, KEY) == SPEED
     assert not caplog.records
+
+
+def test_the_same_card_is_measured_once(measured):
+    assert [measured(CARD), measured(CARD)] == [1, 1]
+
+
+@pytest.mark.parametrize("change", [{"driver": "581.57"}, {"driver": None}])
+def test_another_driver_measures_again_and_takes_the_place_of_the_one_before(measured, tmp_path, change):
+    other = replace(CARD, **change)
+    assert [measured(CARD), measured(other), measured(other), measured(CARD)] == [1, 2, 2, 3]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"uuid": "GPU-2"}, {"uuid": None}, {"pci_bus_id": "0000:21:00.0"}, {"pci_bus_id": None}, {"name": "RTX 3090"}],
+)
+def test_each_card_has_a_measurement_of_its_own_and_both_are_kept(measured, tmp_path, change):
+    other = replace(CARD, **change)
+    assert [measured(CARD), measured(other), measured(CARD), measured(other)] == [1, 2, 2, 2]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("field", ["name", "uuid", "pci_bus_id", "driver", "torch_version"])
+def test_a_record_whose_key_differs_in_anything_is_not_believed(kept, field):
+    assert read_measurement(kept, replace(KEY, **{field: "another"})) is None
 
 
 NO_SPEEDS = [

@@ -48,6 +48,13 @@ def test_there_are_at_least_40_machines_and_no_two_of_one_name():
     assert len(BY_LABEL) == len(MACHINES) >= 40
 
 
+@pytest.mark.parametrize("name", ["RX 6800", "RX 7900 XT", "RX 7900 XTX", "RX 9070 XT"])
+def test_each_radeon_is_there_with_hip_on_linux_and_on_windows(name, every_reading):
+    found = [machine for machine in MACHINES if machine.hip and machine.cards[0].name == f"AMD Radeon {name}"]
+    platforms = {every_reading[machine.label].host.platform for machine in found if len(machine.cards) == 1}
+    assert {HostPlatform.LINUX, HostPlatform.WINDOWS} <= platforms
+
+
 def test_readings_and_plans_are_those_of_the_table(rows, every_reading, every_plan):
     found = [(machine, every_reading[machine.label], every_plan[machine.label]) for machine in MACHINES]
     before, now = GOLDEN.read_text(encoding="utf-8"), table(found, rows)

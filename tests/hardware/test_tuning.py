@@ -1,9 +1,22 @@
-"""The table of tiers, the formula for unknown GPUs, and the GPUs that can be planned for."""
+"""The table of tiers, the formula for unknown GPUs, what a tier and a link give, and the GPUs to be planned for."""
 
 from __future__ import annotations
 
 import pytest
-from wanvideo_enhanced_blockswap.hardware import GIB, DeviceSpec, Vendor, find_gpu, tier_for
+from wanvideo_enhanced_blockswap.hardware import (
+    GIB,
+    DeviceSpec,
+    HostMemory,
+    HostPlatform,
+    LinkSpeed,
+    Vendor,
+    find_gpu,
+    tier_for,
+    tune,
+)
+
+RISING = LinkSpeed(tuple((count, count * 2e9) for count in (1, 2, 4, 8, 12, 16)), 1e9)
+"""A link that is the faster the more streams copy."""
 
 
 def tier(name, *, units=None, threshold=50.0):
@@ -72,6 +85,69 @@ def test_a_large_unknown_gpu_follows_the_formula(units, threshold, expected):
     assert tier("NVIDIA H200", units=units, threshold=threshold) == expected
 
 
+def tuned(name, link, *, vendor=Vendor.NVIDIA, platform=HostPlatform.LINUX, units=82):
+    """The automatic settings of a card in a host of 64 GiB."""
+    spec = DeviceSpec(name, vendor, "cuda:0", None, None, units, None, None, None, None)
+    host = HostMemory(64 * GIB, 60 * GIB, None, None, platform, in_container=False)
+    return tune(spec, host, link, vram_threshold_percent=50.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "units", "limit", "streams"),
+    [
+        ("NVIDIA GeForce RTX 4090", 128, 16, 16),
+        ("NVIDIA GeForce RTX 3090", 82, 12, 12),
+        ("AMD Radeon RX 7900 XT", 42, 10, 8),
+        ("NVIDIA GeForce RTX 3060", 28, 8, 8),
+        ("NVIDIA H200", 132, 13, 12),
+    ],
+)
+def test_no_more_streams_are_taken_than_the_tier_allows_however_fast_they_are(name, units, limit, streams):
+    found = tuned(name, RISING, units=units)
+    assert (found.tier.max_streams, found.streams, found.pin) == (limit, streams, True)
+    assert found.reasons[1] == f"link: {2 * streams}.0 GB/s with {streams} streams"
+
+
+def test_below_the_tiers_limit_the_fewest_streams_that_are_as_fast_are_taken():
+    link = LinkSpeed(((1, 20e9), (2, 24.8e9), (4, 25e9), (8, 25e9), (16, 40e9)), None)
+    found = tuned("NVIDIA GeForce RTX 3090", link)
+    assert found.streams == 2
+    assert found.reasons == (
+        "tier RTX 3090/3080: at most 12 streams, 80% of what is available, since NVIDIA GeForce RTX 3090 is in the "
+        "table of tiers",
+        "link: 24.8 GB/s with 2 streams, as fast as with up to 8",
+    )
+
+
+def test_one_stream_is_named_as_one():
+    assert tuned("RTX 4090", LinkSpeed(((1, 25e9), (2, 25e9)), None)).reasons[1] == (
+        "link: 25.0 GB/s with 1 stream, as fast as with up to 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("link", "options", "pin", "said"),
+    [
+        (None, {}, True, "the link is not measured: 1 stream"),
+        (LinkSpeed((), None), {}, True, "the link is not measured: 1 stream"),
+        (LinkSpeed((), 8e9), {}, False, "the driver refused to page-lock memory"),
+        (RISING, {"vendor": Vendor.AMD, "platform": HostPlatform.WINDOWS}, False, "stalls AMD GPUs on Windows"),
+        (
+            LinkSpeed(((1, 12e9),), 12.4e9),
+            {"vendor": Vendor.AMD},
+            False,
+            "no faster than from pageable memory here (12.0 against 12.4 GB/s)",
+        ),
+    ],
+)
+def test_where_streams_cannot_be_chosen_there_is_one_and_the_reasons_are_the_tier_and_why(link, options, pin, said):
+    found = tuned("AMD Radeon RX 6800", link, **options)
+    assert (found.streams, found.pin) == (1, pin)
+    tier, why = found.reasons
+    assert tier.startswith("tier other GPUs: at most 8 streams, 70% of what is available, since AMD Radeon RX 6800 is ")
+    assert said in why
+
+
 def test_the_reason_names_the_gpu_and_its_compute_units():
     spec = DeviceSpec("NVIDIA H200", Vendor.NVIDIA, "cuda:0", None, None, 132, None, None, None, None)
     reason = tier_for(spec, vram_threshold_percent=50.0).reason
@@ -130,4 +206,3 @@ def test_the_figures_of_a_known_gpu_are_in_bytes_and_operations_per_second():
     assert gpu.total_bytes == 24 * GIB
     assert gpu.linear_flops == pytest.approx(150e12)
     assert gpu.attention_flops == pytest.approx(130e12)
-    assert gpu.link_bytes_per_second == pytest.approx(25e9)

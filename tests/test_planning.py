@@ -1,0 +1,80 @@
+"""What a plan takes from readings, tier and link, and which of their sentences it passes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from wanvideo_enhanced_blockswap.blockswap.layout import BlockProfile, ModelProfile, Placement, TensorProfile
+from wanvideo_enhanced_blockswap.blockswap.planning import Facts, make_plan
+from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
+from wanvideo_enhanced_blockswap.hardware import (
+    GIB,
+    MIB,
+    DeviceMemory,
+    DeviceSpec,
+    HostMemory,
+    HostPlatform,
+    LinkSpeed,
+    Vendor,
+)
+
+MODEL = ModelProfile(
+    tuple(BlockProfile(f"blocks.{i}", (TensorProfile("w", 400 * MIB, Placement.STREAMED),)) for i in range(20))
+)
+"""20 blocks of 400 MiB, 7.8 GiB."""
+FACTS = Facts(
+    spec=DeviceSpec("NVIDIA GeForce RTX 3090", Vendor.NVIDIA, "cuda:0", None, None, 82, False, None, None, None),
+    memory=DeviceMemory(12 * GIB, 11 * GIB, "a test"),
+    host=HostMemory(64 * GIB, 60 * GIB, None, None, HostPlatform.LINUX, in_container=False),
+    link=LinkSpeed(((1, 20e9), (4, 25e9), (8, 25e9), (16, 50e9)), 8e9),
+)
+TIER = (
+    "tier RTX 3090/3080: at most 12 streams, 80% of what is available, since NVIDIA GeForce RTX 3090 is in the table "
+    "of tiers"
+)
+KNEE = "link: 25.0 GB/s with 4 streams, as fast as with up to 8"
+BY_HAND = SwapSettings(auto_hardware_tuning=False, blocks_to_swap=12, num_cuda_streams=6)
+ROOM = DeviceMemory(48 * GIB, 47 * GIB, "a test")
+
+
+@pytest.mark.parametrize("chosen", [SwapSettings(), BY_HAND], ids=["automatic", "by hand"])
+@pytest.mark.parametrize("memory", [FACTS.memory, ROOM], ids=["some swapped", "all fits"])
+def test_a_plan_that_stands_on_an_estimate_says_so_last(memory: DeviceMemory, chosen: SwapSettings) -> None:
+    estimate = replace(memory, source="mem_get_info less 15 %", is_estimate=True)
+    made = make_plan(MODEL, chosen, replace(FACTS, memory=estimate))
+    assert made.reasons[-1] == "free device memory is an estimate: mem_get_info less 15 %"
+
+
+@pytest.mark.parametrize("chosen", [SwapSettings(), BY_HAND], ids=["automatic", "by hand"])
+def test_a_plan_that_stands_on_a_reading_has_no_word_of_estimates(chosen: SwapSettings) -> None:
+    assert not [reason for reason in make_plan(MODEL, chosen, FACTS).reasons if "estimate" in reason]
+
+
+def test_a_plan_that_swaps_tells_the_tiers_limit_and_the_streams_that_the_link_chose_below_it() -> None:
+    made = make_plan(MODEL, SwapSettings(), FACTS)
+    assert made.swapped_count > 0
+    assert made.streams == 4
+    assert made.tuning == (TIER, KNEE)
+    assert made.reasons[-2:] == made.tuning
+
+
+@pytest.mark.parametrize("changes", [{"memory": ROOM}, {"spec": replace(FACTS.spec, is_integrated=True)}])
+def test_where_nothing_is_copied_there_are_no_streams_to_tell_of(changes: dict[str, Any]) -> None:
+    """The tier's share is told all the same where it decides, by the sentence on the budget."""
+    made = make_plan(MODEL, SwapSettings(), replace(FACTS, **changes))
+    assert (made.swapped_count, made.streamed_bytes, made.tuning) == (0, 0, ())
+    assert not [reason for reason in made.reasons if reason.startswith(("tier", "link"))]
+
+
+def test_the_tiers_share_is_told_where_it_decides_although_nothing_is_swapped() -> None:
+    made = make_plan(MODEL, SwapSettings(vram_threshold_percent=90), replace(FACTS, memory=ROOM))
+    assert made.swapped_count == 0
+    assert any("set by 80% of the 42.2 GiB available" in reason for reason in made.reasons)
+
+
+def test_by_hand_the_streams_are_those_asked_for_and_nobody_speaks_of_tiers() -> None:
+    made = make_plan(MODEL, BY_HAND, FACTS)
+    assert (made.swapped_count, made.streams, made.tuning) == (12, 6, ())
+    assert not [reason for reason in made.reasons if reason.startswith(("tier", "link"))]
