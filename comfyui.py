@@ -26,6 +26,7 @@ from .blockswap.run import SwapRun
 from .blockswap.settings import SwapSettings, node_of
 from .blockswap.stored import profile_tensors
 from .blockswap.wanvideo import find_wrapper
+from .blockswap.wiring import wrong_with_setting
 from .hardware import (
     GIB,
     READING_FAILURES,
@@ -86,7 +87,8 @@ class ComfyUI:
         """The gate, installed.
 
         Raises:
-            WrapperError: The wrapper is absent or has changed.
+            WrapperMissingError: The wrapper is absent.
+            WrapperError: It has changed, or is too old.
         """
         if self._gate is not None and not self._gate.is_whole:
             self._gate.restore()
@@ -98,6 +100,7 @@ class ComfyUI:
                 find_wrapper(nodes.NODE_CLASS_MAPPINGS),
                 self._make_run,
                 on_begin=self._on_begin,
+                on_set=self._on_set,
                 keeps_slabs=lambda: self._preferences().keep_host_slabs,
             )
         self._gate.install()
@@ -189,6 +192,15 @@ class ComfyUI:
         self._pin_budget()
         node = node_of(arguments)
         run.teller.tell = None if node is None else self.progress_on(node)
+
+    def _on_set(self, patcher: Any, arguments: Any) -> None:
+        wrong = wrong_with_setting(patcher, arguments)
+        if wrong is None:
+            return
+        if wrong.in_vain is None:
+            self.say_once(wrong.why)
+        else:
+            self.say_off(wrong.why, node=node_of(wrong.in_vain))
 
     def _pin_budget(self) -> PinBudget:
         """What may be page-locked by the user's present settings."""

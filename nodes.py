@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from .blockswap.errors import BlockSwapError, WrapperError
+from .blockswap.errors import BlockSwapError, WrapperError, WrapperMissingError
 from .blockswap.report_text import plan_text, summary
-from .blockswap.settings import EVERY_BLOCK, SwapSettings, is_ours
+from .blockswap.settings import EVERY_BLOCK, NODE_KEY, SwapSettings, is_ours
+from .blockswap.wiring import arguments_of, is_theirs, why_not_the_wrappers
 from .comfyui import ComfyUI
 from .hardware import HardwareUnavailableError
 from .widgets import MODEL, SHAPE_WIDGETS, SWAP_WIDGETS
@@ -18,6 +19,12 @@ COMFYUI = ComfyUI()
 """Of this process. Nothing is asked of it before a node runs."""
 
 CATEGORY = "WanVideoWrapper/Enhanced"
+
+NOT_FOLLOWED = (
+    "the model here has another node's block_swap_args, with which the wrapper swaps by itself: this plan is followed "
+    "only if WanVideo Set BlockSwap gives it ours behind this node"
+)
+"""Below a plan for a model that has come with other arguments."""
 
 
 class WanVideoEnhancedBlockSwap:
@@ -33,7 +40,8 @@ class WanVideoEnhancedBlockSwap:
     DESCRIPTION = (
         "Runs Wan models that are larger than the GPU: blocks that do not fit stay in host memory and stream to the "
         "GPU while it computes the ones before. The number of blocks is chosen automatically; outputs are exactly "
-        "those of the unswapped model."
+        "those of the unswapped model. For models of WanVideo Model Loader: ComfyUI offloads its own native Wan models "
+        "(MODEL) by itself."
     )
     SEARCH_ALIASES = ("block swap", "offload", "low vram", "vram", "oom", "out of memory", "low memory")
 
@@ -51,8 +59,10 @@ class WanVideoEnhancedBlockSwap:
         try:
             COMFYUI.install_gate()
         except WrapperError as failure:
-            COMFYUI.say_off(f"{failure}; until then the wrapper's own, slower swapping is used", node=unique_id)
-            return (native_arguments(settings),)
+            is_there = not isinstance(failure, WrapperMissingError)
+            meanwhile = f"; until then {_native_swapping(settings)}" if is_there else ""
+            COMFYUI.say_off(f"{failure}{meanwhile}", node=unique_id)
+            return (native_arguments(settings, node=unique_id),)
         return (settings.to_blockswapargs(node=unique_id),)
 
 
@@ -81,15 +91,17 @@ class WanVideoBlockSwapPlan:
         return model, block_swap_args, self._text(model, block_swap_args, (width, height, num_frames))
 
     def _text(self, model: Any, block_swap_args: Any, shape: tuple[int, int, int]) -> str:
-        if not is_ours(block_swap_args):
-            return "nothing is planned: the arguments are not those of WanVideo Enhanced BlockSwap"
+        why_not = why_not_the_wrappers(model)
         try:
+            if why_not is not None or not is_ours(block_swap_args):
+                return f"nothing is planned: {why_not or _why_not_ours(block_swap_args)}"
             settings = SwapSettings.from_blockswapargs(block_swap_args)
             assert settings is not None, "is_ours has found them"
             plan, card = COMFYUI.preview(model, settings, shape)
         except (BlockSwapError, HardwareUnavailableError) as failure:
             return str(failure)
-        return plan_text(plan, card=card, budget_bytes=plan.budget_bytes)
+        text = plan_text(plan, card=card, budget_bytes=plan.budget_bytes)
+        return f"{text}\n- {NOT_FOLLOWED}" if is_theirs(arguments_of(model)) else text
 
 
 class WanVideoBlockSwapReport:
@@ -109,16 +121,53 @@ class WanVideoBlockSwapReport:
         return {"required": {"samples": samples, "model": MODEL}}
 
     def report(self, samples: Any, model: Any) -> tuple[Any, str]:
-        gate = COMFYUI.gate
-        run = None if gate is None else gate.run_of(model.model.diffusion_model)
-        found = None if run is None else run.report()
-        if found is None:
-            return samples, "no block was swapped by WanVideo Enhanced BlockSwap; connect its node to the model"
-        return samples, summary(found)
+        return samples, self._text(model)
+
+    def _text(self, model: Any) -> str:
+        why_not, gate = why_not_the_wrappers(model), COMFYUI.gate
+        if why_not is None and gate is not None:
+            run = gate.run_of(model.model.diffusion_model)
+            found = None if run is None else run.report()
+            if found is not None:
+                return summary(found)
+        try:
+            why_not = why_not or _why_not_ours(arguments_of(model))
+        except HardwareUnavailableError as failure:
+            why_not = str(failure)
+        return f"no block was swapped by WanVideo Enhanced BlockSwap: {why_not}"
 
 
-def native_arguments(settings: SwapSettings) -> dict[str, object]:
-    """Arguments for the wrapper's own swapping: the user's counts, or every block where they were left to us."""
+def _why_not_ours(arguments: Any) -> str:
+    """Why nothing is swapped by us for a model with these BLOCKSWAPARGS."""
+    if arguments is None:
+        # Our node gives None where device or flags forbid what the defaults ask for; some of them obey a count by hand.
+        why_not = COMFYUI.why_not_swapped(SwapSettings())
+        if why_not is None:
+            return "no arguments are connected; connect those of WanVideo Enhanced BlockSwap"
+        return f"this device runs without swapping: {why_not}"
+    if is_ours(arguments):
+        return "no forward has run with its arguments; connect the model that goes into the sampler"
+    if is_theirs(arguments):
+        return "the block_swap_args are another node's; connect those of WanVideo Enhanced BlockSwap in their place"
+    return "the wrapper's own swapping is used; the log says why"
+
+
+def _native_swapping(settings: SwapSettings) -> str:
+    """What comes of `native_arguments`."""
+    if settings.auto_hardware_tuning:
+        return "the wrapper's own, slower swapping is used, with every block"
+    if not settings.blocks_to_swap:
+        return "nothing is swapped, since blocks_to_swap is 0"
+    return f"the wrapper's own, slower swapping is used, with blocks_to_swap = {settings.blocks_to_swap}"
+
+
+def native_arguments(settings: SwapSettings, *, node: str | None) -> dict[str, object]:
+    """Arguments for the wrapper's own swapping: the user's counts, or every block where they were left to us.
+
+    Args:
+        settings: What the user asked for.
+        node: Id of the node that gives them; None if there is none.
+    """
     is_auto = settings.auto_hardware_tuning
     return {
         "blocks_to_swap": EVERY_BLOCK if is_auto else settings.blocks_to_swap,
@@ -128,6 +177,7 @@ def native_arguments(settings: SwapSettings) -> dict[str, object]:
         "use_non_blocking": False,
         "prefetch_blocks": 0,
         "block_swap_debug": settings.debug_mode,
+        NODE_KEY: node,
     }
 
 

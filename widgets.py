@@ -88,7 +88,13 @@ _switch(
     advanced=True,
 )
 
-MODEL = ("WANVIDEOMODEL", {"tooltip": "The model from WanVideo Model Loader or a node after it."})
+MODEL = (
+    "WANVIDEOMODEL",
+    {
+        "tooltip": "The model from WanVideo Model Loader or a node after it. A native MODEL does not fit: ComfyUI "
+        "offloads its own Wan models by itself."
+    },
+)
 
 SHAPE_WIDGETS: dict[str, Widget] = {
     "width": ("INT", {"default": 832, "min": 64, "max": 8192, "step": 16, "tooltip": "Width of the video in pixels."}),

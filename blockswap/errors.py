@@ -3,8 +3,9 @@
     BlockSwapError
     |-- SettingsError           a widget or option has a value that cannot be meant
     |-- UnsupportedModelError   the module cannot be block-swapped (no blocks, meta tensors, grad enabled)
-    |-- WrapperError            ComfyUI-WanVideoWrapper is absent, has changed, or is set up in a way that cannot be
-    |                           swapped
+    |-- WrapperError            ComfyUI-WanVideoWrapper has changed, is too old, or is set up in a way that cannot be
+    |   |                       swapped
+    |   `-- WrapperMissingError it is not there
     |-- CheckpointError         a model file is truncated, unreadable or not a Wan model
     |-- PlanError               no plan fits the memory there is
     |-- HostMemoryError         host memory could not hold or page-lock what the plan needs
@@ -30,7 +31,11 @@ class UnsupportedModelError(BlockSwapError):
 
 
 class WrapperError(BlockSwapError):
-    """ComfyUI-WanVideoWrapper is absent, has changed, or is set up in a way that cannot be swapped."""
+    """ComfyUI-WanVideoWrapper has changed, is too old, or is set up in a way that cannot be swapped."""
+
+
+class WrapperMissingError(WrapperError):
+    """ComfyUI-WanVideoWrapper is not there."""
 
 
 class CheckpointError(BlockSwapError):

@@ -30,6 +30,7 @@ from .wanvideo import (
     BEGIN,
     END,
     LOAD,
+    SET,
     Wrapper,
     blocks_as_they_stand,
     check_transformer,
@@ -56,6 +57,9 @@ SCARCE_HOST_SHARE = 0.05
 OnBegin = Callable[["SwapRun", Mapping[str, Any]], None]
 """Told of a run and of our arguments each time it begins, before anything is planned."""
 
+OnSet = Callable[[Any, Any], None]
+"""Told of a loaded model, and of the arguments that WanVideoSetBlockSwap is about to give it."""
+
 MakeRun = Callable[[nn.Module, Any, SwapSettings], "SwapRun | None"]
 """Makes the run of a transformer with its blocks and settings; None where its device cannot be swapped on."""
 
@@ -67,6 +71,7 @@ class Gate:
         wrapper: The wrapper as found and checked.
         make_run: Makes the run of a transformer.
         on_begin: Told when a run begins.
+        on_set: Told when a loaded model gets other arguments.
         keeps_slabs: Whether slabs are kept for the next run, as far as memory allows.
     """
 
@@ -76,11 +81,13 @@ class Gate:
         make_run: MakeRun,
         *,
         on_begin: OnBegin | None = None,
+        on_set: OnSet | None = None,
         keeps_slabs: Callable[[], bool] = lambda: True,
     ) -> None:
         self._wrapper = wrapper
         self._make_run = make_run
         self._on_begin = on_begin
+        self._on_set = on_set
         self._keeps_slabs = keeps_slabs
         self._guests: weakref.WeakKeyDictionary[nn.Module, Guest] = weakref.WeakKeyDictionary()
         self._watched: list[Watched] = []
@@ -91,7 +98,7 @@ class Gate:
         return bool(self._watched) and all(watched.is_whole for watched in self._watched)
 
     def install(self) -> None:
-        """Watches the three functions wherever they are held; idempotent."""
+        """Watches the wrapper's functions wherever they are held; idempotent."""
         if self._watched:
             return
         holders = self._wrapper.holders
@@ -100,6 +107,7 @@ class Gate:
             Watched(BEGIN, holders[BEGIN], self._before_begin, self._without_counts),
             # The wrapper's own offload is owed to what follows, whatever we make of it.
             Watched(END, holders[END], self._before_end, self._without_counts, always=True),
+            Watched(SET, holders[SET], self._before_set),
         ]
 
     def restore(self) -> None:
@@ -115,6 +123,11 @@ class Gate:
         guest = self._guests.get(unwrapped(transformer))
         return None if guest is None else guest.run
 
+    def _before_set(self, _: Any, arguments: Mapping[str, Any]) -> None:
+        """A loaded model gets other arguments: what is in vain by that can be told here alone."""
+        if self._on_set is not None:
+            self._on_set(arguments.get("model"), arguments.get("block_swap_args"))
+
     def _before_load(self, transformer: Any, arguments: Mapping[str, Any]) -> None:
         """Old residents and new weights must not stand side by side. What cannot run is refused before any is moved."""
         transformer, swap_args = unwrapped(transformer), arguments.get("block_swap_args")
@@ -122,6 +135,7 @@ class Gate:
         if swap_args is not None and is_ours(swap_args):
             SwapSettings.from_blockswapargs(swap_args)
             refuse_cuda_graphs(arguments.get("compile_args"))
+            refuse_vram_management(transformer)
             if guest is not None:
                 guest.disarm()
                 guest.release()
@@ -150,7 +164,7 @@ class Gate:
     def _begin(self, outer: Any, transformer: Any, swap_args: Any, model: Any) -> None:
         check_transformer(transformer)
         refuse_cuda_graphs(entry(model, "compile_args"))
-        refuse_vram_management(model)
+        refuse_vram_management(transformer, model)
         settings = SwapSettings.from_blockswapargs(swap_args)
         assert settings is not None, "is_ours has found them"
         guest = self._guests.get(transformer)

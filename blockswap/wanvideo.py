@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .architecture import WanArchitecture, activation_bytes
-from .errors import WrapperError
+from .errors import WrapperError, WrapperMissingError
 from .experience import Workload
 from .profile import blocks_of
 from .settings import EVERY_BLOCK
@@ -23,10 +23,14 @@ from .settings import EVERY_BLOCK
 LOAD, BEGIN, END = "load_weights", "init_blockswap", "offload_transformer"
 """Called when a run loads its weights, when it begins, and when it is over."""
 
+SET = "loadmodel"
+"""Method of the node that gives a loaded model other arguments."""
+
 PARAMETERS = {
     LOAD: ("transformer", "block_swap_args"),
     BEGIN: ("transformer", "block_swap_args", "model"),
     END: ("transformer", "remove_lora"),
+    SET: ("model", "block_swap_args"),
 }
 """Parameters that each function must have."""
 
@@ -54,10 +58,11 @@ class Wrapper:
     """The loaded wrapper.
 
     Attributes:
-        holders: For each of the three functions by name, the modules that hold it, or what another pack has made of it.
+        holders: For each of the three functions by name, the modules that hold it, or what another pack has made of it;
+            and the node class that has the method SET, in wrappers that have such a node.
     """
 
-    holders: Mapping[str, Sequence[ModuleType]]
+    holders: Mapping[str, Sequence[ModuleType | type]]
 
 
 def find_wrapper(node_classes: Mapping[str, type]) -> Wrapper:
@@ -67,15 +72,19 @@ def find_wrapper(node_classes: Mapping[str, type]) -> Wrapper:
         node_classes: ComfyUI's NODE_CLASS_MAPPINGS.
 
     Raises:
-        WrapperError: It is not installed, or lacks something we rely on; the message names all of it.
+        WrapperMissingError: It is not installed.
+        WrapperError: It lacks something we rely on; the message names all of it.
     """
     wanted = ("WanVideoModelLoader", "WanVideoSampler")
     missing = [f"node {name}" for name in wanted if name not in node_classes]
-    if missing:
-        raise WrapperError(
-            f"block swapping expects ComfyUI-WanVideoWrapper but {' and '.join(missing)} is not registered; install it "
-            "through ComfyUI Manager, or look into ComfyUI's log for why its import failed"
+    if len(missing) == len(wanted):
+        raise WrapperMissingError(
+            f"block swapping expects ComfyUI-WanVideoWrapper but neither {' nor '.join(missing)} is registered, and "
+            "nothing is swapped without it; install it through ComfyUI Manager, or look into ComfyUI's log for why its "
+            "import failed"
         )
+    if missing:
+        raise _not_as_expected(missing)
     loader, sampler = (sys.modules[node_classes[name].__module__] for name in wanted)
     functions = {LOAD: getattr(loader, LOAD, None)} | {name: getattr(sampler, name, None) for name in (BEGIN, END)}
     missing = [name for name, function in functions.items() if not callable(function)]
@@ -88,17 +97,24 @@ def find_wrapper(node_classes: Mapping[str, type]) -> Wrapper:
     ]
     missing += _missing_of_model(getattr(loader, "WanModel", None))
     if missing:
-        raise WrapperError(
-            f"ComfyUI-WanVideoWrapper has changed: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not as "
-            "expected; update WanVideo Enhanced BlockSwap"
-        )
+        raise _not_as_expected(missing)
     package = loader.__name__.rpartition(".")[0]
     inside = [module for name, module in list(sys.modules.items()) if name.startswith(f"{package}.") and module]
     holders = {
         name: tuple(module for module in inside if _is_ours_to_watch(vars(module).get(name), name))
         for name in functions
     }
-    return Wrapper(holders)
+    setter = node_classes.get("WanVideoSetBlockSwap")
+    setters = (setter,) if setter is not None and _is_ours_to_watch(vars(setter).get(SET), SET) else ()
+    return Wrapper({**holders, SET: setters})
+
+
+def _not_as_expected(missing: Sequence[str]) -> WrapperError:
+    """Whether it is newer than we know or too old cannot be told from what it lacks."""
+    return WrapperError(
+        f"ComfyUI-WanVideoWrapper has changed, or is too old: {', '.join(missing)} "
+        f"{'is' if len(missing) == 1 else 'are'} not as expected; update it and WanVideo Enhanced BlockSwap"
+    )
 
 
 def _is_ours_to_watch(found: Any, name: str) -> bool:
@@ -128,12 +144,14 @@ def refuse_cuda_graphs(compile_args: Mapping[str, Any] | None) -> None:
         )
 
 
-def refuse_vram_management(model: Any) -> None:
-    """Raises WrapperError where the wrapper's own VRAM management has the model: it moves what we hold."""
-    if entry(model, "auto_cpu_offload"):  # older wrappers have no such entry
+def refuse_vram_management(transformer: Any, model: Any = None) -> None:
+    """Raises WrapperError where the wrapper's own VRAM management has the model: it moves what we hold. Either mark
+    tells: weights are loaded without the model at hand, and older wrappers make no such entry.
+    """
+    if getattr(transformer, "vram_management_enabled", False) or entry(model, "auto_cpu_offload"):
         raise WrapperError(
             "swapped blocks expect a model without vram_management_args but got one with them: they move the same "
-            "weights; disconnect one of the two nodes"
+            "weights; disconnect vram_management_args from the loader, or WanVideo Enhanced BlockSwap"
         )
 
 

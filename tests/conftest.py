@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pretend_accelerator
@@ -57,3 +59,20 @@ def bench() -> Iterator[GateBench]:
     bench = GateBench()
     yield bench
     bench.gate.restore()
+
+
+@pytest.fixture
+def comfy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pretend_device: torch.device) -> Iterator[SimpleNamespace]:
+    """A faked ComfyUI around the stand-in wrapper, in which nothing of ours has happened yet."""
+    from fake_comfyui import faked
+
+    with faked(monkeypatch, tmp_path) as comfy:
+        yield comfy
+
+
+@pytest.fixture
+def events(comfy: SimpleNamespace) -> list[dict[str, Any]]:
+    """What the browser that has queued the prompt is sent."""
+    from fake_comfyui import watched_by_a_browser
+
+    return watched_by_a_browser()

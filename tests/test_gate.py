@@ -42,6 +42,51 @@ def test_latents_are_those_of_the_unswapped_model_and_no_weight_is_copied_back(
         assert first.h2d_bytes != truth.h2d_bytes, "a run that did not swap must not pass"
 
 
+@pytest.mark.parametrize("variant", standin.VARIANTS)
+def test_the_one_block_that_is_asked_for_comes_through_a_slot_and_no_other_does(bench: GateBench, variant: str) -> None:
+    workflow = bench.workflow(variant, arguments(1))
+    workflow.sample()
+    for transformer in workflow.transformers:
+        run = bench.gate.run_of(transformer)
+        assert run is not None
+        plan, profile, counters = run.plan, run.planner.profile, run.session.counters
+        assert plan is not None
+        assert profile is not None
+        slabs = [profile.blocks[i].slab_bytes for i in plan.swapped_indices]
+        residents = [b for b, swapped in zip(profile.blocks, plan.swapped, strict=True) if not swapped]
+        # One VACE block besides: then they take turns in one slot.
+        assert len(slabs) == (2 if transformer.vace_layers is not None else 1)
+        if len(slabs) == 1:
+            assert (counters.onloads, counters.onloaded_bytes) == (
+                run.session.adoptions,
+                run.session.adoptions * slabs[0],
+            )
+        assert counters.onloads >= run.session.adoptions * len(slabs)
+        small = sum(block.small_bytes for block in profile.blocks)
+        placed = sum(block.streamed_bytes for block in residents) + small
+        assert counters.placed_bytes == pytest.approx(run.session.adoptions * placed, rel=0.01)
+
+
+@pytest.mark.parametrize("asked", [("txt",), ("img",), ("txt", "img")], ids="_".join)
+@pytest.mark.parametrize("variant", ["image", "fp32", "fp8_scaled", "gguf", "lora_unmerged", "compiled", "vace"])
+def test_embeddings_that_go_to_the_host_cost_what_they_cost_with_native_swapping(
+    bench: GateBench, variant: str, asked: tuple[str, ...]
+) -> None:
+    widgets = {f"offload_{name}_emb": True for name in asked}
+    truth = unswapped(variant, DEVICE)
+    more = []
+    for without, with_them in (
+        (arguments(2), arguments(2, **widgets)),
+        (swap_args(3, vace_blocks_to_swap=2), swap_args(3, vace_blocks_to_swap=2, **widgets)),
+    ):
+        costs = [sampled(bench.workflow(variant, args)) for args in (without, with_them)]
+        assert all(torch.equal(cost.latents, truth.latents) for cost in costs)
+        more.append([getattr(costs[1], name) - getattr(costs[0], name) for name in ("h2d_bytes", "d2h_bytes")])
+    assert more[0] == more[1]
+    # Only one of the models has image embeddings.
+    assert (min(more[0]) > 0) is ("txt" in asked or variant == "image")
+
+
 UNPATCHED = ["fp32", "bf16", "fp16", "fp8", "fp8_at_load", "lora_merged", "image", "compiled", "lynx"]
 
 

@@ -13,7 +13,7 @@ import standin
 import torch
 from gate_bench import BLOCKS, DEVICE, VACE_BLOCKS, GateBench, allocated, arguments, is_as_new, sampled, truth
 from standin import Fault, InterruptProcessingException, Workflow, swap_args
-from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError, WrapperError
+from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError, WrapperError, WrapperMissingError
 from wanvideo_enhanced_blockswap.blockswap.host import Slab
 from wanvideo_enhanced_blockswap.blockswap.state import SessionState
 from wanvideo_enhanced_blockswap.blockswap.wanvideo import find_wrapper, refuse_cuda_graphs
@@ -267,12 +267,12 @@ def test_a_wrapper_that_has_changed_is_told_by_what_is_missing(
 
     for name, value in changes.items():
         monkeypatch.setattr(loading, name, value)
-    with pytest.raises(WrapperError, match=rf"has changed: .*{said}.*update WanVideo Enhanced BlockSwap"):
+    with pytest.raises(WrapperError, match=rf"too old: .*{said}.*update it and WanVideo Enhanced"):
         find_wrapper(standin.NODE_CLASS_MAPPINGS)
 
 
 def test_a_wrapper_that_is_not_there_is_told_with_what_to_do() -> None:
-    with pytest.raises(WrapperError, match=r"WanVideoModelLoader and node WanVideoSampler.*install it"):
+    with pytest.raises(WrapperMissingError, match=r"WanVideoModelLoader nor node WanVideoSampler.*install it"):
         find_wrapper({})
 
 

@@ -188,11 +188,16 @@ def test_a_step_cache_that_does_not_act_in_this_step_keeps_nothing_from_being_re
     assert torch.equal(workflow.sample(fault=once(1)), truth("teacache"))
 
 
-def test_a_forward_with_a_step_cache_is_not_repeated_and_the_next_run_has_the_smaller_plan(bench: GateBench) -> None:
-    workflow = bench.workflow("teacache", arguments(2))
-    with pytest.raises(DeviceMemoryError, match="cannot be repeated, since TeaCache keeps state from one forward"):
+@pytest.mark.parametrize(
+    ("variant", "cache"), [("teacache", "TeaCache"), ("magcache", "MagCache"), ("easycache", "EasyCache")]
+)
+def test_a_forward_with_a_step_cache_is_not_repeated_and_the_next_run_has_the_smaller_plan(
+    bench: GateBench, variant: str, cache: str
+) -> None:
+    workflow = bench.workflow(variant, arguments(2))
+    with pytest.raises(DeviceMemoryError, match=f"cannot be repeated, since {cache} keeps state from one forward"):
         workflow.sample(fault=once(1, forward=2))
-    assert torch.equal(workflow.sample(), truth("teacache"))
+    assert torch.equal(workflow.sample(), truth(variant))
     assert swapped(bench, workflow) == BLOCKS
 
 

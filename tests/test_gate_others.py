@@ -258,15 +258,6 @@ def test_a_run_with_cuda_graphs_is_refused_and_the_model_is_as_it_was(bench: Gat
     assert torch.equal(workflow.sample(), truth("compiled"))
 
 
-def test_the_wrappers_vram_management_beside_ours_is_refused_in_one_line(bench: GateBench) -> None:
-    workflow = bench.workflow("fp32", arguments(2))
-    workflow.patchers[0].model["auto_cpu_offload"] = True
-    with pytest.raises(WrapperError, match="without vram_management_args"):
-        workflow.sample()
-    workflow.patchers[0].model["auto_cpu_offload"] = False
-    assert torch.equal(workflow.sample(), truth("fp32"))
-
-
 def test_a_transformer_that_has_changed_is_told_by_what_it_lacks(bench: GateBench) -> None:
     workflow = bench.workflow("fp32", arguments(2))
     del workflow.transformer.offload_device

@@ -20,7 +20,7 @@ unswapped = partial(measuring.unswapped, device=DEVICE)
 pytestmark = pytest.mark.usefixtures("pretend_stats")
 
 
-def loaded(variant: str, args: dict[str, Any] | None = None) -> Workflow:
+def loaded(variant: str | standin.Variant, args: dict[str, Any] | None = None) -> Workflow:
     workflow = Workflow(variant, device=DEVICE)
     workflow.load(args)
     return workflow
@@ -83,7 +83,14 @@ def test_forwards_of_a_run(variant: str, forwards: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "calls"), [("fp32", [6] * 4), ("skip_layers", [6, 3, 6, 3]), ("teacache", [4] * 4)]
+    ("variant", "calls"),
+    [
+        ("fp32", [6] * 4),
+        ("skip_layers", [6, 3, 6, 3]),
+        ("teacache", [4] * 4),
+        ("magcache", [4] * 4),
+        ("easycache", [5] * 4),
+    ],
 )
 def test_blocks_may_be_skipped_by_themselves_or_all_together(variant: str, calls: list[int]) -> None:
     workflow = loaded(variant)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,22 @@ def test_between_clips_the_transformer_leaves_the_device_if_asked(variant: str, 
     assert torch.equal(latents, unswapped(variant).latents)
     blocks = sum(parameter.nbytes for parameter in workflow.transformer.blocks.parameters())
     assert (cost.d2h_bytes > 2 * blocks) is offloads
+
+
+@pytest.mark.parametrize("variant", ["fp32", "lora_merged"])
+def test_vram_management_is_refused_beside_swap_arguments_and_needs_weights_that_are_there(variant: str) -> None:
+    managed = replace(standin.VARIANTS[variant], has_vram_management=True)
+    with pytest.raises(AssertionError, match="Can't use both block_swap_args and vram_management_args"):
+        loaded(managed, ALL)
+    if variant != "lora_merged":  # on meta until the first run
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+            loaded(managed)
+        return
+    truth, workflow = unswapped(variant), loaded(managed)
+    with measured() as cost:
+        assert torch.equal(workflow.sample(), truth.latents)
+    assert workflow.transformer.vram_management_enabled
+    assert cost.peak < truth.peak / 2
 
 
 # --------------------------------------------------------------------------------------------------- what is looked for

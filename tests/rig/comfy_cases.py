@@ -72,6 +72,7 @@ class Cases:
             lora: Inputs of WanVideoLoraSelect; with `set`, it goes through WanVideoSetLoRAs.
             swap: `{"node": name, "inputs": {…}}`: the node that gives BLOCKSWAPARGS.
             swap_at: "loader", or "set": through WanVideoSetBlockSwap.
+            also: Such a node for the other place: both have arguments then.
             cached: Loaded models of the case before are used again, where their inputs are the same.
             vace: The sampler gets a VACE context.
             size: Of the video: width, height, num_frames.
@@ -121,7 +122,7 @@ class Cases:
 
     def _models_of(self, case: Mapping[str, Any]) -> list[Any]:
         """What goes into the samplers."""
-        swap_args = _output_of(case.get("swap"))
+        swap_args, other_args = _output_of(case.get("swap")), _output_of(case.get("also"))
         lora = _without_flag(case.get("lora"))
         inputs: dict[str, Any] = LOADING | case["load"]
         if lora is not None:
@@ -129,13 +130,14 @@ class Cases:
             lora = call("WanVideoLoraSelect", unique_id=None, **lora)
         is_set = bool(case.get("lora", {}).get("set"))
         by_loader = case.get("swap_at", "loader") == "loader"
+        at_loader, at_set = (swap_args, other_args) if by_loader else (other_args, swap_args)
         inputs |= {"lora": lora} if lora is not None and not is_set else {}
-        inputs |= {"block_swap_args": swap_args} if swap_args is not None and by_loader else {}
+        inputs |= {"block_swap_args": at_loader} if at_loader is not None else {}
         loaded = self._load([inputs | {"model": file} for file in _files(case)], again=not case.get("cached"))
         if is_set:
             loaded = [call("WanVideoSetLoRAs", model=model, lora=lora) for model in loaded]
-        if not by_loader:
-            loaded = [call("WanVideoSetBlockSwap", model=model, block_swap_args=swap_args) for model in loaded]
+        if not by_loader or at_set is not None:
+            loaded = [call("WanVideoSetBlockSwap", model=model, block_swap_args=at_set) for model in loaded]
         return loaded
 
     def _load(self, wanted: Sequence[dict[str, Any]], *, again: bool) -> list[Any]:

@@ -39,6 +39,7 @@ class Watch:
         self._came_to = 0
         self._inside: int | None = None
         self._adopted_before = [_adoptions(transformer) for transformer in transformers]
+        self._onloaded_before = [_onloaded_bytes(transformer) for transformer in transformers]
 
     def forward_begins(self, index: int) -> None:
         transformer = self._transformers[index]
@@ -56,6 +57,11 @@ class Watch:
         adoption = run.session.adoptions - self._adopted_before[index]
         self.forwards[-1]["adoption"] = adoption
         self.plans.setdefault(f"{index}.{adoption}", _facts(run))
+
+    def onloaded_bytes(self) -> list[int]:
+        """Of each transformer, what the package has copied into slots by its own count."""
+        now = [_onloaded_bytes(transformer) for transformer in self._transformers]
+        return [after - before for after, before in zip(now, self._onloaded_before, strict=True)]
 
     def block_begins(self) -> None:
         """The main loop has come to a block."""
@@ -102,7 +108,7 @@ def watched(transformers: Sequence[nn.Module], fault: Mapping[str, Any] | None) 
         found |= torch.hpu.copy_stats()
         found["peak_bytes"] = torch.hpu.max_memory_allocated()
         found["sampling_s"] = time.perf_counter() - began
-        found |= {"forwards": watch.forwards, "plans": watch.plans}
+        found |= {"forwards": watch.forwards, "plans": watch.plans, "onloaded_bytes": watch.onloaded_bytes()}
         found["block_bytes"] = [watch.block_bytes.get(index, 0) for index in range(len(transformers))]
 
 
@@ -186,6 +192,11 @@ def _run_of(transformer: nn.Module) -> Any:
 def _adoptions(transformer: nn.Module) -> int:
     run = _run_of(transformer)
     return 0 if run is None else run.session.adoptions
+
+
+def _onloaded_bytes(transformer: nn.Module) -> int:
+    run = _run_of(transformer)
+    return 0 if run is None else run.session.counters.onloaded_bytes
 
 
 def _facts(run: Any) -> dict[str, Any]:

@@ -72,12 +72,42 @@ def test_with_vram_management_the_wrapper_refuses_both_and_the_next_run_is_right
     assert comfy.latents(VARIANTS["bf16"], swap=ours(HALF)) == runs.unswapped("bf16").latents
 
 
-def test_with_vram_management_and_set_block_swap_we_do_what_the_wrappers_own_node_does(comfy: Comfy) -> None:
-    load = VARIANTS["bf16"]["load"] | {"vram_management_args": {"offload_percent": 1.0}}
-    theirs = comfy.run(VARIANTS["bf16"], load=load, swap=native(), swap_at="set")
-    run = comfy.run(VARIANTS["bf16"], load=load, swap=ours(BLOCKS), swap_at="set")
-    assert getattr(run, "error", None) == getattr(theirs, "error", None)
-    assert getattr(run, "latents", None) == getattr(theirs, "latents", None)
+def test_behind_vram_management_we_refuse_in_one_line_what_the_wrapper_cannot_run_and_the_next_run_is_right(
+    comfy: Comfy, runs: Runs
+) -> None:
+    """With a merged LoRA: of other models the weights are on meta when its loader manages them, and that fails."""
+    load = VARIANTS["lora_merged"]["load"] | {"vram_management_args": {"offload_percent": 1.0}}
+    refused = comfy.run(VARIANTS["lora_merged"], load=load, swap=ours(HALF), swap_at="set")
+    assert refused.error.startswith("WrapperError: swapped blocks expect a model without vram_management_args")
+    assert refused.forwards == []
+    assert comfy.latents(VARIANTS["lora_merged"], swap=ours(HALF)) == runs.unswapped("lora_merged").latents
+
+
+@pytest.mark.parametrize("variant", ["bf16", "fp8_scaled", "lora_merged"])
+def test_with_both_kinds_of_swapping_the_one_at_set_block_swap_holds(comfy: Comfy, runs: Runs, variant: str) -> None:
+    truth = runs.unswapped(variant)
+    theirs = comfy.run(VARIANTS[variant], swap=native(BLOCKS + 1), swap_at="set", also=ours(HALF))
+    assert (theirs.latents, theirs.plans) == (truth.latents, {})
+    for name in ("h2d_bytes", "d2h_bytes", "peak_bytes"):
+        assert getattr(theirs, name) == pytest.approx(getattr(runs.native(variant), name), rel=0.01), name
+    run = comfy.run(VARIANTS[variant], swap=ours(HALF), swap_at="set", also=native())
+    assert run.latents == truth.latents
+    for name in ("h2d_bytes", "d2h_bytes", "peak_bytes", "plans", "counters"):
+        assert getattr(run, name) == getattr(runs.of(variant, HALF), name), name
+
+
+@pytest.mark.parametrize("variant", ["bf16", "fp8_scaled"])
+def test_text_embeddings_that_go_to_the_host_cost_what_they_cost_with_native_swapping(
+    comfy: Comfy, runs: Runs, variant: str
+) -> None:
+    asked = {"offload_txt_emb": True}
+    natively = native(BLOCKS + 1)
+    natively["inputs"] |= asked
+    ours_with, theirs_with = (comfy.run(VARIANTS[variant], swap=swap) for swap in (ours(HALF, **asked), natively))
+    assert ours_with.latents == theirs_with.latents == runs.unswapped(variant).latents
+    for name in ("h2d_bytes", "d2h_bytes"):
+        more = getattr(ours_with, name) - getattr(runs.of(variant, HALF), name)
+        assert more == getattr(theirs_with, name) - getattr(runs.native(variant), name) > 0, name
 
 
 def test_cuda_graphs_are_refused_with_what_to_do_and_the_next_run_is_right(comfy: Comfy, runs: Runs) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from rig_figures import swapped_bytes, to_device, to_host
+from rig_figures import streams, swapped_bytes, to_device, to_host
 from rig_runs import COUNTS, HALF, Runs
-from rig_variants import BLOCKS, VACE_BLOCKS, VARIANTS
+from rig_variants import BLOCKS, SLG_SKIPS, VACE_BLOCKS, VARIANTS
 
 pytestmark = pytest.mark.rig
 
@@ -54,6 +54,22 @@ def test_as_many_blocks_are_swapped_as_were_asked_for(runs: Runs, variant: str, 
             assert 1 < swapped < BLOCKS + vace
         else:
             assert swapped == count + count * vace // BLOCKS
+
+
+@every_count
+@every_variant
+def test_what_is_swapped_has_come_through_slots_by_the_sessions_own_count(
+    runs: Runs, variant: str, count: object
+) -> None:
+    run = runs.of(variant, count)
+    for model, onloaded in enumerate(run.onloaded_bytes):
+        plan = run.plans[f"{model}.1"]
+        ran = sum(one["model"] == model and bool(one["blocks"]) for one in run.forwards)
+        skipped = SLG_SKIPS * ran // 2 if variant == "skipped_layers" else 0
+        times = ran if streams(plan) else 1
+        slot, whole = plan["slot_bytes"], times * swapped_bytes(plan)
+        assert whole - skipped * slot <= onloaded <= whole + (plan["slots"] + skipped) * slot
+        assert onloaded > 0
 
 
 @pytest.mark.parametrize("count", [HALF, BLOCKS, "auto"])

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import management as mm
 from .blocks import BaseWanAttentionBlock, Head, VaceWanAttentionBlock, WanAttentionBlock
-from .cache_state import CacheState
+from .cache_state import CacheState, ask_cache, keep_end, keep_output, kept_input
 from .linear import Linear, update_lora_step
 
 
@@ -162,11 +162,10 @@ class WanModel(nn.Module):
         context = self._embed_context(context, clip_fea)
         motion = self._embed_face(wananim_face_pixel_values)
         dense = None if dual_control_input is None else dual_control_input["dense"]
-        pred_id, is_due = self._ask_cache(pred_id, current_step)
+        x, pred_id, is_due = ask_cache(self, x, pred_id, current_step)
+        original = kept_input(self, x, is_due=is_due)
         if not is_due:
-            x = x + self.teacache_state.get(pred_id)["previous_residual"].to(x.device)
             return self._result(x, grid, e, x_ovi, pred_id)
-        original = x.clone().to(self.cache_device) if self.enable_teacache else None
 
         kwargs: dict[str, Any] = {"e": e0, "context": context, "transformer_options": transformer_options}
         self._add_hints(kwargs, x, vace_data, seq_len, current_step_percentage)
@@ -198,8 +197,7 @@ class WanModel(nn.Module):
                 features[b] = feature
         if is_extracting:
             return features
-        if original is not None:
-            self.teacache_state.update(pred_id, previous_residual=x.to(self.cache_device) - original)
+        keep_output(self, original, x, pred_id)
         return self._result(x, grid, e, x_ovi, pred_id)
 
     def _embed(self, x: Sequence[torch.Tensor], t: torch.Tensor) -> tuple[Any, ...]:
@@ -235,15 +233,6 @@ class WanModel(nn.Module):
         self.face_encoder.to(self.offload_device)
         return motion
 
-    def _ask_cache(self, pred_id: int | None, current_step: int) -> tuple[int | None, bool]:
-        """Whether the blocks are due; in every second step their last residual serves. Changes state."""
-        if not self.enable_teacache:
-            return pred_id, True
-        if pred_id is None:
-            return self.teacache_state.new_prediction(), True
-        self.teacache_state.get(pred_id)["asked"] += 1
-        return pred_id, current_step % 2 == 0
-
     def _add_hints(
         self,
         kwargs: dict[str, Any],
@@ -270,6 +259,7 @@ class WanModel(nn.Module):
         self, x: torch.Tensor, grid: torch.Size, e: torch.Tensor, x_ovi: torch.Tensor | None, pred_id: int | None
     ) -> tuple[list[torch.Tensor], torch.Tensor | None, int | None]:
         """Video, sound, and the number under which a cache knows the prediction. Lynx's pass gives features instead."""
+        keep_end(self, x, pred_id)
         frames, rows, columns = grid
         patches = self.head(x, e).unflatten(1, (frames, rows, columns)).unflatten(-1, (self.out_dim, 2, 2))
         video = patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(-1, self.out_dim, frames, rows * 2, columns * 2)

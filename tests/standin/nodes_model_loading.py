@@ -10,16 +10,21 @@ import torch
 from torch import nn
 
 from . import management as mm
+from .blocks import RMSNorm
 from .gguf import PLAIN_KINDS, GGUFParameter, GGUFReader, open_gguf
 from .linear import replace_linear
 from .model import WanModel
 from .patcher import ModelPatcher, WanVideoModel
 from .utils import set_module_tensor_to_device
+from .vram_management import enable_vram_management
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BOTH = "Can't use both block_swap_args and vram_management_args at the same time"
+MANAGED = (nn.Linear, nn.Conv3d, nn.LayerNorm, RMSNorm)
+"""Layers that vram_management_args put on the host."""
 KEPT = ("time_", "modulation", "patch_embedding", "text_embedding", "face_encoder", "fuser_block")
 """Parts of the names of weights that quantising at load leaves in the base type."""
 
@@ -129,7 +134,9 @@ class WanVideoModelLoader:
         lora: Sequence[dict[str, Any]] | None = None,
         merge_loras: bool = False,
         extra_model: Checkpoint | None = None,
+        vram_management_args: dict[str, Any] | None = None,
     ) -> tuple[ModelPatcher]:
+        assert vram_management_args is None or block_swap_args is None, BOTH
         device, base_dtype = mm.get_torch_device(), PRECISIONS[base_precision]
         load_to = device if load_device == "main_device" else mm.unet_offload_device()
         files = [file for file in (model, extra_model) if file is not None]
@@ -155,10 +162,13 @@ class WanVideoModelLoader:
         elif readers is None and (lora or "scaled" in quantization):
             replace_linear(transformer, base_dtype, sd, scale_weights=scales)
             transformer.patched_linear = True
+        if vram_management_args is not None:
+            enable_vram_management(transformer, MANAGED, mm.unet_offload_device())
 
         entries = {
             "base_dtype": base_dtype, "weight_dtype": weight_dtype, "quantization": quantization,
-            "auto_cpu_offload": False, "control_lora": False, "compile_args": compile_args, "gguf_reader": readers,
+            "auto_cpu_offload": vram_management_args is not None, "control_lora": False,
+            "compile_args": compile_args, "gguf_reader": readers,
             "fp8_matmul": False, "scale_weights": scales, "sd": sd, "lora": lora,
         }  # fmt: skip
         for key, value in entries.items():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import management as mm
+from .cache_state import choose_cache
 from .linear import remove_lora_from_module, replace_linear, set_lora_params
 from .multitalk_loop import multitalk_loop
 from .nodes_model_loading import load_weights
@@ -42,7 +43,8 @@ class WanVideoSampler:
 
         self._load(patcher, block_swap_args)
         transformer.lora_scheduling_enabled = transformer_options.get("lora_scheduling_enabled", False)
-        transformer = compile_model(transformer, model["compile_args"])
+        if not model["auto_cpu_offload"]:
+            transformer = compile_model(transformer, model["compile_args"])
         if transformer.audio_model is not None:
             for block, audio_block in zip(transformer.blocks, transformer.audio_model.blocks, strict=True):
                 block.audio_block = audio_block
@@ -50,7 +52,7 @@ class WanVideoSampler:
         mm.unload_all_models()
         init_blockswap(transformer, block_swap_args, model)
 
-        transformer.enable_teacache = request.has_cache
+        choose_cache(transformer, request.cache)
         transformer.slg_blocks = request.slg_blocks
         transformer.rope_func = "comfy"
         for block in [*transformer.blocks, *(transformer.vace_blocks if transformer.vace_layers is not None else ())]:

@@ -19,7 +19,7 @@ class Request:
         frames: Latent frames of the video.
         context_frames: Length of a context window; None for one forward over all frames.
         slg_blocks: Blocks that unconditional forwards leave out.
-        has_cache: A step cache is on.
+        cache: The step cache that is on, one of CACHES.
         loop: `multitalk` or `animate` samples clip after clip, `clips` of them.
         offload_between: The transformer leaves the device between clips.
         vace_end: Share of the schedule up to which VACE gives hints; None without VACE.
@@ -38,7 +38,7 @@ class Request:
     frames: int = 3
     context_frames: int | None = None
     slg_blocks: Sequence[int] | None = None
-    has_cache: bool = False
+    cache: str | None = None
     loop: str | None = None
     clips: int = 2
     offload_between: bool = True

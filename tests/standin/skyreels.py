@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from . import management as mm
+from .cache_state import choose_cache
 from .linear import remove_lora_from_module, replace_linear, set_lora_params
 from .nodes_model_loading import load_weights
 from .nodes_sampler import init_blockswap, offload_transformer
@@ -48,7 +49,8 @@ class WanVideoDiffusionForcingSampler:
             remove_lora_from_module(transformer)
         transformer.lora_scheduling_enabled = transformer_options.get("lora_scheduling_enabled", False)
         init_blockswap(transformer, block_swap_args, model)
-        transformer.enable_teacache, transformer.slg_blocks = request.has_cache, request.slg_blocks
+        transformer.slg_blocks = request.slg_blocks
+        choose_cache(transformer, request.cache)
 
         generator = torch.Generator().manual_seed(request.seed)
         given = inputs(request, generator, device)

@@ -41,6 +41,11 @@ def init_blockswap(transformer: Any, block_swap_args: dict[str, Any] | None, mod
     if transformer.patched_linear:
         return
     device = mm.get_torch_device()
+    if block_swap_args is None and model["auto_cpu_offload"]:
+        for name, parameter in transformer.named_parameters():
+            if "modulation" in name or "patch_embedding" in name:
+                parameter.data = parameter.data.to(device)
+        return
     if block_swap_args is None:
         transformer.to(device)
         return

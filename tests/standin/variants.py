@@ -21,6 +21,7 @@ class Variant:
         lora: `merged` or `unmerged` by the loader, `set` on the loaded model, or `set_at_times`: in every second run.
         lora_strength: A number, or one a step (which the wrapper heeds for `set` alone).
         vace_in_module: VACE comes in a file of its own.
+        has_vram_management: The loader gets vram_management_args.
         compiles: `blocks`, or `model`: as a whole.
         experts: Transformers that follow one another, each for its share of the steps.
         sampler: The node's name.
@@ -35,6 +36,7 @@ class Variant:
     lora: str | None = None
     lora_strength: float | tuple[float, ...] = 0.8
     vace_in_module: bool = False
+    has_vram_management: bool = False
     compiles: str | None = None
     experts: int = 1
     sampler: str = "WanVideoSampler"
@@ -93,7 +95,9 @@ VARIANTS: dict[str, Variant] = {
     "context_windows": _of(context_frames=2, frames=4),
     "one_forward_a_step": _of(cfg=1.0),
     "skip_layers": _of(slg_blocks=(1, 3)),
-    "teacache": _of(has_cache=True, steps=4),
+    "teacache": _of(cache="teacache", steps=4),
+    "magcache": _of(cache="magcache", steps=4),
+    "easycache": _of(cache="easycache", steps=4),
     "multitalk": _of(**_TALK),
     "multitalk_kept": _of(**_TALK, offload_between=False),
     "multitalk_lora_unmerged": _of(**_TALK, lora="unmerged"),

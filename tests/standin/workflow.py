@@ -136,6 +136,7 @@ class Workflow:
             lora=loras,
             merge_loras=variant.lora == "merged",
             extra_model=files[1] if len(files) > 1 else None,
+            vram_management_args={"offload_percent": 1.0} if variant.has_vram_management else None,
         )
         return patcher
 
