@@ -12,9 +12,10 @@ maps nothing into a device, and nothing is copied to one.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
+import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -46,56 +47,15 @@ from wanvideo_enhanced_blockswap.commands.memory import card_budget
 from wanvideo_enhanced_blockswap.commands.wan import PRESETS, Preset, build, complete, expected_bytes, skeleton
 from wanvideo_enhanced_blockswap.hardware import MIB, format_bytes, read_host_memory
 
-from .machine import origin
+from .machine import dated, host, machine
+from .page_locks import MlockRegistrar, NoDevice, TimedRegistrar
 
 MEMORY_SHARE = 3.3
 """Host memory over the blocks' bytes: the model that is written, its files in the page cache, the slabs."""
 COPIED_BYTES = 512 * MIB
 REPEATS = 5
-
-
-class MlockRegistrar:
-    """Locks pages with the system's own call. Not on Windows."""
-
-    def __init__(self) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
-
-    def register(self, pointer: int, nbytes: int) -> int:
-        failed = self._libc.mlock(ctypes.c_void_p(pointer), ctypes.c_size_t(nbytes))
-        return ctypes.get_errno() if failed else 0
-
-    def unregister(self, pointer: int) -> int:
-        return 0  # unmapping unlocks
-
-    def consume_error(self) -> None:
-        """None is pending."""
-
-
-class NoDevice(InlineStreams):
-    """Takes what is copied to it in no time: memory of the host in the device's place would be filled as a slab is."""
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: str) -> None:
-        """Nothing."""
-
-
-class TimedRegistrar:
-    """Another registrar, timed."""
-
-    def __init__(self, registrar: Registrar) -> None:
-        self._registrar = registrar
-        self.seconds = 0.0
-
-    def register(self, pointer: int, nbytes: int) -> int:
-        begin = time.perf_counter()
-        result = self._registrar.register(pointer, nbytes)
-        self.seconds += time.perf_counter() - begin
-        return result
-
-    def unregister(self, pointer: int) -> int:
-        return self._registrar.unregister(pointer)
-
-    def consume_error(self) -> None:
-        self._registrar.consume_error()
+SHARE, EXACT_PINS = 0.70, 1.01
+"""What is to be reached: of a copy in memory at least, and of the swapped bytes at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +213,17 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         parser.error("--lock driver expects a CUDA or HIP device; take mlock or none")
     if options.repeats < 1 or (options.blocks is not None and options.blocks < 3):
         parser.error("--repeats expects 1 or more and --blocks 3 or more: two slots hold two")
+    scratch = options.scratch or Path(tempfile.gettempdir())
+    if not scratch.is_dir():
+        parser.error(f"--scratch expects a folder that is there but got {str(scratch)!r}")
+    preset = PRESETS[options.model]
+    options.preset = replace(preset, layers=options.blocks or _blocks_that_fit(preset))
+    need, free = expected_bytes(options.preset), shutil.disk_usage(scratch).free
+    if 1.1 * need > free:
+        parser.error(
+            f"{options.preset.layers} blocks expect {format_bytes(int(1.1 * need))} in {scratch} but "
+            f"{format_bytes(free)} are free; take fewer with --blocks, or another folder with --scratch"
+        )
     return options
 
 
@@ -260,8 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the figures."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     options = parse(words)
-    preset = PRESETS[options.model]
-    preset = replace(preset, layers=options.blocks or _blocks_that_fit(preset))
+    preset = options.preset
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch)
         write_files(preset, folder)
@@ -271,14 +241,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (forget if options.cold else touch)(folder)
             runs.append(adopt(preset, folder, options.chosen, _registrar(options.lock, options.chosen)))
     copy, fresh = copy_gbytes_per_s(), max(fresh_copies)
+    ran_on = host() if options.chosen.type == "cpu" else machine(options.chosen)
     best = max(runs, key=lambda run: run.gbytes_per_s)
     result = {
-        "heading": f"`{' '.join(['python -m benchmarks.adopt', *words])}`: {origin(options.chosen)}",
+        "heading": f"`{' '.join(['python -m benchmarks.adopt', *words])}`: {dated(ran_on)}",
         "blocks": preset.layers,
         **asdict(best),
         "gbytes_per_s": round(best.gbytes_per_s, 3),
         "copy_gbytes_per_s": round(copy, 3),
         "fresh_copy_gbytes_per_s": round(fresh, 3),
+        "median_gbytes_per_s": round(statistics.median(run.gbytes_per_s for run in runs), 3),
         "share_of_copy": round(best.gbytes_per_s / copy, 3),
         "share_of_fresh_copy": round(best.gbytes_per_s / fresh, 3),
         "pinned_over_swapped": round(best.pinned_bytes / best.swapped_bytes, 4),
@@ -291,8 +263,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"mapped in {best.load_s:.2f} s, adopted in {best.adopt_s:.2f} s, locking took {best.lock_s:.2f} s")
     print(
         f"{best.gbytes_per_s:.2f} GB/s; a copy in memory {copy:.2f} GB/s, of as much to pages not touched before "
-        f"{fresh:.2f} GB/s; page-locked {best.pinned_bytes / best.swapped_bytes:.4f} of the swapped bytes"
+        f"{fresh:.2f} GB/s; the median of the repeats {result['median_gbytes_per_s']:.2f} GB/s"
     )
+    for what, share, is_met in (
+        ("of a copy in memory", result["share_of_copy"], result["share_of_copy"] >= SHARE),
+        ("page-locked over swapped bytes", result["pinned_over_swapped"], result["pinned_over_swapped"] <= EXACT_PINS),
+    ):
+        print(f"- {'met' if is_met else 'NOT MET'}: {share:.3f} {what}")
     for refusal in best.refusals:
         print(refusal)
     return 0

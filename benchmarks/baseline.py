@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from . import schedule_grid
-from .compare.cells import RESIDENT, Task
+from .compare.cells import EQUAL, REFERENCE, RESIDENT, Task
 from .compare.engines import OURS
 from .compare.worker import run
 from .link import Asked, LinkBench, backend_of
@@ -57,7 +57,7 @@ def _compared() -> Iterator[tuple[str, float]]:
                 )
                 for row in run(task):
                     name = f"{engine}, {swapped} of 12 swapped, {row.shape}"
-                    assert row.output in ("equal", "reference"), f"{name}: {row.reason or row.output}"
+                    assert row.output in (EQUAL, REFERENCE), f"{name}: {row.reason or row.output}"
                     yield f"{name}: step ms", _rounded(row.step_ms)
                     yield f"{name}: device bytes", _rounded(row.peak_bytes)
                     yield f"{name}: bytes to the device", _rounded(row.to_device_bytes)

@@ -118,7 +118,8 @@ class LinkBench:
                 self._products = make_products(self._open(1))
             except RuntimeError as failure:  # no memory for them, or no such product in the vendor's library
                 self._why_no_products = f"no matrix product can run: {_first_line(failure)}"
-        return [row for size in tqdm(self._asked.sizes, unit="size", disable=quiet) for row in self._of_size(size)]
+        sizes = tqdm(self._asked.sizes, unit="size", disable=quiet or None)
+        return [row for size in sizes for row in self._of_size(size)]
 
     def _open(self, count: int) -> Streams:
         return self._backend.open_streams(count, True)  # noqa: FBT003 - copies overlap compute

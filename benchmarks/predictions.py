@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from wanvideo_enhanced_blockswap.blockswap.decision import PlanRequest, Timing
+from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError
 from wanvideo_enhanced_blockswap.blockswap.layout import ModelProfile
 from wanvideo_enhanced_blockswap.blockswap.pages import PinBudget
 from wanvideo_enhanced_blockswap.blockswap.plan import plan_swap
@@ -85,7 +86,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[Row]:
         link = link or _link(device, compute_ms, profile.blocks[0].slab_bytes)
         timing = replace(link, compute_ms=compute_ms)
         asked = [_count(count, preset.layers) for count in counts]
-        progress = tqdm(asked, desc=shape, unit="run", disable=options.json)
+        progress = tqdm(asked, desc=shape, unit="run", disable=options.json or None)
         rows += [_row(shape, count, stage, profile, timing, unswapped) for count in progress]
     return rows
 
@@ -160,7 +161,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, help="where the table is written")
     words = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(words)
-    device = choose_device(options.device)
+    try:
+        device = choose_device(options.device)
+        for shape in options.shapes.split(","):
+            parse_shape(shape)
+        for count in options.counts.split(","):
+            _count(count, PRESETS[options.preset].layers)
+    except SettingsError as cause:
+        parser.error(str(cause).replace("--blocks-to-swap", "--counts").replace("--shape ", "--shapes "))
     rows = measure(options, device)
     weights, step = LIMITS["virtual" if device.type == "cpu" else "wall"]
     broken = sum(abs(row.weights_off) > weights or abs(row.step_off) > step for row in rows)

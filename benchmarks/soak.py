@@ -230,11 +230,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
+    if options.runs < 2:
+        parser.error(f"--runs expects 2 or more, since the last is held against the first, but got {options.runs}")
     logging.disable(logging.CRITICAL)  # hundreds of warnings are asked for
     try:
         with tempfile.TemporaryDirectory() as folder:
             soak = Soak(options.seed, Path(folder))
-            for _ in tqdm(range(options.runs), unit="run", disable=options.json):
+            for _ in tqdm(range(options.runs), unit="run", disable=options.json or None):
                 soak.once()
             soak.run.close()
     finally:

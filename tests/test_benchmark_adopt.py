@@ -34,7 +34,11 @@ def test_pages_are_locked_at_their_exact_size(capsys: pytest.CaptureFixture[str]
 
 
 def test_what_cannot_be_meant_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for options, said in ((["--blocks", "2"], "--blocks 3 or more"), (["--lock", "driver"], "expects a CUDA or HIP")):
+    for options, said in (
+        (["--blocks", "2"], "--blocks 3 or more"),
+        (["--lock", "driver"], "expects a CUDA or HIP"),
+        (["--scratch", "/no/such"], "--scratch expects a folder"),
+    ):
         with pytest.raises(SystemExit) as ended:
             adopt.main([*SMALL, *options])
         assert ended.value.code == 2
@@ -46,3 +50,5 @@ def test_the_text_tells_speed_and_locks(capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out
     assert "4 blocks, 8.0 MiB, warm files" in printed
     assert "GB/s; a copy in memory" in printed
+    assert "NOT MET" in printed or "met: " in printed
+    assert "- met: 0.000 page-locked over swapped bytes" in printed

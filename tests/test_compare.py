@@ -149,6 +149,7 @@ def test_the_command_writes_results_table_and_plot(tmp_path: Path, capsys: pytes
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "| ours | 12 |" in table
     assert "| mmgp | 12 | it is not simulated" in table
+    assert "NOT MET" not in table
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -159,6 +160,11 @@ def test_the_command_writes_results_table_and_plot(tmp_path: Path, capsys: pytes
         (["--swap", "13"], "from 0 to 12"),
         (["--shapes", "64x64"], "--shape expects WxHxF"),
         (["--device", "tpu"], "--device expects auto, cpu, cuda"),
+        (["--shapes", "60x64x5"], "sides that 16 divides and 4n+1 frames but got '60x64x5'"),
+        (["--swap", "0"], "from 1 to 12 but got 0"),
+        (["--swap", "quarter"], "--swap expects a whole number"),
+        (["--out", "README.md"], "--out expects a folder"),
+        (["--model", "14b", "--device", "cpu"], "--model 14b expects"),
         (["--steps", "0"], "expect 1 or more but got 0 and 2"),
     ],
 )
@@ -173,7 +179,9 @@ def test_a_table_without_figures_says_so(tmp_path: Path) -> None:
     from benchmarks.compare.plot import draw
 
     rows = [Row(engine=name, shape="1x1x1", swapped=2, reason="there is none") for name in NAMES]
-    assert markdown(rows, link_bytes_per_s=1e9).count("there is none") == len(NAMES)
+    table = markdown(rows, link_bytes_per_s=1e9)
+    assert table.count("| there is none |") == len(NAMES)
+    assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {4}
     draw(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()
 
@@ -278,3 +286,14 @@ def test_limits_that_are_not_met(compute_ms: float, rows: list[Row], said: str) 
 def test_less_memory_than_ours_is_held_against_one_slot() -> None:
     peer = cell("accelerate", 10, 9000, peak_bytes=int(BLOCK))
     assert not_met(1000, cell("ours", 10, 1000), cell("ours-1-slot", 10, 2000, peak_bytes=int(BLOCK)), peer) == []
+
+
+def test_without_the_resident_model_that_is_said_and_peers_are_compared_all_the_same() -> None:
+    rows = [cell("ours", 10, 1000, output="first to finish"), cell("mmgp", 10, 900)]
+    judged = verdicts(rows, block_bytes=BLOCK, link_bytes_per_s=LINK)
+    assert [(verdict.said.removeprefix("1x1x1, 10 swapped: ")[:40], verdict.met) for verdict in judged] == [
+        ("no step to hold this one against: reside", False),
+        ("page-locked over swapped bytes 1.000, at", True),
+        ("ours 1000 ms in 1.9 GiB; mmgp 900 ms in ", False),
+    ]
+    assert compare.failures(rows) == []

@@ -6,7 +6,8 @@ Each engine and number of swapped blocks has a process of its own, which runs al
 diffusers' WanTransformer3DModel with random weights. What is written to DIR: `results.json`, `table.md`, `plot.png`.
 Without a GPU a small model runs on a simulated device: its memory and bytes are counted, its times are virtual.
 An engine that is missing or fails is a row with its reason. Below the tables stands what is to be shown, and whether it
-is. Returns 1 if one of ours fails or has another output.
+is. Files are written anew after each engine. Returns 1 if one of ours fails or has another output, or if a limit is not
+met.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError
+from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError, SettingsError
 from wanvideo_enhanced_blockswap.commands.device import choose_device
-from wanvideo_enhanced_blockswap.commands.wan import PRESETS
+from wanvideo_enhanced_blockswap.commands.wan import PRESETS, refuse_if_too_large
 from wanvideo_enhanced_blockswap.commands.words import parse_shape
+from wanvideo_enhanced_blockswap.hardware import read_host_memory
 
 from benchmarks.machine import origin
 
-from .cells import Row, parse_swaps
+from .cells import EQUAL, FIRST, Row, parse_swaps
 from .comparison import Comparison, compare
 from .engines import NAMES, OURS
 from .limits import verdicts
@@ -42,7 +44,7 @@ def failures(rows: Sequence[Row]) -> list[str]:
     return [
         f"{row.engine}, {row.swapped} swapped, {row.shape}: {row.reason or row.output}"
         for row in rows
-        if row.engine in OURS and (row.reason or row.output not in ("equal", "reference"))
+        if row.engine.startswith("ours") and (row.reason or row.output not in (EQUAL, FIRST))
     ]
 
 
@@ -53,7 +55,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
     parser.add_argument("--shapes", default=SHAPES, help="WxHxF, several with commas between")
     parser.add_argument("--swap", default="half,all", help="numbers of blocks, half, all, with commas between")
-    parser.add_argument("--engines", default=",".join(NAMES), help=f"some of {', '.join(NAMES)}")
+    parser.add_argument("--engines", help=f"some of {', '.join(NAMES)}; by default all that the device can run")
     parser.add_argument("--device", default="auto", help="auto, cpu (simulated), cuda or cuda:N")
     parser.add_argument("--steps", type=int, default=5, help="steps that count; a step is one forward")
     parser.add_argument("--warmup", type=int, default=2, help="steps before these")
@@ -61,19 +63,25 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for results.json, table.md and plot.png")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args(words)
-    engines, shapes = tuple(options.engines.split(",")), tuple(options.shapes.split(","))
+    if min(options.steps, options.warmup) < 1:
+        parser.error(f"--steps and --warmup expect 1 or more but got {options.steps} and {options.warmup}")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out expects a folder but got {str(options.out)!r}")
+    preset, shapes = PRESETS[options.model], _split(options.shapes)
+    try:
+        options.chosen = choose_device(options.device)
+        swaps = parse_swaps(options.swap, preset.layers)
+        for shape in shapes:
+            check_shape(shape)
+        available = read_host_memory().available_bytes
+        simulated = options.chosen.type == "cpu"
+        refuse_if_too_large(options.model, preset, available_bytes=available, is_simulated=simulated)
+    except BlockSwapError as cause:
+        parser.error(str(cause).replace("--blocks-to-swap", "--swap").replace("--preset", "--model"))
+    engines = _split(options.engines or ",".join(OURS if simulated else NAMES))
     unknown = [name for name in engines if name not in NAMES]
     if unknown:
         parser.error(f"--engines expects some of {', '.join(NAMES)} but got {unknown[0]!r}")
-    if min(options.steps, options.warmup) < 1:
-        parser.error(f"--steps and --warmup expect 1 or more but got {options.steps} and {options.warmup}")
-    try:
-        swaps = parse_swaps(options.swap, PRESETS[options.model].layers)
-        for shape in shapes:
-            parse_shape(shape)
-        options.chosen = choose_device(options.device)
-    except SettingsError as cause:
-        parser.error(str(cause))
     options.asked = Comparison(
         model=options.model,
         dtype=DTYPES[options.dtype],
@@ -89,30 +97,41 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def check_shape(text: str) -> None:
+    """Raises SettingsError where Wan has no such latents."""
+    width, height, frames = parse_shape(text)
+    if min(width, height, frames) < 1 or width % 16 or height % 16 or frames % 4 != 1:
+        raise SettingsError(f"--shapes expects sides that 16 divides and 4n+1 frames but got {text!r}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 if all engines of ours ran and gave the resident model's output."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     options = parse(words)
-    found = compare(options.asked)
     title = f"`{' '.join(['python -m benchmarks.compare', *words])}`: {origin(options.chosen)}"
-    judged = verdicts(found.rows, block_bytes=found.block_bytes, link_bytes_per_s=found.link_bytes_per_s)
-    results = {
-        "heading": title,
-        "torch": torch.__version__,
-        **asdict(options.asked),
-        **asdict(found),
-        "verdicts": [asdict(verdict) for verdict in judged],
-    }
-    tables = markdown(found.rows, link_bytes_per_s=found.link_bytes_per_s)
-    lines = [f"- {'met' if verdict.met else 'NOT MET'}: {verdict.said}" for verdict in judged]
-    text = "\n".join([title, "", tables, *lines, ""])
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        (options.out / "table.md").write_text(text, encoding="utf-8")
-        draw(found.rows, options.out / "plot.png")
+    results, text, wrong = {}, "", ["no engine was asked for"]
+    for found in compare(options.asked):
+        judged = verdicts(found.rows, block_bytes=found.block_bytes, link_bytes_per_s=found.link_bytes_per_s)
+        lines = [f"- {'met' if verdict.met else 'NOT MET'}: {verdict.said}" for verdict in judged]
+        text = "\n".join([title, "", markdown(found.rows, link_bytes_per_s=found.link_bytes_per_s), *lines, ""])
+        results = {
+            "heading": title,
+            "torch": torch.__version__,
+            **asdict(options.asked),
+            **asdict(found),
+            "verdicts": [asdict(verdict) for verdict in judged],
+        }
+        wrong = [*failures(found.rows), *(f"not met: {verdict.said}" for verdict in judged if not verdict.met)]
+        if options.out is not None:  # also of what is cut short
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            (options.out / "table.md").write_text(text, encoding="utf-8")
+            draw(found.rows, options.out / "plot.png")
     print(json.dumps(results) if options.json else text)
-    wrong = failures(found.rows)
     for line in wrong:
         print(line, file=sys.stderr)
     return 1 if wrong else 0

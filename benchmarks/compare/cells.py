@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError
 from wanvideo_enhanced_blockswap.commands.wan import PRESETS, Preset
 from wanvideo_enhanced_blockswap.commands.words import parse_count
 
 RESIDENT = "resident"
+
+REFERENCE, EQUAL, FIRST = "reference", "equal", "first to finish"
+"""Outputs: the resident model's; the same; that of the engine the others are held against, since resident has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +69,7 @@ class Row:
         pinned_bytes: Host memory that was page-locked.
         to_device_bytes: Copied to the device in one step.
         to_host_bytes: Copied back in one step.
-        output: `equal` to the resident model's latents, or how far from them at most; of the first, `reference`.
+        output: `equal` to the resident model's latents, or how far from them at most.
         versions: Of the packages that make the engine.
     """
 
@@ -102,4 +106,6 @@ def parse_swaps(text: str, blocks: int) -> tuple[int, ...]:
         SettingsError: One is no such number.
     """
     counts = {parse_count(part.strip(), blocks) for part in text.split(",")}
+    if 0 in counts:
+        raise SettingsError(f"--swap expects numbers of blocks from 1 to {blocks} but got 0: {RESIDENT} swaps none")
     return tuple(sorted(count for count in counts if count))

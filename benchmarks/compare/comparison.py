@@ -65,27 +65,29 @@ class Found:
     rows: tuple[Row, ...]
 
 
-def compare(asked: Comparison) -> Found:
-    """Runs it all, engine by engine."""
+def compare(asked: Comparison) -> Iterator[Found]:
+    """Runs it all, engine by engine; what has come of it so far, after each."""
     streams, link = _link(choose_device(asked.device))
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for task in tqdm(tasks(asked, streams=streams, folder=folder), unit="engine", disable=asked.quiet):
-            rows += run_apart(task, timeout_s=asked.timeout_s)
     preset, dtype = PRESETS[asked.model], getattr(torch, asked.dtype)
     block_bytes = expected_bytes(preset) / preset.layers / torch.bfloat16.itemsize * dtype.itemsize
-    return Found(
-        streams=streams,
-        link_bytes_per_s=link,
-        block_bytes=block_bytes,
-        rows=complete(rows, block_bytes=block_bytes, link_bytes_per_s=link),
-    )
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        bar = tqdm(tasks(asked, streams=streams, folder=folder), unit="engine", disable=asked.quiet or None)
+        for task in bar:
+            bar.set_postfix_str(f"{task.engine}, {task.swapped} swapped")
+            rows += run_apart(task, timeout_s=asked.timeout_s)
+            yield Found(
+                streams=streams,
+                link_bytes_per_s=link,
+                block_bytes=block_bytes,
+                rows=complete(rows, block_bytes=block_bytes, link_bytes_per_s=link),
+            )
 
 
 def _link(device: torch.device) -> tuple[int, float]:
     if device.type == "cpu":
         return 1, SimulatedCard().pinned_bytes_per_s
-    # In a process of its own: this one is not to take memory of the device.
+    # In a process of its own: this one is not to keep what the measurement takes of the device.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measured_link, device).result()
 

@@ -53,6 +53,7 @@ class DeviceTestbed:
 
     def measure(self, engine: Engine, model: nn.Module, shape: Shape, inputs: Inputs, *, steps: int) -> Figures:
         forward = engine.forward
+        self._forget_other_shapes()
         denoise(model, inputs, steps=self._warmup, forward=forward)
         self._module.synchronize()
         gc.collect()
@@ -87,6 +88,12 @@ class DeviceTestbed:
             pinned_bytes=pinned_by_torch(self.device) + engine.pinned_bytes,
             moved=moved(),
         )
+
+    def _forget_other_shapes(self) -> None:
+        """What torch's allocator has kept of them is not held against this one."""
+        empty_cache = getattr(self._module, "empty_cache", None)
+        if empty_cache is not None:
+            empty_cache()
 
     def _peak_reserved(self) -> int | None:
         reserved = getattr(self._module, "max_memory_reserved", None)

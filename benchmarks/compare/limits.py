@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from wanvideo_enhanced_blockswap.hardware import format_bytes
 
-from .cells import RESIDENT, Row
+from .cells import EQUAL, RESIDENT, Row
 
 HIDDEN = 1.01
 """Step over the resident model's where all copies fit behind compute."""
@@ -44,7 +44,7 @@ def verdicts(rows: Sequence[Row], *, block_bytes: float, link_bytes_per_s: float
     """All that can be said; nothing about cells without figures.
 
     Args:
-        rows: Complete, the resident model's among them.
+        rows: Complete.
         block_bytes: Of one block's weights.
         link_bytes_per_s: As measured.
     """
@@ -52,24 +52,35 @@ def verdicts(rows: Sequence[Row], *, block_bytes: float, link_bytes_per_s: float
     resident = {row.shape: row for row in ran if row.engine == RESIDENT}
     found: list[Verdict] = []
     for row in ran:
-        base = resident.get(row.shape)
-        if row.engine == "ours" and base is not None:
+        if row.engine == "ours":
+            cell, swapped_bytes = f"{row.shape}, {row.swapped} swapped", row.swapped * block_bytes
             others = [other for other in ran if (other.shape, other.swapped) == (row.shape, row.swapped)]
-            found += _of_cell(row, base, others, block_bytes=block_bytes, link_bytes_per_s=link_bytes_per_s)
+            base = resident.get(row.shape)
+            if base is None:
+                found.append(Verdict(f"{cell}: no step to hold this one against: resident has no figures", met=False))
+            else:
+                found += _beside_resident(cell, row, base, others, block_bytes, link_bytes_per_s)
+            if row.pinned_bytes is not None:
+                share = row.pinned_bytes / swapped_bytes
+                found.append(_at_most(f"{cell}: page-locked over swapped bytes", share, EXACT_PINS))
+            found += [
+                _beside(cell, other, [one for one in others if one.engine in OURS])
+                for other in others
+                if not other.engine.startswith(("ours", RESIDENT, "plain"))
+            ]
     return found
 
 
-def _of_cell(
-    row: Row, base: Row, others: Sequence[Row], *, block_bytes: float, link_bytes_per_s: float
+def _beside_resident(
+    cell: str, row: Row, base: Row, others: Sequence[Row], block_bytes: float, link_bytes_per_s: float
 ) -> Iterator[Verdict]:
     assert row.step_ms is not None
     assert base.step_ms is not None
     assert row.bound_ms is not None
-    cell = f"{row.shape}, {row.swapped} swapped"
     swapped_bytes = row.swapped * block_bytes
-    link_ms = swapped_bytes / link_bytes_per_s * 1e3
+    link_ms = swapped_bytes / link_bytes_per_s * 1e3 if link_bytes_per_s else 0.0
     dominates, is_hidden = link_ms >= CLEAR * base.step_ms, CLEAR * link_ms <= base.step_ms
-    yield Verdict(f"{cell}: output {row.output}", row.output in ("equal", "reference"))
+    yield Verdict(f"{cell}: output {row.output}", row.output == EQUAL)
     if is_hidden:
         yield _at_most(f"{cell}: step over resident", row.step_ms / base.step_ms, HIDDEN)
     else:
@@ -78,14 +89,10 @@ def _of_cell(
         speed = swapped_bytes / row.step_ms * 1e3 / link_bytes_per_s
         yield Verdict(f"{cell}: share of the link {speed:.3f}, at least {OF_THE_LINK}", speed >= OF_THE_LINK)
     yield _memory(cell, row, base, block_bytes)
-    if row.pinned_bytes is not None:
-        yield _at_most(f"{cell}: page-locked over swapped bytes", row.pinned_bytes / swapped_bytes, EXACT_PINS)
     for other in others:
         if other.engine == "plain" and dominates and other.step_ms is not None:
             ratio = other.step_ms / row.step_ms
             yield Verdict(f"{cell}: {ratio:.1f} times as fast as plain, at least {OVER_PLAIN:.0f}", ratio >= OVER_PLAIN)
-        elif not other.engine.startswith(("ours", RESIDENT, "plain")):
-            yield _beside(cell, other, [one for one in others if one.engine in OURS])
 
 
 def _memory(cell: str, row: Row, base: Row, block_bytes: float) -> Verdict:

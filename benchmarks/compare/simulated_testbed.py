@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from wanvideo_enhanced_blockswap.blockswap import Backend
 from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedHardware, SimulatedStreams
-from wanvideo_enhanced_blockswap.blockswap.simulation import simulated_backend
+from wanvideo_enhanced_blockswap.blockswap.simulation import SimulatedWorker, simulated_backend
 from wanvideo_enhanced_blockswap.commands.meter import Moved
 from wanvideo_enhanced_blockswap.commands.wan import Inputs, Preset
 
@@ -67,12 +67,14 @@ class SimulatedTestbed:
         self._preset = preset
         self._warmup = warmup
         self._streams = self._open(streams=1)
+        self._worker = SimulatedWorker(self._streams)
         self._held_bytes = self._peak_bytes = 0
         self._moved = Moved()
 
     def backend(self, *, overlap: bool) -> Backend:
         self._streams = self._open(streams=1 if overlap else 0)
-        return simulated_backend(self._streams)
+        self._worker = SimulatedWorker(self._streams)
+        return replace(simulated_backend(self._streams), make_worker=lambda _: self._worker)
 
     def place(self, module: nn.Module) -> None:
         nbytes = self._wait_for_pageable(module)
@@ -90,6 +92,14 @@ class SimulatedTestbed:
             block.register_forward_hook(self._compute(i))
 
     def measure(self, engine: Engine, model: nn.Module, shape: Shape, inputs: Inputs, *, steps: int) -> Figures:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # those of a small model wait for one another, most of all on a busy machine
+        try:
+            return self._measure(engine, model, shape, inputs, steps)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _measure(self, engine: Engine, model: nn.Module, shape: Shape, inputs: Inputs, steps: int) -> Figures:
         streams = self._streams
         compute_ms = block_flops(self._preset, shape) / self.card.flops * 1e3
         streams.hardware = replace(streams.hardware, default_compute_ms=compute_ms)
@@ -139,4 +149,5 @@ class SimulatedTestbed:
         return compute
 
     def _moved_so_far(self) -> Moved:
+        self._worker.stop()  # ends what has been asked of it, however late it is
         return Moved(self._moved.to_device + self._streams.copied_bytes, self._moved.to_host)

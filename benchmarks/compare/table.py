@@ -21,10 +21,16 @@ def markdown(rows: Sequence[Row], *, link_bytes_per_s: float) -> str:
     clocks = ", ".join(sorted({row.clock for row in rows if row.clock}))
     versions = dict.fromkeys(row.versions for row in rows if row.versions)
     words = [
-        f"Step: median, by the device ({clocks}). Bound: the longer of the resident model's step and of the swapped "
-        f"blocks' bytes over the link, {link_bytes_per_s / 1e9:.2f} GB/s. Weights: the peak less what the resident "
-        "model's step takes above its own weights. Host: by how much available memory had shrunk.",
-        *([f"Versions: {', '.join(versions)}."] if versions else []),
+        f"- step: median, by the device's clock ({clocks or 'none'}), the host free to run ahead; waited for: by the "
+        "host's clock, the host waiting at the end of each",
+        "- over bound: step over the longer of the resident model's step and of the swapped blocks' bytes over the "
+        f"link, {link_bytes_per_s / 1e9:.2f} GB/s; over resident: step over the resident model's",
+        "- peak: device memory allocated at most (on a simulated device that of weights and slots alone); weights: of "
+        "it, less what the resident model's step takes above its own; reserved: what torch's allocator held at most; "
+        "driver: what the driver counts, less what it did before the model was built",
+        "- host: by how much the host's available memory had shrunk; page-locked: of it, by torch's allocator and by "
+        "the engine; to device, back: copied in one step",
+        *([f"- versions: {', '.join(versions)}"] if versions else []),
     ]
     return "\n".join([*tables, *words]) + "\n"
 
@@ -33,7 +39,7 @@ def _table(shape: str, rows: Sequence[Row]) -> str:
     base = next((row.step_ms for row in rows if not row.swapped and row.step_ms), None)
     cells = [[row.engine, str(row.swapped), *(_figures(row, base) if not row.reason else [])] for row in rows]
     # A column that no row has a figure for is left out.
-    kept = [i for i in range(len(COLUMNS)) if any(len(row) > i and row[i] for row in cells)] or [0, 1, 2]
+    kept = [i for i in range(len(COLUMNS)) if i <= 2 or any(len(row) > i and row[i] for row in cells)]
     lines = [f"### {shape}", "", f"| {' | '.join(COLUMNS[i] for i in kept)} |", "|" + " --- |" * len(kept)]
     for row, found in zip(rows, cells, strict=True):
         shown = [found[i] if len(found) > i else "" for i in kept]

@@ -17,7 +17,7 @@ from wanvideo_enhanced_blockswap.commands.device import choose_device
 from wanvideo_enhanced_blockswap.commands.wan import Inputs, build, make_inputs
 from wanvideo_enhanced_blockswap.commands.words import parse_shape
 
-from .cells import Row, Task
+from .cells import EQUAL, FIRST, REFERENCE, RESIDENT, Row, Task
 from .device_testbed import DeviceTestbed
 from .engine import Engine, NotOfferedError
 from .engines import make_engine
@@ -87,19 +87,19 @@ def _row(task: Task, shape: str, engine: Engine, testbed: Testbed, figures: Figu
         pinned_bytes=figures.pinned_bytes,
         to_device_bytes=figures.moved.to_device,
         to_host_bytes=figures.moved.to_host,
-        output=_compare(figures.latents, Path(task.folder) / f"{shape}.pt"),
+        output=_compare(figures.latents, Path(task.folder) / f"{shape}.pt", task.engine),
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in engine.packages),
     )
 
 
-def _compare(latents: torch.Tensor, reference: Path) -> str:
+def _compare(latents: torch.Tensor, reference: Path, engine: str) -> str:
     """How the latents differ from those of the first engine that came so far, which are kept."""
     if not reference.exists():
         torch.save(latents, reference)
-        return "reference"
+        return REFERENCE if engine == RESIDENT else FIRST
     expected = torch.load(reference, weights_only=True)
     if torch.equal(latents, expected):
-        return "equal"
+        return EQUAL
     if not bool(latents.isfinite().all()):
         return "not finite"
     return f"differs by up to {float((latents.float() - expected.float()).abs().max()):.3g}"
