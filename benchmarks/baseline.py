@@ -28,7 +28,7 @@ from .link import Asked, LinkBench, backend_of
 KEPT = Path(__file__).with_name("baseline.json")
 SHAPES = ("64x64x1", "96x96x5", "128x128x9")
 SWAPS = (6, 9, 12)
-STEPS, WARMUP = 3, 2
+STEPS, WARMUP = 3, 1
 TOLERANCE = 1e-4
 """Share by which a figure may differ: figures are kept with six digits."""
 

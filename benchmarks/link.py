@@ -43,6 +43,8 @@ SIZES = (64 * KIB, MIB, 16 * MIB, 64 * MIB, 512 * MIB)
 STREAMS = (1, 2, 4, 8, 16)
 MOST_STREAMS = 32
 """Streams that torch has for a device; beyond them it hands out the same ones again."""
+KNEE = 0.98
+"""Share of the best speed at which fewer streams are as good."""
 SECONDS = 40.0
 """After these no figure begins: over the slowest link, a riser's single lane, one takes several seconds."""
 HARDWARE = SimulatedHardware(link_bytes_per_ms=25e6, default_compute_ms=0.25)
@@ -74,8 +76,8 @@ def backend_of(device: torch.device) -> Backend:
 def pinned_bytes_per_s(
     device: torch.device, *, size_bytes: int = SIZES[-1], streams: Sequence[int] = STREAMS
 ) -> tuple[int, float]:
-    """The number of copy streams that is fastest from page-locked memory while the device is idle, and what it reaches
-    in bytes per second.
+    """What is reached from page-locked memory while the device is idle, in bytes per second, and before it the fewest
+    copy streams that come within `KNEE` of it.
 
     Args:
         device: Where to.
@@ -87,11 +89,11 @@ def pinned_bytes_per_s(
     """
     asked = Asked(sizes=(size_bytes,), streams=tuple(streams), tiers=(HostTier.PINNED,), busy=False)
     rows = LinkBench(backend_of(device), asked).rows(quiet=True)
-    found = [(row.gbytes_per_s, -row.streams) for row in rows if row.gbytes_per_s is not None]
+    found = {row.streams: row.gbytes_per_s for row in rows if row.gbytes_per_s is not None}
     if not found:
         raise BlockSwapError(f"the link to {device} could not be measured: {rows[0].reason}")
-    gbytes_per_s, fewest = max(found)
-    return -fewest, gbytes_per_s * 1e9
+    best = max(found.values())
+    return min(count for count, speed in found.items() if speed >= KNEE * best), best * 1e9
 
 
 class LinkBench:

@@ -7,57 +7,18 @@ import logging
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from .decision import STAGING_SLABS, HostTier
 from .layout import slab_offsets
 from .locking import Locking, lock
 from .pages import PageMemory, PinBudget, Registrar, register_result
+from .sources import Source
 from .streams import Streams
-from .tensors import copy_bytes, element_view, flat, same_layout, span_bytes, storage_key, version_of
+from .tensors import copy_bytes, element_view, same_layout, span_bytes, storage_key, version_of
 
 logger = logging.getLogger(__name__)
-
-
-SAMPLED_ELEMENTS = 4096
-"""Elements by which an inference tensor is compared with what was read from it before. It counts no edits; one that
-changes weights as a LoRA does changes nearly all of them."""
-
-
-@dataclass(slots=True)
-class _Source:
-    """Where a slab's tensor came from, held weakly: living storage at the same place is the same bytes."""
-
-    storage: StorageWeakRef
-    place: tuple[Any, ...]
-    sample: torch.Tensor | None
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Source:
-        return cls(StorageWeakRef(tensor.untyped_storage()), _place(tensor), _sample(tensor))
-
-    def is_still(self, tensor: torch.Tensor) -> bool:
-        if self.storage.expired() or self.storage.cdata != storage_key(tensor) or self.place != _place(tensor):
-            return False
-        sample = _sample(tensor)
-        return self.sample is None or (sample is not None and torch.equal(self.sample, sample))
-
-
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, version_of(tensor)
-
-
-def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Some bytes of a tensor that does not count its edits; None for one that does."""
-    if version_of(tensor) is not None or tensor.numel() == 0:
-        return None
-    elements = flat(tensor)
-    # On the host: a fingerprint of weights on the device must not keep memory there.
-    sample = elements[:: max(1, elements.numel() // SAMPLED_ELEMENTS)]
-    return sample.to("cpu", copy=True).view(torch.uint8)
 
 
 @dataclass(slots=True)
@@ -78,7 +39,7 @@ class Slab:
     used_bytes: int
     views: tuple[torch.Tensor, ...]
     tier: HostTier
-    sources: tuple[_Source, ...] = ()
+    sources: tuple[Source, ...] = ()
     bound: tuple[tuple[weakref.ref[torch.Tensor], int | None], ...] = ()
     checksums: tuple[int, ...] | None = None
 
@@ -92,6 +53,11 @@ class Slab:
         """Whether copies go through the worker."""
         return self.tier is HostTier.STAGED
 
+    def unlock(self) -> None:
+        """Not page-locked any more, after its last copy."""
+        self.tier = HostTier.PAGEABLE
+        self.pages.unpin()
+
     def settle(self) -> None:
         """Waits on the host until no copy reads the slab any more. The worker has ended: it goes with the window."""
         self.pages.settle()
@@ -102,7 +68,7 @@ class Slab:
         for view, tensor in zip(self.views, tensors, strict=True):
             if tensor.data_ptr() != view.data_ptr():
                 copy_bytes(view, tensor)
-        self.sources = tuple(map(_Source.of, tensors))
+        self.sources = tuple(map(Source.of, tensors))
         self.checksums = None
 
     def bind(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -194,8 +160,7 @@ class HostStore:
         """Unlocks everything after its last copy; slabs stay, for their next tier to be found at the next adopt."""
         with contextlib.ExitStack() as stack:
             for slab in self.slabs.values():
-                slab.tier = HostTier.PAGEABLE
-                stack.callback(slab.pages.unpin)  # each of them, whatever fails with another
+                stack.callback(slab.unlock)  # each of them, whatever fails with another
             self.finish_locking()
 
     def release(self) -> None:
@@ -264,8 +229,13 @@ class HostStore:
         """Waits for the slab that is being locked; what cannot be locked keeps the tier below."""
         if self._locking is None:
             return
-        (slab, locking), self._locking = self._locking, None
-        if self._is_locked(locking.result(), slab.pages, "a slab"):
+        slab, locking = self._locking
+        try:
+            code = locking.result()
+        finally:
+            if locking.is_over:
+                self._locking = None
+        if self._is_locked(code, slab.pages, "a slab"):
             slab.tier = HostTier.PINNED
 
     def _refuse(self, why: str) -> None:
@@ -292,4 +262,5 @@ class HostStore:
             if self._may_lock(slab.pages, "a slab", again=False):
                 assert self.registrar is not None
                 self._locking = slab, Locking(slab.pages, self.registrar, self.budget)
+                self._locking[1].start()  # only now: what is under way must be known to whoever gives up
         slab.tier = tier

@@ -93,7 +93,8 @@ class SimulatedStreams:
 
     Args:
         hardware: What is simulated; may be changed between forwards.
-        count: Number of copy streams; 0 for none of their own, as with `CudaStreams`: copies run on the compute stream.
+        count: Number of copy streams; 0 for none of their own, as with `CudaStreams`: copies run on the first compute
+            stream.
     """
 
     def __init__(self, hardware: SimulatedHardware | None = None, *, count: int = 1) -> None:
@@ -101,6 +102,7 @@ class SimulatedStreams:
         self.device = torch.device("cpu")
         self._own_streams = tuple(SimulatedStream(f"copy {i}") for i in range(count))
         self.compute_stream = SimulatedStream("compute")
+        self.copy_streams = self._own_streams or (self.compute_stream,)
         self.log = AccessLog()
         self.allocated_bytes = 0
         self.peak_bytes = 0
@@ -112,10 +114,6 @@ class SimulatedStreams:
         self._now_ms = {HOST: 0.0, WORKER: 0.0}
         self._link_idle_ms = 0.0
         self._random = random.Random(self.hardware.seed)
-
-    @property
-    def copy_streams(self) -> tuple[SimulatedStream, ...]:
-        return self._own_streams or (self.compute_stream,)
 
     def guard(self) -> contextlib.AbstractContextManager[object]:
         return self._guard()
@@ -192,8 +190,8 @@ class SimulatedStreams:
             target.copy_(source)
 
         stream.queue.append(land)
-        # What runs on the compute stream after it relies on it, and runs at once.
-        if stream is self.compute_stream or self._random.random() >= self.hardware.lateness:
+        # What runs on a compute stream after it relies on it, and runs at once.
+        if stream not in self._own_streams or self._random.random() >= self.hardware.lateness:
             stream.run_to(stream.position)
 
     def host_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:

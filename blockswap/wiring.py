@@ -36,8 +36,9 @@ class Miswired:
 
 def arguments_of(patcher: Any) -> Any:
     """The BLOCKSWAPARGS that a loaded model has from its loader or from WanVideo Set BlockSwap; None without any."""
-    options = getattr(patcher, "model_options", None) or {}
-    return (options.get("transformer_options") or {}).get("block_swap_args")
+    options = getattr(patcher, "model_options", None)
+    inner = options.get("transformer_options") if isinstance(options, Mapping) else None
+    return inner.get("block_swap_args") if isinstance(inner, Mapping) else None
 
 
 def is_theirs(arguments: Any) -> bool:

@@ -212,7 +212,7 @@ def test_an_engine_that_needs_streams_is_not_offered_without(tmp_path: Path, pre
 
 def test_bytes_are_read_from_the_profilers_trace() -> None:
     events = [
-        {"name": "Memcpy HtoD (Pinned -> Device)", "args": {"bytes": 100}},
+        {"name": "Memcpy HtoD (Pinned -> Device)", "cat": "gpu_memcpy", "args": {"bytes": 100}},
         {"name": "Memcpy HtoD (Pageable -> Device)", "args": {"bytes": 20}},
         {"name": "Memcpy DtoH (Device -> Pageable)", "args": {"bytes": 3}},
         {"name": "Memcpy DtoD (Device -> Device)", "args": {"bytes": 7}},
@@ -221,6 +221,7 @@ def test_bytes_are_read_from_the_profilers_trace() -> None:
     ]
     moved = copies(events)
     assert (moved.to_device, moved.to_host) == (1120, 3)
+    assert copies([{"name": "cudaMemcpyAsync", "cat": "cuda_runtime"}]) is None
 
 
 def test_the_operations_of_a_block_are_those_of_the_14b_model() -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
+import gc
+import os
+import signal
 import threading
+import time
+import weakref
 
 import pytest
 import torch
@@ -23,10 +29,10 @@ class Held(Recorder):
         super().__init__(*results)
         self.asked = threading.Event()
         self.go = threading.Event()
-        self.threads: set[int] = set()
+        self.threads: list[int] = []
 
     def register(self, pointer: int, nbytes: int) -> int:
-        self.threads.add(threading.get_ident())
+        self.threads.append(threading.get_ident())
         self.asked.set()
         assert self.go.wait(SECONDS)
         return super().register(pointer, nbytes)
@@ -41,9 +47,12 @@ class Failing(Recorder):
 
     def register(self, pointer: int, nbytes: int) -> int:
         failure, self.failure = self.failure, None
-        if failure is not None:
+        if failure is None:
+            return super().register(pointer, nbytes)
+        try:
             raise failure
-        return super().register(pointer, nbytes)
+        finally:
+            del failure  # as `Locking` must not, this must not hold what its traceback holds
 
     def unregister(self, pointer: int) -> int:
         return super().unregister(pointer) if pointer in self.locked else 713
@@ -68,7 +77,7 @@ def test_the_next_slab_is_filled_while_one_is_being_locked(monkeypatch: pytest.M
     store.finish_locking()
     assert [slab.tier for slab in store.slabs.values()] == [PINNED] * 3
     assert len(registrar.locked) == 3
-    assert threading.get_ident() not in registrar.threads
+    assert registrar.threads[0] != threading.get_ident()
     # Locked after it was filled: the bytes were there.
     for (one,), found in zip(tensors, registrar.bytes_at_lock, strict=True):
         assert torch.equal(found[: one.nbytes], weights_bytes(one))
@@ -122,39 +131,84 @@ def test_what_locking_raises_is_raised_in_the_host_thread_and_leaves_nothing(fai
     assert store.budget.used_bytes == 0
 
 
-def test_an_interrupt_ends_the_wait_only_when_the_lock_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_ends_the_wait_only_when_the_lock_is_over() -> None:
     registrar = Held()
     store = store_with(registrar)
     store.put(0, weights(10), tier=PINNED)
     assert registrar.asked.wait(SECONDS)
-    join, joined = threading.Thread.join, []
 
-    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
-        joined.append(thread)
-        if len(joined) == 1:
-            registrar.go.set()
-            raise KeyboardInterrupt
-        join(thread, timeout)
+    def interrupt_amid_the_lock() -> None:
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        registrar.go.set()
 
-    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    threading.Thread(target=interrupt_amid_the_lock).start()
     with pytest.raises(KeyboardInterrupt):
         store.finish_locking()
-    assert len(joined) == 2
+    assert len(registrar.locked) == 1
     store.release()
     assert registrar.locked == {}
+    assert store.budget.used_bytes == 0
+
+
+def test_an_interrupt_before_the_thread_begins_leaves_the_lock_to_who_gives_it_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    registrar = Recorder()
+    store = store_with(registrar)
+    monkeypatch.setattr(_thread, "start_new_thread", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.put(0, weights(10), tier=PINNED)
+    store.release()
+    assert registrar.locked == {}
+    assert store.budget.used_bytes == 0
 
 
 def test_where_the_system_gives_no_thread_the_host_thread_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(thread: threading.Thread) -> None:
+    def refused(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", refused)
+    monkeypatch.setattr(_thread, "start_new_thread", refused)
     registrar = Recorder()
     store = store_with(registrar)
     store.put(0, weights(10), tier=PINNED)
     store.finish_locking()
     assert store.slabs[0].tier is PINNED
     assert len(registrar.locked) == 1
+
+
+def test_a_slab_unlocked_amid_its_lock_is_pageable() -> None:
+    registrar = Held()
+    store = store_with(registrar)
+    slab = store.put(0, weights(10), tier=PINNED)
+    registrar.go.set()
+    store.unlock()
+    assert slab.tier is HostTier.PAGEABLE
+    assert not slab.pages.is_pinned
+
+
+def test_a_lock_that_failed_does_not_keep_the_pages() -> None:
+    store = store_with(Failing(RuntimeError("the driver is gone")))
+    store.put(0, weights(10), tier=PINNED)
+    pages = weakref.ref(store.slabs[0].pages)
+    gc.disable()
+    try:
+        try:  # pytest.raises would hold it
+            store.finish_locking()
+        except RuntimeError as failure:
+            told = str(failure)
+        store.release()
+        assert told == "the driver is gone"
+        ends = time.monotonic() + SECONDS
+        while pages() is not None and time.monotonic() < ends:  # the thread has a last step to take
+            time.sleep(0.01)
+        assert pages() is None
+    finally:
+        gc.enable()
 
 
 def test_after_an_adopt_every_slab_is_locked_and_no_thread_is_left() -> None:

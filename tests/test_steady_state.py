@@ -7,29 +7,41 @@ from collections import Counter
 import pytest
 import torch
 from pretend_accelerator import install, is_supported
-from toys import Model, alternating, fixed_plan, toy
+from toys import Block, Model, alternating, fixed_plan, toy
 from wanvideo_enhanced_blockswap.blockswap import HostTier, PinBudget, SwapSession, backend_for
 from wanvideo_enhanced_blockswap.blockswap.clocks import HOST
 from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedStreams
 from wanvideo_enhanced_blockswap.blockswap.simulation import simulated_backend
 
 COUNT = 6
-COSTLY = ("allocate", "free", "event", "host_wait")
+COSTLY = ("allocate", "free", "event", "host_wait", "elapsed_ms")
 """What a driver takes long for, or what makes the host wait for the device."""
 
 
 class Counting(SimulatedStreams):
-    """Counts by primitive what the host thread asks of the device."""
+    """Counts by primitive what the host thread asks of the device, which never says that it has reached a mark."""
 
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
         self.calls: Counter[str] = Counter()
 
-    def __getattribute__(self, name: str):
-        found = super().__getattribute__(name)
-        if name in (*COSTLY, "record", "wait", "copy") and super().__getattribute__("_actor") == HOST:
-            super().__getattribute__("calls")[name] += 1
-        return found
+    def reached(self, mark: float) -> bool:
+        return False
+
+
+def counted(name: str):
+    asked = getattr(SimulatedStreams, name)
+
+    def call(streams: Counting, *arguments, **options):
+        if streams._actor == HOST:
+            streams.calls[name] += 1
+        return asked(streams, *arguments, **options)
+
+    return call
+
+
+for primitive in (*COSTLY, "mark", "record", "wait", "copy"):
+    setattr(Counting, primitive, counted(primitive))
 
 
 def session_of(model: Model, planner, counting: Counting, **options) -> SwapSession:
@@ -49,7 +61,7 @@ PLANS = [
 
 @pytest.mark.parametrize(("planner", "onloads"), PLANS)
 @pytest.mark.parametrize("streams", [1, 3])
-@pytest.mark.parametrize("traced", [None, range(0)], ids=["untraced", "traced once"])
+@pytest.mark.parametrize("traced", [None, range(1)], ids=["untraced", "traced once"])
 def test_a_forward_asks_the_device_only_for_copies_and_their_order(
     planner, onloads: int, streams: int, traced: range | None
 ) -> None:
@@ -66,7 +78,11 @@ def test_a_forward_asks_the_device_only_for_copies_and_their_order(
                 model(x)
         assert session.counters.onloads - before == 4 * onloads
         assert {name: counting.calls[name] for name in COSTLY} == dict.fromkeys(COSTLY, 0)
-        assert counting.calls["record"] <= 4 * 2 * COUNT * streams
+        # The begin and the end of a forward, where any of the run is traced.
+        assert counting.calls["mark"] == (0 if traced is None else 4 * 2)
+        # For each copy: its slot's free event and those of its former content; for each block: its ready events.
+        assert counting.calls["record"] <= 4 * COUNT * (1 + streams)
+        assert counting.calls["wait"] <= 4 * COUNT * (1 + 3 * streams)
 
 
 def test_the_counters_count() -> None:
@@ -98,3 +114,22 @@ def test_a_device_with_books_of_its_own_counts_no_allocation_either() -> None:
             enter_all()
         assert hpu.allocation_count() == before
         assert hpu.copy_stats()["h2d_bytes"] - copied >= 3 * (COUNT - 1) * 3072
+
+
+def test_a_slab_is_cut_between_all_copy_streams() -> None:
+    counting = SimulatedStreams(count=3)
+    copied: Counter[str] = Counter()
+    copy = counting.copy
+
+    def noted(target: torch.Tensor, source: torch.Tensor, stream) -> None:
+        copied[stream.name] += target.nbytes
+        copy(target, source, stream)
+
+    counting.copy = noted
+    model = Model([Block(96, 192) for _ in range(COUNT)])
+    with torch.no_grad(), session_of(model, fixed_plan([True] * COUNT, streams=3), counting) as session:
+        for _ in range(2):
+            with session.forward():
+                model(torch.randn(3, 96))
+    assert set(copied) == {"copy 0", "copy 1", "copy 2"}
+    assert len(set(copied.values())) == 1

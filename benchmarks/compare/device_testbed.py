@@ -73,6 +73,7 @@ class DeviceTestbed:
             walls.append((time.perf_counter() - begin) * 1e3)
 
         denoise(model, inputs, steps=steps, forward=forward, around=waited_for)
+        taken = self._usage.device_bytes(), self._usage.host_bytes()  # before the profiler, which takes some itself
         with copied_in(self._meter) as moved:
             denoise(model, inputs, steps=1, forward=forward)
             self._module.synchronize()
@@ -83,8 +84,8 @@ class DeviceTestbed:
             held_bytes=held,
             peak_bytes=peak,
             reserved_bytes=reserved,
-            driver_bytes=self._usage.device_bytes(),
-            host_bytes=self._usage.host_bytes(),
+            driver_bytes=taken[0],
+            host_bytes=taken[1],
             pinned_bytes=pinned_by_torch(self.device) + engine.pinned_bytes,
             moved=moved(),
         )

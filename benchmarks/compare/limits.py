@@ -19,6 +19,8 @@ OVER_PLAIN = 3.0
 """The plain swap's step over ours, where transfer dominates."""
 EXACT_PINS = 1.01
 """Page-locked bytes over swapped bytes."""
+SAME_TIME = 1.01
+"""Step over a peer's that counts as no slower: what clocks and chance make of equal ones."""
 SAME_MEMORY = 1.02
 """Device memory over a peer's that counts as no more: the small tensors of all blocks stay there."""
 CLEAR = 2.0
@@ -112,7 +114,7 @@ def _beside(cell: str, other: Row, ours: Sequence[Row]) -> Verdict:
     met = any(
         one.step_ms is not None
         and one.peak_bytes is not None
-        and one.step_ms <= other.step_ms
+        and one.step_ms <= other.step_ms * SAME_TIME
         and one.peak_bytes <= other.peak_bytes * SAME_MEMORY
         for one in ours
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from wanvideo_enhanced_blockswap.blockswap import Backend
+from wanvideo_enhanced_blockswap.blockswap.schedule import SETTLING_FORWARDS
 from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedHardware, SimulatedStreams
 from wanvideo_enhanced_blockswap.blockswap.simulation import SimulatedWorker, simulated_backend
 from wanvideo_enhanced_blockswap.commands.meter import Moved
@@ -55,7 +56,7 @@ class SimulatedTestbed:
 
     Args:
         preset: The model's dimensions, which give the duration of a block.
-        warmup: Steps before the first that counts.
+        warmup: Steps before the first that counts; at least as many as times need to repeat.
         card: What is simulated.
     """
 
@@ -103,7 +104,7 @@ class SimulatedTestbed:
         streams = self._streams
         compute_ms = block_flops(self._preset, shape) / self.card.flops * 1e3
         streams.hardware = replace(streams.hardware, default_compute_ms=compute_ms)
-        denoise(model, inputs, steps=self._warmup, forward=engine.forward)
+        denoise(model, inputs, steps=max(self._warmup, SETTLING_FORWARDS), forward=engine.forward)
         held = self._held_bytes + streams.allocated_bytes
         self._peak_bytes, streams.peak_bytes = self._held_bytes, streams.allocated_bytes
         durations: list[float] = []

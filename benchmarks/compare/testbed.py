@@ -46,7 +46,7 @@ class Figures:
     driver_bytes: int | None = None
     host_bytes: int | None = None
     pinned_bytes: int = 0
-    moved: Moved = field(default_factory=Moved)
+    moved: Moved | None = field(default_factory=Moved)
 
 
 class Testbed(Protocol):

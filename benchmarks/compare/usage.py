@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from wanvideo_enhanced_blockswap.hardware.sampling import open_device_readers
 TO_DEVICE = ("HtoD", "HostToDevice")
 TO_HOST = ("DtoH", "DeviceToHost")
 """Parts of the names that torch's profiler gives to copies, on CUDA and on HIP."""
+
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+"""Categories of what runs on the device."""
 
 
 class Usage:
@@ -53,7 +56,7 @@ def pinned_by_torch(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def copied_in(meter: DeviceMeter) -> Iterator[Callable[[], Moved]]:
+def copied_in(meter: DeviceMeter) -> Iterator[Callable[[], Moved | None]]:
     """Counts what is copied inside: on CUDA and HIP all of it, in whichever thread, as the profiler sees it on the
     device; elsewhere, and where torch was built without that, as the device or torch's dispatcher counts.
     """
@@ -62,7 +65,7 @@ def copied_in(meter: DeviceMeter) -> Iterator[Callable[[], Moved]]:
         with meter.count_copies() as moved:
             yield moved
         return
-    found: list[Moved] = []
+    found: list[Moved | None] = []
     with torch.profiler.profile(activities=[activity]) as profiler:
         yield lambda: found[0]
         torch.cuda.synchronize(meter.device)
@@ -72,8 +75,12 @@ def copied_in(meter: DeviceMeter) -> Iterator[Callable[[], Moved]]:
         found.append(copies(json.loads(path.read_bytes())["traceEvents"]))
 
 
-def copies(events: Iterable[dict[str, Any]]) -> Moved:
-    """Bytes of the copies among the events of a Chrome trace, as torch's profiler writes them."""
+def copies(events: Sequence[dict[str, Any]]) -> Moved | None:
+    """Bytes of the copies among the events of a Chrome trace, as torch's profiler writes them; None where it has seen
+    nothing of the device at all.
+    """
+    if not any(event.get("cat") in ON_DEVICE for event in events):
+        return None
     moved = Moved()
     for event in events:
         name, nbytes = event.get("name", ""), event.get("args", {}).get("bytes", 0)

@@ -85,8 +85,8 @@ def _row(task: Task, shape: str, engine: Engine, testbed: Testbed, figures: Figu
         held_bytes=figures.held_bytes,
         host_bytes=figures.host_bytes,
         pinned_bytes=figures.pinned_bytes,
-        to_device_bytes=figures.moved.to_device,
-        to_host_bytes=figures.moved.to_host,
+        to_device_bytes=None if figures.moved is None else figures.moved.to_device,
+        to_host_bytes=None if figures.moved is None else figures.moved.to_host,
         output=_compare(figures.latents, Path(task.folder) / f"{shape}.pt", task.engine),
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in engine.packages),
     )
