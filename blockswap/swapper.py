@@ -214,6 +214,8 @@ class BlockSwapper:
             else:
                 self._store.drop(block)
                 self._copy_to_device(streamed)
+            if block + 1 == len(self._model.entries):
+                self._store.finish_locking()  # what is told at the end is all there is
             self._tell_placed(block + 1)
 
     def _tell_placed(self, count: int) -> None:
