@@ -20,13 +20,12 @@ from pathlib import Path
 import torch
 
 from . import schedule_grid
-from .compare.cells import EQUAL, REFERENCE, RESIDENT, Task
+from .compare.cells import EQUAL, REFERENCE, RESIDENT, SHAPES, Task
 from .compare.engines import OURS
 from .compare.worker import run
 from .link import Asked, LinkBench, backend_of
 
 KEPT = Path(__file__).with_name("baseline.json")
-SHAPES = ("64x64x1", "96x96x5", "128x128x9")
 SWAPS = (6, 9, 12)
 STEPS, WARMUP = 3, 1
 TOLERANCE = 1e-4

@@ -28,14 +28,13 @@ from wanvideo_enhanced_blockswap.hardware import read_host_memory
 
 from benchmarks.machine import origin
 
-from .cells import EQUAL, FIRST, Row, parse_swaps
+from .cells import EQUAL, FIRST, SHAPES, Row, parse_swaps
 from .comparison import Comparison, compare
 from .engines import NAMES, OURS
 from .limits import verdicts
 from .plot import draw
 from .table import markdown
 
-SHAPES = "64x64x1,96x96x5,128x128x9"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -53,7 +52,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.compare", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="small", choices=tuple(PRESETS))
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
-    parser.add_argument("--shapes", default=SHAPES, help="WxHxF, several with commas between")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="WxHxF, several with commas between")
     parser.add_argument("--swap", default="half,all", help="numbers of blocks, half, all, with commas between")
     parser.add_argument("--engines", help=f"some of {', '.join(NAMES)}; by default all that the device can run")
     parser.add_argument("--device", default="auto", help="auto, cpu (simulated), cuda or cuda:N")
@@ -109,7 +108,7 @@ def check_shape(text: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0 if all engines of ours ran and gave the resident model's output."""
+    """Returns 0 if all engines of ours ran and gave the resident model's output, and every limit is met."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     options = parse(words)
     title = f"`{' '.join(['python -m benchmarks.compare', *words])}`: {origin(options.chosen)}"

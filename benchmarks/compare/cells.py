@@ -10,6 +10,9 @@ from wanvideo_enhanced_blockswap.commands.words import parse_count
 
 RESIDENT = "resident"
 
+SHAPES = ("64x64x1", "96x96x5", "128x128x9")
+"""From a video in which a copy of the small model's block takes longer than its compute to one where it takes less."""
+
 REFERENCE, EQUAL, FIRST = "reference", "equal", "first to finish"
 """Outputs: the resident model's; the same; that of the engine the others are held against, since resident has none."""
 
