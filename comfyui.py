@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .blockswap.architecture import activation_bytes, tokens_for
-from .blockswap.backend import backend_for
-from .blockswap.budget import Activations
-from .blockswap.decision import SwapPlan
+from .blockswap.device.backend import backend_for
 from .blockswap.errors import SettingsError
-from .blockswap.gate import Gate
-from .blockswap.loaded import stored_tensors
-from .blockswap.machine import TorchMachine
-from .blockswap.pages import PinBudget
-from .blockswap.planner import Limits
-from .blockswap.planning import Facts, make_plan
-from .blockswap.progress import Phase, Progress
-from .blockswap.run import SwapRun
+from .blockswap.model.wan import activation_bytes, profile_tensors, tokens_for
+from .blockswap.plan.budget import Activations
+from .blockswap.plan.make_plan import Facts, make_plan
+from .blockswap.plan.swap_plan import SwapPlan
+from .blockswap.run.machine import TorchMachine
+from .blockswap.run.planner import Limits
+from .blockswap.run.progress import Phase, Progress
+from .blockswap.run.run import SwapRun
 from .blockswap.settings import SwapSettings, node_of
-from .blockswap.stored import profile_tensors
-from .blockswap.wanvideo import find_wrapper
-from .blockswap.wiring import wrong_with_setting
+from .blockswap.wrapper.gate import Gate
+from .blockswap.wrapper.loader import stored_tensors
+from .blockswap.wrapper.wanvideo import find_wrapper
+from .blockswap.wrapper.wiring import wrong_with_setting
 from .hardware import (
     GIB,
     READING_FAILURES,
@@ -36,8 +35,8 @@ from .hardware import (
     probe_device,
     read_host_memory,
 )
+from .hardware.pinning import PinBudget
 from .node_progress import NodeProgress
-from .preferences import Preferences
 
 logger = logging.getLogger(__name__)
 
@@ -280,3 +279,55 @@ def _temp_folder() -> Path:
     import folder_paths
 
     return Path(folder_paths.get_temp_directory()) / FOLDER
+
+
+MOST_GIB = 1024
+"""As the dialog's own limit."""
+
+KEEP_HOST_SLABS = "WanVideoEnhancedBlockSwap.KeepHostSlabs"
+PIN_BUDGET_GIB = "WanVideoEnhancedBlockSwap.PinBudgetGiB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preferences:
+    """The user's, each at its default where it was never touched.
+
+    Attributes:
+        keep_host_slabs: The page-locked copies are kept from one run to the next, while memory allows.
+        pin_budget_bytes: Host memory that may be page-locked at most; None leaves it to the host's own figure.
+    """
+
+    keep_host_slabs: bool = True
+    pin_budget_bytes: int | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Preferences:
+        """From ComfyUI's file of settings; one that is not there has only defaults.
+
+        Raises:
+            SettingsError: It cannot be read, or one of our values is none that the dialog could have written.
+        """
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return cls()
+        except (OSError, ValueError, RecursionError) as exc:
+            raise SettingsError(f"{path.name} expects ComfyUI's settings as JSON but it cannot be read: {exc}") from exc
+        if not isinstance(stored, Mapping):
+            raise SettingsError(f"{path.name} expects a JSON object but got {type(stored).__name__}")
+        return cls(
+            keep_host_slabs=_switch(stored.get(KEEP_HOST_SLABS, True)),
+            pin_budget_bytes=_gib(stored.get(PIN_BUDGET_GIB, 0)),
+        )
+
+
+def _switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise SettingsError(f"{KEEP_HOST_SLABS} expects true or false but got {value!r}; set it again")
+    return value
+
+
+def _gib(value: object) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST_GIB:
+        raise SettingsError(f"{PIN_BUDGET_GIB} expects 0 to {MOST_GIB} GiB but got {value!r}; set it again")
+    return int(value * GIB) or None

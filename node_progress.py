@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from .blockswap.progress import Phase, Progress
+from .blockswap.run.progress import Phase, Progress
 
 logger = logging.getLogger(__name__)
 

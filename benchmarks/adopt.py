@@ -27,25 +27,20 @@ from pathlib import Path
 import torch
 from torch import nn
 from tqdm import tqdm
-from wanvideo_enhanced_blockswap.blockswap import (
-    Backend,
-    HostTier,
-    ModelProfile,
-    PinBudget,
-    PlanRequest,
-    SwapPlan,
-    SwapSession,
-    backend_for,
-    blocks_of,
-    plan_swap,
-)
+from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for, blocks_of
+from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
+from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
+from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
 from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError
-from wanvideo_enhanced_blockswap.blockswap.pages import PageMemory, Registrar
-from wanvideo_enhanced_blockswap.blockswap.streams import InlineStreams
+from wanvideo_enhanced_blockswap.blockswap.host.pages import PageMemory
+from wanvideo_enhanced_blockswap.blockswap.model.layout import ModelProfile
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import plan_swap
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, PlanRequest, SwapPlan
 from wanvideo_enhanced_blockswap.commands.device import choose_device
 from wanvideo_enhanced_blockswap.commands.memory import card_budget
 from wanvideo_enhanced_blockswap.commands.wan import PRESETS, Preset, build, complete, expected_bytes, skeleton
 from wanvideo_enhanced_blockswap.hardware import MIB, format_bytes, read_host_memory
+from wanvideo_enhanced_blockswap.hardware.pinning import Registrar
 
 from .compare.limits import EXACT_PINS
 from .machine import dated, host, machine

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from wanvideo_enhanced_blockswap.blockswap.host import Slab
+from wanvideo_enhanced_blockswap.blockswap.device.streams import Streams
+from wanvideo_enhanced_blockswap.blockswap.engine.trace import Trace
+from wanvideo_enhanced_blockswap.blockswap.engine.transfer import Transfer
+from wanvideo_enhanced_blockswap.blockswap.host.slabs import Slab
 from wanvideo_enhanced_blockswap.blockswap.spans import COMPUTE, COPY, Span
-from wanvideo_enhanced_blockswap.blockswap.streams import Streams
-from wanvideo_enhanced_blockswap.blockswap.trace import Trace
-from wanvideo_enhanced_blockswap.blockswap.transfer import Transfer
 
 REPEATS = 9
 SECONDS_PER_FIGURE = 0.2

@@ -20,14 +20,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from wanvideo_enhanced_blockswap.blockswap import (
-    HostTier,
-    ModelProfile,
-    PinBudget,
-    SwapPlan,
-    SwapSession,
-    backend_for,
-)
+from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
+from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
+from wanvideo_enhanced_blockswap.blockswap.model.layout import ModelProfile
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.hardware import probe_device
 
 BLOCKS = 40

@@ -19,21 +19,24 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from wanvideo_enhanced_blockswap.blockswap import Backend, HostTier, PinBudget, backend_for
+from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
+from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
+from wanvideo_enhanced_blockswap.blockswap.device.streams import Streams
+from wanvideo_enhanced_blockswap.blockswap.engine.transfer import Transfer
 from wanvideo_enhanced_blockswap.blockswap.errors import (
     BlockSwapError,
     DeviceMemoryError,
     HostMemoryError,
     SettingsError,
 )
-from wanvideo_enhanced_blockswap.blockswap.host import Slab
-from wanvideo_enhanced_blockswap.blockswap.pages import PageMemory, register_result
-from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedHardware, SimulatedStreams
-from wanvideo_enhanced_blockswap.blockswap.simulation import simulated_backend
-from wanvideo_enhanced_blockswap.blockswap.streams import Streams
-from wanvideo_enhanced_blockswap.blockswap.transfer import Transfer
+from wanvideo_enhanced_blockswap.blockswap.host.pages import PageMemory
+from wanvideo_enhanced_blockswap.blockswap.host.slabs import Slab
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
+from wanvideo_enhanced_blockswap.blockswap.simulation.backend import simulated_backend
+from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware, SimulatedStreams
 from wanvideo_enhanced_blockswap.commands.device import choose_device
 from wanvideo_enhanced_blockswap.hardware import KIB, MIB, parse_bytes, read_host_memory
+from wanvideo_enhanced_blockswap.hardware.pinning import register_result
 
 from .copies import Products, beside_products, choose_products, idle_ms, make_products, window
 from .link_table import BUSY, IDLE, Row, tables

@@ -6,8 +6,8 @@ import ctypes
 import time
 
 import torch
-from wanvideo_enhanced_blockswap.blockswap.pages import Registrar
-from wanvideo_enhanced_blockswap.blockswap.streams import InlineStreams
+from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
+from wanvideo_enhanced_blockswap.hardware.pinning import Registrar
 
 
 class MlockRegistrar:

@@ -19,12 +19,11 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from wanvideo_enhanced_blockswap.blockswap.decision import PlanRequest, Timing
 from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError
-from wanvideo_enhanced_blockswap.blockswap.layout import ModelProfile
-from wanvideo_enhanced_blockswap.blockswap.pages import PinBudget
-from wanvideo_enhanced_blockswap.blockswap.plan import plan_swap
-from wanvideo_enhanced_blockswap.blockswap.profile import profile_model
+from wanvideo_enhanced_blockswap.blockswap.model.layout import ModelProfile
+from wanvideo_enhanced_blockswap.blockswap.model.profile import profile_model
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import plan_swap
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import PlanRequest, Timing
 from wanvideo_enhanced_blockswap.commands.cache import cache_dir
 from wanvideo_enhanced_blockswap.commands.device import choose_device
 from wanvideo_enhanced_blockswap.commands.memory import card_budget
@@ -32,6 +31,7 @@ from wanvideo_enhanced_blockswap.commands.stage import FORWARDS_PER_STEP, Device
 from wanvideo_enhanced_blockswap.commands.wan import PRESETS, build, make_inputs
 from wanvideo_enhanced_blockswap.commands.words import parse_count, parse_shape
 from wanvideo_enhanced_blockswap.hardware import measure_link, read_host_memory
+from wanvideo_enhanced_blockswap.hardware.pinning import PinBudget
 
 from .machine import origin
 

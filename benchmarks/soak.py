@@ -28,8 +28,9 @@ import psutil
 import torch
 from torch import nn
 from tqdm import tqdm
-from wanvideo_enhanced_blockswap.blockswap import BlockSwapError, SwapRun, SwapSettings, Workload, blocks_of
-from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedHardware
+from wanvideo_enhanced_blockswap.blockswap import SwapRun, SwapSettings, Workload, blocks_of
+from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError
+from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware
 from wanvideo_enhanced_blockswap.commands.wan import PRESETS, Inputs, build, make_inputs
 
 TESTS = Path(__file__).parents[1] / "tests"

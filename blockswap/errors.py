@@ -56,3 +56,16 @@ class DeviceMemoryError(BlockSwapError):
 
 class TransferError(BlockSwapError):
     """A copy, or the order of copies, went wrong."""
+
+
+SHOWN_LETTERS = 80
+"""Of a name in a message."""
+
+
+def printable(text: str, *, longest: int | None = None) -> str:
+    """Text of a stranger on one line: no control characters, which a terminal would obey, and no more than `longest`
+    letters; None leaves its length.
+    """
+    if longest is not None and len(text) > longest:
+        text = f"{text[: longest - 1]}…"
+    return text if text.isprintable() else ascii(text)[1:-1]

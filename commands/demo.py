@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from ..blockswap.architecture import tokens_for
-from ..blockswap.decision import PlanRequest, SwapPlan, Timing
 from ..blockswap.errors import SettingsError
-from ..blockswap.layout import ModelProfile
-from ..blockswap.pages import PinBudget
-from ..blockswap.plan import plan_swap, weight_bytes
-from ..blockswap.profile import profile_model
+from ..blockswap.model.layout import ModelProfile
+from ..blockswap.model.profile import profile_model
+from ..blockswap.model.wan import tokens_for
+from ..blockswap.plan.make_plan import plan_swap, weight_bytes
+from ..blockswap.plan.swap_plan import PlanRequest, SwapPlan, Timing
 from ..hardware import MIB, format_bytes, measure_link, probe_device, read_device_memory, read_host_memory
+from ..hardware.pinning import PinBudget
 from .cache import cache_dir
 from .demo_report import Demonstration, report
 from .device import choose_device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from ..blockswap.decision import SwapPlan
+from ..blockswap.plan.swap_plan import SwapPlan
 from ..hardware import format_bytes
 from .result import Result, table
 

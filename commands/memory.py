@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..blockswap.budget import MemoryBudget, MemoryReadings, make_budget
 from ..blockswap.errors import SettingsError
-from ..blockswap.layout import ModelProfile
+from ..blockswap.model.layout import ModelProfile
+from ..blockswap.plan.budget import MemoryBudget, MemoryReadings, make_budget
 from ..blockswap.settings import SwapSettings
 from ..hardware import HostMemory, format_bytes
 

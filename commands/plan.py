@@ -6,15 +6,14 @@ from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..blockswap.architecture import WanArchitecture, activation_bytes, block_flops, tokens_for
-from ..blockswap.budget import SAFETY_RESERVE, Activations
-from ..blockswap.checkpoint import read_checkpoint
-from ..blockswap.decision import SwapPlan
+from ..blockswap.checkpoint.wan_file import read_checkpoint
 from ..blockswap.errors import PlanError, SettingsError
-from ..blockswap.layout import ModelProfile
-from ..blockswap.planning import Facts, make_plan
+from ..blockswap.model.layout import ModelProfile
+from ..blockswap.model.wan import CheckpointProfile, WanArchitecture, activation_bytes, block_flops, tokens_for
+from ..blockswap.plan.budget import SAFETY_RESERVE, Activations
+from ..blockswap.plan.make_plan import Facts, make_plan
+from ..blockswap.plan.swap_plan import SwapPlan
 from ..blockswap.settings import SwapSettings
-from ..blockswap.stored import CheckpointProfile
 from ..hardware import (
     DeviceMemory,
     DeviceSpec,

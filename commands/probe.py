@@ -6,14 +6,7 @@ from argparse import Namespace
 from dataclasses import asdict
 from enum import Enum
 
-from ..hardware import (
-    format_bytes,
-    measure_link,
-    probe_device,
-    read_device_memory,
-    read_host_memory,
-    tune,
-)
+from ..hardware import format_bytes, measure_link, probe_device, read_device_memory, read_host_memory, tune
 from .cache import cache_dir
 from .device import choose_device
 from .result import Result

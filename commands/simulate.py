@@ -6,12 +6,12 @@ import random
 from argparse import Namespace
 from collections.abc import Sequence
 
-from ..blockswap.budget import MemoryBudget
-from ..blockswap.decision import PlanRequest, SwapPlan, Timing
 from ..blockswap.errors import SettingsError
-from ..blockswap.layout import BlockProfile, ModelProfile, Placement, TensorProfile
-from ..blockswap.plan import plan_swap
-from ..blockswap.schedule import Ring, VirtualTime, steady_time
+from ..blockswap.model.layout import BlockProfile, ModelProfile, Placement, TensorProfile
+from ..blockswap.plan.budget import MemoryBudget
+from ..blockswap.plan.make_plan import plan_swap
+from ..blockswap.plan.schedule import Ring, VirtualTime, steady_time
+from ..blockswap.plan.swap_plan import PlanRequest, SwapPlan, Timing
 from .result import Result
 
 BLOCK_BYTES = 1 << 30

@@ -13,16 +13,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..blockswap.backend import Backend, backend_for
-from ..blockswap.decision import SwapPlan, Timing
-from ..blockswap.forwards import EVERY_FORWARD
-from ..blockswap.pages import PinBudget
-from ..blockswap.profile import blocks_of
-from ..blockswap.session import SwapSession
-from ..blockswap.simulated import SimulatedHardware, SimulatedStreams
-from ..blockswap.simulation import simulated_backend
+from ..blockswap.device.backend import Backend, backend_for
+from ..blockswap.device.streams import CudaStreams, InlineStreams, Streams
+from ..blockswap.engine.session import EVERY_FORWARD, SwapSession
+from ..blockswap.model.profile import blocks_of
+from ..blockswap.plan.swap_plan import SwapPlan, Timing
+from ..blockswap.simulation.backend import simulated_backend
+from ..blockswap.simulation.streams import SimulatedHardware, SimulatedStreams
 from ..blockswap.spans import STALL, Span, total_ms
-from ..blockswap.streams import CudaStreams, InlineStreams, Streams
+from ..hardware.pinning import PinBudget
 from .meter import DeviceMeter, Moved
 from .wan import Inputs, denoise
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..blockswap.architecture import WanArchitecture
 from ..blockswap.errors import BlockSwapError, HostMemoryError
+from ..blockswap.model.wan import WanArchitecture
 from ..hardware import format_bytes
 
 GUIDANCE = 5.0

@@ -3,12 +3,10 @@
 from .host import read_host_memory
 from .link import contradicts, measure_link
 from .memory import is_out_of_memory, read_device_memory
+from .monitor import READING_FAILURES, Sampler
 from .nvml import Nvml
 from .probe import probe_device, read_utilisation
-from .rocm import Rocm
-from .samples import Samples
-from .sampling import READING_FAILURES, Sampler
-from .spec import (
+from .records import (
     DeviceMemory,
     DeviceSpec,
     HardwareUnavailableError,
@@ -16,10 +14,12 @@ from .spec import (
     HostPlatform,
     LinkSpeed,
     PcieLink,
+    Samples,
     Utilisation,
     Vendor,
 )
-from .tuning import GpuTier, KnownGpu, Tuning, find_gpu, tier_for, tune
+from .rocm import Rocm
+from .tiers import GpuTier, KnownGpu, Tuning, find_gpu, tier_for, tune
 from .units import GIB, KIB, MIB, format_bytes, parse_bytes
 
 __all__ = [

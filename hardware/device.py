@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .spec import HardwareUnavailableError, Vendor
+from .records import HardwareUnavailableError, Vendor
 
 # What a torch device module raises for a device that it cannot open: AssertionError where it was not compiled in,
 # RuntimeError for a driver's error, AttributeError and NotImplementedError where the function is a stub.

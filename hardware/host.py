@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
-from .spec import HostMemory, HostPlatform
+from .records import HostMemory, HostPlatform
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import torch
 from .device import MODULE_FAILURES, OpenDevice, call, open_device
 from .host import read_host_memory, read_platform
 from .nvml import Nvml
+from .records import DeviceMemory, HardwareUnavailableError, HostPlatform, Vendor
 from .rocm import Rocm
-from .spec import DeviceMemory, HardwareUnavailableError, HostPlatform, Vendor
 from .units import format_bytes
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import logging
 from types import ModuleType, TracebackType
 from typing import Any, NewType
 
-from .spec import DeviceMemory, HardwareUnavailableError, PcieLink, Utilisation
+from .records import DeviceMemory, HardwareUnavailableError, PcieLink, Utilisation
 
 logger = logging.getLogger(__name__)
 

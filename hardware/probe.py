@@ -13,8 +13,8 @@ import torch
 
 from .device import OpenDevice, open_device
 from .nvml import Nvml
+from .records import DeviceSpec, HardwareUnavailableError, PcieLink, Utilisation, Vendor
 from .rocm import Rocm
-from .spec import DeviceSpec, HardwareUnavailableError, PcieLink, Utilisation, Vendor
 
 logger = logging.getLogger(__name__)
 

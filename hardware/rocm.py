@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
-from .spec import DeviceMemory, PcieLink, Utilisation
+from .records import DeviceMemory, PcieLink, Utilisation
 from .units import MIB
 
 logger = logging.getLogger(__name__)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from run_bench import LARGE_VIDEO, SMALL_VIDEO, Bench
 from toys import toy
-from wanvideo_enhanced_blockswap.blockswap import pages
-from wanvideo_enhanced_blockswap.blockswap.clocks import WORKER
 from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError, PlanError
-from wanvideo_enhanced_blockswap.blockswap.run import SwapRun
+from wanvideo_enhanced_blockswap.blockswap.host import pages
+from wanvideo_enhanced_blockswap.blockswap.run.run import SwapRun
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
-from wanvideo_enhanced_blockswap.blockswap.simulation import SimulatedRegistrar, SimulatedWorker
+from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedRegistrar, SimulatedWorker
+from wanvideo_enhanced_blockswap.blockswap.simulation.races import WORKER
 
 COUNT = 4
 PAGE = 4096

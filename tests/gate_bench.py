@@ -9,12 +9,13 @@ import standin
 import torch
 from standin import Workflow
 from standin.measuring import measured, unswapped
-from wanvideo_enhanced_blockswap.blockswap import Backend, PinBudget, SwapRun, SwapSettings, TorchMachine, backend_for
-from wanvideo_enhanced_blockswap.blockswap.gate import Gate
-from wanvideo_enhanced_blockswap.blockswap.simulation import SimulatedRegistrar
-from wanvideo_enhanced_blockswap.blockswap.staging import ThreadWorker
-from wanvideo_enhanced_blockswap.blockswap.streams import InlineStreams
-from wanvideo_enhanced_blockswap.blockswap.wanvideo import COUNTERS, find_wrapper
+from wanvideo_enhanced_blockswap.blockswap import PinBudget, SwapRun, SwapSettings, TorchMachine, backend_for
+from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
+from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
+from wanvideo_enhanced_blockswap.blockswap.device.worker import ThreadWorker
+from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedRegistrar
+from wanvideo_enhanced_blockswap.blockswap.wrapper.gate import Gate
+from wanvideo_enhanced_blockswap.blockswap.wrapper.wanvideo import COUNTERS, find_wrapper
 
 DEVICE = "hpu:0"
 BLOCKS, VACE_BLOCKS = 4, 2

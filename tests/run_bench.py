@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from simulated_machine import CARD, SimulatedMachine
 from toys import Simulation, toy
-from wanvideo_enhanced_blockswap.blockswap.experience import Workload
-from wanvideo_enhanced_blockswap.blockswap.planner import Limits
-from wanvideo_enhanced_blockswap.blockswap.run import SwapRun
+from wanvideo_enhanced_blockswap.blockswap.run.history import Workload
+from wanvideo_enhanced_blockswap.blockswap.run.planner import Limits
+from wanvideo_enhanced_blockswap.blockswap.run.run import SwapRun
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
-from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedHardware
+from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware
 from wanvideo_enhanced_blockswap.hardware import Sampler
 
 COUNT = 8

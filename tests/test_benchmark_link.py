@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from wanvideo_enhanced_blockswap.blockswap import Backend, BlockSwapError, HostTier, PinBudget
-from wanvideo_enhanced_blockswap.blockswap.host import Slab
-from wanvideo_enhanced_blockswap.blockswap.pages import PageMemory
-from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedHardware, SimulatedStreams
-from wanvideo_enhanced_blockswap.blockswap.simulation import SimulatedRegistrar
-from wanvideo_enhanced_blockswap.blockswap.transfer import Transfer
+from wanvideo_enhanced_blockswap.blockswap import PinBudget
+from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
+from wanvideo_enhanced_blockswap.blockswap.engine.transfer import Transfer
+from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError
+from wanvideo_enhanced_blockswap.blockswap.host.pages import PageMemory
+from wanvideo_enhanced_blockswap.blockswap.host.slabs import Slab
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
+from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedRegistrar
+from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware, SimulatedStreams
 from wanvideo_enhanced_blockswap.hardware import KIB, MIB
 
 from benchmarks import copies, link

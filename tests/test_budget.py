@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from wanvideo_enhanced_blockswap.blockswap.budget import Activations, MemoryBudget, MemoryReadings, make_budget
+from wanvideo_enhanced_blockswap.blockswap.plan.budget import (
+    Activations,
+    MemoryBudget,
+    MemoryReadings,
+    make_budget,
+)
 from wanvideo_enhanced_blockswap.hardware.units import GIB, MIB
 
 generated = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -40,13 +40,12 @@ from hostile_headers import (
     raw_safetensors,
 )
 from safetensors.torch import save_file
-from wanvideo_enhanced_blockswap.blockswap.architecture import WanArchitecture
-from wanvideo_enhanced_blockswap.blockswap.checkpoint import read_checkpoint
+from wanvideo_enhanced_blockswap.blockswap.checkpoint.gguf_header import TYPES
+from wanvideo_enhanced_blockswap.blockswap.checkpoint.wan_file import read_checkpoint
 from wanvideo_enhanced_blockswap.blockswap.errors import CheckpointError
-from wanvideo_enhanced_blockswap.blockswap.gguf_header import TYPES
-from wanvideo_enhanced_blockswap.blockswap.layout import Placement
-from wanvideo_enhanced_blockswap.blockswap.profile import profile_model
-from wanvideo_enhanced_blockswap.blockswap.stored import CheckpointProfile
+from wanvideo_enhanced_blockswap.blockswap.model.layout import Placement
+from wanvideo_enhanced_blockswap.blockswap.model.profile import profile_model
+from wanvideo_enhanced_blockswap.blockswap.model.wan import CheckpointProfile, WanArchitecture
 from watched import Watched
 
 needs_sparse_files = pytest.mark.skipif(sys.platform == "win32", reason="NTFS would store 28 GB of zeros")

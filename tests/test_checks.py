@@ -6,7 +6,7 @@ import pytest
 import torch
 from run_bench import BLOCK, Bench, X
 from wanvideo_enhanced_blockswap.blockswap import SwapSettings
-from wanvideo_enhanced_blockswap.blockswap.checks import checksum
+from wanvideo_enhanced_blockswap.blockswap.engine.swapper import checksum
 from wanvideo_enhanced_blockswap.blockswap.errors import TransferError
 
 DEBUG = SwapSettings(debug_mode=True)
@@ -44,7 +44,7 @@ def test_debug_mode_finds_weights_that_another_node_has_edited_through_data() ->
 
 
 def test_without_debug_mode_nothing_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wanvideo_enhanced_blockswap.blockswap.swapper.check_slot", None)  # would raise
+    monkeypatch.setattr("wanvideo_enhanced_blockswap.blockswap.engine.swapper.check_slot", None)  # would raise
     Bench(room=5).forward(times=3)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from wanvideo_enhanced_blockswap.blockswap import plan
-from wanvideo_enhanced_blockswap.blockswap.schedule import Ring
+from wanvideo_enhanced_blockswap.blockswap.plan import make_plan as plan
+from wanvideo_enhanced_blockswap.blockswap.plan.schedule import Ring
 from wanvideo_enhanced_blockswap.commands.wan import PRESETS
 
 from benchmarks import baseline

@@ -13,10 +13,10 @@ import standin
 import torch
 from gate_bench import BLOCKS, DEVICE, VACE_BLOCKS, GateBench, allocated, arguments, is_as_new, sampled, truth
 from standin import Fault, InterruptProcessingException, Workflow, swap_args
+from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState
 from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError, WrapperError, WrapperMissingError
-from wanvideo_enhanced_blockswap.blockswap.host import Slab
-from wanvideo_enhanced_blockswap.blockswap.state import SessionState
-from wanvideo_enhanced_blockswap.blockswap.wanvideo import find_wrapper, refuse_cuda_graphs
+from wanvideo_enhanced_blockswap.blockswap.host.slabs import Slab
+from wanvideo_enhanced_blockswap.blockswap.wrapper.wanvideo import find_wrapper, refuse_cuda_graphs
 
 pytestmark = pytest.mark.usefixtures("pretend_stats")
 
@@ -192,7 +192,7 @@ def test_slabs_go_when_host_memory_is_nearly_full_and_the_weights_stay(
     bench: GateBench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("wanvideo_enhanced_blockswap.blockswap.gate.SCARCE_HOST_SHARE", 2.0)
+    monkeypatch.setattr("wanvideo_enhanced_blockswap.blockswap.wrapper.gate.SCARCE_HOST_SHARE", 2.0)
     workflow = bench.workflow("lora_merged", arguments(ALL))
     for _ in range(2):
         assert torch.equal(workflow.sample(), truth("lora_merged"))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from gate_bench import BLOCKS, GateBench, allocated, arguments, truth
 from standin import Fault, InterruptProcessingException, Workflow
+from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState
 from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError
-from wanvideo_enhanced_blockswap.blockswap.progress import Progress, stopped
-from wanvideo_enhanced_blockswap.blockswap.state import SessionState
+from wanvideo_enhanced_blockswap.blockswap.run.progress import Progress, stopped
 
 pytestmark = pytest.mark.usefixtures("pretend_device")
 

@@ -17,8 +17,8 @@ import torch
 from gate_bench import BLOCKS, DEVICE, VACE_BLOCKS, GateBench, allocated, arguments, is_as_new, sampled, truth
 from standin import Workflow, swap_args
 from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError, WrapperError
-from wanvideo_enhanced_blockswap.blockswap.patch import Forward
 from wanvideo_enhanced_blockswap.blockswap.settings import SETTINGS_KEY
+from wanvideo_enhanced_blockswap.blockswap.wrapper.patch import Forward
 
 pytestmark = pytest.mark.usefixtures("pretend_stats")
 
@@ -313,7 +313,7 @@ def test_automatic_hints_go_to_the_host_where_the_plan_has_no_room_for_them(
     caplog.set_level(logging.INFO)
     expected = {True: 1_000 if room else 10_000_000, False: 1_000}
     monkeypatch.setattr(
-        "wanvideo_enhanced_blockswap.blockswap.wanvideo.activation_bytes",
+        "wanvideo_enhanced_blockswap.blockswap.wrapper.wanvideo.activation_bytes",
         lambda architecture, tokens, *, vace_hints: expected[vace_hints],
     )
     pretend_stats.set_memory_limit(2_000_000)

@@ -12,15 +12,17 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from toys import Block, Model, Simulation, fixed_plan, toy
-from wanvideo_enhanced_blockswap.blockswap import HostTier, SwapSession, TransferError, binding, transfer
-from wanvideo_enhanced_blockswap.blockswap.clocks import WORKER
-from wanvideo_enhanced_blockswap.blockswap.forwards import EVERY_FORWARD
-from wanvideo_enhanced_blockswap.blockswap.schedule import Ring, VirtualTime, spread, steady_time
-from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedHardware
+from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
+from wanvideo_enhanced_blockswap.blockswap.device.worker import ThreadWorker
+from wanvideo_enhanced_blockswap.blockswap.engine import binding, transfer
+from wanvideo_enhanced_blockswap.blockswap.engine.session import EVERY_FORWARD, SwapSession
+from wanvideo_enhanced_blockswap.blockswap.engine.trace import Trace
+from wanvideo_enhanced_blockswap.blockswap.errors import TransferError
+from wanvideo_enhanced_blockswap.blockswap.plan.schedule import Ring, VirtualTime, spread, steady_time
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
+from wanvideo_enhanced_blockswap.blockswap.simulation.races import WORKER
+from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware
 from wanvideo_enhanced_blockswap.blockswap.spans import COMPUTE, COPY, STALL, total_ms
-from wanvideo_enhanced_blockswap.blockswap.staging import ThreadWorker
-from wanvideo_enhanced_blockswap.blockswap.streams import InlineStreams
-from wanvideo_enhanced_blockswap.blockswap.trace import Trace
 
 LATENESS = [0.0, 1.0]
 

@@ -16,12 +16,11 @@ import pytest
 import wanvideo_enhanced_blockswap as package
 from checkpoint_files import wan_shapes
 from test_report import FULL, MEASURED, brief, plan
-from wanvideo_enhanced_blockswap.blockswap.architecture import activation_bytes, tokens_for
-from wanvideo_enhanced_blockswap.blockswap.budget import Activations
-from wanvideo_enhanced_blockswap.blockswap.planning import Facts, make_plan
-from wanvideo_enhanced_blockswap.blockswap.report_text import plan_text, summary
+from wanvideo_enhanced_blockswap.blockswap.model.wan import StoredTensor, activation_bytes, profile_tensors, tokens_for
+from wanvideo_enhanced_blockswap.blockswap.plan.budget import Activations
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Facts, make_plan
+from wanvideo_enhanced_blockswap.blockswap.run.text import plan_text, summary
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
-from wanvideo_enhanced_blockswap.blockswap.stored import StoredTensor, profile_tensors
 from wanvideo_enhanced_blockswap.hardware import GIB, DeviceMemory, DeviceSpec, HostMemory, HostPlatform, Vendor
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +88,7 @@ def rows(node: str, language: str) -> dict[str, list[str]]:
 @functools.cache
 def literals() -> str:
     """Every text in the shipped code, with what is filled in left out."""
-    files = [*ROOT.glob("*.py"), *(ROOT / "blockswap").glob("*.py"), *(ROOT / "hardware").glob("*.py")]
+    files = [*ROOT.glob("*.py"), *(ROOT / "blockswap").glob("**/*.py"), *(ROOT / "hardware").glob("*.py")]
     found = []
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

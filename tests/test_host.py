@@ -10,10 +10,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from wanvideo_enhanced_blockswap.blockswap import HostMemoryError, HostTier, PinBudget, pages
-from wanvideo_enhanced_blockswap.blockswap.host import HostStore, Slab
-from wanvideo_enhanced_blockswap.blockswap.pages import PageMemory
-from wanvideo_enhanced_blockswap.blockswap.streams import InlineStreams
+from wanvideo_enhanced_blockswap.blockswap import PinBudget
+from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
+from wanvideo_enhanced_blockswap.blockswap.errors import HostMemoryError
+from wanvideo_enhanced_blockswap.blockswap.host import pages
+from wanvideo_enhanced_blockswap.blockswap.host.pages import PageMemory
+from wanvideo_enhanced_blockswap.blockswap.host.slabs import HostStore, Slab
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 
 PAGE = mmap.PAGESIZE
 PINNED, STAGED, PAGEABLE = HostTier.PINNED, HostTier.STAGED, HostTier.PAGEABLE

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_host import PAGE, PAGEABLE, PINNED, Recorder, point, put, store_with, weights
 from wanvideo_enhanced_blockswap.blockswap import PinBudget
-from wanvideo_enhanced_blockswap.blockswap.host import HostStore
-from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedStreams
+from wanvideo_enhanced_blockswap.blockswap.host.slabs import HostStore
+from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedStreams
 
 
 def test_living_storage_handed_out_again_is_not_copied_again() -> None:

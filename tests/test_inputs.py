@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from wanvideo_enhanced_blockswap.blockswap.inputs import Inputs
+from wanvideo_enhanced_blockswap.blockswap.wrapper.retry import Inputs
 
 
 def call() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from wanvideo_enhanced_blockswap.blockswap.layout import (
+from wanvideo_enhanced_blockswap.blockswap.model.layout import (
     BlockProfile,
     ModelProfile,
     Placement,

@@ -14,9 +14,8 @@ import pytest
 import torch
 from test_host import PAGE, PINNED, STAGED, Recorder, store_with, weights
 from toys import Simulation, fixed_plan, toy
-from wanvideo_enhanced_blockswap.blockswap import HostTier
-from wanvideo_enhanced_blockswap.blockswap.host import Slab
-from wanvideo_enhanced_blockswap.blockswap.locking import Locking
+from wanvideo_enhanced_blockswap.blockswap.host.slabs import Locking, Slab
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 
 SECONDS = 30.0
 """After these a test that waits for another thread has failed."""

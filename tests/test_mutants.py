@@ -36,56 +36,56 @@ class Mutant:
 MUTANTS = [
     Mutant(
         "rule 1: no free event at allocation",
-        "transfer.py",
+        "engine/transfer.py",
         "                self.streams.record(slot.free, self._compute)  # Rule 1\n",
         "                pass\n",
         "test_rule_1_the_first_copy_waits_for_the_windows_allocation",
     ),
     Mutant(
         "rule 2: no wait for the free event",
-        "transfer.py",
+        "engine/transfer.py",
         "            self.streams.wait(copies, slot.free)  # Rules 1 and 2\n",
         "",
         "test_rule_2_a_copy_waits_for_the_block_that_last_read_its_slot",
     ),
     Mutant(
         "rule 2: no wait for the previous content's copies",
-        "transfer.py",
+        "engine/transfer.py",
         "                self.streams.wait(copies, previous)  # Rule 2\n",
         "                pass\n",
         "test_rule_2_a_copy_waits_for_the_copies_of_a_block_that_was_passed_by",
     ),
     Mutant(
         "rule 3: a wait for the first chunk only",
-        "transfer.py",
+        "engine/transfer.py",
         "            for event in slot.pending:\n                self.streams.wait(compute, event)  # Rule 3\n",
         "            for event in slot.pending[:1]:\n                self.streams.wait(compute, event)\n",
         "test_rule_3_a_block_waits_for_every_chunk_of_its_slot",
     ),
     Mutant(
         "rule 3: a new compute stream does not wait for the old",
-        "transfer.py",
+        "engine/transfer.py",
         "            self._wait_for(compute, before)  # Rule 3\n",
         "            pass\n",
         "test_rule_3_a_new_compute_stream_waits_for_the_old_one",
     ),
     Mutant(
         "rule 3: a new compute stream does not wait before a resident block",
-        "swapper.py",
+        "engine/swapper.py",
         "        if step.slot is None:\n            self._transfer.follow()\n",
         "        if step.slot is None:\n",
         "test_rule_3_a_new_compute_stream_waits_for_the_old_one_before_a_resident_block",
     ),
     Mutant(
         "rule 4: no free event at the release",
-        "transfer.py",
+        "engine/transfer.py",
         "            self._follow(compute)\n            self.streams.record(slot.free, compute)  # Rule 4\n",
         "            self._follow(compute)\n",
         "test_rule_4_a_slot_is_free_only_when_the_next_block_begins",
     ),
     Mutant(
         "rule 4: no free event after an exception",
-        "transfer.py",
+        "engine/transfer.py",
         "                slot.pending, slot.consumed, slot.filled_bytes = (), True, 0\n"
         "                self.streams.record(slot.free, compute)  # Rule 4\n",
         "                slot.pending, slot.consumed, slot.filled_bytes = (), True, 0\n",
@@ -93,70 +93,70 @@ MUTANTS = [
     ),
     Mutant(
         "rule 5: the window goes while copies write it",
-        "transfer.py",
+        "engine/transfer.py",
         "events = [self._wait_for(compute, copies) for copies in self.streams.copy_streams]  # Rule 5\n",
         "events = []\n",
         "test_rule_5_the_window_is_given_up_behind_the_prefetch_that_writes_it",
     ),
     Mutant(
         "rule 5: the stream that memory was allocated on does not wait",
-        "transfer.py",
+        "engine/transfer.py",
         "            self._wait_for(self._home, compute)  # Rule 5\n",
         "            pass\n",
         "test_rule_5_memory_goes_back_to_the_stream_it_was_allocated_on",
     ),
     Mutant(
         "rule 6: no host wait before unlocking",
-        "pages.py",
+        "host/pages.py",
         "            self.streams.host_wait(event)  # Rule 6\n",
         "            pass\n",
         "test_rule_6_a_slab_is_unlocked_behind_the_host_wait_for_its_last_copy",
     ),
     Mutant(
         "rule 6: no host wait for copies that were struck",
-        "transfer.py",
+        "engine/transfer.py",
         "                self.streams.host_wait(event)  # Rule 6: a copy that was struck",
         "                pass  #",
         "test_rule_6_a_slab_is_unlocked_behind_copies_that_were_struck_amid",
     ),
     Mutant(
         "rule 6: no host wait for a copy that was struck in the worker",
-        "transfer.py",
+        "engine/transfer.py",
         "                    self.streams.host_wait(event)  # Rule 6: nor with a staging slab\n",
         "                    pass\n",
         "test_rule_6_a_staging_slab_is_unlocked_behind_a_copy_that_was_struck_amid",
     ),
     Mutant(
         "rule 7: the window goes while the worker fills it",
-        "transfer.py",
+        "engine/transfer.py",
         "            ended_well = self._join_worker()\n",
         "            ended_well = True\n",
         "test_rule_7_the_window_goes_only_when_the_worker_is_done",
     ),
     Mutant(
         "rule 8: the worker copies with another device current",
-        "staging.py",
+        "host/staging.py",
         "            with self._streams.guard():  # Rule 8\n",
         "            if True:\n",
         "test_rule_7_a_block_waits_until_the_worker_has_recorded",
     ),
     Mutant(
         "rule 7: the worker overwrites a staging slab that is being copied",
-        "staging.py",
+        "host/staging.py",
         "                staging.settle()  # Rule 7\n",
         "",
         "test_rule_7_the_worker_waits_for_the_last_copy_from_its_staging_slab",
     ),
     Mutant(
         "rule 7: a block does not wait for the worker",
-        "transfer.py",
+        "engine/transfer.py",
         "            self._await_worker(slot)  # Rule 7\n",
         "",
         "test_rule_7_a_block_waits_until_the_worker_has_recorded",
     ),
     Mutant(
         "rule 8: a copy is started with another device current",
-        "transfer.py",
+        "engine/transfer.py",
         "        with self.streams.guard():  # Rule 8\n            self._await_worker(slot)\n"
         "            if slab.is_staged:",
         "        if True:\n            self._await_worker(slot)\n            if slab.is_staged:",
@@ -164,28 +164,28 @@ MUTANTS = [
     ),
     Mutant(
         "release: slots are never given back",
-        "swapper.py",
+        "engine/swapper.py",
         "            self._transfer.release(step.released)\n",
         "            pass\n",
         "test_rule_4_a_slot_is_free_only_when_the_next_block_begins",
     ),
     Mutant(
         "release: parameters stay in their slot",
-        "swapper.py",
+        "engine/swapper.py",
         "            binding.point(binding.masters)\n            if binding.was_edited",
         "            if binding.was_edited",
         "test_release_shows_every_parameter_its_master_between_forwards",
     ),
     Mutant(
         "prefetch: only the block that begins is onloaded",
-        "schedule.py",
+        "plan/schedule.py",
         "tuple(ahead[: len(self._content)])",
         "tuple(ahead[:1])",
         "test_prefetch_copies_a_block_while_the_one_before_computes",
     ),
     Mutant(
         "wrap-around: nothing is onloaded at the end of a forward",
-        "schedule.py",
+        "plan/schedule.py",
         "return Step(self._release(), self._fill(0), None)",
         "return Step(self._release(), (), None)",
         "test_wrap_around_copies_the_next_forwards_first_blocks_before_it_begins",
@@ -229,7 +229,7 @@ def test_every_rules_test_passes_when_nothing_is_broken(tmp_path: Path) -> None:
     package = copy_package(tmp_path)
     result = run_test(tmp_path, "test_rule_1_the_first_copy_waits_for_the_windows_allocation")
     assert result.returncode == 0, result.stdout + result.stderr
-    probe = "import wanvideo_enhanced_blockswap.blockswap.transfer as t; print(t.__file__)"
+    probe = "import wanvideo_enhanced_blockswap.blockswap.engine.transfer as t; print(t.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     where = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)
     assert Path(where.stdout.strip()).is_relative_to(package)

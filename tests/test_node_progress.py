@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from wanvideo_enhanced_blockswap.blockswap.progress import Phase, Progress, RunFigures
+from wanvideo_enhanced_blockswap.blockswap.run.progress import Phase, Progress, RunFigures
 from wanvideo_enhanced_blockswap.node_progress import EVENT, NodeProgress
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from wanvideo_enhanced_blockswap.blockswap.budget import MemoryBudget
-from wanvideo_enhanced_blockswap.blockswap.decision import HostTier, PlanRequest, SwapPlan, Timing
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
-from wanvideo_enhanced_blockswap.blockswap.layout import BlockProfile, ModelProfile, Placement, TensorProfile
-from wanvideo_enhanced_blockswap.blockswap.plan import plan_swap
+from wanvideo_enhanced_blockswap.blockswap.model.layout import BlockProfile, ModelProfile, Placement, TensorProfile
+from wanvideo_enhanced_blockswap.blockswap.plan.budget import MemoryBudget
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import plan_swap
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, PlanRequest, SwapPlan, Timing
 from wanvideo_enhanced_blockswap.hardware.units import GIB, MIB, format_bytes
 
 generated = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

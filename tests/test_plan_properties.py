@@ -7,15 +7,14 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from wanvideo_enhanced_blockswap.blockswap.budget import Activations, MemoryBudget
-from wanvideo_enhanced_blockswap.blockswap.decision import SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
-from wanvideo_enhanced_blockswap.blockswap.layout import BlockProfile, ModelProfile, Placement, TensorProfile
-from wanvideo_enhanced_blockswap.blockswap.plan import weight_bytes
-from wanvideo_enhanced_blockswap.blockswap.planning import Facts, budget_for, make_plan
-from wanvideo_enhanced_blockswap.blockswap.schedule import spread
+from wanvideo_enhanced_blockswap.blockswap.model.layout import BlockProfile, ModelProfile, Placement, TensorProfile
+from wanvideo_enhanced_blockswap.blockswap.plan.budget import Activations, MemoryBudget
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Facts, budget_for, make_plan, weight_bytes
+from wanvideo_enhanced_blockswap.blockswap.plan.schedule import spread
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
-from wanvideo_enhanced_blockswap.hardware.spec import (
+from wanvideo_enhanced_blockswap.hardware.records import (
     DeviceMemory,
     DeviceSpec,
     HostMemory,
@@ -23,7 +22,7 @@ from wanvideo_enhanced_blockswap.hardware.spec import (
     LinkSpeed,
     Vendor,
 )
-from wanvideo_enhanced_blockswap.hardware.tuning import tune
+from wanvideo_enhanced_blockswap.hardware.tiers import tune
 from wanvideo_enhanced_blockswap.hardware.units import GIB, MIB
 
 generated = settings(

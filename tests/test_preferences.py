@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError
+from wanvideo_enhanced_blockswap.comfyui import KEEP_HOST_SLABS, PIN_BUDGET_GIB, Preferences
 from wanvideo_enhanced_blockswap.hardware import GIB
-from wanvideo_enhanced_blockswap.preferences import KEEP_HOST_SLABS, PIN_BUDGET_GIB, Preferences
 
 
 @pytest.fixture

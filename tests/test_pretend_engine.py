@@ -14,17 +14,13 @@ from odd_tensors import PackedBlock, PackedParameter, scaled
 from test_swapper import Counting, ScaledBlock
 from torch import nn
 from toys import Block, Model, fixed_plan
-from wanvideo_enhanced_blockswap.blockswap import (
-    DeviceMemoryError,
-    HostTier,
-    PinBudget,
-    SwapSession,
-    backend_for,
-    profile_model,
-)
-from wanvideo_enhanced_blockswap.blockswap.layout import device_bytes
-from wanvideo_enhanced_blockswap.blockswap.profile import blocks_of
-from wanvideo_enhanced_blockswap.blockswap.schedule import spread
+from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
+from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
+from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError
+from wanvideo_enhanced_blockswap.blockswap.model.layout import device_bytes
+from wanvideo_enhanced_blockswap.blockswap.model.profile import blocks_of, profile_model
+from wanvideo_enhanced_blockswap.blockswap.plan.schedule import spread
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 
 if TYPE_CHECKING:
     from pretend_accelerator import PretendHpu

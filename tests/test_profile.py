@@ -8,9 +8,15 @@ from odd_tensors import PackedParameter, scaled
 from torch import nn
 from torch.nn.utils import parametrize
 from toys import toy
-from wanvideo_enhanced_blockswap.blockswap import BlockProfile, Placement, UnsupportedModelError, profile_model
-from wanvideo_enhanced_blockswap.blockswap.layout import SMALL_TENSOR_BYTES, TensorProfile, device_bytes
-from wanvideo_enhanced_blockswap.blockswap.profile import ProfiledModel
+from wanvideo_enhanced_blockswap.blockswap.errors import UnsupportedModelError
+from wanvideo_enhanced_blockswap.blockswap.model.layout import (
+    SMALL_TENSOR_BYTES,
+    BlockProfile,
+    Placement,
+    TensorProfile,
+    device_bytes,
+)
+from wanvideo_enhanced_blockswap.blockswap.model.profile import ProfiledModel, profile_model
 
 
 def holding(parameters: dict[str, torch.Tensor] | None = None, **buffers: torch.Tensor) -> nn.Module:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from run_bench import BLOCK, COUNT, LARGE_VIDEO, SMALL_VIDEO, Bench
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
-from wanvideo_enhanced_blockswap.blockswap.locking import Locking
-from wanvideo_enhanced_blockswap.blockswap.planner import Limits
-from wanvideo_enhanced_blockswap.blockswap.progress import (
+from wanvideo_enhanced_blockswap.blockswap.host.slabs import Locking
+from wanvideo_enhanced_blockswap.blockswap.run.planner import Limits
+from wanvideo_enhanced_blockswap.blockswap.run.progress import (
     AdoptFigures,
     MemoryUse,
     Phase,

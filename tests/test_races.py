@@ -9,7 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toys import Block, Model, Simulation, fixed_plan
-from wanvideo_enhanced_blockswap.blockswap import HostTier, transfer
+from wanvideo_enhanced_blockswap.blockswap.engine import transfer
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 
 CASES = 2000
 

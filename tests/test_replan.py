@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 from toys import fixed_plan, toy
-from wanvideo_enhanced_blockswap.blockswap.decision import SwapPlan
-from wanvideo_enhanced_blockswap.blockswap.profile import profile_model
-from wanvideo_enhanced_blockswap.blockswap.replan import observe, why_replace
-from wanvideo_enhanced_blockswap.blockswap.schedule import ForwardTime
+from wanvideo_enhanced_blockswap.blockswap.model.profile import profile_model
+from wanvideo_enhanced_blockswap.blockswap.plan.schedule import ForwardTime
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import SwapPlan
+from wanvideo_enhanced_blockswap.blockswap.run.replan import observe, why_replace
 from wanvideo_enhanced_blockswap.blockswap.spans import COMPUTE, COPY, FORWARD, STALL, Span
 
 PROFILE = profile_model(toy(6).named).profile

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from wanvideo_enhanced_blockswap.blockswap.budget import MemoryBudget
-from wanvideo_enhanced_blockswap.blockswap.decision import HostTier, PlanRequest, SwapPlan
-from wanvideo_enhanced_blockswap.blockswap.layout import BlockProfile, ModelProfile, Placement, TensorProfile
-from wanvideo_enhanced_blockswap.blockswap.plan import plan_swap
-from wanvideo_enhanced_blockswap.blockswap.report import BlockTimes, Measured, RunReport, as_json
-from wanvideo_enhanced_blockswap.blockswap.report_text import ModelSize, block_table, brief_lines, summary
-from wanvideo_enhanced_blockswap.blockswap.schedule import ForwardTime
+from wanvideo_enhanced_blockswap.blockswap.model.layout import BlockProfile, ModelProfile, Placement, TensorProfile
+from wanvideo_enhanced_blockswap.blockswap.plan.budget import MemoryBudget
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import plan_swap
+from wanvideo_enhanced_blockswap.blockswap.plan.schedule import ForwardTime
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, PlanRequest, SwapPlan
+from wanvideo_enhanced_blockswap.blockswap.run.report import BlockTimes, Measured, RunReport, as_json
+from wanvideo_enhanced_blockswap.blockswap.run.text import ModelSize, block_table, brief_lines, summary
 from wanvideo_enhanced_blockswap.hardware import DeviceMemory, HostMemory, HostPlatform, Samples
 from wanvideo_enhanced_blockswap.hardware.units import GIB, MIB
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 from run_bench import BLOCK, COUNT, LARGE_VIDEO, SMALL_VIDEO, Bench, interrupt
-from wanvideo_enhanced_blockswap.blockswap.look import MOST_REPLANS
-from wanvideo_enhanced_blockswap.blockswap.planner import Limits
-from wanvideo_enhanced_blockswap.blockswap.run import TIMED_FORWARDS
+from wanvideo_enhanced_blockswap.blockswap.run.look import MOST_REPLANS
+from wanvideo_enhanced_blockswap.blockswap.run.planner import Limits
+from wanvideo_enhanced_blockswap.blockswap.run.run import TIMED_FORWARDS
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from run_bench import BLOCK, COUNT, Bench, CountingSampler, interrupt
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
-from wanvideo_enhanced_blockswap.blockswap.report_text import summary
+from wanvideo_enhanced_blockswap.blockswap.run.text import summary
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from run_bench import COUNT, LARGE_VIDEO, SMALL_VIDEO, Bench, CountingSampler, X, near_balance
-from wanvideo_enhanced_blockswap.blockswap import HostTier
 from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError, DeviceMemoryError
-from wanvideo_enhanced_blockswap.blockswap.run import TIMED_FORWARDS
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
+from wanvideo_enhanced_blockswap.blockswap.run.run import TIMED_FORWARDS
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 
 
@@ -66,7 +66,7 @@ def test_an_error_at_the_begin_of_a_forward_leaves_a_run_that_goes_on(
     assert bench.simulation.streams.allocated_bytes == 0
 
 
-@pytest.mark.parametrize("what", ["run.make_report", "run_log._tell"])
+@pytest.mark.parametrize("what", ["run.run.make_report", "run.run._tell"])
 def test_a_report_that_fails_costs_neither_the_run_nor_its_memory(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
 ) -> None:
@@ -256,7 +256,7 @@ def test_a_closed_run_says_that_it_is_closed_and_has_its_report() -> None:
 
 
 def test_a_trace_that_is_full_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wanvideo_enhanced_blockswap.blockswap.trace.MOST_SPANS", 100)
+    monkeypatch.setattr("wanvideo_enhanced_blockswap.blockswap.engine.trace.MOST_SPANS", 100)
     bench = Bench(room=5, settings=SwapSettings(debug_mode=True))
     bench.forward(times=40)
     bench.run.release()

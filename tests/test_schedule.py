@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from wanvideo_enhanced_blockswap.blockswap.schedule import (
+from wanvideo_enhanced_blockswap.blockswap.plan.schedule import (
     Expectation,
     ForwardTime,
     Ring,

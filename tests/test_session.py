@@ -8,13 +8,9 @@ import pytest
 import torch
 from torch import nn
 from toys import Model, Simulation, alternating, fixed_plan, toy
-from wanvideo_enhanced_blockswap.blockswap import (
-    Backend,
-    BlockSwapError,
-    SessionState,
-    SwapSession,
-    UnsupportedModelError,
-)
+from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
+from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState, SwapSession
+from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError, UnsupportedModelError
 
 COUNT = 6
 SLAB = 3072  # of a toy block: two matrices of 16 x 24 float32
@@ -47,7 +43,7 @@ def assert_nothing_left(simulation: Simulation) -> None:
 @contextlib.contextmanager
 def counted_fills(monkeypatch: pytest.MonkeyPatch) -> object:
     """The blocks' tensors that were copied into slabs."""
-    from wanvideo_enhanced_blockswap.blockswap.host import Slab
+    from wanvideo_enhanced_blockswap.blockswap.host.slabs import Slab
 
     fills: list[int] = []
     fill = Slab.fill

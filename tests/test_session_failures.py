@@ -11,22 +11,16 @@ import torch
 from test_session import COUNT, assert_nothing_left, run, truth_of
 from torch import nn
 from toys import Simulation, fixed_plan, toy
-from wanvideo_enhanced_blockswap.blockswap import (
-    Backend,
-    DeviceMemoryError,
-    HostMemoryError,
-    HostTier,
-    PinBudget,
-    PlanError,
-    SessionState,
-    SwapSession,
-    TransferError,
-    pages,
-)
-from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedHardware
-from wanvideo_enhanced_blockswap.blockswap.simulation import SimulatedRegistrar
-from wanvideo_enhanced_blockswap.blockswap.staging import ThreadWorker
-from wanvideo_enhanced_blockswap.blockswap.streams import InlineStreams
+from wanvideo_enhanced_blockswap.blockswap import PinBudget
+from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
+from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
+from wanvideo_enhanced_blockswap.blockswap.device.worker import ThreadWorker
+from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState, SwapSession
+from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError, HostMemoryError, PlanError, TransferError
+from wanvideo_enhanced_blockswap.blockswap.host import pages
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
+from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedRegistrar
+from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware
 
 
 @pytest.mark.parametrize("short", range(0, 26000, 1500))

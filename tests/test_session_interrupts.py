@@ -13,8 +13,9 @@ import torch
 import wanvideo_enhanced_blockswap.blockswap as package
 from test_swapper import assert_same_state, run, states, x_of
 from toys import Simulation, fixed_plan, toy
-from wanvideo_enhanced_blockswap.blockswap import BlockSwapError, HostTier
-from wanvideo_enhanced_blockswap.blockswap.transfer import Transfer
+from wanvideo_enhanced_blockswap.blockswap.engine.transfer import Transfer
+from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 
 COUNT = 4
 TIERS = [HostTier.PINNED, HostTier.STAGED, HostTier.PAGEABLE, HostTier.STAGED]

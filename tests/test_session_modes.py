@@ -10,9 +10,7 @@ import torch
 from test_session import assert_nothing_left, run, truth_of, x_of
 from torch import nn
 from toys import Block, Model, Simulation, fixed_plan, toy
-from wanvideo_enhanced_blockswap.blockswap import (
-    HostTier,
-)
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 
 
 def test_blocks_that_are_compiled_anew_at_every_forward_compute_the_same() -> None:

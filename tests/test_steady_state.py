@@ -8,10 +8,12 @@ import pytest
 import torch
 from pretend_accelerator import install, is_supported
 from toys import Block, Model, alternating, fixed_plan, toy
-from wanvideo_enhanced_blockswap.blockswap import HostTier, PinBudget, SwapSession, backend_for
-from wanvideo_enhanced_blockswap.blockswap.clocks import HOST
-from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedStreams
-from wanvideo_enhanced_blockswap.blockswap.simulation import simulated_backend
+from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
+from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
+from wanvideo_enhanced_blockswap.blockswap.simulation.backend import simulated_backend
+from wanvideo_enhanced_blockswap.blockswap.simulation.races import HOST
+from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedStreams
 
 COUNT = 6
 COSTLY = ("allocate", "free", "event", "host_wait", "elapsed_ms")

@@ -10,7 +10,9 @@ import torch
 from odd_tensors import PackedBlock, PackedParameter, Scaled, scaled
 from torch import nn
 from toys import Block, Model, Simulation, alternating, fixed_plan, toy
-from wanvideo_enhanced_blockswap.blockswap import HostTier, SwapSession, UnsupportedModelError
+from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
+from wanvideo_enhanced_blockswap.blockswap.errors import UnsupportedModelError
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 
 COUNT = 6
 SWAPPED = {

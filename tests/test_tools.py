@@ -27,7 +27,7 @@ SHIPPED = (
     r"(CHANGELOG|CONTRIBUTING|README)\.md",
     r"LICENSE|py\.typed|pyproject\.toml|requirements\.txt",
     r"\w+\.py",
-    r"blockswap/\w+\.py",
+    r"blockswap/(\w+/)?\w+\.py",
     r"commands/\w+\.py",
     r"docs/\w+\.(json|md|png)",
     r"example_workflows/\d\d [\w ,.-]+\.(jpg|json)",

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wanvideo_enhanced_blockswap.blockswap import BlockSwapError
+from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError
+from wanvideo_enhanced_blockswap.blockswap.run.trace_file import chrome_trace, trace_name, write_trace
 from wanvideo_enhanced_blockswap.blockswap.spans import COMPUTE, FORWARD, STALL, Span
-from wanvideo_enhanced_blockswap.blockswap.trace_file import chrome_trace, trace_name, write_trace
 
 NAMES = ("blocks.0", "blocks.1")
 SPANS = (

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from wanvideo_enhanced_blockswap.blockswap.architecture import WanArchitecture, block_flops, tokens_for
 from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError
+from wanvideo_enhanced_blockswap.blockswap.model.wan import WanArchitecture, block_flops, tokens_for
 
 WAN_14B = WanArchitecture(5120, 13824, 40, 40, 0, (1, 2, 2), 16, 16)
 WAN_5B = WanArchitecture(3072, 14336, 24, 30, 0, (1, 2, 2), 48, 48)

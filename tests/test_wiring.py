@@ -15,7 +15,7 @@ from standin import Workflow, swap_args
 from standin.measuring import places, unswapped
 from wanvideo_enhanced_blockswap import nodes as node_module
 from wanvideo_enhanced_blockswap.blockswap.errors import WrapperError
-from wanvideo_enhanced_blockswap.blockswap.wiring import OURS_WIN, THEIRS_WIN
+from wanvideo_enhanced_blockswap.blockswap.wrapper.wiring import OURS_WIN, THEIRS_WIN
 
 NODES = package.NODE_CLASS_MAPPINGS
 SWAP, PLAN, REPORT = (NODES[f"WanVideo{name}"] for name in ("EnhancedBlockSwap", "BlockSwapPlan", "BlockSwapReport"))

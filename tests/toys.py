@@ -6,17 +6,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from wanvideo_enhanced_blockswap.blockswap import (
-    Backend,
-    HostTier,
-    ModelProfile,
-    PinBudget,
-    SwapPlan,
-    SwapSession,
-)
-from wanvideo_enhanced_blockswap.blockswap.layout import align
-from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedHardware, SimulatedStreams
-from wanvideo_enhanced_blockswap.blockswap.simulation import SimulatedRegistrar, simulated_backend
+from wanvideo_enhanced_blockswap.blockswap import PinBudget
+from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
+from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
+from wanvideo_enhanced_blockswap.blockswap.model.layout import ModelProfile, align
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, SwapPlan
+from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedRegistrar, simulated_backend
+from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware, SimulatedStreams
 
 
 class Block(nn.Module):

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from wanvideo_enhanced_blockswap.blockswap import Backend, PinBudget, backend_for
-from wanvideo_enhanced_blockswap.blockswap.streams import CudaStreams, InlineStreams, Streams
+from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
+from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
+from wanvideo_enhanced_blockswap.blockswap.device.streams import CudaStreams, InlineStreams, Streams
 from wanvideo_enhanced_blockswap.commands.meter import DeviceMeter
 from wanvideo_enhanced_blockswap.commands.wan import Inputs
 from wanvideo_enhanced_blockswap.hardware import read_host_memory

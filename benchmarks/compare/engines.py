@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from wanvideo_enhanced_blockswap.blockswap import HostTier
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 
 from .cells import RESIDENT, Task
 from .engine import Engine, NotOfferedError

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from wanvideo_enhanced_blockswap.blockswap import Backend
-from wanvideo_enhanced_blockswap.blockswap.schedule import SETTLING_FORWARDS
-from wanvideo_enhanced_blockswap.blockswap.simulated import SimulatedHardware, SimulatedStreams
-from wanvideo_enhanced_blockswap.blockswap.simulation import SimulatedWorker, simulated_backend
+from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
+from wanvideo_enhanced_blockswap.blockswap.plan.schedule import SETTLING_FORWARDS
+from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedWorker, simulated_backend
+from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware, SimulatedStreams
 from wanvideo_enhanced_blockswap.commands.meter import Moved
 from wanvideo_enhanced_blockswap.commands.wan import Inputs, Preset
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from wanvideo_enhanced_blockswap.blockswap import Backend
+from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.commands.meter import Moved
 from wanvideo_enhanced_blockswap.commands.wan import Inputs
 

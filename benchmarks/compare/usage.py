@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from wanvideo_enhanced_blockswap.commands.meter import DeviceMeter, Moved
 from wanvideo_enhanced_blockswap.hardware import probe_device, read_host_memory
-from wanvideo_enhanced_blockswap.hardware.sampling import open_device_readers
+from wanvideo_enhanced_blockswap.hardware.monitor import open_device_readers
 
 TO_DEVICE = ("HtoD", "HostToDevice")
 TO_HOST = ("DtoH", "DeviceToHost")

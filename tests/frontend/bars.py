@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from wanvideo_enhanced_blockswap.blockswap.progress import (
+from wanvideo_enhanced_blockswap.blockswap.run.progress import (
     AdoptFigures,
     MemoryUse,
     Phase,

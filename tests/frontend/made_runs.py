@@ -8,11 +8,18 @@ from dataclasses import dataclass, field
 
 import gguf
 from checkpoint_files import Shapes, wan_shapes
-from wanvideo_enhanced_blockswap.blockswap.architecture import activation_bytes, block_flops, tokens_for
-from wanvideo_enhanced_blockswap.blockswap.budget import Activations
-from wanvideo_enhanced_blockswap.blockswap.decision import SwapPlan
-from wanvideo_enhanced_blockswap.blockswap.planning import Facts, make_plan
-from wanvideo_enhanced_blockswap.blockswap.progress import (
+from wanvideo_enhanced_blockswap.blockswap.model.wan import (
+    CheckpointProfile,
+    StoredTensor,
+    activation_bytes,
+    block_flops,
+    profile_tensors,
+    tokens_for,
+)
+from wanvideo_enhanced_blockswap.blockswap.plan.budget import Activations
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Facts, make_plan
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import SwapPlan
+from wanvideo_enhanced_blockswap.blockswap.run.progress import (
     AdoptFigures,
     MemoryUse,
     Phase,
@@ -21,7 +28,6 @@ from wanvideo_enhanced_blockswap.blockswap.progress import (
     figures_of,
 )
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
-from wanvideo_enhanced_blockswap.blockswap.stored import CheckpointProfile, StoredTensor, profile_tensors
 from wanvideo_enhanced_blockswap.hardware import (
     GIB,
     DeviceMemory,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wanvideo_enhanced_blockswap.blockswap.progress import Progress
-from wanvideo_enhanced_blockswap.blockswap.report_text import plan_text
+from wanvideo_enhanced_blockswap.blockswap.run.progress import Progress
+from wanvideo_enhanced_blockswap.blockswap.run.text import plan_text
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 
 from .front_end import NODE

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wanvideo_enhanced_blockswap.blockswap.progress import AdoptFigures, Phase, Progress, RunFigures, stopped
+from wanvideo_enhanced_blockswap.blockswap.run.progress import AdoptFigures, Phase, Progress, RunFigures, stopped
 from wanvideo_enhanced_blockswap.node_progress import EVENT
 
 from .answers import LOCALES

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from wanvideo_enhanced_blockswap.preferences import KEEP_HOST_SLABS, PIN_BUDGET_GIB, Preferences
+from wanvideo_enhanced_blockswap.comfyui import KEEP_HOST_SLABS, PIN_BUDGET_GIB, Preferences
 
 from .answers import LOCALES
 from .bars import COPY, shown

@@ -11,10 +11,10 @@ from gguf import GGUFReader
 from headers import FORMATS, GIANT_EVERY, fuzz, make_input, write_input
 from planning_child import MEMORY_LIMIT
 from safetensors import SafetensorError, safe_open
-from wanvideo_enhanced_blockswap.blockswap.checkpoint import FORMATS as READERS
-from wanvideo_enhanced_blockswap.blockswap.loaded import _tensors_of_gguf
-from wanvideo_enhanced_blockswap.blockswap.stored import StoredTensor
-from wanvideo_enhanced_blockswap.blockswap.untrusted import LONGEST_HEADER, HeaderError
+from wanvideo_enhanced_blockswap.blockswap.checkpoint.untrusted import LONGEST_HEADER, HeaderError
+from wanvideo_enhanced_blockswap.blockswap.checkpoint.wan_file import FORMATS as READERS
+from wanvideo_enhanced_blockswap.blockswap.model.wan import StoredTensor
+from wanvideo_enhanced_blockswap.blockswap.wrapper.loader import _tensors_of_gguf
 
 INPUTS = 5000
 COMPARED = 1500

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from test_stream_transfer import BLOCKS, WIDTH, large_model
-from wanvideo_enhanced_blockswap.blockswap import Limits, PinBudget, SwapRun, SwapSettings, Workload, backend_for
-from wanvideo_enhanced_blockswap.blockswap.machine import TorchMachine
+from wanvideo_enhanced_blockswap.blockswap import PinBudget, SwapRun, SwapSettings, Workload, backend_for
+from wanvideo_enhanced_blockswap.blockswap.run.machine import TorchMachine
+from wanvideo_enhanced_blockswap.blockswap.run.planner import Limits
 from wanvideo_enhanced_blockswap.hardware import MIB, Sampler
 
 pytestmark = [

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from wanvideo_enhanced_blockswap.blockswap import Backend
+from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 
 from benchmarks import link
 

@@ -8,10 +8,11 @@ import time
 import pytest
 import torch
 from toys import Block, Model, alternating, fixed_plan
-from wanvideo_enhanced_blockswap.blockswap import HostTier, PinBudget, SwapSession, backend_for
-from wanvideo_enhanced_blockswap.blockswap.forwards import EVERY_FORWARD
-from wanvideo_enhanced_blockswap.blockswap.pages import CudaRegistrar
+from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
+from wanvideo_enhanced_blockswap.blockswap.engine.session import EVERY_FORWARD, SwapSession
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 from wanvideo_enhanced_blockswap.blockswap.spans import COMPUTE, COPY, total_ms
+from wanvideo_enhanced_blockswap.hardware.pinning import CudaRegistrar
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,12 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from wanvideo_enhanced_blockswap.hardware import MIB, DeviceSpec, LinkSpeed, Vendor, link, measure_link
-from wanvideo_enhanced_blockswap.hardware.link_cache import (
-    MeasurementKey,
-    cache_name,
-    keep_measurement,
-    read_measurement,
-)
+from wanvideo_enhanced_blockswap.hardware.link import MeasurementKey, cache_name, keep_measurement, read_measurement
 
 KEY = MeasurementKey("RTX 4090", "GPU-1", "0000:01:00.0", "580.1", "2.13.0", (1, 2, 4), 64 * MIB)
 SPEED = LinkSpeed(((1, 20e9), (2, 24e9), (4, 24.5e9)), 9e9, 12e9)

@@ -12,17 +12,10 @@ import torch
 from fake_machine import in_place, read
 from machine_table import GOLDEN, TIERS, models, plans, readings_of, table
 from machines import MACHINES, Machine, linux, rtx_3060, rtx_3090
-from wanvideo_enhanced_blockswap.blockswap.budget import SAFETY_RESERVE
-from wanvideo_enhanced_blockswap.blockswap.decision import SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
-from wanvideo_enhanced_blockswap.hardware import (
-    GIB,
-    HostPlatform,
-    PcieLink,
-    Vendor,
-    probe_device,
-    read_utilisation,
-)
+from wanvideo_enhanced_blockswap.blockswap.plan.budget import SAFETY_RESERVE
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import SwapPlan
+from wanvideo_enhanced_blockswap.hardware import GIB, HostPlatform, PcieLink, Vendor, probe_device, read_utilisation
 
 MOST_WARNINGS = 3
 BY_LABEL = {machine.label: machine for machine in MACHINES}

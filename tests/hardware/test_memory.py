@@ -11,12 +11,7 @@ import pytest
 import torch
 from fake_machine import look_in, write_files
 from fake_vendors import NVMLError, NVMLError_NotSupported
-from wanvideo_enhanced_blockswap.hardware import (
-    MIB,
-    DeviceMemory,
-    HardwareUnavailableError,
-    read_device_memory,
-)
+from wanvideo_enhanced_blockswap.hardware import MIB, DeviceMemory, HardwareUnavailableError, read_device_memory
 
 CUDA = torch.device("cuda:0")
 

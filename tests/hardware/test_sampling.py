@@ -24,8 +24,8 @@ from wanvideo_enhanced_blockswap.hardware import (
     Samples,
     Vendor,
     probe_device,
-    sampling,
 )
+from wanvideo_enhanced_blockswap.hardware import monitor as sampling
 
 NEVER_S = 3600.0
 """An interval that does not pass while a test runs."""

@@ -1,0 +1,1 @@
+"""What a model file's header says, without loading a weight."""

@@ -1,0 +1,63 @@
+"""Backend: what a session needs of one device, chosen once: streams, page-locking, a worker, memory readings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ...hardware.pinning import CudaRegistrar, PinBudget, Registrar
+from .streams import CudaStreams, InlineStreams, Streams
+from .worker import ThreadWorker, Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One device, as the engine sees it.
+
+    Attributes:
+        device: Where blocks run.
+        open_streams: Makes the device's primitives from the number of copy streams and whether copies overlap compute.
+        registrar: Page-locks host memory for the device; None where nothing can be locked.
+        pin_budget: What all sessions may lock together: give every backend of a process the same one.
+        make_worker: Makes the worker of the staged tier.
+        has_streams: Copies can have streams of their own.
+    """
+
+    device: torch.device
+    open_streams: Callable[[int, bool], Streams]
+    registrar: Registrar | None
+    pin_budget: PinBudget
+    make_worker: Callable[[Streams], Worker]
+    has_streams: bool = True
+
+
+def backend_for(device: torch.device, *, pin_budget: PinBudget) -> Backend:
+    """The backend of a real device.
+
+    CUDA and HIP have streams and page-locking; any other device type gets synchronous copies.
+    """
+    if device.type != "cuda":
+        return Backend(
+            device,
+            open_streams=lambda count, overlap: InlineStreams(device),
+            registrar=None,
+            pin_budget=pin_budget,
+            make_worker=lambda _: ThreadWorker(),
+            has_streams=False,
+        )
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    device = torch.device(device.type, index)
+    # Kept: torch hands streams out of a pool of 32 for each device, and new ones at each adopt would soon be others'.
+    opened: dict[int, Streams] = {}
+
+    def open_streams(count: int, overlap: bool) -> Streams:  # noqa: FBT001 - called through Backend.open_streams
+        if not overlap:
+            return CudaStreams(device, count=0)
+        if count not in opened:
+            opened[count] = CudaStreams(device, count=count)
+        return opened[count]
+
+    return Backend(device, open_streams, CudaRegistrar(device), pin_budget, lambda _: ThreadWorker())

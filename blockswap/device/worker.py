@@ -1,0 +1,86 @@
+"""Work beside the host thread, in order: a job and the thread that does it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from ..errors import TransferError
+
+
+class Job(Protocol):
+    """Work handed to a worker."""
+
+    def wait(self) -> None:
+        """Blocks the host until the work is done; raises what it raised."""
+
+    def join(self) -> bool:
+        """Blocks the host until the work is over, however it ended; whether it ended well."""
+
+
+class Worker(Protocol):
+    """Does jobs in the order they came, beside the host thread."""
+
+    def submit(self, work: Callable[[], None]) -> Job:
+        """Queues `work`."""
+
+    def stop(self) -> None:
+        """Finishes what is queued and ends."""
+
+
+class _ThreadJob:
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work: Callable[[], None] | None = work
+        self._done = threading.Event()
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        # Work that is done must not keep the slot it filled alive: device memory is to be free at release.
+        work, self._work = self._work, None
+        assert work is not None, "a job runs once"
+        try:
+            work()
+        except BaseException as failure:  # noqa: BLE001 - handed to the host thread, which raises it in `wait`
+            self._failure = failure
+        finally:
+            self._done.set()
+
+    def wait(self) -> None:
+        self._done.wait()
+        if self._failure is not None:
+            raise staged_failure(self._failure) from self._failure
+
+    def join(self) -> bool:
+        self._done.wait()
+        return self._failure is None
+
+
+def staged_failure(failure: BaseException) -> TransferError:
+    """What the host thread is told of a failure in the worker."""
+    return TransferError(f"a staged copy to the device failed: {failure}")
+
+
+class ThreadWorker:
+    """One daemon thread. Jobs of torch copies release the GIL, so the host thread runs on beside them."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[_ThreadJob | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=_work_off, args=(self._jobs,), name="blockswap staging", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], None]) -> Job:
+        job = _ThreadJob(work)
+        self._jobs.put(job)
+        return job
+
+    def stop(self) -> None:
+        self._jobs.put(None)
+        self._thread.join()
+
+
+def _work_off(jobs: queue.SimpleQueue[_ThreadJob | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job.run()
+        del job

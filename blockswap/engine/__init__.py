@@ -1,0 +1,1 @@
+"""Blocks run: copies in order, tensors bound to slots and masters, one session."""

@@ -1,0 +1,73 @@
+"""Trace: what happened when, in the device's own time."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..device.failures import named
+from ..device.streams import Streams
+from ..spans import FORWARD, Span
+
+MOST_SPANS = 200_000
+"""Spans kept: 40 blocks of 14B with two copy streams in some 1,000 forwards. What comes after is not recorded."""
+
+
+@dataclass(slots=True)
+class Trace:
+    """Records marks while it runs and turns them into spans afterwards: reading a mark waits for the device.
+
+    What is recorded is kept until the next `start`. The staging worker adds its copies while the host thread collects.
+
+    Attributes:
+        streams: Where the marks are set.
+        dropped: Spans beyond `MOST_SPANS`, which were not recorded.
+        forward_ms: Duration of each forward that the device has passed, in order.
+    """
+
+    streams: Streams
+    _marks: deque[tuple[str, int, Any, Any]] = field(default_factory=deque)
+    _spans: list[Span] = field(default_factory=list)
+    _origin: Any = None
+    dropped: int = 0
+    forward_ms: list[float] = field(default_factory=list)
+
+    @named("a trace was beginning")
+    def start(self) -> None:
+        """Forgets what was recorded; time counts from here."""
+        self._marks, self._spans, self.forward_ms = deque(), [], []
+        with self.streams.guard():
+            self._origin = self.streams.mark(self.streams.current())
+
+    def add(self, lane: str, block: int, begin: Any, end: Any) -> None:
+        """One stretch between two marks."""
+        if len(self._marks) + len(self._spans) < MOST_SPANS:
+            self._marks.append((lane, block, begin, end))
+        else:
+            self.dropped += 1
+
+    def read_reached(self) -> None:
+        """Turns the marks that the device has passed into spans; does not wait."""
+        while self._marks and self.streams.reached(self._marks[0][3]):
+            self._read(*self._marks.popleft())
+
+    @named("a trace was being read")
+    def collect(self) -> tuple[Span, ...]:
+        """The spans whose marks the device has passed, in the order they were recorded; does not wait."""
+        self.read_reached()
+        return tuple(self._spans)
+
+    @named("a trace was being read")
+    def spans(self) -> tuple[Span, ...]:
+        """All spans so far, in the order they were recorded; waits until the device has passed the last."""
+        while self._marks:
+            self._read(*self._marks.popleft())
+        return tuple(self._spans)
+
+    def _read(self, lane: str, block: int, begin: Any, end: Any) -> None:
+        read = self.streams.elapsed_ms
+        span = Span(lane, block, read(self._origin, begin), read(self._origin, end))
+        self._spans.append(span)
+        if lane == FORWARD:
+            self.forward_ms.append(span.duration_ms)

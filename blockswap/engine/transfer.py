@@ -1,0 +1,287 @@
+"""Onload, wait, release: the order of copies and kernels, by eight happens-before rules.
+
+[Note: happens-before]
+
+Actors: the host thread, the staging worker, the compute stream C (the current stream at each block's begin) and the
+copy streams K1..n. An event stands for its last record. The comments `Rule 1` to `Rule 8` mark the lines that keep
+them.
+
+1. Slots are allocated on C; a slot's free event is recorded on C then, and every K waits for it before its first copy.
+2. A copy into a slot waits for the slot's free event, and for every ready event of its previous content.
+3. A block on C waits for all ready events of its slot. If C is another stream than before, it waits for the old one.
+4. A slot's free event is recorded on C when the next block begins or the forward ends, exceptions included.
+5. The window and residents are given up only after C, and the stream they were allocated on, waits for every K.
+6. A slab is written, unregistered or freed only after the host has waited for its last copy.
+7. The worker writes a staging slab after a host-side wait for its last copy to the device; C is told to wait for a
+   ready event only after the worker has recorded it.
+8. Streams, events and memory belong to one device, and calls run with that device current.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..device.streams import Streams
+from ..device.worker import Job
+from ..host.slabs import Slab
+from ..host.staging import Staging
+from ..spans import COPY
+from .trace import Trace
+
+CHUNK_ALIGNMENT = 4096
+"""Bytes at which a slab is cut between copy streams: whole pages, so that no page is read by two copies."""
+
+
+@dataclass(slots=True)
+class Slot:
+    """One device buffer of the window, with the events that guard it.
+
+    Attributes:
+        memory: uint8, `(slot_bytes,)`.
+        free: Recorded on C when the block that used the slot is over.
+        ready: One per copy stream, recorded behind its chunk.
+        pending: The ready events of the present content.
+        consumed: C waits for `pending`, so that `free`, recorded behind that wait, covers them.
+        filling: The staging job that fills the slot, while the worker may not have recorded `pending` yet.
+        filled_bytes: Bytes of the present content.
+        chunks: Views of the slot and of what it was filled from, made once for each block and source.
+    """
+
+    memory: torch.Tensor
+    free: Any
+    ready: tuple[Any, ...]
+    pending: tuple[Any, ...] = ()
+    consumed: bool = True
+    filling: Job | None = None
+    filled_bytes: int = 0
+    chunks: dict[tuple[int, int], list[tuple[Any, torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Counters:
+    """What has been copied.
+
+    Attributes:
+        onloads: Copies of a slab into a slot.
+        onloaded_bytes: Bytes of these.
+        placed_bytes: Bytes of residents and small tensors copied to the device at adopt.
+        returned_bytes: Bytes copied back to the host: of buffers that a forward has changed, never of weights.
+    """
+
+    onloads: int = 0
+    onloaded_bytes: int = 0
+    placed_bytes: int = 0
+    returned_bytes: int = 0
+
+
+class Transfer:
+    """A window of slots on one device, filled from slabs. See [Note: happens-before].
+
+    Args:
+        streams: The device's primitives.
+        counters: Counts what is done; a fresh one if None.
+
+    Attributes:
+        staging: Page-locked staging slabs with their worker; None if no slab is staged.
+        trace: Receives the spans of copies; None records nothing. May be switched between blocks.
+    """
+
+    def __init__(self, streams: Streams, counters: Counters | None = None) -> None:
+        self.streams = streams
+        self.counters = counters or Counters()
+        self.staging: Staging | None = None
+        self.trace: Trace | None = None
+        self._slots: tuple[Slot, ...] = ()
+        self._compute: Any = None  # the stream that the last block was queued on
+        self._home: Any = None  # the stream that memory was allocated on, to which the allocator gives it back
+
+    def open_window(self, *, slots: int, slot_bytes: int) -> tuple[torch.Tensor, ...]:
+        """Allocates the window; returns each slot's memory, uint8 `(slot_bytes,)`.
+
+        Raises:
+            DeviceMemoryError: The device cannot hold it; `close_window` gives up what it does hold.
+        """
+        with self.streams.guard():  # Rule 8
+            self._home = self._compute = self.streams.current()
+            for _ in range(slots):
+                # One by one: what has been allocated when a later one fails is given up by `close_window`.
+                free, *ready = (self.streams.event() for _ in range(1 + len(self.streams.copy_streams)))
+                slot = Slot(self.streams.allocate(slot_bytes), free, tuple(ready))
+                self._slots = (*self._slots, slot)
+                self.streams.record(slot.free, self._compute)  # Rule 1
+        return self.window
+
+    def close_window(self) -> None:
+        """Gives the window up; a prefetch in flight is waited for on the device, not on the host."""
+        with self.streams.guard():  # Rule 8
+            ended_well = self._join_worker()
+            for event in self._drain_to_compute():
+                if not ended_well:
+                    self.streams.host_wait(event)  # Rule 6: nor with a staging slab
+            slots, self._slots = self._slots, ()
+            for slot in slots:
+                self.streams.free(slot.memory)
+
+    @property
+    def window(self) -> tuple[torch.Tensor, ...]:
+        """Each slot's memory, uint8 `(slot_bytes,)`."""
+        return tuple(slot.memory for slot in self._slots)
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Device memory beside the window, uint8 `(nbytes,)`.
+
+        Raises:
+            DeviceMemoryError: The device has no such amount left.
+        """
+        with self.streams.guard():  # Rule 8
+            return self.streams.allocate(nbytes)
+
+    def free(self, memory: torch.Tensor) -> None:
+        """Gives memory beside the window up; call `close_window` first."""
+        with self.streams.guard():  # Rule 8
+            self.streams.free(memory)
+
+    def mark(self) -> Any:
+        """A point in time on the compute stream, for the trace."""
+        with self.streams.guard():  # Rule 8
+            return self.streams.mark(self.streams.current())
+
+    def computed(self, block: int) -> None:
+        """The kernels of `block` have been queued in full, on the stream that was current when it began."""
+        self.streams.computed(block, self._compute)
+
+    def start(self, index: int, slab: Slab, *, block: int) -> None:
+        """Starts to copy `slab`, that of `block`, into slot `index`; returns at once, except from pageable memory."""
+        slot = self._slots[index]
+        with self.streams.guard():  # Rule 8
+            self._await_worker(slot)
+            if slab.is_staged:
+                assert self.staging is not None, "a staged slab needs a transfer with staging"
+                slot.filling = self.staging.submit(
+                    slab, lambda source: self._copy_chunks(slot, source, slab.used_bytes, block)
+                )
+            else:
+                slab.pages.in_flight = self._copy_chunks(slot, slab.memory, slab.used_bytes, block)
+        slot.filled_bytes = slab.used_bytes
+        self.counters.onloads += 1
+        self.counters.onloaded_bytes += slab.used_bytes
+
+    def wait(self, index: int) -> None:
+        """What is queued on the compute stream from now on finds slot `index` filled."""
+        slot = self._slots[index]
+        with self.streams.guard():  # Rule 8
+            self._await_worker(slot)  # Rule 7
+            compute = self.streams.current()
+            self._follow(compute)
+            for event in slot.pending:
+                self.streams.wait(compute, event)  # Rule 3
+            slot.consumed = True
+            self.streams.reads(slot.memory, slot.filled_bytes, compute)
+
+    def follow(self) -> None:
+        """A block without a slot is about to be queued; if the compute stream has changed, it waits for the old one."""
+        with self.streams.guard():  # Rule 8
+            self._follow(self.streams.current())
+
+    def release(self, index: int) -> None:
+        """The block in slot `index` has been queued on the compute stream in full: its slot may be overwritten."""
+        slot = self._slots[index]
+        with self.streams.guard():  # Rule 8
+            compute = self.streams.current()
+            self.streams.reads(slot.memory, slot.filled_bytes, self._compute)
+            self._follow(compute)
+            self.streams.record(slot.free, compute)  # Rule 4
+
+    def _drain_to_compute(self) -> list[Any]:
+        """The compute stream waits for all that is queued on the copy streams, and the home stream for both: what they
+        use may be given up then. Returns the events behind the copies.
+        """
+        compute = self.streams.current()
+        self._follow(compute)
+        events = [self._wait_for(compute, copies) for copies in self.streams.copy_streams]  # Rule 5
+        if self._home is not None and self._home != compute:
+            self._wait_for(self._home, compute)  # Rule 5
+        return events
+
+    def _wait_for(self, stream: Any, other: Any) -> Any:
+        """`stream` waits for all that is queued on `other`; returns the event between them."""
+        event = self.streams.event()
+        self.streams.record(event, other)
+        self.streams.wait(stream, event)
+        return event
+
+    def reset(self) -> None:
+        """After an exception, wherever it struck: waits for all copies on the host; every slot is empty and free."""
+        with self.streams.guard():  # Rule 8
+            self._join_worker()
+            for event in self._drain_to_compute():
+                self.streams.host_wait(event)  # Rule 6: a copy that was struck has left no event with its slab
+            compute = self.streams.current()
+            for slot in self._slots:
+                slot.pending, slot.consumed, slot.filled_bytes = (), True, 0
+                self.streams.record(slot.free, compute)  # Rule 4
+
+    def close(self) -> None:
+        """Gives the window and the staging slabs up and ends the worker."""
+        staging, self.staging = self.staging, None
+        try:
+            self.close_window()
+        finally:
+            if staging is not None:
+                staging.close()
+
+    def _copy_chunks(self, slot: Slot, source: torch.Tensor, nbytes: int, block: int) -> tuple[Any, ...]:
+        """Queues copies of `source` into `slot`, a chunk for each copy stream; returns the events behind them.
+
+        Runs in the worker for staged slabs.
+        """
+        chunks = slot.chunks.get((block, source.data_ptr()))
+        if chunks is None:
+            chunks = slot.chunks[block, source.data_ptr()] = self._cut(slot, source, nbytes)
+        before = () if slot.consumed else slot.pending
+        slot.pending, slot.consumed = slot.ready[: len(chunks)], False
+        for copies, _, _ in chunks:
+            self.streams.wait(copies, slot.free)  # Rules 1 and 2
+            for previous in before:
+                self.streams.wait(copies, previous)  # Rule 2
+        trace = self.trace  # one for all chunks: the host switches it while the worker copies
+        for i, (copies, target, part) in enumerate(chunks):
+            begin = None if trace is None else self.streams.mark(copies)
+            self.streams.copy(target, part, copies)
+            if trace is not None:
+                trace.add(f"{COPY} {i}", block, begin, self.streams.mark(copies))
+            self.streams.record(slot.pending[i], copies)
+        return slot.pending
+
+    def _cut(self, slot: Slot, source: torch.Tensor, nbytes: int) -> list[tuple[Any, torch.Tensor, torch.Tensor]]:
+        """For each copy stream that gets a chunk: the stream, the chunk of the slot, the chunk of the source."""
+        copies = self.streams.copy_streams
+        chunk = -(-nbytes // len(copies))
+        chunk = max(1, -(-chunk // CHUNK_ALIGNMENT)) * CHUNK_ALIGNMENT
+        begins = range(0, nbytes, chunk)
+        parts = [slice(begin, min(begin + chunk, nbytes)) for begin in begins]
+        with torch.inference_mode(mode=False):
+            return [(stream, slot.memory[part], source[part]) for stream, part in zip(copies, parts, strict=False)]
+
+    def _await_worker(self, slot: Slot) -> None:
+        """Until the worker has recorded the slot's ready events, nobody may wait for them. Raises what it raised."""
+        job, slot.filling = slot.filling, None
+        if job is not None:
+            job.wait()
+
+    def _join_worker(self) -> bool:
+        """Until the worker is done, it may queue copies; whether all ended well. What it raised no longer matters."""
+        ended_well = True
+        for slot in self._slots:
+            job, slot.filling = slot.filling, None
+            if job is not None:
+                ended_well = job.join() and ended_well
+        return ended_well
+
+    def _follow(self, compute: Any) -> None:
+        before, self._compute = self._compute, compute
+        if before is not None and compute != before:
+            self._wait_for(compute, before)  # Rule 3

@@ -1,0 +1,1 @@
+"""The true weights in host memory: pages, slabs, staging."""

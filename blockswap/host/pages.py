@@ -1,0 +1,159 @@
+"""Whole pages of host memory, page-locked at their exact size."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...hardware.pinning import PinBudget, Registrar, register_result
+from ..device.streams import Streams
+from ..errors import HostMemoryError
+from ..model.layout import align
+
+logger = logging.getLogger(__name__)
+
+
+class _Pages(mmap.mmap):
+    """Anonymous pages that call back before the system takes them: `mmap` unmaps before weak references are cleared, so
+    that a `weakref.finalize` would unregister memory that is gone.
+    """
+
+    before_unmap: Callable[[], None] | None = None
+
+    def __del__(self) -> None:
+        if self.before_unmap is not None:
+            self.before_unmap()
+
+
+def _anonymous_pages(size: int) -> _Pages:
+    """Private where the platform has a choice: Linux gives shared anonymous memory no huge pages by default, and both
+    filling and locking go page by page.
+    """
+    if sys.platform == "win32":
+        return _Pages(-1, size)
+    pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
+
+
+class PageMemory:
+    """Whole pages of anonymous host memory as a uint8 tensor; can be page-locked.
+
+    Parameters point into the pages, so they may outlive this object; what must happen before they go (no copy reads
+    them, no lock is left) is theirs to keep.
+    """
+
+    def __init__(self, nbytes: int, streams: Streams) -> None:
+        self.size = align(max(nbytes, 1), mmap.PAGESIZE)
+        try:
+            self._pages = _anonymous_pages(self.size)
+        except OSError as cause:
+            raise HostMemoryError(
+                f"the host expects {self.size:,} free bytes for a block's weights but the system refused them; "
+                "close other programs or take a quantised model"
+            ) from cause
+        with torch.inference_mode(mode=False):
+            self.tensor = torch.frombuffer(self._pages, dtype=torch.uint8)
+        self._use = _Use(self.tensor.data_ptr(), self.size, streams)
+        self._pages.before_unmap = self._use.end
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the pages are locked."""
+        return self._use.lock is not None
+
+    @property
+    def in_flight(self) -> tuple[Any, ...]:
+        """Events behind the last copies that read the pages."""
+        return self._use.in_flight
+
+    @in_flight.setter
+    def in_flight(self, events: tuple[Any, ...]) -> None:
+        self._use.in_flight = events
+
+    def use(self, streams: Streams) -> None:
+        """From here on `streams` read the pages; call `settle` first."""
+        self._use.streams = streams
+
+    def settle(self) -> None:
+        """Waits on the host until no copy reads the pages any more: they may be written."""
+        self._use.settle()
+
+    def pin(self, registrar: Registrar, budget: PinBudget) -> int:
+        """Locks the pages, once they have been filled (locking touches every page); 0, or the driver's error code."""
+        try:
+            result = registrar.register(self.tensor.data_ptr(), self.size)
+        except BaseException:
+            registrar.unregister(self.tensor.data_ptr())  # an interrupt may have come after it was done
+            registrar.consume_error()
+            raise
+        if result != 0:
+            registrar.consume_error()
+            return result
+        budget.used_bytes += self.size
+        self._use.lock = registrar, budget
+        return 0
+
+    def unpin(self) -> None:
+        """Unlocks the pages after their last copy; they stay."""
+        self._use.unlock()
+
+
+class _Use:
+    """What the device knows of some pages: the copies that read them, and their lock."""
+
+    def __init__(self, pointer: int, size: int, streams: Streams) -> None:
+        self.in_flight: tuple[Any, ...] = ()
+        self.lock: tuple[Registrar, PinBudget] | None = None
+        self._pointer = pointer
+        self._size = size
+        self.streams = streams
+
+    def settle(self) -> None:
+        for event in self.in_flight:
+            self.streams.host_wait(event)  # Rule 6
+        self.in_flight = ()
+        self.streams.host_writes(self._pointer, self._size)
+
+    def unlock(self) -> None:
+        if self.lock is None:
+            return
+        try:
+            self.settle()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # a device that fails at waiting twice has nothing under way
+                self.settle()  # an interrupt has ended the wait, and not the copy
+            raise
+        finally:
+            self._unregister()
+
+    def _unregister(self) -> None:
+        assert self.lock is not None
+        (registrar, budget), self.lock = self.lock, None
+        try:
+            result = registrar.unregister(self._pointer)
+        except BaseException:
+            registrar.unregister(self._pointer)  # an interrupt may have come before; that it is done already harms not
+            raise
+        finally:
+            budget.used_bytes -= self._size
+        if result != 0:
+            registrar.consume_error()
+            logger.warning("unregistering %d bytes of host memory failed: %s", self._size, register_result(result))
+
+    def end(self) -> None:
+        """The pages are about to be unmapped."""
+        try:
+            if self.lock is None:
+                self.settle()
+            self.unlock()
+        finally:
+            self.streams.forget(self._pointer, self._size)

@@ -1,0 +1,372 @@
+"""HostStore: one host copy of every block's streamed tensors, page-locked if it may be, and the tiers below that."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import logging
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ...hardware.pinning import PinBudget, Registrar, register_result
+from ..device.streams import Streams
+from ..model.layout import slab_offsets
+from ..model.tensors import copy_bytes, element_view, flat, same_layout, span_bytes, storage_key, version_of
+from ..plan.swap_plan import STAGING_SLABS, HostTier
+from .pages import PageMemory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Slab:
+    """One block's streamed tensors in host memory, one behind the other, each 256-byte aligned, strides kept.
+
+    Attributes:
+        pages: The memory.
+        used_bytes: Length from the first tensor's first byte to the last one's last: what an onload copies.
+        views: The master of each tensor: its dtype, shape and strides over the slab's bytes.
+        tier: How the bytes travel.
+        sources: Where each tensor's bytes came from; empty once they were edited.
+        bound: The tensors that point at the masters, held weakly, and the in-place edits each had counted.
+        checksums: Of the masters as they were filled; None until debug mode asks.
+    """
+
+    pages: PageMemory
+    used_bytes: int
+    views: tuple[torch.Tensor, ...]
+    tier: HostTier
+    sources: tuple[Source, ...] = ()
+    bound: tuple[tuple[weakref.ref[torch.Tensor], int | None], ...] = ()
+    checksums: tuple[int, ...] | None = None
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """The bytes, uint8, `(whole pages,)`."""
+        return self.pages.tensor
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether copies go through the worker."""
+        return self.tier is HostTier.STAGED
+
+    def unlock(self) -> None:
+        """Not page-locked any more, after its last copy."""
+        self.tier = HostTier.PAGEABLE
+        self.pages.unpin()
+
+    def settle(self) -> None:
+        """Waits on the host until no copy reads the slab any more. The worker has ended: it goes with the window."""
+        self.pages.settle()
+
+    def fill(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Writes the tensors' bytes into their masters, unless they are these masters already."""
+        self.settle()
+        for view, tensor in zip(self.views, tensors, strict=True):
+            if tensor.data_ptr() != view.data_ptr():
+                copy_bytes(view, tensor)
+        self.sources = tuple(map(Source.of, tensors))
+        self.checksums = None
+
+    def bind(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Points `tensors` at their masters."""
+        with torch._C.DisableTorchFunctionSubclass():
+            for tensor, master in zip(tensors, self.views, strict=True):
+                tensor.data = master
+        self.bound = tuple((weakref.ref(tensor), version_of(tensor)) for tensor in tensors)
+
+    def notice_edits(self) -> None:
+        """Forgets where the bytes came from if a tensor that points at them was edited since."""
+        for reference, version in self.bound:
+            tensor = reference()
+            if tensor is not None and version_of(tensor) != version:
+                self.sources = ()
+
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the slab's bytes are these tensors': its own masters, or the living storage it was filled from."""
+        return self.fits(tensors) and all(
+            tensor.data_ptr() == view.data_ptr() or (bool(self.sources) and self.sources[i].is_still(tensor))
+            for i, (view, tensor) in enumerate(zip(self.views, tensors, strict=True))
+        )
+
+    def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether tensors of these dtypes, shapes, strides and kinds lie in the slab as they are."""
+        return len(tensors) == len(self.views) and all(map(same_layout, tensors, self.views))
+
+    def is_only_ours(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether nobody but the slab and `tensors` holds its bytes: no weight kept aside, state dict, other block."""
+        own = sum(tensor.data_ptr() == view.data_ptr() for tensor, view in zip(tensors, self.views, strict=True))
+        # The views, `memory`, and the storage object that asks.
+        return torch._C._storage_Use_Count(storage_key(self.memory)) <= len(self.views) + own + 2
+
+
+@dataclass(slots=True)
+class HostStore:
+    """Slabs of one transformer, block by block, in the tiers of a plan.
+
+    Attributes:
+        streams: The device that reads the slabs.
+        registrar: Page-locks for it; None where nothing can be locked.
+        budget: Shared by all stores of the process.
+        slabs: Slab of each swapped block.
+        refusals: What kept a block from its planned tier at this adopt.
+    """
+
+    streams: Streams
+    registrar: Registrar | None
+    budget: PinBudget
+    slabs: dict[int, Slab] = field(default_factory=dict)
+    refusals: list[str] = field(default_factory=list)
+    _said: set[str] = field(default_factory=set)
+    _locking: tuple[Slab, Locking] | None = None
+
+    def put(self, block: int, tensors: Sequence[torch.Tensor], *, tier: HostTier) -> Slab:
+        """The slab that holds the tensors of `block`, made or filled if need be, in `tier` or the best below it. It may
+        still be being locked then, until `finish_locking`, which comes before the first copy.
+
+        Args:
+            block: Index of the block.
+            tensors: Its streamed tensors.
+            tier: Where they should be.
+
+        Raises:
+            HostMemoryError: The system has no memory for it.
+        """
+        slab = self.slabs.get(block)
+        if slab is not None:
+            slab.notice_edits()
+        if slab is None or not slab.holds(tensors):
+            if slab is None or not (slab.fits(tensors) and slab.is_only_ours(tensors)):
+                self.drop(block)
+                slab = self.slabs[block] = self._make(tensors)
+            slab.fill(tensors)
+        self._move(slab, tier)
+        slab.bind(tensors)
+        return slab
+
+    def drop(self, block: int) -> None:
+        """`block` has no need of a slab any more; its masters live on as long as parameters point at them."""
+        slab = self.slabs.pop(block, None)
+        if slab is not None:
+            with contextlib.ExitStack() as stack:
+                stack.callback(slab.pages.unpin)
+                stack.callback(slab.settle)
+                self.finish_locking()  # a lock that comes after all would stay
+
+    def unlock(self) -> None:
+        """Unlocks everything after its last copy; slabs stay, for their next tier to be found at the next adopt."""
+        with contextlib.ExitStack() as stack:
+            for slab in self.slabs.values():
+                stack.callback(slab.unlock)  # each of them, whatever fails with another
+            self.finish_locking()
+
+    def release(self) -> None:
+        """Unlocks everything after its last copy. Masters live on as long as parameters point at them."""
+        with contextlib.ExitStack() as stack:
+            for block in list(self.slabs):
+                stack.callback(self.drop, block)  # each of them, whatever fails with another
+
+    def use(self, streams: Streams) -> None:
+        """A new adopt: `streams` read the slabs from here on; copies of others are waited for first."""
+        self.refusals.clear()
+        if streams is not self.streams:
+            for slab in self.slabs.values():
+                slab.settle()
+                slab.pages.use(streams)
+            self.streams = streams
+
+    def make_staging(self) -> list[PageMemory]:
+        """Page-locked staging slabs for the staged blocks; none if there are no such blocks, or if the pages cannot be
+        locked: the blocks are pageable then. A lock refused before is tried once more with as many slabs unlocked.
+        Waits for the last slab to be locked.
+        """
+        self.finish_locking()
+        staged = [slab for slab in self.slabs.values() if slab.is_staged]
+        if not staged:
+            return []
+        if self.refusals:
+            pinned = [slab for slab in self.slabs.values() if slab.tier is HostTier.PINNED]
+            for slab in pinned[-STAGING_SLABS:]:
+                slab.pages.unpin()
+                slab.tier = HostTier.STAGED
+                staged.append(slab)
+        size = max(slab.used_bytes for slab in staged)
+        pages = [PageMemory(size, self.streams) for _ in range(STAGING_SLABS)]
+        with contextlib.ExitStack() as stack:
+            for page in pages:
+                stack.callback(page.unpin)
+            if all(self.lock(page, "a staging slab", again=True) for page in pages):
+                stack.pop_all()
+                return pages
+        for slab in staged:
+            slab.tier = HostTier.PAGEABLE
+        return []
+
+    def lock(self, pages: PageMemory, what: str, *, again: bool = False) -> bool:
+        """Page-locks, with one retry; a refusal is said, and ends the trying unless `again`."""
+        if not self._may_lock(pages, what, again=again):
+            return False
+        assert self.registrar is not None
+        return self._is_locked(lock(pages, self.registrar, self.budget), pages, what)
+
+    def _may_lock(self, pages: PageMemory, what: str, *, again: bool) -> bool:
+        if self.registrar is None or (self.refusals and not again):
+            return False
+        if pages.size <= self.budget.left_bytes:
+            return True
+        self._refuse(f"{what} expects {pages.size:,} bytes of the pin budget but {self.budget.left_bytes:,} are left")
+        return False
+
+    def _is_locked(self, code: int, pages: PageMemory, what: str) -> bool:
+        if code:
+            self._refuse(f"{what} of {pages.size:,} bytes could not be page-locked: {register_result(code)}")
+        return not code
+
+    def finish_locking(self) -> None:
+        """Waits for the slab that is being locked; what cannot be locked keeps the tier below."""
+        if self._locking is None:
+            return
+        slab, locking = self._locking
+        try:
+            code = locking.result()
+        finally:
+            if locking.is_over:
+                self._locking = None
+        if self._is_locked(code, slab.pages, "a slab"):
+            slab.tier = HostTier.PINNED
+
+    def _refuse(self, why: str) -> None:
+        self.refusals.append(why)
+        if why not in self._said:
+            self._said.add(why)
+            logger.warning("%s; what is left stays pageable, and its copies are slower", why)
+
+    def _make(self, tensors: Sequence[torch.Tensor]) -> Slab:
+        offsets, used_bytes = slab_offsets(map(span_bytes, tensors))
+        pages = PageMemory(used_bytes, self.streams)
+        views = tuple(
+            element_view(pages.tensor, tensor, offset=offset) for tensor, offset in zip(tensors, offsets, strict=True)
+        )
+        return Slab(pages, used_bytes, views, HostTier.PAGEABLE)
+
+    def _move(self, slab: Slab, tier: HostTier) -> None:
+        """Changes the tier of a filled slab; what cannot be locked falls to the planned tier's next."""
+        self.finish_locking()  # one at a time: the first refusal ends the trying
+        if tier is not HostTier.PINNED:
+            slab.pages.unpin()
+        elif not slab.pages.is_pinned:
+            tier = HostTier.STAGED
+            if self._may_lock(slab.pages, "a slab", again=False):
+                assert self.registrar is not None
+                self._locking = slab, Locking(slab.pages, self.registrar, self.budget)
+                self._locking[1].start()  # only now: what is under way must be known to whoever gives up
+        slab.tier = tier
+
+
+SAMPLED_ELEMENTS = 4096
+"""Elements by which an inference tensor is compared with what was read from it before. It counts no edits; one that
+changes weights as a LoRA does changes nearly all of them."""
+
+
+@dataclass(slots=True)
+class Source:
+    """Where a slab's tensor came from, held weakly: living storage at the same place is the same bytes."""
+
+    storage: StorageWeakRef
+    place: tuple[Any, ...]
+    sample: torch.Tensor | None
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Source:
+        return cls(StorageWeakRef(tensor.untyped_storage()), _place(tensor), _sample(tensor))
+
+    def is_still(self, tensor: torch.Tensor) -> bool:
+        if self.storage.expired() or self.storage.cdata != storage_key(tensor) or self.place != _place(tensor):
+            return False
+        sample = _sample(tensor)
+        return self.sample is None or (sample is not None and torch.equal(self.sample, sample))
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, version_of(tensor)
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Some bytes of a tensor that does not count its edits; None for one that does."""
+    if version_of(tensor) is not None or tensor.numel() == 0:
+        return None
+    elements = flat(tensor)
+    # On the host: a fingerprint of weights on the device must not keep memory there.
+    sample = elements[:: max(1, elements.numel() // SAMPLED_ELEMENTS)]
+    return sample.to("cpu", copy=True).view(torch.uint8)
+
+
+class Locking:
+    """Pages that are locked in a thread, which ends with that.
+
+    The driver walks every page, and lets Python's other threads run meanwhile. Whoever comes first does the work, the
+    thread or who asks for the result: a thread that an interrupt has kept from being started is not waited for.
+
+    Args:
+        pages: What is locked, once it has been filled; a refusal is followed by one more try.
+        registrar: Locks it.
+        budget: What is locked counts there.
+    """
+
+    def __init__(self, pages: PageMemory, registrar: Registrar, budget: PinBudget) -> None:
+        self._pages = pages
+        self._registrar = registrar
+        self._budget = budget
+        self._code = -1
+        self._failure: BaseException | None = None
+        self._claim = threading.Lock()
+        self._over = threading.Event()
+
+    def start(self) -> None:
+        """Begins; where the system gives no thread, `result` does the work."""
+        try:
+            _thread.start_new_thread(self._lock, ())  # unlike Thread.start, it waits for nothing
+        except RuntimeError:
+            return
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is under way any more."""
+        return self._over.is_set()
+
+    def result(self) -> int:
+        """Waits until it is over, interrupted or not; 0, or the driver's error code. Raises what locking raised."""
+        try:
+            self._lock()
+            self._over.wait()
+        except BaseException:
+            self._over.wait()  # an interrupt has ended the wait, and not the lock
+            raise
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return self._code
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback, which has this frame, would hold the pages
+
+    def _lock(self) -> None:
+        if not self._claim.acquire(blocking=False):
+            return
+        try:
+            self._code = lock(self._pages, self._registrar, self._budget)
+        except BaseException as failure:  # noqa: BLE001 - the host thread raises it in `result`
+            self._failure = failure
+        finally:
+            self._over.set()
+
+
+def lock(pages: PageMemory, registrar: Registrar, budget: PinBudget) -> int:
+    """Locks pages, with one retry; 0, or the driver's error code."""
+    return pages.pin(registrar, budget) and pages.pin(registrar, budget)

@@ -1,0 +1,1 @@
+"""What is swapped: a model's blocks, their tensors and bytes."""

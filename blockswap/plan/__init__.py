@@ -1,0 +1,1 @@
+"""What is decided: budget, schedule, plan; pure arithmetic."""

@@ -1,0 +1,1 @@
+"""One transformer, run after run: plan, watch, plan again, report."""

@@ -1,0 +1,223 @@
+"""Machine: what is read of the device, the host and the link; and the last known readings where one fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from ...hardware import (
+    READING_FAILURES,
+    DeviceMemory,
+    DeviceSpec,
+    HardwareUnavailableError,
+    HostMemory,
+    LinkSpeed,
+    measure_link,
+    probe_device,
+    read_device_memory,
+    read_host_memory,
+)
+from ..errors import PlanError
+
+logger = logging.getLogger(__name__)
+
+
+class Machine(Protocol):
+    """Readings of one device and its host. Each is taken when it is asked for."""
+
+    @property
+    def spec(self) -> DeviceSpec:
+        """What the device is."""
+
+    def memory(self) -> DeviceMemory:
+        """Its memory now, whoever uses it."""
+
+    def unused_cache_bytes(self) -> int:
+        """What torch has reserved there and does not use."""
+
+    def allocated_bytes(self) -> int:
+        """What tensors of this process take there."""
+
+    def peak_bytes(self) -> int:
+        """The most that they have taken since somebody last reset the figure."""
+
+    def reset_peak(self) -> bool:
+        """The peak counts from here; False where it cannot be reset."""
+
+    def host(self) -> HostMemory:
+        """Host memory now."""
+
+    def link(self, *, again: bool = False) -> LinkSpeed | None:
+        """The measured link; None where it cannot be measured.
+
+        Args:
+            again: Measures even if a figure is kept.
+        """
+
+
+class TorchMachine:
+    """The machine that torch runs on.
+
+    Args:
+        device: A device with memory of its own.
+        cache_dir: Where measurements of the link are kept; None keeps them nowhere.
+
+    Raises:
+        HardwareUnavailableError: There is no such device, or nothing tells its memory.
+    """
+
+    def __init__(self, device: torch.device, *, cache_dir: Path | None = None) -> None:
+        self.spec = probe_device(device)
+        self._device = torch.device(self.spec.torch_device)
+        self._module: Any = torch.get_device_module(self._device)
+        self._cache_dir = cache_dir
+        self._link: LinkSpeed | None = None
+        self.memory()
+
+    def memory(self) -> DeviceMemory:
+        memory = read_device_memory(self._device)
+        if memory is None:
+            raise HardwareUnavailableError(
+                f"block swapping expects a device with memory of its own but {self._device} ({self.spec.name}) tells "
+                "of none; run the model without swapping there"
+            )
+        return memory
+
+    def unused_cache_bytes(self) -> int:
+        if not hasattr(self._module, "memory_reserved"):
+            return 0  # the tests' pretend accelerator, and vendors' modules without a caching allocator
+        return max(0, int(self._module.memory_reserved(self._device)) - self.allocated_bytes())
+
+    def allocated_bytes(self) -> int:
+        return int(self._module.memory_allocated(self._device))
+
+    def peak_bytes(self) -> int:
+        return int(self._module.max_memory_allocated(self._device))
+
+    def reset_peak(self) -> bool:
+        if not hasattr(self._module, "reset_peak_memory_stats"):
+            return False
+        self._module.reset_peak_memory_stats(self._device)
+        return True
+
+    def host(self) -> HostMemory:
+        return read_host_memory()
+
+    def link(self, *, again: bool = False) -> LinkSpeed | None:
+        if self._link is None or again:
+            self._link = measure_link(self._device, cache_dir=self._cache_dir, again=again)
+        return self._link
+
+
+T = TypeVar("T")
+
+
+class SteadyMachine:
+    """A machine for a run that is under way: a reading that fails is the one before, or unknown, with one warning of
+    each kind. Only a plan that has never had a reading of memory fails for want of it.
+
+    Args:
+        inner: Where readings come from.
+    """
+
+    def __init__(self, inner: Machine) -> None:
+        self._inner = inner
+        self._memory: DeviceMemory | None = None
+        self._host: HostMemory | None = None
+        self._said: set[str] = set()
+
+    @property
+    def spec(self) -> DeviceSpec:
+        """What the device is."""
+        return self._inner.spec
+
+    def memory(self) -> DeviceMemory:
+        """As read now, or last.
+
+        Raises:
+            PlanError: It has never been read.
+        """
+        self._memory = self._known("device memory", self._inner.memory, self._memory)
+        return self._memory
+
+    def host(self) -> HostMemory:
+        """As read now, or last.
+
+        Raises:
+            PlanError: It has never been read.
+        """
+        self._host = self._known("host memory", self._inner.host, self._host)
+        return self._host
+
+    def unused_cache_bytes(self) -> int:
+        """0 if it cannot be read: less is counted as free then."""
+        return self._ask("torch's cache", self._inner.unused_cache_bytes) or 0
+
+    def allocated_bytes(self) -> int | None:
+        """What tensors of this process take on the device; None if it cannot be read."""
+        return self._ask("allocated device memory", self._inner.allocated_bytes)
+
+    def peak_bytes(self) -> int | None:
+        """The most that they have taken; None if it cannot be read."""
+        return self._ask("the peak of device memory", self._inner.peak_bytes)
+
+    def reset_peak(self) -> bool:
+        """Whether the peak counts from here."""
+        return bool(self._ask("the peak of device memory", self._inner.reset_peak))
+
+    def link(self, *, again: bool = False) -> LinkSpeed | None:
+        """The measured link; None where it cannot be measured."""
+        return self._ask("the speed of the link", lambda: self._inner.link(again=again))
+
+    def _known(self, what: str, read: Callable[[], T], before: T | None) -> T:
+        found = self._ask(what, read)
+        if found is not None:
+            return found
+        if before is not None:
+            return before
+        raise PlanError(f"a plan expects a reading of {what} but it failed; see the warning before this")
+
+    def _ask(self, what: str, read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except READING_FAILURES as failure:
+            if what not in self._said:
+                self._said.add(what)
+                logger.warning("%s cannot be read: %s; what was known before is used", what, failure)
+            return None
+
+
+class PeakMeter:
+    """What a forward takes on the device above what is there before it.
+
+    Args:
+        machine: Where readings come from.
+    """
+
+    def __init__(self, machine: SteadyMachine) -> None:
+        self._machine = machine
+        self._was_reset = False
+        self._before: int | None = None
+        self._peak: int | None = None
+
+    def begin(self, *, anew: bool) -> None:
+        """A forward begins.
+
+        Args:
+            anew: The peak counts from here, if the device lets it.
+        """
+        self._was_reset = anew and self._machine.reset_peak()
+        self._before, self._peak = self._machine.allocated_bytes(), self._machine.peak_bytes()
+
+    def taken_bytes(self) -> int | None:
+        """What it has taken by its end; None if that is not to be known: a peak that was not reset and has not grown
+        may be an earlier one, of something else.
+        """
+        now = self._machine.peak_bytes()
+        if now is None or self._before is None or self._peak is None or not (self._was_reset or now > self._peak):
+            return None
+        return now - self._before

@@ -1,0 +1,121 @@
+"""The host's side of a simulated device: its worker, its page-locking, its transfer and its backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ...hardware.pinning import PinBudget, Registrar
+from ..device.backend import Backend
+from ..device.streams import Streams
+from ..device.worker import Job, Worker, staged_failure
+from ..errors import TransferError
+from .races import WORKER
+from .streams import SimulatedStreams
+
+
+class _SimulatedJob:
+    def __init__(self, worker: SimulatedWorker, work: Callable[[], None], clock: dict[str, int]) -> None:
+        self._worker = worker
+        self._work: Callable[[], None] | None = work
+        self._handed_over = clock
+        self._done: tuple[dict[str, int], float] | None = None
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        streams = self._worker.streams
+        with streams.acting_as_worker():
+            streams.log.join(WORKER, self._handed_over)
+            work, self._work = self._work, None
+            assert work is not None, "a job runs once"
+            try:
+                work()
+            except RuntimeError as failure:
+                self._failure = failure
+            self._done = streams.worker_now()
+
+    def wait(self) -> None:
+        self.join()
+        if isinstance(self._failure, TransferError):
+            raise self._failure  # a broken rule is told as it is
+        if self._failure is not None:
+            raise staged_failure(self._failure) from self._failure
+
+    def join(self) -> bool:
+        self._worker.run_until(self)
+        assert self._done is not None
+        self._worker.streams.wait_for_worker(*self._done)
+        return self._failure is None
+
+
+class SimulatedWorker:
+    """The staging worker, which gets to its work at once or, as the random generator decides, when it is waited for."""
+
+    def __init__(self, streams: SimulatedStreams) -> None:
+        self.streams = streams
+        self._jobs: list[_SimulatedJob] = []
+
+    def submit(self, work: Callable[[], None]) -> Job:
+        job = _SimulatedJob(self, work, self.streams.hand_to_worker())
+        self._jobs.append(job)
+        if self.streams.lands_now():
+            self.run_until(job)
+        return job
+
+    def stop(self) -> None:
+        while self._jobs:
+            self._jobs.pop(0).run()
+
+    def run_until(self, job: _SimulatedJob) -> None:
+        """Does jobs in order until `job` is done."""
+        while job in self._jobs:
+            self._jobs.pop(0).run()
+
+
+class SimulatedRegistrar:
+    """Page-locking that can refuse: counts what is locked.
+
+    Args:
+        refuse_after: Number of locks that succeed before every further one fails with code 2; None never fails.
+        streams: The device whose copies must be over when a lock is given up; None checks nothing.
+    """
+
+    def __init__(self, *, refuse_after: int | None = None, streams: SimulatedStreams | None = None) -> None:
+        self.locked: dict[int, int] = {}
+        self._streams = streams
+        self._left = refuse_after
+
+    def register(self, pointer: int, nbytes: int) -> int:
+        if self._left is not None:
+            if self._left <= 0:
+                return 2
+            self._left -= 1
+        if pointer in self.locked:
+            return 712
+        self.locked[pointer] = nbytes
+        return 0
+
+    def unregister(self, pointer: int) -> int:
+        nbytes = self.locked.pop(pointer, None)
+        if nbytes is None:
+            return 713
+        if self._streams is not None:
+            self._streams.host_writes(pointer, nbytes)
+        return 0
+
+    def consume_error(self) -> None:
+        """Nothing is pending."""
+
+
+def simulated_backend(
+    streams: SimulatedStreams, *, pin_budget: PinBudget | None = None, registrar: Registrar | None = None
+) -> Backend:
+    """A backend whose device is `streams`, whatever a plan asks for."""
+
+    def open_streams(count: int, overlap: bool) -> Streams:  # noqa: FBT001 - called through Backend.open_streams
+        return streams
+
+    def make_worker(used: Streams) -> Worker:
+        return SimulatedWorker(streams)
+
+    budget = pin_budget or PinBudget(1 << 62)
+    return Backend(streams.device, open_streams, registrar or SimulatedRegistrar(streams=streams), budget, make_worker)

@@ -1,0 +1,1 @@
+"""Where block swapping meets ComfyUI-WanVideoWrapper."""

@@ -1,0 +1,111 @@
+"""What the wrapper's loader keeps beside the transformer: its arguments, and a state dict of the same weights."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..model.wan import StoredTensor
+from .wanvideo import entry, named_blocks
+
+logger = logging.getLogger(__name__)
+
+
+def stored_tensors(model: Any, patches: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """What a loaded model's transformer will have on the host once a run loads its weights.
+
+    Args:
+        model: The wrapper's model.
+        patches: Unmerged LoRA weights by the name of the weight they change.
+    """
+    readers, stored = entry(model, "gguf_reader"), entry(model, "sd")
+    found: dict[str, StoredTensor] = {}
+    if readers is not None:
+        for reader in readers if isinstance(readers, (list, tuple)) else [readers]:
+            found |= _tensors_of_gguf(reader)
+    weights = stored if isinstance(stored, dict) else dict(model.diffusion_model.named_parameters())
+    dtype = entry(model, "weight_dtype")
+    for name, tensor in weights.items():
+        if isinstance(tensor, torch.Tensor) and not (tensor.is_meta and readers is not None):
+            found.setdefault(name.replace("_orig_mod.", ""), _as_loaded(name, tensor, dtype, weights))
+    for name, deltas in patches.items():
+        found[f"{name.removeprefix('diffusion_model.')}.lora_diff"] = StoredTensor((1,), "LORA", _bytes_in(deltas))
+    return found
+
+
+def _tensors_of_gguf(reader: Any) -> dict[str, StoredTensor]:
+    """The tensor table of the open GGUFReader that the wrapper has loaded the model from."""
+    tensors = {}
+    for tensor in reader.tensors:
+        # ComfyUI's converters flatten tensors that GGML's quantisation cannot hold and note their shape here.
+        noted = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")
+        shape = noted.contents() if noted else reversed(tensor.shape.tolist())
+        tensors[tensor.name] = StoredTensor(tuple(map(int, shape)), tensor.tensor_type.name, int(tensor.n_bytes))
+    return tensors
+
+
+def _as_loaded(name: str, tensor: torch.Tensor, dtype: Any, weights: Mapping[str, Any]) -> StoredTensor:
+    """A tensor as the wrapper will load it: matrices of blocks in the model's weight type, unless they have a scale."""
+    is_matrix = "blocks." in name and name.endswith(".weight") and tensor.dim() > 1
+    has_scale = name.replace(".weight", ".scale_weight") in weights
+    kind = dtype if is_matrix and not has_scale and isinstance(dtype, torch.dtype) else tensor.dtype
+    return StoredTensor(tuple(tensor.shape), str(kind).removeprefix("torch."), tensor.numel() * kind.itemsize)
+
+
+def _bytes_in(value: Any) -> int:
+    """Bytes of the tensors inside nested lists and tuples, and in objects that keep them in `weights`."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, (list, tuple)):
+        return sum(map(_bytes_in, value))
+    return _bytes_in(getattr(value, "weights", ()))
+
+
+def bring_home(transformer: nn.Module, model: Any) -> None:
+    """With load_device=main_device the loader keeps its state dict on the GPU, so that swapping would free nothing: its
+    entries for blocks give way to the copies that the wrapper has just made on the host.
+    """
+    stored = entry(model, "sd")
+    if not isinstance(stored, dict):
+        return
+    moved = 0
+    for prefix, block in named_blocks(transformer):
+        for path, tensor in block.named_parameters():
+            name = f"{prefix}.{path}".replace("_orig_mod.", "")
+            held = stored.get(name)
+            if not isinstance(held, torch.Tensor) or held.device.type in ("cpu", "meta") or tensor.device.type != "cpu":
+                continue
+            is_same = (held.dtype, held.shape) == (tensor.dtype, tensor.shape)
+            stored[name] = tensor.detach() if is_same else held.to("cpu")
+            moved += held.nbytes
+    if moved:
+        logger.info("%d bytes of weights that load_device=main_device kept on the GPU are on the host now", moved)
+
+
+def replace_in(model: Any) -> Callable[[str, int, torch.Tensor], None] | None:
+    """Puts masters into the loader's state dict in place of the very bytes they were filled from: the host then holds
+    each weight once, and the next run finds it in its slab. Not for GGUF, which reads its file anew.
+    """
+    if entry(model, "gguf_reader") is not None or not isinstance(entry(model, "sd"), dict):
+        return None
+    reference = weakref.ref(model)
+
+    def replace(name: str, address: int, master: torch.Tensor) -> None:
+        alive = reference()
+        stored: dict[str, Any] = (None if alive is None else alive["sd"]) or {}
+        held = stored.get(name)
+        if (
+            isinstance(held, torch.Tensor)
+            and held.device.type == "cpu"
+            and held.data_ptr() == address
+            and (held.dtype, held.shape, held.stride()) == (master.dtype, master.shape, master.stride())
+        ):
+            # A tensor of its own over the slab's bytes: so their storage knows of one more who holds them.
+            stored[name] = master.detach()
+
+    return replace

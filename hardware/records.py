@@ -1,0 +1,247 @@
+"""What the hardware layer reads, as frozen records in which None means unknown."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from .units import GIB
+
+# Payload of one lane, bytes per second, by PCI Express generation: transfer rate x line coding / 8. Generations 1 and 2
+# code 8 bits in 10, 3 to 5 code 128 in 130, 6 sends 242 bytes of packets in a flit of 256 (PCI Express specification).
+_LANE_BYTES_PER_SECOND = {
+    1: 2.5e9 * 8 / 10 / 8,
+    2: 5e9 * 8 / 10 / 8,
+    3: 8e9 * 128 / 130 / 8,
+    4: 16e9 * 128 / 130 / 8,
+    5: 32e9 * 128 / 130 / 8,
+    6: 64e9 * 242 / 256 / 8,
+}
+# Windows drivers refuse at about half of RAM, and faults are reported near that limit.
+_WINDOWS_PIN_SHARE = 0.40
+# Linux lets a process page-lock nearly all RAM, but what is locked can be neither swapped nor reclaimed, so that the
+# rest of the system needs a share and an absolute floor of its own.
+_LINUX_PIN_SHARE = 0.90
+_LINUX_RESERVE_BYTES = 4 * GIB
+
+
+class HardwareUnavailableError(RuntimeError):
+    """A device, or the library that reads it, is not there."""
+
+
+class Vendor(Enum):
+    """Who made the device, which decides the library that can be asked about it."""
+
+    NVIDIA = "nvidia"  # a CUDA device of a torch built for CUDA; NVML knows it
+    AMD = "amd"  # a torch.cuda device of a torch built for HIP; amdsmi or sysfs know it
+    OTHER = "other"  # the CPU and every device that only its torch module knows
+
+
+class HostPlatform(Enum):
+    """The operating system, as far as host memory behaves differently on it."""
+
+    LINUX = "linux"
+    WSL2 = "wsl2"  # a Linux kernel whose GPU driver is the one of Windows
+    WINDOWS = "windows"
+    MACOS = "macos"
+
+
+@dataclass(frozen=True, slots=True)
+class PcieLink:
+    """The PCI Express link of a device, as the device itself reports it.
+
+    A Radeon card has a switch of its own between the slot and the GPU, and what the GPU reports may be the link to that
+    switch: only a measurement shows a slot that is narrower.
+
+    Attributes:
+        generation: the generation in use now; idle GPUs fall back to a lower one.
+        width: the lanes in use now.
+        max_generation: the highest generation that the device and its slot support.
+        max_width: the most lanes that the device and its slot support.
+    """
+
+    generation: int | None
+    width: int | None
+    max_generation: int | None
+    max_width: int | None
+
+    @property
+    def theoretical_bytes_per_second(self) -> float | None:
+        """Payload rate of the link under load in one direction, bytes per second; None if a part is unknown.
+
+        Taken from the highest generation and the width in use, because power saving lowers the generation of an idle
+        link and leaves its width alone. Copies reach about 80 % of it.
+        """
+        generation = self.max_generation if self.max_generation is not None else self.generation
+        width = self.width if self.width is not None else self.max_width
+        if generation is None or width is None:
+            return None
+        lane = _LANE_BYTES_PER_SECOND.get(generation)
+        return None if lane is None else lane * width
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """What a device is: facts that do not change while the process runs.
+
+    Attributes:
+        name: the name its driver gives.
+        vendor: who made it.
+        torch_device: the device as torch writes it, with its index, such as "cuda:0".
+        uuid: the vendor's identifier; NVIDIA's with the prefix "GPU-" or "MIG-" where NVML confirmed it.
+        pci_bus_id: domain:bus:device.function, such as "0000:01:00.0".
+        compute_units: multiprocessors or compute units as torch counts them; logical cores for a CPU.
+        is_integrated: whether the device shares the host's memory.
+        driver: version of the kernel driver.
+        total_bytes: memory of the device, or of the host for a CPU.
+        pcie: its link to the host.
+    """
+
+    name: str
+    vendor: Vendor
+    torch_device: str
+    uuid: str | None
+    pci_bus_id: str | None
+    compute_units: int | None
+    is_integrated: bool | None
+    driver: str | None
+    total_bytes: int | None
+    pcie: PcieLink | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Memory of a device at one moment, whoever uses it.
+
+    Attributes:
+        total_bytes: all of it.
+        free_bytes: what nobody uses, between 0 and total_bytes.
+        source: who read it, and what was corrected.
+        is_estimate: whether free_bytes is an estimate, because no reading of it could be believed.
+    """
+
+    total_bytes: int
+    free_bytes: int
+    source: str
+    is_estimate: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.free_bytes <= self.total_bytes:
+            message = f"DeviceMemory expects 0 <= free <= total but got {self.free_bytes} of {self.total_bytes} bytes"
+            raise ValueError(f"{message} ({self.source})")
+
+
+@dataclass(frozen=True, slots=True)
+class Utilisation:
+    """Share of the last sampling period (up to a second) in which a part of the device was busy.
+
+    Attributes:
+        gpu_percent: the time in which at least one kernel ran, 0 to 100.
+        memory_percent: the time in which device memory was read or written, 0 to 100; not the amount in use.
+    """
+
+    gpu_percent: float | None
+    memory_percent: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """Host memory at one moment, as this process may use it.
+
+    Attributes:
+        physical_bytes: RAM of the machine.
+        available_bytes: what can be taken without swapping, already limited by the control group.
+        cgroup_limit_bytes: the tightest memory limit of the control groups above this process; None without one.
+        memlock_bytes: RLIMIT_MEMLOCK; None where it is unlimited or the platform has none. GPU drivers do not obey it.
+        platform: the operating system.
+        in_container: whether the process runs in a container.
+    """
+
+    physical_bytes: int
+    available_bytes: int
+    cgroup_limit_bytes: int | None
+    memlock_bytes: int | None
+    platform: HostPlatform
+    in_container: bool
+
+    @property
+    def pin_budget_bytes(self) -> int:
+        """The most host memory to page-lock, bytes.
+
+        40 % of RAM on Windows; elsewhere 90 %, and always 4 GiB less than all of it. RAM is the control group's limit
+        where that is lower. On WSL2 the true cap belongs to the Windows driver, which does not tell it and which varies
+        from below 1 GiB upwards: there the figure is the Linux one, to be tried until the driver refuses.
+        """
+        ram = self.physical_bytes
+        if self.cgroup_limit_bytes is not None:
+            ram = min(ram, self.cgroup_limit_bytes)
+        if self.platform is HostPlatform.WINDOWS:
+            return int(ram * _WINDOWS_PIN_SHARE)
+        return max(0, min(int(ram * _LINUX_PIN_SHARE), ram - _LINUX_RESERVE_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSpeed:
+    """Measured host-to-device bandwidth in bytes per second.
+
+    Attributes:
+        pinned: (stream count, bytes per second) from page-locked memory, by rising stream count; empty where the device
+            has no streams or the driver refused to page-lock.
+        pageable: bytes per second from ordinary memory, the host waiting; None if it could not be measured.
+        host_copy: bytes per second from ordinary to page-locked host memory in one thread; None if not measured.
+    """
+
+    pinned: tuple[tuple[int, float], ...]
+    pageable: float | None
+    host_copy: float | None = None
+
+    def __post_init__(self) -> None:
+        counts = [count for count, _ in self.pinned]
+        if counts != sorted(set(counts)) or any(count < 1 for count in counts):
+            raise ValueError(f"LinkSpeed expects rising stream counts from 1 but got {counts}")
+        others = [speed for speed in (self.pageable, self.host_copy) if speed is not None]
+        speeds = [speed for _, speed in self.pinned] + others
+        if not all(math.isfinite(speed) and speed > 0 for speed in speeds):
+            raise ValueError(f"LinkSpeed expects positive finite speeds in bytes per second but got {speeds}")
+
+    def best(self, tolerance: float = 0.02, *, max_streams: int | None = None) -> tuple[int, float]:
+        """The smallest stream count whose pinned speed is within a share of the best, and that speed.
+
+        Args:
+            max_streams: counts above it are left out; the lowest count measured never is. None leaves out none.
+            tolerance: how much slower than the best may count as equal, as a share of the best. Two runs of the same
+                measurement differ by about this much.
+
+        Raises:
+            HardwareUnavailableError: nothing was measured from pinned memory, usually because the device has no streams
+                or the driver refused to page-lock.
+        """
+        if not self.pinned:
+            message = "LinkSpeed.best expects a pinned figure but none was measured"
+            raise HardwareUnavailableError(f"{message}; use the pageable one ({self.pageable} bytes per second)")
+        fewest = self.pinned[0][0]
+        allowed = [pair for pair in self.pinned if max_streams is None or pair[0] <= max(max_streams, fewest)]
+        floor = (1 - tolerance) * max(speed for _, speed in allowed)
+        return next((count, speed) for count, speed in allowed if speed >= floor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """Figures over the readings of a run; None for what no reading told. What happens between two readings is not seen.
+
+    Attributes:
+        count: how many times everything was read.
+        gpu_percent_mean: share of the time in which at least one kernel ran, 0 to 100; the mean of the readings.
+        gpu_percent_max: the highest of them.
+        vram_used_peak_bytes: device memory in use at most, whoever used it.
+        rss_peak_bytes: host memory of this process at most, pages of files that it has mapped included.
+        host_available_least_bytes: host memory that was available at least, within the control group.
+    """
+
+    count: int
+    gpu_percent_mean: float | None
+    gpu_percent_max: float | None
+    vram_used_peak_bytes: int | None
+    rss_peak_bytes: int | None
+    host_available_least_bytes: int | None

@@ -1,0 +1,217 @@
+"""GPU tiers that bound the automatic settings, and assumed figures of known GPUs for planning without one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .records import DeviceSpec, HostMemory, HostPlatform, LinkSpeed, Vendor
+from .units import GIB
+
+# From this many compute units on, an unknown GPU gets its tier from a formula instead of the lowest tier.
+_FORMULA_MIN_UNITS = 100
+_FORMULA_UNITS_PER_STREAM = 10
+_FORMULA_STREAMS = (8, 16)
+_FORMULA_BANDWIDTH = (0.7, 0.9)
+
+_FULL_PERCENT = 100.0
+_MEMORY_SIZE = re.compile(r"\b(\d+)\s*gb\b")
+_TOKEN = re.compile(r"[a-z]+|\d+")
+# Words that drivers and people add to, or leave out of, the name of one and the same GPU.
+_NOISE = frozenset({"nvidia", "geforce", "amd", "radeon", "gpu", "graphics", "tm", "r"})
+_SERIES = frozenset({"rtx", "rx"})
+
+
+@dataclass(frozen=True, slots=True)
+class GpuTier:
+    """Upper limits for the automatic settings on one class of GPU.
+
+    Attributes:
+        name: the class.
+        max_streams: the most copy streams; a measurement of the link picks the count below it.
+        bandwidth_target: share of the available device memory that block weights and window may fill, 0 to 1.
+        reason: why this class.
+    """
+
+    name: str
+    max_streams: int
+    bandwidth_target: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """The automatic settings for one device: what its tier allows, and what was measured.
+
+    Attributes:
+        tier: the class of the GPU, whose limits hold.
+        streams: copy streams: the smallest number that is as fast as the tier's limit lets any be.
+        bandwidth_target: share of the available device memory that block weights and window may fill, 0 to 1.
+        pin: whether host memory is to be page-locked.
+        reasons: why, as sentences for the report.
+    """
+
+    tier: GpuTier
+    streams: int
+    bandwidth_target: float
+    pin: bool
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownGpu:
+    """Figures for planning for a GPU that is not there.
+
+    Attributes:
+        name: the model.
+        total_bytes: its memory.
+        linear_flops: floating-point operations per second reached in bf16 linear layers.
+        attention_flops: the same in bf16 attention.
+        source: where the figures come from.
+    """
+
+    name: str
+    total_bytes: int
+    linear_flops: float
+    attention_flops: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class _TierRow:
+    """One class of GPU and the exact models in it."""
+
+    name: str
+    models: Sequence[str]
+    max_streams: int
+    bandwidth_target: float
+
+
+# Streams and ratios are the product's published table. It names the first models of each row; the rest of the row are
+# models of the same chip family, link and about the same memory: the Ti models of the 30 series, and the D models of
+# the Chinese market. Laptop GPUs bear the name of a bigger desktop GPU but have a smaller chip and less memory, so they
+# are in no row, nor is the RX 7900 GRE.
+_TIERS = (
+    _TierRow("RTX 5090/4090", ("RTX 5090", "RTX 4090", "RTX 5090 D", "RTX 4090 D"), 16, 0.90),
+    _TierRow("RTX 3090/3080", ("RTX 3090", "RTX 3080", "RTX 3090 Ti", "RTX 3080 Ti"), 12, 0.80),
+    _TierRow("RX 7900 XTX", ("RX 7900 XTX",), 12, 0.80),
+    _TierRow("RX 7900 XT", ("RX 7900 XT",), 10, 0.80),
+)
+_OTHER = _TierRow("other GPUs", (), 8, 0.70)
+
+
+# Rates are typical of what kernels reach at video sizes. The H200's memory is what CUDA shows of its 141 GB. Links are
+# not assumed: the same card has 4 to 16 lanes of whatever generation its slot has.
+_ASSUMED = "assumed, not measured: nominal memory and typical achieved bf16 rates"
+_KNOWN_GPUS = (
+    KnownGpu("RTX 3060 12GB", 12 * GIB, 22e12, 18e12, _ASSUMED),
+    KnownGpu("RTX 3090", 24 * GIB, 60e12, 50e12, _ASSUMED),
+    KnownGpu("RTX 4090", 24 * GIB, 150e12, 130e12, _ASSUMED),
+    KnownGpu("RTX 5090", 32 * GIB, 200e12, 170e12, _ASSUMED),
+    KnownGpu("RX 7900 XTX", 24 * GIB, 75e12, 35e12, _ASSUMED),
+    KnownGpu("H200", 139 * GIB, 600e12, 450e12, _ASSUMED),
+)
+
+
+def tier_for(spec: DeviceSpec, *, vram_threshold_percent: float) -> GpuTier:
+    """The class of a GPU, by its exact model, then by its compute units.
+
+    Args:
+        spec: the device.
+        vram_threshold_percent: the ceiling on device memory in percent, 0 to 100; the formula for large unknown GPUs
+            lowers the ratio as it rises.
+
+    Raises:
+        ValueError: the threshold is outside 0 to 100 or not a number.
+    """
+    if not 0 <= vram_threshold_percent <= _FULL_PERCENT:
+        raise ValueError(f"vram_threshold_percent expects 0 to 100 but got {vram_threshold_percent}")
+    words = _words(spec.name)
+    for row in _TIERS:
+        if any(words == _words(model) for model in row.models):
+            return GpuTier(row.name, row.max_streams, row.bandwidth_target, f"{spec.name} is in the table of tiers")
+    units = spec.compute_units
+    if units is not None and units >= _FORMULA_MIN_UNITS:
+        low, high = _FORMULA_STREAMS
+        streams = min(high, max(low, units // _FORMULA_UNITS_PER_STREAM))
+        least, most = _FORMULA_BANDWIDTH
+        ratio = min(most, max(least, (_FULL_PERCENT - vram_threshold_percent) / _FULL_PERCENT))
+        reason = f"{spec.name} is not in the table: limits follow from its {units} compute units"
+        return GpuTier(f"{units} compute units", streams, ratio, reason)
+    counted = "an unknown number of" if units is None else str(units)
+    reason = f"{spec.name} is not in the table and has {counted} compute units, {_FORMULA_MIN_UNITS} are asked for"
+    return GpuTier(_OTHER.name, _OTHER.max_streams, _OTHER.bandwidth_target, reason)
+
+
+def tune(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None, *, vram_threshold_percent: float) -> Tuning:
+    """The automatic settings: the tier is the upper limit, the measured link chooses below it.
+
+    Args:
+        spec: the device.
+        host: the host it is in; page-locking misbehaves on some.
+        link: what was measured; None or an empty pinned figure leaves one stream.
+        vram_threshold_percent: as for `tier_for`.
+
+    Raises:
+        ValueError: the threshold is outside 0 to 100 or not a number.
+    """
+    tier = tier_for(spec, vram_threshold_percent=vram_threshold_percent)
+    share = f"{tier.bandwidth_target:.0%} of what is available, since {tier.reason}"
+    limit = f"tier {tier.name}: at most {tier.max_streams} streams, {share}"
+    why_not = _why_not_pinned(spec, host, link)
+    if why_not is not None:
+        return Tuning(tier, 1, tier.bandwidth_target, pin=False, reasons=(limit, why_not))
+    if link is None or not link.pinned:
+        return Tuning(tier, 1, tier.bandwidth_target, pin=True, reasons=(limit, "the link is not measured: 1 stream"))
+    streams, speed = link.best(max_streams=tier.max_streams)
+    most = max((count for count, _ in link.pinned if count <= tier.max_streams), default=streams)
+    knee = f"link: {speed / 1e9:.1f} GB/s with {'1 stream' if streams == 1 else f'{streams} streams'}"
+    knee += f", as fast as with up to {most}" if most > streams else ""
+    return Tuning(tier, streams, tier.bandwidth_target, pin=True, reasons=(limit, knee))
+
+
+def _why_not_pinned(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None) -> str | None:
+    """Why page-locked memory cannot be had, or does harm here; None where it does not."""
+    if link is not None and not link.pinned and link.pageable is not None:
+        return "the driver refused to page-lock memory for the measurement: copies come from pageable memory"
+    if spec.vendor is not Vendor.AMD:
+        return None
+    if host.platform is HostPlatform.WINDOWS:
+        # RX 9070 XT: 54 s with pageable memory, stalls up to 309 s with page-locked memory (reports against ComfyUI).
+        return "page-locked memory stalls AMD GPUs on Windows: copies come from pageable memory, on 1 stream"
+    if link is not None and link.pinned and link.pageable is not None and link.best()[1] <= link.pageable:
+        figures = f"{link.best()[1] / 1e9:.1f} against {link.pageable / 1e9:.1f} GB/s"
+        return f"copies from page-locked memory are no faster than from pageable memory here ({figures})"
+    return None
+
+
+def find_gpu(name: str) -> KnownGpu:
+    """The figures of a GPU that a person named, such as "rtx 4090", "4090" or "NVIDIA GeForce RTX 4090".
+
+    Case, vendor, series and memory size may be left out; nothing else may, because a Ti, an XT or a laptop model is
+    another GPU.
+
+    Args:
+        name: the model.
+
+    Raises:
+        ValueError: no known GPU has this name, or several models begin like it. The message lists the known names.
+    """
+    words, sizes = _words(name), set(_MEMORY_SIZE.findall(name.lower()))
+    sized = [gpu for gpu in _KNOWN_GPUS if sizes <= {str(gpu.total_bytes // GIB)}]
+    fits = [gpu for gpu in sized if words and words <= _words(gpu.name)]
+    exact = [gpu for gpu in fits if _words(gpu.name) - words <= _SERIES]
+    if len(exact) == 1:
+        return exact[0]
+    known = ", ".join(gpu.name for gpu in _KNOWN_GPUS)
+    if fits:
+        which = f"which could be {' or '.join(gpu.name for gpu in fits)} or a model that is not known"
+        raise ValueError(f"the name of a GPU expects one model but got {name!r}, {which}; known are {known}")
+    raise ValueError(f"the name of a GPU expects a known model but got {name!r}; known are {known}")
+
+
+def _words(name: str) -> frozenset[str]:
+    """The parts of a GPU's name that tell it from others: "NVIDIA GeForce RTX 3080Ti 12GB" gives rtx, 3080 and ti."""
+    tokens = _TOKEN.findall(_MEMORY_SIZE.sub(" ", name.lower()))
+    return frozenset(tokens) - _NOISE
