@@ -79,7 +79,7 @@ def plan_all(profile: ModelProfile, *, overlap: bool) -> SwapPlan:
         pinned_bytes=0,
         staging_bytes=0,
         streamed_bytes=0,
-        forward=None,
+        predicted=None,
         over_ceiling=False,
         reasons=(),
     )

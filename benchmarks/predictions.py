@@ -96,7 +96,7 @@ def _row(shape: str, asked: int, stage: Stage, profile: ModelProfile, timing: Ti
     host = read_host_memory()
     budget = card_budget(profile, NO_LIMIT, host, held_bytes=profile.block_bytes)
     plan = plan_swap(profile, budget, PlanRequest(blocks_to_swap=asked, timing=timing))
-    assert plan.forward is not None
+    assert plan.predicted is not None
     assert timing.compute_ms is not None
     run = stage.run_swapped(plan, timing, PinBudget(host.pin_budget_bytes))
     if not torch.equal(run.latents, unswapped.latents):
@@ -108,9 +108,9 @@ def _row(shape: str, asked: int, stage: Stage, profile: ModelProfile, timing: Ti
         slots=plan.slots,
         predicted_weight_bytes=plan.device_bytes,
         measured_weight_bytes=run.weight_bytes - unswapped.above_weights_bytes,
-        predicted_step_ms=FORWARDS_PER_STEP * plan.forward.elapsed + outside_ms,
+        predicted_step_ms=FORWARDS_PER_STEP * plan.predicted.elapsed + outside_ms,
         measured_step_ms=statistics.median(run.step_ms[1:]),
-        predicted_stall_ms=FORWARDS_PER_STEP * plan.forward.stall,
+        predicted_stall_ms=FORWARDS_PER_STEP * plan.predicted.stall,
         measured_stall_ms=statistics.median(run.stall_ms[1:]),
     )
 

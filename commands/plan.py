@@ -186,7 +186,7 @@ def _facts(checkpoint: CheckpointProfile, card: Card, host: HostMemory, tokens: 
 
 
 def _data(checkpoint: CheckpointProfile, decided: SwapPlan) -> dict[str, object]:
-    model, forward = checkpoint.model, decided.forward
+    model, forward = checkpoint.model, decided.predicted
     return {
         "blocks": len(model.blocks),
         "blocks_to_swap": decided.swapped_count,
@@ -234,7 +234,7 @@ def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, 
         ["page-locked part of it", format_bytes(decided.pinned_bytes)],
         ["copied per forward", format_bytes(decided.streamed_bytes)],
     ]
-    forward = decided.forward
+    forward = decided.predicted
     if forward is None:
         wanted = (("--gpu", card.rates), ("--link", card.link), ("--shape", options.shape))
         missing = " and ".join(name for name, known in wanted if known is None)

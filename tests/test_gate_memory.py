@@ -47,7 +47,7 @@ def test_a_forward_that_runs_out_of_memory_is_repeated_with_everything_swapped(
         assert torch.equal(workflow.sample(fault=once(block, forward)), truth(variant))
         assert bench.run_of(workflow).session.state is SessionState.IDLE
         assert bench.run_of(workflow).session.device_bytes == 0
-        bench.run_of(workflow).planner.experience.forgive()
+        bench.run_of(workflow).planner.history.forgive()
     assert sum(LARGER in record.message for record in caplog.records) == 4
 
 
@@ -175,7 +175,7 @@ def test_a_forward_that_another_pack_has_changed_is_not_repeated(
         workflow.sample(fault=once(1))
     monkeypatch.undo()
     handle = workflow.transformer.blocks[0].register_forward_hook(lambda *_: None)
-    bench.run_of(workflow).planner.experience.forgive()
+    bench.run_of(workflow).planner.history.forgive()
     with pytest.raises(DeviceMemoryError, match="another pack has hooks on the model's blocks"):
         workflow.sample(fault=once(1))
     handle.remove()

@@ -16,7 +16,7 @@ import pytest
 import wanvideo_enhanced_blockswap as package
 from checkpoint_files import wan_shapes
 from test_report import FULL, MEASURED, brief, plan
-from wanvideo_enhanced_blockswap.blockswap.model.wan import StoredTensor, activation_bytes, profile_tensors, tokens_for
+from wanvideo_enhanced_blockswap.blockswap.model.wan import TensorInfo, activation_bytes, profile_tensors, tokens_for
 from wanvideo_enhanced_blockswap.blockswap.plan.budget import Activations
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Facts, make_plan
 from wanvideo_enhanced_blockswap.blockswap.run.text import plan_text, summary
@@ -231,7 +231,7 @@ def example_plan() -> str:
     shapes = wan_shapes(5120, 13824, 40, channels=36)
     sizes = {name: 1 if "blocks." in name and len(shape) == 2 else 2 for name, shape in shapes.items()}
     stored = {
-        name: StoredTensor(shape, "F8_E4M3" if sizes[name] == 1 else "BF16", math.prod(shape) * sizes[name])
+        name: TensorInfo(shape, "F8_E4M3" if sizes[name] == 1 else "BF16", math.prod(shape) * sizes[name])
         for name, shape in shapes.items()
     }
     found = profile_tensors("an example", stored)

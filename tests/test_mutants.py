@@ -172,7 +172,7 @@ MUTANTS = [
     Mutant(
         "release: parameters stay in their slot",
         "engine/swapper.py",
-        "            binding.point(binding.masters)\n            if binding.was_edited",
+        "            binding.bind(binding.masters)\n            if binding.was_edited",
         "            if binding.was_edited",
         "test_release_shows_every_parameter_its_master_between_forwards",
     ),

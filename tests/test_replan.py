@@ -20,7 +20,7 @@ def plan(
 ) -> SwapPlan:
     forward = None if ms is None else ForwardTime(ms, ms, 0.0, 0.0, 0.0)
     made = fixed_plan([i < swapped for i in range(6)], slots=2)(PROFILE)
-    return replace(made, budget_bytes=budget, over_ceiling=over, forward=forward)
+    return replace(made, budget_bytes=budget, over_ceiling=over, predicted=forward)
 
 
 def time(ms: float) -> ForwardTime:

@@ -143,7 +143,7 @@ def test_durations_are_kept_for_the_workload_that_took_them() -> None:
     bench.forward(LARGE_VIDEO, times=4)
     assert bench.run.found.observed is not None
     assert bench.run.found.observed.compute_ms == pytest.approx((9.0,) * COUNT)
-    seen = bench.run.planner.experience
+    seen = bench.run.planner.history
     assert seen.of(LARGE_VIDEO).compute_ms == pytest.approx((9.0,) * COUNT)
     assert seen.of(SMALL_VIDEO).compute_ms is None
 

@@ -125,7 +125,7 @@ class Striking:
 @pytest.mark.parametrize(
     "functions",
     [
-        {"enter", "_finish", "_obey", "point", "was_edited", "is_as_left"},
+        {"enter", "_finish", "_apply", "bind", "was_edited", "is_unchanged"},
         {"start", "wait", "release", "follow", "_copy_chunks", "_follow", "_await_worker"},
         {"leave", "_release", "_fill", "runs", "ends"},
         {"abort", "reset", "_drain_to_compute"},

@@ -83,7 +83,7 @@ def fixed_plan(
             pinned_bytes=0,
             staging_bytes=0,
             streamed_bytes=sum(profile.blocks[i].slab_bytes for i in inside),
-            forward=None,
+            predicted=None,
             over_ceiling=False,
             reasons=(),
         )

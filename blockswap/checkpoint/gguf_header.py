@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..model.layout import align
-from ..model.wan import StoredTensor
+from ..model.wan import TensorInfo
 from .untrusted import LONGEST_HEADER, LONGEST_NAME, MOST_DIMENSIONS, MOST_TENSORS, HeaderError
 
 MAGIC = b"GGUF"
@@ -77,11 +77,11 @@ class _Entry:
     """One tensor of the table; its place is relative to the data."""
 
     name: str
-    stored: StoredTensor
+    stored: TensorInfo
     begin: int
 
 
-def gguf_table(start: bytes, size: int) -> dict[str, StoredTensor]:
+def gguf_table(start: bytes, size: int) -> dict[str, TensorInfo]:
     """The tensors by name, with the shapes that torch gives them.
 
     Args:
@@ -220,7 +220,7 @@ def _entry(cursor: _Cursor, shapes: Mapping[bytes, tuple[int, ...]]) -> _Entry:
     shape = shapes.get(key, sizes[::-1])
     if math.prod(shape) != count or min(shape, default=1) < 0:
         raise HeaderError(f"expects {count:,} elements of {name} but the noted shape is {list(shape)}")
-    return _Entry(name, StoredTensor(shape, kind, count // block * block_bytes), begin)
+    return _Entry(name, TensorInfo(shape, kind, count // block * block_bytes), begin)
 
 
 def _name(key: bytes) -> str:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from ..model.wan import StoredTensor
+from ..model.wan import TensorInfo
 from .untrusted import LONGEST_HEADER, LONGEST_NAME, MOST_DIMENSIONS, MOST_TENSORS, HeaderError
 
 LONGEST_BY_FORMAT = 100_000_000
@@ -38,7 +38,7 @@ _NUMBER = re.compile(rb"0|[1-9][0-9]{0,18}")
 _METADATA = b"__metadata__"
 
 
-def safetensors_table(start: bytes, size: int) -> dict[str, StoredTensor]:
+def safetensors_table(start: bytes, size: int) -> dict[str, TensorInfo]:
     """The tensors by name.
 
     Args:
@@ -49,7 +49,7 @@ def safetensors_table(start: bytes, size: int) -> dict[str, StoredTensor]:
         HeaderError: It is another file, cut short, or says what cannot be.
     """
     header = _header(start, size)
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, TensorInfo] = {}
     places: list[tuple[int, int, str]] = []
     for name, fields in _entries(_Scanner(header)):
         if name in tensors:
@@ -147,7 +147,7 @@ def _pass_metadata(scanner: _Scanner) -> None:
         (mark,) = scanner.take(_NEXT, "a comma or the end of the metadata")
 
 
-def _tensor(name: str, fields: tuple[bytes, ...]) -> tuple[StoredTensor, int, int]:
+def _tensor(name: str, fields: tuple[bytes, ...]) -> tuple[TensorInfo, int, int]:
     """The tensor, and where its bytes begin and end."""
     values = dict(zip(fields[::2], fields[1::2], strict=True))
     texts = {key: value for key, value in values.items() if value.startswith(b'"')}
@@ -165,7 +165,7 @@ def _tensor(name: str, fields: tuple[bytes, ...]) -> tuple[StoredTensor, int, in
     nbytes = offsets[1] - offsets[0]
     if math.prod(shape) * bits != nbytes * 8:
         raise HeaderError(f"expects {dtype} of shape {list(shape)} for {name} but its offsets hold {nbytes:,} bytes")
-    return StoredTensor(shape, dtype, nbytes), offsets[0], offsets[1]
+    return TensorInfo(shape, dtype, nbytes), offsets[0], offsets[1]
 
 
 def _numbers(name: str, text: bytes) -> tuple[int, ...]:

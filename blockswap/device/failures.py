@@ -13,7 +13,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def named(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def translate_device_errors(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """For functions that call a device and nothing else: a driver's RuntimeError, which knows nothing of blocks, comes
     out as a TransferError, or as a DeviceMemoryError where memory was refused.
 

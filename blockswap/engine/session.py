@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..device.backend import Backend
-from ..device.failures import named
+from ..device.failures import translate_device_errors
 from ..device.streams import Streams
 from ..errors import BlockSwapError, UnsupportedModelError
 from ..host.slabs import HostStore
@@ -135,7 +135,7 @@ class SwapSession:
         """What kept slabs from being page-locked as planned."""
         return () if self._holds.store is None else tuple(self._holds.store.refusals)
 
-    @named("blocks were being placed")
+    @translate_device_errors("blocks were being placed")
     def adopt(self) -> SwapPlan:
         """Profiles, plans, and places the blocks.
 
@@ -192,7 +192,7 @@ class SwapSession:
         """Block `block` is about to run. The hooks call it; so must who calls a block's `forward` directly."""
         self._expect("enter", SessionState.RUNNING)
         assert self._holds.swapper is not None
-        if not self._holds.swapper.is_as_left(block):
+        if not self._holds.swapper.is_unchanged(block):
             self._adopt_again()
         self._holds.swapper.enter(block)
 
@@ -202,7 +202,7 @@ class SwapSession:
         self._planner = planner
         return self.adopt()
 
-    @named("device memory was being given back")
+    @translate_device_errors("device memory was being given back")
     def release(self) -> None:
         """Every tensor points at its master, and the device memory is free at once. Slabs stay for the next adopt."""
         self._expect("release", SessionState.IDLE, SessionState.ADOPTED)
@@ -211,20 +211,20 @@ class SwapSession:
         finally:
             self._state = SessionState.IDLE
 
-    @named("host memory was being unlocked")
+    @translate_device_errors("host memory was being unlocked")
     def unlock(self) -> None:
         """No slab is page-locked any more; they stay, and are locked again at the next adopt."""
         self._expect("unlock", SessionState.IDLE)
         if self._holds.store is not None:
             self._holds.store.unlock()
 
-    @named("host memory was being given up")
+    @translate_device_errors("host memory was being given up")
     def give_up_slabs(self) -> None:
         """No slab is kept for the next run; weights that are nowhere else stay, in ordinary memory."""
         self._expect("give_up_slabs", SessionState.IDLE)
         self._holds.drop()
 
-    @named("a session was being closed")
+    @translate_device_errors("a session was being closed")
     def close(self) -> None:
         """Releases, unlocks the slabs and ends; idempotent. Weights stay in ordinary host memory."""
         try:
@@ -238,7 +238,7 @@ class SwapSession:
             expected = " or ".join(state.value for state in states)
             raise BlockSwapError(f"{what} expects a session that is {expected} but got one that is {self._state.value}")
 
-    @named("a forward was beginning")
+    @translate_device_errors("a forward was beginning")
     def _begin(self, modules: Sequence[nn.Module]) -> None:
         self._state = SessionState.RUNNING
         self.log.begin(self._holds)
@@ -258,7 +258,7 @@ class SwapSession:
                 self._state = SessionState.ADOPTED
                 self._leave(finished=finished)
 
-    @named("a forward was ending")
+    @translate_device_errors("a forward was ending")
     def _leave(self, *, finished: bool) -> None:
         swapper = self._holds.swapper
         assert swapper is not None
@@ -370,7 +370,7 @@ def block_hook(
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before_block(module: nn.Module, arguments: object) -> None:
         swapper = holds.swapper
-        if swapper is not None and swapper.is_as_left(block):
+        if swapper is not None and swapper.is_unchanged(block):
             swapper.enter(block)
             return
         alive = enter()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..device.failures import named
+from ..device.failures import translate_device_errors
 from ..device.streams import to_device
 from ..errors import TransferError, UnsupportedModelError
 from ..host.slabs import HostStore, Slab
@@ -20,7 +20,7 @@ from ..model.tensors import copy_bytes, element_view, flat, span_bytes, storage_
 from ..plan.schedule import Ring, Step
 from ..plan.swap_plan import SwapPlan
 from ..spans import COMPUTE, STALL
-from .binding import BlockBinding, Bound, bring_back
+from .binding import BlockBinding, TensorBinding, bring_back
 from .trace import Trace
 from .transfer import Transfer
 
@@ -80,7 +80,7 @@ class BlockSwapper:
         self.entered = 0
         self.checks = False
         self._ring = Ring(plan.swapped, slots=plan.slots)
-        self._bound: list[Bound] = []
+        self._bound: list[TensorBinding] = []
         self._fixed: list[tuple[TensorEntry, torch.Tensor, torch.Tensor]] = []
         self._memories: list[torch.Tensor] = []
         self._running: tuple[int, Any] | None = None
@@ -94,16 +94,16 @@ class BlockSwapper:
 
     def prefetch(self) -> None:
         """Fills the window with the first blocks, before any forward."""
-        self._obey(self._ring.leave())
+        self._apply(self._ring.leave())
 
-    @named("a block was ending")
-    def is_as_left(self, block: int) -> bool:
+    @translate_device_errors("a block was ending")
+    def is_unchanged(self, block: int) -> bool:
         """Whether the tensors of `block` are still the ones that were placed; if not, the swapper must be made anew."""
         if self._running is not None and self._running[0] == block:
             self._finish()
-        return self._blocks[block].is_as_left()
+        return self._blocks[block].is_unchanged()
 
-    @named("a block was beginning")
+    @translate_device_errors("a block was beginning")
     def enter(self, block: int) -> None:
         """Block `block` is about to run: the one before gives its slot back, the next ones are prefetched, and this
         one's tensors point at the device. Copies are issued first: they are under way while the host re-points.
@@ -116,7 +116,7 @@ class BlockSwapper:
             self._store.slabs[block].sources, self._store.slabs[block].checksums = (), None
         step = self._ring.enter(block)
         before = self._mark()  # copies that are not asynchronous are waited for as they are started
-        self._obey(step)
+        self._apply(step)
         if step.slot is None:
             self._transfer.follow()
             self._running = block, self._mark()
@@ -124,7 +124,7 @@ class BlockSwapper:
         self._transfer.wait(step.slot)
         after = self._mark()
         self._running = block, after
-        binding.point(binding.slots[step.slot])
+        binding.bind(binding.slots[step.slot])
         if self.checks:
             self._check(block)
         if self.trace is not None:
@@ -133,7 +133,7 @@ class BlockSwapper:
     def leave(self) -> None:
         """The forward has ended well: the last slot is given back, the next forward's first blocks are prefetched."""
         self._finish()
-        self._obey(self._ring.leave())
+        self._apply(self._ring.leave())
 
     def abort(self) -> None:
         """The forward has ended with an exception, wherever it struck: every tensor points at its master, no copy is
@@ -141,7 +141,7 @@ class BlockSwapper:
         """
         if self._running is not None:
             block, self._running = self._running[0], None
-            self._blocks[block].point(self._blocks[block].masters)
+            self._blocks[block].bind(self._blocks[block].masters)
             self._blocks[block].was_edited()
         self._transfer.reset()
         self._ring.reset()
@@ -159,11 +159,11 @@ class BlockSwapper:
             for entry, original, moved in fixed:
                 stack.callback(bring_back, entry, original, moved)
             for one in bound:
-                stack.callback(self._show_master, one, inside)
+                stack.callback(self._restore_master, one, inside)
             self._transfer.follow()
 
-    def _show_master(self, bound: Bound, inside: Container[int]) -> None:
-        self._transfer.counters.returned_bytes += bound.show_master(inside)
+    def _restore_master(self, bound: TensorBinding, inside: Container[int]) -> None:
+        self._transfer.counters.returned_bytes += bound.restore_master(inside)
 
     def _finish(self) -> None:
         """The block that ran has been queued in full: its tensors point at their masters again."""
@@ -175,7 +175,7 @@ class BlockSwapper:
         if self.trace is not None:
             self.trace.add(COMPUTE, block, began, self._mark())
         if binding.streamed:
-            binding.point(binding.masters)
+            binding.bind(binding.masters)
             if binding.was_edited():
                 raise UnsupportedModelError(
                     f"{self._model.profile.blocks[block].name} expects weights that its forward only reads but one was "
@@ -188,7 +188,7 @@ class BlockSwapper:
         name = self._model.profile.blocks[block].name
         check_slot(name, [entry.path for entry in streamed], views, self._store.slabs[block])
 
-    def _obey(self, step: Step) -> None:
+    def _apply(self, step: Step) -> None:
         if step.released is not None:
             self._transfer.release(step.released)
         for onload in step.onloads:
@@ -228,7 +228,7 @@ class BlockSwapper:
         addresses = [tensor.data_ptr() for tensor in tensors]
         slab = self._store.put(block, tensors, tier=tier)
         for entry, tensor, master in zip(streamed, tensors, slab.views, strict=True):
-            self._bound.append(Bound(entry, tensor, master, None, version_of(tensor)))
+            self._bound.append(TensorBinding(entry, tensor, master, None, version_of(tensor)))
         if self._listeners.on_master is not None:
             name = self._model.profile.blocks[block].name
             for entry, address, master in zip(streamed, addresses, slab.views, strict=True):
@@ -252,7 +252,7 @@ class BlockSwapper:
             self._transfer.counters.placed_bytes += span_bytes(tensor)
             with torch._C.DisableTorchFunctionSubclass():
                 master = tensor.detach()
-                self._bound.append(Bound(entry, tensor, master, copy, version_of(tensor)))
+                self._bound.append(TensorBinding(entry, tensor, master, copy, version_of(tensor)))
                 tensor.data = copy
 
     def _move(self, entry: TensorEntry) -> None:

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..device.failures import named
+from ..device.failures import translate_device_errors
 from ..device.streams import Streams
 from ..spans import FORWARD, Span
 
@@ -33,7 +33,7 @@ class Trace:
     dropped: int = 0
     forward_ms: list[float] = field(default_factory=list)
 
-    @named("a trace was beginning")
+    @translate_device_errors("a trace was beginning")
     def start(self) -> None:
         """Forgets what was recorded; time counts from here."""
         self._marks, self._spans, self.forward_ms = deque(), [], []
@@ -52,13 +52,13 @@ class Trace:
         while self._marks and self.streams.reached(self._marks[0][3]):
             self._read(*self._marks.popleft())
 
-    @named("a trace was being read")
+    @translate_device_errors("a trace was being read")
     def collect(self) -> tuple[Span, ...]:
         """The spans whose marks the device has passed, in the order they were recorded; does not wait."""
         self.read_reached()
         return tuple(self._spans)
 
-    @named("a trace was being read")
+    @translate_device_errors("a trace was being read")
     def spans(self) -> tuple[Span, ...]:
         """All spans so far, in the order they were recorded; waits until the device has passed the last."""
         while self._marks:

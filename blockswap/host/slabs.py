@@ -42,7 +42,7 @@ class Slab:
     used_bytes: int
     views: tuple[torch.Tensor, ...]
     tier: HostTier
-    sources: tuple[Source, ...] = ()
+    sources: tuple[TensorFingerprint, ...] = ()
     bound: tuple[tuple[weakref.ref[torch.Tensor], int | None], ...] = ()
     checksums: tuple[int, ...] | None = None
 
@@ -71,7 +71,7 @@ class Slab:
         for view, tensor in zip(self.views, tensors, strict=True):
             if tensor.data_ptr() != view.data_ptr():
                 copy_bytes(view, tensor)
-        self.sources = tuple(map(Source.of, tensors))
+        self.sources = tuple(map(TensorFingerprint.of, tensors))
         self.checksums = None
 
     def bind(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -91,7 +91,7 @@ class Slab:
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the slab's bytes are these tensors': its own masters, or the living storage it was filled from."""
         return self.fits(tensors) and all(
-            tensor.data_ptr() == view.data_ptr() or (bool(self.sources) and self.sources[i].is_still(tensor))
+            tensor.data_ptr() == view.data_ptr() or (bool(self.sources) and self.sources[i].matches(tensor))
             for i, (view, tensor) in enumerate(zip(self.views, tensors, strict=True))
         )
 
@@ -275,7 +275,7 @@ changes weights as a LoRA does changes nearly all of them."""
 
 
 @dataclass(slots=True)
-class Source:
+class TensorFingerprint:
     """Where a slab's tensor came from, held weakly: living storage at the same place is the same bytes."""
 
     storage: StorageWeakRef
@@ -283,10 +283,10 @@ class Source:
     sample: torch.Tensor | None
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Source:
+    def of(cls, tensor: torch.Tensor) -> TensorFingerprint:
         return cls(StorageWeakRef(tensor.untyped_storage()), _place(tensor), _sample(tensor))
 
-    def is_still(self, tensor: torch.Tensor) -> bool:
+    def matches(self, tensor: torch.Tensor) -> bool:
         if self.storage.expired() or self.storage.cdata != storage_key(tensor) or self.place != _place(tensor):
             return False
         sample = _sample(tensor)

@@ -142,7 +142,7 @@ class CheckpointProfile:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class TensorInfo:
     """One entry of a file's tensor table; the shape is torch's, also where the file stores it reversed."""
 
     shape: tuple[int, ...]
@@ -150,7 +150,7 @@ class StoredTensor:
     nbytes: int
 
 
-def profile_tensors(source: str, stored: Mapping[str, StoredTensor]) -> CheckpointProfile:
+def profile_tensors(source: str, stored: Mapping[str, TensorInfo]) -> CheckpointProfile:
     """The profile of a Wan transformer.
 
     Args:
@@ -172,7 +172,7 @@ def profile_tensors(source: str, stored: Mapping[str, StoredTensor]) -> Checkpoi
     return CheckpointProfile(ModelProfile(profiles, other), architecture, dtypes)
 
 
-def _transformer_tensors(source: str, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _transformer_tensors(source: str, stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The transformer's tensors under its own names."""
     for prefix in PREFIXES:
         own = {name[len(prefix) :]: tensor for name, tensor in stored.items() if name.startswith(prefix)}
@@ -186,9 +186,9 @@ def _transformer_tensors(source: str, stored: Mapping[str, StoredTensor]) -> dic
     )
 
 
-def _group_blocks(source: str, tensors: Mapping[str, StoredTensor]) -> dict[tuple[str, int], dict[str, StoredTensor]]:
+def _group_blocks(source: str, tensors: Mapping[str, TensorInfo]) -> dict[tuple[str, int], dict[str, TensorInfo]]:
     """The blocks' tensors by block, VACE blocks first, each kind in the order of its numbers."""
-    found: dict[tuple[str, int], dict[str, StoredTensor]] = {}
+    found: dict[tuple[str, int], dict[str, TensorInfo]] = {}
     for name, tensor in tensors.items():
         match = BLOCK_KEY.fullmatch(name)
         if match:
@@ -212,7 +212,7 @@ def _group_blocks(source: str, tensors: Mapping[str, StoredTensor]) -> dict[tupl
 
 
 def _architecture(
-    source: str, tensors: Mapping[str, StoredTensor], blocks: Mapping[tuple[str, int], Mapping[str, StoredTensor]]
+    source: str, tensors: Mapping[str, TensorInfo], blocks: Mapping[tuple[str, int], Mapping[str, TensorInfo]]
 ) -> WanArchitecture:
     head = _first(tensors, "head.head.weight", "proj_out.weight")
     if head is None or not _is_filled(head):
@@ -241,7 +241,7 @@ def _architecture(
     )
 
 
-def _matrices(source: str, name: str, block: Mapping[str, StoredTensor]) -> tuple[StoredTensor, StoredTensor]:
+def _matrices(source: str, name: str, block: Mapping[str, TensorInfo]) -> tuple[TensorInfo, TensorInfo]:
     """The query matrix of a block's self-attention and its first feed-forward matrix: (out, in)."""
     query = _first(block, "self_attn.q.weight", "attn1.to_q.weight")
     ffn = _first(block, "ffn.0.weight", "ffn.net.0.proj.weight")
@@ -254,7 +254,7 @@ def _matrices(source: str, name: str, block: Mapping[str, StoredTensor]) -> tupl
     return query, ffn
 
 
-def _is_filled(tensor: StoredTensor) -> bool:
+def _is_filled(tensor: TensorInfo) -> bool:
     """Whether this is a matrix with elements: what the model's sizes are read from must have some."""
     return len(tensor.shape) >= MATRIX_DIMENSIONS and 0 not in tensor.shape
 
@@ -263,16 +263,16 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(printable(name, longest=SHOWN_LETTERS) for name in names)
 
 
-def _first(tensors: Mapping[str, StoredTensor], *names: str) -> StoredTensor | None:
+def _first(tensors: Mapping[str, TensorInfo], *names: str) -> TensorInfo | None:
     return next((tensors[name] for name in names if name in tensors), None)
 
 
-def _block_profile(name: str, tensors: Mapping[str, StoredTensor]) -> BlockProfile:
+def _block_profile(name: str, tensors: Mapping[str, TensorInfo]) -> BlockProfile:
     cutoff = max(1, small_cutoff(sum(tensor.nbytes for tensor in tensors.values())))
     return BlockProfile(name, tuple(_tensor_profile(key, tensor, cutoff) for key, tensor in tensors.items()))
 
 
-def _tensor_profile(name: str, tensor: StoredTensor, cutoff: int) -> TensorProfile:
+def _tensor_profile(name: str, tensor: TensorInfo, cutoff: int) -> TensorProfile:
     if tensor.nbytes < cutoff:
         return TensorProfile(name, tensor.nbytes, Placement.SMALL, "under the cut-off")
     return TensorProfile(name, tensor.nbytes, Placement.STREAMED)

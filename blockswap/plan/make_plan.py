@@ -399,7 +399,7 @@ def _complete(
         pinned_bytes=pinned + staging_bytes,
         staging_bytes=staging_bytes,
         streamed_bytes=sum(profile.blocks[i].slab_bytes for i in inside) if slots < len(inside) else 0,
-        forward=predict(profile, swapped, slots, tiers, request.timing),
+        predicted=predict(profile, swapped, slots, tiers, request.timing),
         over_ceiling=device_bytes > budget.weight_bytes,
         reasons=tuple(reasons),
     )

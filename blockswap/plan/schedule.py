@@ -226,15 +226,15 @@ class VirtualTime:
         begin, compute, self._stall, self._busy, self._onloads = self._now, 0.0, 0.0, 0.0, 0
         for block in blocks:
             step = self._ring.enter(block)
-            self._obey(step)
+            self._apply(step)
             if step.slot is not None:
                 self._stall_until(self._ready_at[step.slot])
             self._now += self._compute[block]
             compute += self._compute[block]
-        self._obey(self._ring.leave())
+        self._apply(self._ring.leave())
         return ForwardTime(self._now - begin, compute, self._stall, self._busy, self._onloads)
 
-    def _obey(self, step: Step) -> None:
+    def _apply(self, step: Step) -> None:
         if step.released is not None:
             self._free_at[step.released] = self._now
         for onload in step.onloads:

@@ -108,7 +108,7 @@ class SwapPlan:
         pinned_bytes: Host memory that is page-locked: slabs and staging.
         staging_bytes: The part of it that is staging slabs.
         streamed_bytes: Bytes that one forward of all blocks copies to the device; 0 if every swapped block has a slot.
-        forward: One forward of all blocks in virtual time, in ms; None where a speed is unknown.
+        predicted: One forward of all blocks in virtual time, in ms; None where a speed is unknown.
         over_ceiling: The weights do not fit under the budget even so.
         reasons: Why, in sentences.
         tuning: Those of them that tell what the GPU's tier allows and what was chosen below it; empty if the streams
@@ -129,7 +129,7 @@ class SwapPlan:
     pinned_bytes: int
     staging_bytes: int
     streamed_bytes: int
-    forward: ForwardTime | None
+    predicted: ForwardTime | None
     over_ceiling: bool
     reasons: tuple[str, ...]
     tuning: tuple[str, ...] = ()
@@ -162,4 +162,4 @@ class SwapPlan:
     @property
     def stall_ms(self) -> float | None:
         """Time per forward that compute waits for copies; None if unknown."""
-        return None if self.forward is None else self.forward.stall
+        return None if self.predicted is None else self.predicted.stall

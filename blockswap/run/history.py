@@ -1,4 +1,4 @@
-"""Experience: what forwards of each workload have shown: durations, memory above the weights, memory that ran out."""
+"""What forwards of each workload have shown over all runs: durations, memory above the weights, refusals of memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Workload:
 
 
 @dataclass(slots=True)
-class Seen:
+class WorkloadStats:
     """What forwards of one workload have shown.
 
     Attributes:
@@ -49,16 +49,16 @@ class Seen:
     room_bytes: int = 0
 
 
-class Experience:
+class WorkloadHistory:
     """Of one transformer, over all its runs."""
 
     def __init__(self) -> None:
-        self._seen: dict[Workload | None, Seen] = {}
+        self._seen: dict[Workload | None, WorkloadStats] = {}
         self._in_this_run: set[Workload | None] = set()
 
-    def of(self, workload: Workload | None) -> Seen:
+    def of(self, workload: Workload | None) -> WorkloadStats:
         """What forwards of this workload have shown; to be added to."""
-        return self._seen.setdefault(workload, Seen())
+        return self._seen.setdefault(workload, WorkloadStats())
 
     def begin(self, workload: Workload | None) -> bool:
         """A forward with this workload comes next; whether the run has had none like it."""
@@ -75,7 +75,7 @@ class Experience:
         self._in_this_run.clear()
 
     @property
-    def hungriest(self) -> Workload | None:
+    def largest_workload(self) -> Workload | None:
         """The workload of this run that takes most above the weights, as far as that is known."""
         known = [(found.nbytes, one) for one in self._in_this_run if (found := self.activations(one)) is not None]
         return max(known, key=lambda pair: pair[0])[1] if known else None

@@ -14,7 +14,7 @@ from ..errors import PlanError
 from ..plan.swap_plan import SwapPlan
 from .planner import Planner
 from .replan import OVER_BUDGET, why_replace
-from .run_report import Findings, observe_timed
+from .run_report import RunStats, observe_timed
 
 MOST_REPLANS = 3
 """Plans that may follow the first of a run: for what the first step shows, for another shape, for memory that others
@@ -34,7 +34,7 @@ SLOW_LINK = 0.5
 """Part of the measured speed below which copies are called slow: fewer lanes, or another program's copies."""
 
 
-def learn(session: SwapSession, planner: Planner, found: Findings, timed: range) -> bool:
+def learn(session: SwapSession, planner: Planner, found: RunStats, timed: range) -> bool:
     """Once the forwards that were timed are over on the device: what they say. What follows from it is done before the
     next forward, which may fail; this one is over.
 
@@ -53,7 +53,7 @@ def learn(session: SwapSession, planner: Planner, found: Findings, timed: range)
     return True
 
 
-def _notice_slow_link(planner: Planner, plan: SwapPlan, found: Findings) -> None:
+def _notice_slow_link(planner: Planner, plan: SwapPlan, found: RunStats) -> None:
     assert found.observed is not None
     link, speed = planner.link, found.observed.copied_bytes_per_s
     if link is None or not link.pinned or speed is None or plan.staging_bytes or not plan.pinned_bytes:
@@ -66,7 +66,7 @@ def _notice_slow_link(planner: Planner, plan: SwapPlan, found: Findings) -> None
         )
 
 
-def has_become_slow(session: SwapSession, planner: Planner, found: Findings, timed: range) -> bool:
+def has_become_slow(session: SwapSession, planner: Planner, found: RunStats, timed: range) -> bool:
     """Whether the last forward took several times what is usual, seen once in a run. With the card full, a note says
     what to change: the driver moves what does not fit to host memory without a word.
     """
@@ -90,7 +90,7 @@ def has_become_slow(session: SwapSession, planner: Planner, found: Findings, tim
     return True
 
 
-def is_over(planner: Planner, found: Findings) -> bool:
+def is_over(planner: Planner, found: RunStats) -> bool:
     """Whether the weights stand above what memory leaves for them now, and otherwise than when that was last seen."""
     plan = planner.followed
     if plan is None or plan.over_ceiling:
@@ -103,7 +103,7 @@ def is_over(planner: Planner, found: Findings) -> bool:
     return True
 
 
-def why_change(planner: Planner, present: SwapPlan, found: Findings) -> str | None:
+def why_change(planner: Planner, present: SwapPlan, found: RunStats) -> str | None:
     """Why another plan should take `present`'s place, as a sentence; None to go on, with a note where that hurts."""
     if found.looks >= MOST_REPLANS:
         found.note(f"the plan has been changed {MOST_REPLANS} times in this run and is kept now")

@@ -116,7 +116,7 @@ class TorchMachine:
 T = TypeVar("T")
 
 
-class SteadyMachine:
+class LastKnownReadings:
     """A machine for a run that is under way: a reading that fails is the one before, or unknown, with one warning of
     each kind. Only a plan that has never had a reading of memory fails for want of it.
 
@@ -198,7 +198,7 @@ class PeakMeter:
         machine: Where readings come from.
     """
 
-    def __init__(self, machine: SteadyMachine) -> None:
+    def __init__(self, machine: LastKnownReadings) -> None:
         self._machine = machine
         self._was_reset = False
         self._before: int | None = None

@@ -17,9 +17,9 @@ from ..plan.make_plan import Facts, budget_for, make_plan, predict, timing_for
 from ..plan.schedule import ForwardTime
 from ..plan.swap_plan import SwapPlan
 from ..settings import SwapSettings
-from .history import Experience, Workload
-from .machine import SteadyMachine
-from .replan import Observed
+from .history import Workload, WorkloadHistory
+from .machine import LastKnownReadings
+from .replan import Observation
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +81,11 @@ class Planner:
         once: The next plan, whatever would be planned; used up by it.
         link: The link as measured, or as a run has shown it to be; None if no plan has needed it.
         made: The plan that was made last, followed or not.
-        experience: What forwards have shown.
+        history: What forwards have shown.
     """
 
     settings: SwapSettings
-    machine: SteadyMachine
+    machine: LastKnownReadings
     pins: PinBudget
     limits: Limits = field(default_factory=Limits)
     workload: Workload | None = None
@@ -96,7 +96,7 @@ class Planner:
     once: SwapPlan | None = None
     link: LinkSpeed | None = None
     made: SwapPlan | None = None
-    experience: Experience = field(default_factory=Experience)
+    history: WorkloadHistory = field(default_factory=WorkloadHistory)
     _doubts: LinkDoubt = field(default_factory=lambda: LinkDoubt.NONE)
 
     def __call__(self, profile: ModelProfile) -> SwapPlan:
@@ -153,15 +153,15 @@ class Planner:
     def begin(self, workload: Workload | None) -> bool:
         """A forward with this workload comes next; whether the run has had none like it."""
         self.workload = workload
-        return self.experience.begin(workload)
+        return self.history.begin(workload)
 
     def withdraw(self, workload: Workload | None) -> None:
         """This workload will not come after all: its memory does not count."""
-        self.experience.withdraw(workload)
+        self.history.withdraw(workload)
 
     def end_run(self) -> None:
         """The run is over: what its forwards took is remembered for the next that has the like."""
-        self.experience.end_run()
+        self.history.end_run()
         if self._doubts is LinkDoubt.OPEN:
             self._doubts = LinkDoubt.DUE
 
@@ -173,7 +173,7 @@ class Planner:
         tuning = tune(facts.spec, facts.host, facts.link, vram_threshold_percent=limit)
         return budget_for(self.settings, facts, tuning)
 
-    def learn(self, observed: Observed, plan: SwapPlan) -> None:
+    def learn(self, observed: Observation, plan: SwapPlan) -> None:
         """Keeps what traced forwards of the present workload have shown.
 
         Args:
@@ -181,7 +181,7 @@ class Planner:
             plan: What they followed.
         """
         if observed.compute_ms is not None:
-            self.experience.of(self.workload).compute_ms = observed.compute_ms
+            self.history.of(self.workload).compute_ms = observed.compute_ms
         session = self.followed_by
         is_pinned = plan.pinned_bytes > 0 and not plan.staging_bytes and not (session and session.refusals)
         if observed.copied_bytes_per_s is not None and is_pinned:
@@ -197,7 +197,7 @@ class Planner:
 
     def learn_activations(self, nbytes: int) -> None:
         """A forward took this much above the weights at its peak."""
-        self.experience.learn_activations(self.workload, nbytes, is_automatic=self.settings.auto_hardware_tuning)
+        self.history.learn_activations(self.workload, nbytes, is_automatic=self.settings.auto_hardware_tuning)
 
     def shrink(self) -> bool:
         """Memory has run out under the plan made last, in its adopt or in a forward: the next one is smaller.
@@ -209,28 +209,28 @@ class Planner:
         if self.machine.spec.is_integrated:
             return False
         slots = self.made.slots if all(self.made.swapped) else None
-        return self.experience.shrink(self.workload, slots=slots, room_bytes=self.made.limit_bytes)
+        return self.history.shrink(self.workload, slots=slots, room_bytes=self.made.limit_bytes)
 
     def use(self, settings: SwapSettings) -> None:
         """The settings of the coming plans."""
         if settings.of_the_plan != self.settings.of_the_plan:
-            self.experience.forgive()
+            self.history.forgive()
         self.settings = settings
 
     @property
-    def hungriest(self) -> Workload | None:
+    def largest_workload(self) -> Workload | None:
         """The workload of this run that takes most above the weights, as far as that is known."""
-        return self.experience.hungriest
+        return self.history.largest_workload
 
     @property
     def activations(self) -> Activations | None:
-        """What the hungriest forward of this run takes above the weights: measured, else expected."""
-        return self.experience.activations(self.hungriest)
+        """What the largest_workload forward of this run takes above the weights: measured, else expected."""
+        return self.history.activations(self.largest_workload)
 
     @property
     def is_peak_known(self) -> bool:
         """Whether a forward of the present workload has shown its peak."""
-        return self.experience.of(self.workload).activation_bytes is not None
+        return self.history.of(self.workload).activation_bytes is not None
 
     def _doubt(self, speed: float, *, streams: int) -> None:
         """Copies ran at `speed`: if that contradicts the measurement, it counts until the link is measured again."""
@@ -245,7 +245,7 @@ class Planner:
 
     def _facts(self, profile: ModelProfile) -> Facts:
         session = self.followed_by
-        compute_ms = self.experience.of(self.workload).compute_ms
+        compute_ms = self.history.of(self.workload).compute_ms
         locked = 0 if session is None else session.pinned_bytes
         memory, unused_cache = self.machine.memory(), self.machine.unused_cache_bytes()
         own = 0 if session is None else session.device_bytes
@@ -269,5 +269,5 @@ class Planner:
             may_pin=self.limits.may_pin,
             may_overlap=self.limits.may_overlap,
             must_swap_all=self.limits.must_swap_all,
-            most_slots=self.experience.most_slots(memory.free_bytes + unused_cache + own),
+            most_slots=self.history.most_slots(memory.free_bytes + unused_cache + own),
         )

@@ -21,7 +21,7 @@ give back all the time. The safety reserve, ten times that, is there for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Observed:
+class Observation:
     """What the traced forwards show.
 
     Attributes:
@@ -41,7 +41,7 @@ class Observed:
 
 def observe(
     spans: Sequence[Span], *, slab_bytes: Sequence[int], timed: range, traced: Container[int]
-) -> Observed | None:
+) -> Observation | None:
     """What a trace shows; None while it lacks the end of the forwards that were timed.
 
     Args:
@@ -62,7 +62,7 @@ def observe(
             found[span.block].append(span.duration_ms)
     copied = sum(slab_bytes[span.block] for span in inside if span.lane == f"{COPY} 0")
     busy = busy_ms(inside, COPY)
-    return Observed(
+    return Observation(
         forwards=count,
         compute_ms=tuple(map(statistics.median, found)) if all(found) else None,
         forward_ms=statistics.median(span.duration_ms for span in forwards.values()),
@@ -90,9 +90,9 @@ def why_replace(present: SwapPlan, other: SwapPlan, *, total_bytes: int, predict
         return None  # it would save time at the price of the ceiling
     if present.over_ceiling and not other.over_ceiling:
         return f"the weights fit now: {format_bytes(other.device_bytes)} of {format_bytes(other.budget_bytes)}"
-    if predicted is None or other.forward is None:
+    if predicted is None or other.predicted is None:
         return None
-    saved = predicted.elapsed - other.forward.elapsed
+    saved = predicted.elapsed - other.predicted.elapsed
     if saved > WORTH_A_REPLAN * predicted.elapsed:
-        return f"a forward is expected to take {other.forward.elapsed:,.0f} ms and not {predicted.elapsed:,.0f} ms"
+        return f"a forward is expected to take {other.predicted.elapsed:,.0f} ms and not {predicted.elapsed:,.0f} ms"
     return None

@@ -21,12 +21,12 @@ from ..plan.swap_plan import SwapPlan
 from ..settings import SwapSettings
 from .history import Workload
 from .look import has_become_slow, is_over, learn, why_change
-from .machine import Machine, PeakMeter, SteadyMachine
+from .machine import LastKnownReadings, Machine, PeakMeter
 from .planner import Limits, Planner
 from .report import RunReport
-from .run_report import Begin, Findings, make_report, observe_timed
+from .run_report import Begin, RunStats, make_report, observe_timed
 from .teller import Teller
-from .text import ModelSize, block_table, brief_lines, summary, too_large
+from .text import ModelSize, block_table, brief_lines, oom_message, summary
 from .trace_file import chrome_trace, trace_name, write_trace
 
 logger = logging.getLogger(__name__)
@@ -74,14 +74,14 @@ class SwapRun:
         sampler: Sampler | None = None,
         trace_dir: Path | None = None,
     ) -> None:
-        self._machine = SteadyMachine(machine)
+        self._machine = LastKnownReadings(machine)
         self._peak = PeakMeter(self._machine)
         self.planner = Planner(settings, self._machine, backend.pin_budget, (limits or Limits()).within(backend))
         self.session = SwapSession(blocks, self.planner, backend, root=root, traced=TIMED_FORWARDS)
         self.planner.session = weakref.ref(self.session)
         self.teller = Teller(self.session, self.planner)
         self.last_report: RunReport | None = None
-        self._found = Findings(Begin.of(self.session))
+        self._found = RunStats(Begin.of(self.session))
         self._in_run = False
         self._timed = TIMED_FORWARDS
         self._workload: Workload | None = None
@@ -101,7 +101,7 @@ class SwapRun:
         return self.session.plan
 
     @property
-    def found(self) -> Findings:
+    def found(self) -> RunStats:
         """What this run has found out."""
         return self._found
 
@@ -179,7 +179,7 @@ class SwapRun:
             self.session.release()
         if not self.planner.shrink():
             assert self.planner.made is not None
-            raise DeviceMemoryError(too_large(self._workload, self.planner.made, said=said))
+            raise DeviceMemoryError(oom_message(self._workload, self.planner.made, said=said))
         self._found.replans.append("the device ran out of memory")
 
     def report(self) -> RunReport | None:
@@ -232,7 +232,7 @@ class SwapRun:
 
     def _begin_run(self) -> None:
         if not self._in_run:
-            self._found = Findings(Begin.of(self.session))
+            self._found = RunStats(Begin.of(self.session))
         self._sampling.close()
         if self._sampler is not None:
             self._sampling.enter_context(self._sampler)

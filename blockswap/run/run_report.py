@@ -14,7 +14,7 @@ from ..model.layout import ModelProfile
 from ..plan.schedule import ForwardTime
 from ..spans import COMPUTE, COPY, FORWARD, STALL, Span
 from .planner import Planner
-from .replan import Observed, observe
+from .replan import Observation, observe
 from .report import BlockTimes, Measured, RunReport
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Begin:
 
 
 @dataclass(slots=True)
-class Findings:
+class RunStats:
     """What a run keeps of itself beside its session.
 
     Attributes:
@@ -57,7 +57,7 @@ class Findings:
     begin: Begin
     onloads: int = 0
     onloaded_bytes: int = 0
-    observed: Observed | None = None
+    observed: Observation | None = None
     timed: range = range(0)
     is_timed: bool = False
     prediction: ForwardTime | None = None
@@ -73,7 +73,7 @@ class Findings:
         self.onloads = counters.onloads - self.begin.counters.onloads
         self.onloaded_bytes = counters.onloaded_bytes - self.begin.counters.onloaded_bytes
 
-    def observe(self, observed: Observed | None, timed: range) -> None:
+    def observe(self, observed: Observation | None, timed: range) -> None:
         """What forwards have shown, if it is there by now."""
         if observed is not None:
             self.observed, self.timed, self.is_timed = observed, timed, True
@@ -86,7 +86,7 @@ class Findings:
 
 
 def make_report(
-    title: str, session: SwapSession, planner: Planner, found: Findings, *, samples: Samples | None
+    title: str, session: SwapSession, planner: Planner, found: RunStats, *, samples: Samples | None
 ) -> RunReport:
     """The report of a run, before its release: slabs, their tiers and staging are counted as they stand.
 
@@ -101,7 +101,7 @@ def make_report(
     assert plan is not None, "a run is reported after its first plan"
     assert profile is not None
     before, now, seen = found.begin.counters, session.counters, found.observed
-    hungriest, measured = planner.hungriest, planner.activations
+    largest_workload, measured = planner.largest_workload, planner.activations
     trace = session.trace
     spans = () if trace is None else trace.collect()
     link, tiers = planner.link, session.tiers
@@ -111,7 +111,7 @@ def make_report(
         title=title,
         plan=replace(plan, tiers=tuple(tiers.get(i, tier) for i, tier in enumerate(plan.tiers))),
         prediction=found.prediction,
-        activation_bytes=None if hungriest is None else hungriest.expected_activation_bytes,
+        activation_bytes=None if largest_workload is None else largest_workload.expected_activation_bytes,
         link_bytes_per_s=None if link is None or not link.pinned else link.best(max_streams=plan.streams)[1],
         measured=Measured(
             forwards=session.log.all_forwards - found.begin.forwards,
@@ -138,7 +138,7 @@ def make_report(
     )
 
 
-def observe_timed(session: SwapSession, planner: Planner, timed: range) -> Observed | None:
+def observe_timed(session: SwapSession, planner: Planner, timed: range) -> Observation | None:
     """What the trace shows by now; None while the device is not through with the forwards that were timed."""
     trace, profile, traced = session.trace, planner.profile, session.log.traced
     if trace is None or profile is None or traced is None:

@@ -13,7 +13,7 @@ from ..plan.swap_plan import SwapPlan
 from .planner import Planner
 from .progress import AdoptFigures, MemoryUse, Phase, PlanFigures, Progress, RunFigures, figures_of, stopped
 from .report import RunReport
-from .run_report import Findings
+from .run_report import RunStats
 
 Tell = Callable[[Progress], None]
 """Who watches. Called in the thread that runs the model, amid adopts and after each forward: it must be quick."""
@@ -36,7 +36,7 @@ class Teller:
         self._placed_bytes: list[int] = []
         session.listeners.on_placed = self._placed
 
-    def ran(self, plan: SwapPlan, found: Findings) -> None:
+    def ran(self, plan: SwapPlan, found: RunStats) -> None:
         """A forward is over on the host."""
         session = self._planner.followed_by
         if self.tell is None or session is None:
@@ -49,7 +49,7 @@ class Teller:
             stall_ms=None if seen is None else seen.stall_ms,
             copy_bytes_per_s=None if seen is None else seen.copied_bytes_per_s,
         )
-        forward = found.prediction or plan.forward
+        forward = found.prediction or plan.predicted
         self.tell(Progress(phase=Phase.SAMPLING, memory=self._memory(plan), plan=_figures(plan, forward), run=run))
 
     def over(self, report: RunReport | None, failure: BaseException | None = None) -> None:
@@ -78,7 +78,7 @@ class Teller:
             stall_ms=measured.stall_ms,
             copy_bytes_per_s=measured.copy_bytes_per_s,
         )
-        figures = _figures(plan, report.prediction or plan.forward)
+        figures = _figures(plan, report.prediction or plan.predicted)
         memory = self._memory(plan, measured.activation_bytes)
         self.tell(Progress(phase=Phase.DONE, memory=memory, plan=figures, run=run))
 
@@ -89,7 +89,7 @@ class Teller:
         if count == 0:
             self._placed_bytes = [0, *itertools.accumulate(block.nbytes for block in profile.blocks)]
         adopt = AdoptFigures(placed=self._placed_bytes[count], all=self._placed_bytes[-1], pinned=session.pinned_bytes)
-        figures = _figures(plan, plan.forward)
+        figures = _figures(plan, plan.predicted)
         self.tell(Progress(phase=Phase.ADOPTING, memory=self._memory(plan), plan=figures, adopt=adopt))
 
     def _memory(self, plan: SwapPlan, activation_bytes: int | None = None) -> MemoryUse | None:

@@ -286,7 +286,7 @@ MORE_THAN_THERE_WAS = 1.25
 factor that `architecture.activation_bytes` adds to the widest place, once more."""
 
 
-def too_large(workload: Workload | None, plan: SwapPlan, *, said: str) -> str:
+def oom_message(workload: Workload | None, plan: SwapPlan, *, said: str) -> str:
     """Why a forward ran out of memory under the smallest plan there is, and what would fit.
 
     Args:

@@ -26,7 +26,7 @@ class _Access:
         return self.begin <= other.begin and other.end <= self.end
 
 
-class AccessLog:
+class RaceDetector:
     """Every access to memory that a later one could race with."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from ..errors import DeviceMemoryError, TransferError
 from ..model.tensors import storage_key
-from .races import HOST, WORKER, AccessLog
+from .races import HOST, WORKER, RaceDetector
 
 POISON = 0xFF
 
@@ -103,7 +103,7 @@ class SimulatedStreams:
         self._own_streams = tuple(SimulatedStream(f"copy {i}") for i in range(count))
         self.compute_stream = SimulatedStream("compute")
         self.copy_streams = self._own_streams or (self.compute_stream,)
-        self.log = AccessLog()
+        self.log = RaceDetector()
         self.allocated_bytes = 0
         self.peak_bytes = 0
         self.copied_bytes = 0

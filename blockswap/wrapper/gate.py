@@ -22,9 +22,9 @@ from ..errors import DeviceMemoryError
 from ..run.run import SwapRun
 from ..run.text import not_again
 from ..settings import SwapSettings, is_ours
-from .loader import bring_home, replace_in
+from .loader import offload_state_dict, replace_in
 from .patch import Forward, Watched
-from .retry import Inputs, why_not_again
+from .retry import Inputs, retry_blocker
 from .wanvideo import (
     BEGIN,
     END,
@@ -38,7 +38,7 @@ from .wanvideo import (
     forget_packed,
     host_bytes,
     named_blocks,
-    own_swapping_off,
+    native_swapping_disabled,
     refuse_cuda_graphs,
     refuse_vram_management,
     reset_counters,
@@ -172,7 +172,7 @@ class Gate:
             if run is None:
                 return
             guest = self._guests[transformer] = Guest(run, [])
-        bring_home(transformer, model)
+        offload_state_dict(transformer, model)
         guest.run.use(settings)
         guest.run.session.listeners.on_master = replace_in(model)
         if self._on_begin is not None:
@@ -252,7 +252,7 @@ class Gate:
                 workload = self._prepared(transformer, guest, arguments[0] if arguments else keywords.get("x"))
                 has_begun = True
                 with contextlib.ExitStack() as stack:
-                    stack.enter_context(own_swapping_off(transformer, hints_to_host=guest.hints_to_host))
+                    stack.enter_context(native_swapping_disabled(transformer, hints_to_host=guest.hints_to_host))
                     stack.enter_context(guest.run.forward(workload, blocks_as_they_stand(transformer)))
                     stack.enter_context(vace_blocks_entered(transformer, guest.run.session.enter))
                     return original(*arguments, **keywords)
@@ -266,7 +266,7 @@ class Gate:
             if not has_begun:
                 continue
             assert inputs is not None, "it is there before a forward begins"
-            why_not = why_not_again(transformer, original, inputs, arguments, keywords)
+            why_not = retry_blocker(transformer, original, inputs, arguments, keywords)
             if why_not is not None:
                 raise DeviceMemoryError(not_again(why_not, said=said))
 

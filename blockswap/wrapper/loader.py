@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.wan import StoredTensor
+from ..model.wan import TensorInfo
 from .wanvideo import entry, named_blocks
 
 logger = logging.getLogger(__name__)
 
 
-def stored_tensors(model: Any, patches: Mapping[str, Any]) -> dict[str, StoredTensor]:
+def stored_tensors(model: Any, patches: Mapping[str, Any]) -> dict[str, TensorInfo]:
     """What a loaded model's transformer will have on the host once a run loads its weights.
 
     Args:
@@ -24,7 +24,7 @@ def stored_tensors(model: Any, patches: Mapping[str, Any]) -> dict[str, StoredTe
         patches: Unmerged LoRA weights by the name of the weight they change.
     """
     readers, stored = entry(model, "gguf_reader"), entry(model, "sd")
-    found: dict[str, StoredTensor] = {}
+    found: dict[str, TensorInfo] = {}
     if readers is not None:
         for reader in readers if isinstance(readers, (list, tuple)) else [readers]:
             found |= _tensors_of_gguf(reader)
@@ -34,27 +34,27 @@ def stored_tensors(model: Any, patches: Mapping[str, Any]) -> dict[str, StoredTe
         if isinstance(tensor, torch.Tensor) and not (tensor.is_meta and readers is not None):
             found.setdefault(name.replace("_orig_mod.", ""), _as_loaded(name, tensor, dtype, weights))
     for name, deltas in patches.items():
-        found[f"{name.removeprefix('diffusion_model.')}.lora_diff"] = StoredTensor((1,), "LORA", _bytes_in(deltas))
+        found[f"{name.removeprefix('diffusion_model.')}.lora_diff"] = TensorInfo((1,), "LORA", _bytes_in(deltas))
     return found
 
 
-def _tensors_of_gguf(reader: Any) -> dict[str, StoredTensor]:
+def _tensors_of_gguf(reader: Any) -> dict[str, TensorInfo]:
     """The tensor table of the open GGUFReader that the wrapper has loaded the model from."""
     tensors = {}
     for tensor in reader.tensors:
         # ComfyUI's converters flatten tensors that GGML's quantisation cannot hold and note their shape here.
         noted = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")
         shape = noted.contents() if noted else reversed(tensor.shape.tolist())
-        tensors[tensor.name] = StoredTensor(tuple(map(int, shape)), tensor.tensor_type.name, int(tensor.n_bytes))
+        tensors[tensor.name] = TensorInfo(tuple(map(int, shape)), tensor.tensor_type.name, int(tensor.n_bytes))
     return tensors
 
 
-def _as_loaded(name: str, tensor: torch.Tensor, dtype: Any, weights: Mapping[str, Any]) -> StoredTensor:
+def _as_loaded(name: str, tensor: torch.Tensor, dtype: Any, weights: Mapping[str, Any]) -> TensorInfo:
     """A tensor as the wrapper will load it: matrices of blocks in the model's weight type, unless they have a scale."""
     is_matrix = "blocks." in name and name.endswith(".weight") and tensor.dim() > 1
     has_scale = name.replace(".weight", ".scale_weight") in weights
     kind = dtype if is_matrix and not has_scale and isinstance(dtype, torch.dtype) else tensor.dtype
-    return StoredTensor(tuple(tensor.shape), str(kind).removeprefix("torch."), tensor.numel() * kind.itemsize)
+    return TensorInfo(tuple(tensor.shape), str(kind).removeprefix("torch."), tensor.numel() * kind.itemsize)
 
 
 def _bytes_in(value: Any) -> int:
@@ -66,7 +66,7 @@ def _bytes_in(value: Any) -> int:
     return _bytes_in(getattr(value, "weights", ()))
 
 
-def bring_home(transformer: nn.Module, model: Any) -> None:
+def offload_state_dict(transformer: nn.Module, model: Any) -> None:
     """With load_device=main_device the loader keeps its state dict on the GPU, so that swapping would free nothing: its
     entries for blocks give way to the copies that the wrapper has just made on the host.
     """

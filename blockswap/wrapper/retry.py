@@ -21,7 +21,7 @@ and a last step of each.
 """
 
 
-def why_not_again(transformer: Any, original: Any, inputs: Inputs, arguments: Any, keywords: Any) -> str | None:
+def retry_blocker(transformer: Any, original: Any, inputs: Inputs, arguments: Any, keywords: Any) -> str | None:
     """What keeps a forward that has begun from being repeated, as a clause; None if nothing does.
 
     The wrapper's own forward keeps nothing that a second one would meet, but for its step caches; what other packs put

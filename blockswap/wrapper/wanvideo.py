@@ -192,7 +192,7 @@ def blocks_as_they_stand(transformer: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def own_swapping_off(transformer: nn.Module, *, hints_to_host: bool) -> Iterator[None]:
+def native_swapping_disabled(transformer: nn.Module, *, hints_to_host: bool) -> Iterator[None]:
     """The wrapper's loop finds nothing to swap while this lasts; VACE hints go to the host if asked."""
     before = {name: getattr(transformer, name) for name in COUNTERS}
     neutral = COUNTERS | ({"vace_blocks_to_swap": HINTS_TO_HOST} if hints_to_host else {})

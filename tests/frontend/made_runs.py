@@ -10,7 +10,7 @@ import gguf
 from checkpoint_files import Shapes, wan_shapes
 from wanvideo_enhanced_blockswap.blockswap.model.wan import (
     CheckpointProfile,
-    StoredTensor,
+    TensorInfo,
     activation_bytes,
     block_flops,
     profile_tensors,
@@ -74,9 +74,9 @@ def fp8(*, channels: int = 16, vace: int = 0) -> CheckpointProfile:
     shapes = wan_shapes(5120, 13824, 40, vace, channels=channels)
     matrices = {name for name, shape in shapes.items() if _is_matrix(name, shape)}
     stored = {
-        name: StoredTensor(shape, "F8_E4M3", math.prod(shape))
+        name: TensorInfo(shape, "F8_E4M3", math.prod(shape))
         if name in matrices
-        else StoredTensor(shape, "BF16", 2 * math.prod(shape))
+        else TensorInfo(shape, "BF16", 2 * math.prod(shape))
         for name, shape in shapes.items()
     }
     return profile_tensors("Wan 14B in fp8", stored)
@@ -93,23 +93,23 @@ def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     return "blocks." in name and len(shape) == 2
 
 
-def _quantised(name: str, shape: tuple[int, ...]) -> StoredTensor:
+def _quantised(name: str, shape: tuple[int, ...]) -> TensorInfo:
     """Q4_K_M stores what errors hurt most, values and the second feed-forward layer, in Q6_K."""
     kind = "F32"
     if _is_matrix(name, shape):
         kind = "Q6_K" if name.endswith(("attn.v.weight", "ffn.2.weight")) else "Q4_K"
     elements, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    return StoredTensor(shape, kind, math.prod(shape) // elements * nbytes)
+    return TensorInfo(shape, kind, math.prod(shape) // elements * nbytes)
 
 
-def _lora(shapes: Shapes) -> dict[str, StoredTensor]:
+def _lora(shapes: Shapes) -> dict[str, TensorInfo]:
     """Beside each matrix of a block, one from its inputs and one to its outputs, in bf16."""
     found = {}
     for name, shape in shapes.items():
         if _is_matrix(name, shape):
             outputs, inputs = shape
-            found[f"{name}.lora_A"] = StoredTensor((LORA_RANK, inputs), "BF16", 2 * LORA_RANK * inputs)
-            found[f"{name}.lora_B"] = StoredTensor((outputs, LORA_RANK), "BF16", 2 * LORA_RANK * outputs)
+            found[f"{name}.lora_A"] = TensorInfo((LORA_RANK, inputs), "BF16", 2 * LORA_RANK * inputs)
+            found[f"{name}.lora_B"] = TensorInfo((outputs, LORA_RANK), "BF16", 2 * LORA_RANK * outputs)
     return found
 
 
@@ -140,8 +140,8 @@ class MadeRun:
         )
         self.card = case.card
         self.plan: SwapPlan = make_plan(model.model, case.settings, facts)
-        assert self.plan.forward is not None, "rates, link and video are known"
-        self._forward = self.plan.forward
+        assert self.plan.predicted is not None, "rates, link and video are known"
+        self._forward = self.plan.predicted
         self._sizes = [block.nbytes for block in model.model.blocks]
         self._memory = MemoryUse(
             total=total,

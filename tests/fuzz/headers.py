@@ -42,7 +42,7 @@ FORMATS = {"safetensors": (safetensors_input, giant_safetensors), "gguf": (gguf_
 
 
 @dataclass
-class Findings:
+class RunStats:
     """What became of one format's inputs."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -72,9 +72,9 @@ def write_input(path: Path, made: tuple[bytes, int]) -> None:
         file.truncate(size)
 
 
-def fuzz(kind: str, *, inputs: int, seed: int) -> Findings:
+def fuzz(kind: str, *, inputs: int, seed: int) -> RunStats:
     """Runs so many inputs of one format in a child of their own."""
-    found, begin = Findings(), time.perf_counter()
+    found, begin = RunStats(), time.perf_counter()
     child_file = Path(__file__).with_name("planning_child.py")
     with tempfile.TemporaryDirectory() as folder:
         warm = [Path(folder) / f"warm-{number}.{kind}" for number in range(BATCH)]
@@ -110,7 +110,7 @@ def _batches(kind: str, inputs: int, seed: int, folder: Path) -> Iterator[list[i
         yield numbers
 
 
-def _take(answers: IO[str], sent: list[int], found: Findings, kind: str, folder: Path) -> None:
+def _take(answers: IO[str], sent: list[int], found: RunStats, kind: str, folder: Path) -> None:
     """The child's answers to what was sent; no answer is a crash as well, and ends the run."""
     for number in sent:
         line = answers.readline()
@@ -140,7 +140,7 @@ def run_one(which: str, seed: int) -> int:
     return 0
 
 
-def report(kind: str, inputs: int, found: Findings) -> str:
+def report(kind: str, inputs: int, found: RunStats) -> str:
     held = "its address space limited to as much" if found.limited else "by resident memory alone"
     lines = [
         f"{kind}: {inputs} inputs, {inputs / found.elapsed_s:,.0f} a second",

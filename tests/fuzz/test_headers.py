@@ -13,7 +13,7 @@ from planning_child import MEMORY_LIMIT
 from safetensors import SafetensorError, safe_open
 from wanvideo_enhanced_blockswap.blockswap.checkpoint.untrusted import LONGEST_HEADER, HeaderError
 from wanvideo_enhanced_blockswap.blockswap.checkpoint.wan_file import FORMATS as READERS
-from wanvideo_enhanced_blockswap.blockswap.model.wan import StoredTensor
+from wanvideo_enhanced_blockswap.blockswap.model.wan import TensorInfo
 from wanvideo_enhanced_blockswap.blockswap.wrapper.loader import _tensors_of_gguf
 
 INPUTS = 5000
@@ -48,7 +48,7 @@ def test_the_same_seed_gives_the_same_inputs(kind: str) -> None:
     assert [make_input(kind, number, 8) for number in numbers] != once
 
 
-def ours(path: Path) -> dict[str, StoredTensor] | str:
+def ours(path: Path) -> dict[str, TensorInfo] | str:
     """The table as it is read here, or why it is refused."""
     size = path.stat().st_size
     with path.open("rb") as file:

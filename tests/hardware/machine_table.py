@@ -235,7 +235,7 @@ def _tiers(plan: SwapPlan, model: Model) -> str:
 
 
 def _wait(plan: SwapPlan) -> str:
-    forward = plan.forward
+    forward = plan.predicted
     if forward is None:
         return "     ?          "
     return f"{forward.stall:6.0f} ms {forward.transferred / forward.compute:5.1%}"
