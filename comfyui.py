@@ -14,13 +14,11 @@ import torch
 from .blockswap.device.backend import backend_for
 from .blockswap.errors import SettingsError
 from .blockswap.model.wan import activation_bytes, profile_tensors, tokens_for
-from .blockswap.plan.budget import Activations
-from .blockswap.plan.make_plan import Facts, make_plan
-from .blockswap.plan.swap_plan import SwapPlan
+from .blockswap.plan.make_plan import Limits, Readings, make_plan, plan_inputs
+from .blockswap.plan.swap_plan import Activations, SwapPlan
 from .blockswap.run.machine import TorchMachine
-from .blockswap.run.planner import Limits
 from .blockswap.run.progress import Phase, Progress
-from .blockswap.run.run import SwapRun
+from .blockswap.run.run import SwapRun, limits_within
 from .blockswap.settings import SwapSettings, node_of
 from .blockswap.wrapper.gate import Gate
 from .blockswap.wrapper.loader import stored_tensors
@@ -142,23 +140,20 @@ class ComfyUI:
         device = comfy.model_management.get_torch_device()
         machine = ComfyMachine(device, cache_dir=_user_folder())
         backend = backend_for(device, pin_budget=self._pin_budget())
-        memory, limits = machine.memory(), _limits().within(backend)
+        memory, limits = machine.memory(), limits_within(_limits(), backend)
         # The sampler has ComfyUI unload its models first, and loads what is outside the blocks.
         unloaded = sum(loaded.model_loaded_memory() for loaded in comfy.model_management.current_loaded_models)
         free = min(memory.total_bytes, memory.free_bytes + unloaded + machine.unused_cache_bytes())
-        facts = Facts(
-            spec=machine.spec,
-            memory=replace(memory, free_bytes=max(0, free - found.model.other_bytes)),
-            host=machine.host(),
-            activations=Activations(nbytes=activation_bytes(found.architecture, tokens), is_measured=False),
-            reserve_bytes=limits.reserve_bytes,
+        free_bytes = max(0, free - found.model.other_bytes)
+        readings = Readings(spec=machine.spec, memory=replace(memory, free_bytes=free_bytes), host=machine.host())
+        inputs = plan_inputs(found.model, settings, readings, limits)
+        inputs = replace(
+            inputs,
             host_held_bytes=found.model.block_bytes,
-            pin_limit_bytes=self._pin_budget().limit_bytes,
-            may_pin=limits.may_pin,
-            may_overlap=limits.may_overlap,
-            must_swap_all=limits.must_swap_all,
+            pin_budget_bytes=min(inputs.pin_budget_bytes, self._pin_budget().limit_bytes),
+            activations=Activations(nbytes=activation_bytes(found.architecture, tokens), is_measured=False),
         )
-        return make_plan(found.model, settings, facts), machine.spec.name
+        return make_plan(found.model, inputs), machine.spec.name
 
     def say_once(self, message: str) -> None:
         """Logs a warning that is the same at every run."""
@@ -190,7 +185,7 @@ class ComfyUI:
     def _on_begin(self, run: SwapRun, arguments: Mapping[str, Any]) -> None:
         self._pin_budget()
         node = node_of(arguments)
-        run.teller.tell = None if node is None else self.progress_on(node)
+        run.watcher = None if node is None else self.progress_on(node)
 
     def _on_set(self, patcher: Any, arguments: Any) -> None:
         wrong = wrong_with_setting(patcher, arguments)
@@ -262,8 +257,8 @@ def _limits() -> Limits:
 
     reserve = getattr(args, "reserve_vram", None)
     return Limits(
-        may_pin=not getattr(args, "disable_pinned_memory", False),
-        may_overlap=not getattr(args, "disable_async_offload", False),
+        pin=not getattr(args, "disable_pinned_memory", False),
+        overlap=not getattr(args, "disable_async_offload", False),
         reserve_bytes=0 if reserve is None else int(reserve * GIB),
         must_swap_all=bool(getattr(args, "novram", False)),
     )

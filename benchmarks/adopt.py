@@ -34,10 +34,10 @@ from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
 from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError
 from wanvideo_enhanced_blockswap.blockswap.host.pages import PageMemory
 from wanvideo_enhanced_blockswap.blockswap.model.layout import ModelProfile
-from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import plan_swap
-from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, PlanRequest, SwapPlan
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import make_plan
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.commands.device import choose_device
-from wanvideo_enhanced_blockswap.commands.memory import card_budget
+from wanvideo_enhanced_blockswap.commands.memory import card_inputs
 from wanvideo_enhanced_blockswap.commands.wan import PRESETS, Preset, build, complete, expected_bytes, skeleton
 from wanvideo_enhanced_blockswap.hardware import MIB, format_bytes, read_host_memory
 from wanvideo_enhanced_blockswap.hardware.pinning import Registrar
@@ -131,7 +131,7 @@ def adopt(preset: Preset, folder: Path, device: torch.device, registrar: Registr
     begin = time.perf_counter()
     model = load(preset, folder)
     loaded = time.perf_counter()
-    with closing(SwapSession(blocks_of(model), lambda profile: _plan(profile, backend), backend)) as session:
+    with closing(SwapSession(blocks_of(model), lambda profile, held: _plan(profile, backend), backend)) as session:
         session.adopt()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -147,8 +147,8 @@ def adopt(preset: Preset, folder: Path, device: torch.device, registrar: Registr
 
 
 def _plan(profile: ModelProfile, backend: Backend) -> SwapPlan:
-    budget = card_budget(profile, 1 << 50, read_host_memory(), held_bytes=profile.block_bytes)
-    plan = plan_swap(profile, budget, PlanRequest(blocks_to_swap=len(profile.blocks), slots=2))
+    inputs = card_inputs(profile, 1 << 50, read_host_memory(), held_bytes=profile.block_bytes)
+    plan = make_plan(profile, replace(inputs, blocks_to_swap=len(profile.blocks), slots=2))
     tier = HostTier.PAGEABLE if backend.registrar is None else HostTier.PINNED
     return replace(plan, tiers=(tier,) * len(plan.swapped))
 

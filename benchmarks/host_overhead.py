@@ -100,7 +100,7 @@ def measure(device: torch.device, *, packed: bool) -> float:
 
     with (
         torch.inference_mode(),
-        SwapSession(named, lambda profile: plan_all(profile, overlap=device.type == "cuda"), backend) as session,
+        SwapSession(named, lambda profile, held: plan_all(profile, overlap=device.type == "cuda"), backend) as session,
     ):
         for _ in range(ROUNDS * FORWARDS):
             begin = time.thread_time()

@@ -22,11 +22,11 @@ from tqdm import tqdm
 from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError
 from wanvideo_enhanced_blockswap.blockswap.model.layout import ModelProfile
 from wanvideo_enhanced_blockswap.blockswap.model.profile import profile_model
-from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import plan_swap
-from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import PlanRequest, Timing
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import make_plan
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Timing
 from wanvideo_enhanced_blockswap.commands.cache import cache_dir
 from wanvideo_enhanced_blockswap.commands.device import choose_device
-from wanvideo_enhanced_blockswap.commands.memory import card_budget
+from wanvideo_enhanced_blockswap.commands.memory import card_inputs
 from wanvideo_enhanced_blockswap.commands.stage import FORWARDS_PER_STEP, DeviceStage, Run, Stage
 from wanvideo_enhanced_blockswap.commands.wan import PRESETS, build, make_inputs
 from wanvideo_enhanced_blockswap.commands.words import parse_count, parse_shape
@@ -94,8 +94,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[Row]:
 def _row(shape: str, asked: int, stage: Stage, profile: ModelProfile, timing: Timing, unswapped: Run) -> Row:
     """The plan for `asked` blocks beside the run that follows it."""
     host = read_host_memory()
-    budget = card_budget(profile, NO_LIMIT, host, held_bytes=profile.block_bytes)
-    plan = plan_swap(profile, budget, PlanRequest(blocks_to_swap=asked, timing=timing))
+    inputs = card_inputs(profile, NO_LIMIT, host, held_bytes=profile.block_bytes)
+    plan = make_plan(profile, replace(inputs, blocks_to_swap=asked, timing=timing))
     assert plan.predicted is not None
     assert timing.compute_ms is not None
     run = stage.run_swapped(plan, timing, PinBudget(host.pin_budget_bytes))

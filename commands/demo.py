@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,14 +13,14 @@ from ..blockswap.errors import SettingsError
 from ..blockswap.model.layout import ModelProfile
 from ..blockswap.model.profile import profile_model
 from ..blockswap.model.wan import tokens_for
-from ..blockswap.plan.make_plan import plan_swap, weight_bytes
-from ..blockswap.plan.swap_plan import PlanRequest, SwapPlan, Timing
+from ..blockswap.plan.make_plan import make_plan, weight_bytes
+from ..blockswap.plan.swap_plan import SwapPlan, Timing
 from ..hardware import MIB, format_bytes, measure_link, probe_device, read_device_memory, read_host_memory
 from ..hardware.pinning import PinBudget
 from .cache import cache_dir
 from .demo_report import Demonstration, report
 from .device import choose_device
-from .memory import card_budget
+from .memory import card_inputs
 from .picture import check_picture, draw_timeline
 from .result import Result
 from .stage import FORWARDS_PER_STEP, DeviceStage, Run, Stage
@@ -53,20 +54,20 @@ def demo(options: Namespace) -> Result:
     stage = make_stage(model, inputs, device, steps=options.steps, quiet=options.json)
     profile = profile_model(stage.blocks, root=model).profile
     vram_bytes = _vram_bytes(options.vram, profile, device)
-    budget = card_budget(profile, vram_bytes, host, held_bytes=profile.block_bytes)
+    card = card_inputs(profile, vram_bytes, host, held_bytes=profile.block_bytes)
     unswapped, compute_ms = stage.run_unswapped()
     timing = _timing(options, device, compute_ms, profile.blocks[0].slab_bytes)
     # Only CUDA, HIP and the simulated device have streams and page-locking.
     overlaps = device.type in ("cpu", "cuda")
-    request = PlanRequest(blocks_to_swap=asked, overlap=overlaps, pin=overlaps, slots=options.slots, timing=timing)
-    decided = plan_swap(profile, budget, request)
+    asks = replace(card, blocks_to_swap=asked, overlap=overlaps, pin=overlaps, slots=options.slots, timing=timing)
+    decided = make_plan(profile, asks)
     swapped = stage.run_swapped(decided, timing, PinBudget(host.pin_budget_bytes))
     swapped.weight_bytes -= unswapped.above_weights_bytes
     title = f"{options.preset}: {decided.swapped_count} of {len(decided.swapped)} blocks swapped, the last step"
     draw_timeline(swapped.spans, Path(options.picture), title=title)
     shown = _compare(unswapped, swapped, decided, profile, stage, timing, options.picture)
-    card = f"{shown.device}, {format_bytes(vram_bytes)} of memory{'' if options.vram else ' (for this demo; --vram)'}"
-    return report(shown, decided, card=card)
+    title = f"{shown.device}, {format_bytes(vram_bytes)} of memory{'' if options.vram else ' (for this demo; --vram)'}"
+    return report(shown, decided, card=title)
 
 
 def _vram_bytes(asked: str | None, profile: ModelProfile, device: torch.device) -> int:

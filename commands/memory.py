@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from ..blockswap.errors import SettingsError
 from ..blockswap.model.layout import ModelProfile
-from ..blockswap.plan.budget import MemoryBudget, MemoryReadings, make_budget
-from ..blockswap.settings import SwapSettings
+from ..blockswap.plan.swap_plan import PlanInputs
 from ..hardware import HostMemory, format_bytes
 
 
-def card_budget(
+def card_inputs(
     profile: ModelProfile,
     vram_bytes: int,
     host: HostMemory,
     *,
     held_bytes: int,
-) -> MemoryBudget:
-    """What a plan may spend on a card of `vram_bytes` that holds nothing but the model.
+) -> PlanInputs:
+    """What a plan is made from on a card of `vram_bytes` that holds nothing but the model.
 
     Args:
         profile: The model.
@@ -32,15 +31,10 @@ def card_budget(
             f"--vram expects more than the {format_bytes(profile.other_bytes)} that lie outside the blocks but got "
             f"{format_bytes(vram_bytes)}; take a larger GPU or a smaller model"
         )
-    readings = MemoryReadings(
+    return PlanInputs(
         device_total_bytes=vram_bytes,
         device_free_bytes=vram_bytes - profile.other_bytes,
         host_available_bytes=host.available_bytes,
         pin_budget_bytes=host.pin_budget_bytes,
         host_held_bytes=held_bytes,
-    )
-    return make_budget(
-        readings,
-        vram_threshold_percent=SwapSettings().vram_threshold_percent,
-        bandwidth_target=SwapSettings().bandwidth_target,
     )

@@ -10,9 +10,9 @@ from ..blockswap.checkpoint.wan_file import read_checkpoint
 from ..blockswap.errors import PlanError, SettingsError
 from ..blockswap.model.layout import ModelProfile
 from ..blockswap.model.wan import CheckpointProfile, WanArchitecture, activation_bytes, block_flops, tokens_for
-from ..blockswap.plan.budget import SAFETY_RESERVE, Activations
-from ..blockswap.plan.make_plan import Facts, make_plan
-from ..blockswap.plan.swap_plan import SwapPlan
+from ..blockswap.plan.budget import SAFETY_RESERVE
+from ..blockswap.plan.make_plan import Readings, make_plan, plan_inputs
+from ..blockswap.plan.swap_plan import Activations, PlanInputs, SwapPlan
 from ..blockswap.settings import SwapSettings
 from ..hardware import (
     DeviceMemory,
@@ -67,10 +67,11 @@ def plan(options: Namespace) -> Result:
         tokens = tokens_for(checkpoint.architecture, *parse_shape(options.shape))
     beside = [read_checkpoint(Path(name)).model for name in options.beside]
     settings = _settings(options, checkpoint.architecture)
-    facts = _facts(checkpoint, card, _host(options.ram), tokens)
+    readings = _readings(checkpoint.model, card, _host(options.ram))
+    known = _known(checkpoint, card, tokens)
     try:
-        facts = _with(beside, settings, facts)
-        decided = make_plan(checkpoint.model, settings, facts)
+        readings, locked = _with(beside, settings, readings, known)
+        decided = make_plan(checkpoint.model, _inputs(checkpoint.model, settings, readings, known, locked))
     except PlanError as failure:
         others = sum(model.nbytes for model in beside)
         taken = f", of which the models beside take {format_bytes(others)}" if others else ""
@@ -78,17 +79,30 @@ def plan(options: Namespace) -> Result:
     data = _data(checkpoint, decided)
     data |= {"card": card.spec.name, "vram_bytes": card.memory.total_bytes, "tokens": tokens}
     data |= {"beside_bytes": sum(model.nbytes for model in beside)}
-    return Result(data, _text(options, checkpoint, decided, facts, card), succeeded=decided.fits is not False)
+    return Result(data, _text(options, checkpoint, decided, readings, card), succeeded=decided.fits is not False)
 
 
-def _with(beside: list[ModelProfile], settings: SwapSettings, facts: Facts) -> Facts:
-    """The host with these models in it as well, each with what its own plan page-locks."""
+def _with(beside: list[ModelProfile], settings: SwapSettings, readings: Readings, known: Known) -> tuple[Readings, int]:
+    """The machine with these models in the host as well, and what their own plans page-lock."""
+    locked = 0
     for model in beside:
-        pinned = make_plan(model, settings, replace(facts, compute_ms=None)).pinned_bytes
-        available = max(0, facts.host.available_bytes - model.nbytes)
-        host = replace(facts.host, available_bytes=available)
-        facts = replace(facts, host=host, locked_elsewhere_bytes=facts.locked_elsewhere_bytes + pinned)
-    return facts
+        inputs = _inputs(model, settings, readings, replace(known, compute_ms=None), locked)
+        locked += make_plan(model, inputs).pinned_bytes
+        available = max(0, readings.host.available_bytes - model.nbytes)
+        readings = replace(readings, host=replace(readings.host, available_bytes=available))
+    return readings, locked
+
+
+def _inputs(
+    model: ModelProfile, settings: SwapSettings, readings: Readings, known: Known, locked_bytes: int
+) -> PlanInputs:
+    inputs = plan_inputs(model, settings, readings)
+    return replace(
+        inputs,
+        pin_budget_bytes=max(0, inputs.pin_budget_bytes - locked_bytes),
+        activations=known.activations,
+        timing=replace(inputs.timing, compute_ms=known.compute_ms),
+    )
 
 
 def _settings(options: Namespace, architecture: WanArchitecture) -> SwapSettings:
@@ -159,30 +173,36 @@ def _host(ram: str | None) -> HostMemory:
     return replace(host, physical_bytes=size, available_bytes=size, cgroup_limit_bytes=None)
 
 
-def _facts(checkpoint: CheckpointProfile, card: Card, host: HostMemory, tokens: int | None) -> Facts:
-    """What is known when the model's other weights are on the card."""
-    model, architecture = checkpoint.model, checkpoint.architecture
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is worked out of a forward before any has run; None is unknown."""
+
+    compute_ms: tuple[float, ...] | None = None
+    activations: Activations | None = None
+
+
+def _readings(model: ModelProfile, card: Card, host: HostMemory) -> Readings:
+    """The machine when the model's other weights are on the card."""
     free = card.memory.free_bytes - model.other_bytes
     if free < 0:
         raise SettingsError(
             f"the card expects more than the {format_bytes(model.other_bytes)} that lie outside the blocks but has "
             f"{format_bytes(card.memory.free_bytes)} free; take a larger GPU (--vram) or a smaller model"
         )
-    compute_ms, activations = None, None
-    if tokens is not None:
-        activations = Activations(nbytes=activation_bytes(architecture, tokens), is_measured=False)
-        if card.rates is not None and card.link is not None:  # times are told together or not at all
-            linear, attention = block_flops(architecture, tokens)
-            block_ms = (linear / card.rates.linear_flops + attention / card.rates.attention_flops) * 1e3
-            compute_ms = (block_ms,) * len(model.blocks)
-    return Facts(
-        spec=card.spec,
-        memory=replace(card.memory, free_bytes=free),
-        host=host,
-        link=card.link,
-        compute_ms=compute_ms,
-        activations=activations,
-    )
+    return Readings(spec=card.spec, memory=replace(card.memory, free_bytes=free), host=host, link=card.link)
+
+
+def _known(checkpoint: CheckpointProfile, card: Card, tokens: int | None) -> Known:
+    """What a forward of so many tokens takes."""
+    model, architecture = checkpoint.model, checkpoint.architecture
+    if tokens is None:
+        return Known()
+    activations = Activations(nbytes=activation_bytes(architecture, tokens), is_measured=False)
+    if card.rates is None or card.link is None:  # times are predicted together or not at all
+        return Known(activations=activations)
+    linear, attention = block_flops(architecture, tokens)
+    block_ms = (linear / card.rates.linear_flops + attention / card.rates.attention_flops) * 1e3
+    return Known((block_ms,) * len(model.blocks), activations)
 
 
 def _data(checkpoint: CheckpointProfile, decided: SwapPlan) -> dict[str, object]:
@@ -217,13 +237,13 @@ def _data(checkpoint: CheckpointProfile, decided: SwapPlan) -> dict[str, object]
     }
 
 
-def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, facts: Facts, card: Card) -> str:
+def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, readings: Readings, card: Card) -> str:
     model, activations = checkpoint.model, decided.activation_bytes
     reserve = int(SAFETY_RESERVE * card.memory.total_bytes)
     idle = decided.limit_bytes - decided.device_bytes - (activations or 0) - reserve
     rows = [
         ["card", f"{card.spec.name}, {format_bytes(card.memory.total_bytes)}"],
-        ["  other weights and what is in use", format_bytes(card.memory.total_bytes - facts.memory.free_bytes)],
+        ["  other weights and what is in use", format_bytes(card.memory.total_bytes - readings.memory.free_bytes)],
         ["  block weights", format_bytes(decided.device_bytes)],
         ["  activations, expected", "unknown: give --shape" if activations is None else format_bytes(activations)],
         ["  reserve", format_bytes(reserve)],

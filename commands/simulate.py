@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 from ..blockswap.errors import SettingsError
 from ..blockswap.model.layout import BlockProfile, ModelProfile, Placement, TensorProfile
-from ..blockswap.plan.budget import MemoryBudget
-from ..blockswap.plan.make_plan import plan_swap
+from ..blockswap.plan.make_plan import make_plan
 from ..blockswap.plan.schedule import Ring, VirtualTime, steady_time
-from ..blockswap.plan.swap_plan import PlanRequest, SwapPlan, Timing
+from ..blockswap.plan.swap_plan import PlanInputs, SwapPlan, Timing
 from .result import Result
 
 BLOCK_BYTES = 1 << 30
@@ -106,21 +105,14 @@ def _plan(sizes: Sequence[float], count: int, vace: int, swapped: int, options: 
     names = [f"vace_blocks.{i}" for i in range(vace)] + [f"blocks.{i}" for i in range(count)]
     profile = ModelProfile(tuple(block(name, size) for name, size in zip(names, sizes, strict=True)))
     speed = BLOCK_BYTES / options.ratio * 1e3 if options.ratio else float(UNLIMITED)
-    request = PlanRequest(
+    inputs = PlanInputs(
+        device_total_bytes=UNLIMITED,
+        device_free_bytes=UNLIMITED,
+        host_available_bytes=UNLIMITED,
+        pin_budget_bytes=UNLIMITED,
         blocks_to_swap=swapped,
         vace_blocks_to_swap=round(vace * swapped / count),
         slots=options.slots,
         timing=Timing(compute_ms=tuple(sizes), pinned_bytes_per_s=speed),
     )
-    budget = MemoryBudget(
-        total_bytes=UNLIMITED,
-        used_bytes=0,
-        available_bytes=UNLIMITED,
-        ceiling_bytes=UNLIMITED,
-        activation_bytes=None,
-        weight_bytes=UNLIMITED,
-        host_bytes=UNLIMITED,
-        host_held_bytes=0,
-        pin_bytes=UNLIMITED,
-    )
-    return plan_swap(profile, budget, request)
+    return make_plan(profile, inputs)

@@ -120,7 +120,7 @@ class Stage:
 
     def _session_run(self, decided: SwapPlan, backend: Backend, now_ms: Callable[[], float]) -> Run:
         run = Run(self._inputs.latents)
-        with SwapSession(self.blocks, lambda _: decided, backend, traced=EVERY_FORWARD) as session:
+        with SwapSession(self.blocks, lambda profile, held: decided, backend, traced=EVERY_FORWARD) as session:
             session.adopt()
             assert session.trace is not None
             trace, before = session.trace, now_ms()
@@ -141,7 +141,7 @@ class Stage:
 
     def _count_one_step(self, decided: SwapPlan, backend: Backend) -> Moved:
         """Bytes that the engine's own books say were copied in one step, adopt and release included."""
-        with SwapSession(self.blocks, lambda _: decided, backend) as session:
+        with SwapSession(self.blocks, lambda profile, held: decided, backend) as session:
             self._loop(1, session.forward, lambda: None, "counting")
         counters = session.counters
         return Moved(counters.onloaded_bytes + counters.placed_bytes, counters.returned_bytes)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from simulated_machine import CARD, SimulatedMachine
 from toys import Simulation, toy
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Limits
 from wanvideo_enhanced_blockswap.blockswap.run.history import Workload
-from wanvideo_enhanced_blockswap.blockswap.run.planner import Limits
 from wanvideo_enhanced_blockswap.blockswap.run.run import SwapRun
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware

@@ -77,9 +77,17 @@ def nodes(path: Path) -> Iterator[ast.AST]:
     return ast.walk(ast.parse(path.read_text(encoding="utf-8")))
 
 
-def imports(path: Path) -> Iterator[Path | str]:
+class WithoutTypes(ast.NodeTransformer):
+    """Leaves out what is imported for annotations alone."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else node
+
+
+def imports(path: Path, *, for_types: bool = True) -> Iterator[Path | str]:
     """What a file imports anywhere in it: files of the package, and dotted names of everything else."""
-    for node in nodes(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree if for_types else WithoutTypes().visit(tree)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -92,7 +100,7 @@ def imports(path: Path) -> Iterator[Path | str]:
 
 
 def reached(path: Path, seen: set[Path | str]) -> set[Path | str]:
-    for target in set(imports(path)) - seen:
+    for target in set(imports(path, for_types=False)) - seen:
         seen.add(target)
         if isinstance(target, Path):
             reached(target, seen)

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import wanvideo_enhanced_blockswap as package
 from checkpoint_files import wan_shapes
+from facts import Facts, make_plan
 from test_report import FULL, MEASURED, brief, plan
 from wanvideo_enhanced_blockswap.blockswap.model.wan import TensorInfo, activation_bytes, profile_tensors, tokens_for
-from wanvideo_enhanced_blockswap.blockswap.plan.budget import Activations
-from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Facts, make_plan
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations
 from wanvideo_enhanced_blockswap.blockswap.run.text import plan_text, summary
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 from wanvideo_enhanced_blockswap.hardware import GIB, DeviceMemory, DeviceSpec, HostMemory, HostPlatform, Vendor

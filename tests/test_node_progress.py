@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from wanvideo_enhanced_blockswap.blockswap.run.progress import Phase, Progress, RunFigures
+from shown import ran
+from wanvideo_enhanced_blockswap.blockswap.run.progress import Phase, Progress
 from wanvideo_enhanced_blockswap.node_progress import EVENT, NodeProgress
 
 
@@ -24,7 +25,7 @@ class Server:
 
 
 def forwards(count: int) -> Progress:
-    return Progress(phase=Phase.SAMPLING, run=RunFigures(forwards=count, streamed=0))
+    return Progress(phase=Phase.SAMPLING, run=ran(count, 0))
 
 
 def test_an_event_for_the_bar_and_a_text_for_everybody_else_name_the_node() -> None:

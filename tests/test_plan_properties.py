@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from facts import Facts, budget_of, make_plan
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
 from wanvideo_enhanced_blockswap.blockswap.model.layout import BlockProfile, ModelProfile, Placement, TensorProfile
-from wanvideo_enhanced_blockswap.blockswap.plan.budget import Activations, MemoryBudget
-from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Facts, budget_for, make_plan, weight_bytes
+from wanvideo_enhanced_blockswap.blockswap.plan.budget import MemoryBudget
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import weight_bytes
 from wanvideo_enhanced_blockswap.blockswap.plan.schedule import spread
-from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import SwapPlan
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 from wanvideo_enhanced_blockswap.hardware.records import (
     DeviceMemory,
@@ -22,7 +23,6 @@ from wanvideo_enhanced_blockswap.hardware.records import (
     LinkSpeed,
     Vendor,
 )
-from wanvideo_enhanced_blockswap.hardware.tiers import tune
 from wanvideo_enhanced_blockswap.hardware.units import GIB, MIB
 
 generated = settings(
@@ -110,9 +110,8 @@ automatic, any_way = cases(AUTOMATIC), cases(AUTOMATIC | by_hand())
 
 def planned(profile: ModelProfile, chosen: SwapSettings, known: Facts) -> tuple[SwapPlan, MemoryBudget]:
     """The plan and its budget; examples that are refused are left out."""
-    tuning = tune(known.spec, known.host, known.link, vram_threshold_percent=chosen.vram_threshold_percent)
     try:
-        return make_plan(profile, chosen, known), budget_for(chosen, known, tuning)
+        return make_plan(profile, chosen, known), budget_of(profile, chosen, known)
     except PlanError:
         assume(False)
         raise

@@ -8,26 +8,24 @@ from typing import Any
 
 import pytest
 from run_bench import BLOCK, COUNT, LARGE_VIDEO, SMALL_VIDEO, Bench
+from shown import planned, predicted, ran
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
 from wanvideo_enhanced_blockswap.blockswap.host.slabs import Locking
-from wanvideo_enhanced_blockswap.blockswap.run.planner import Limits
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Limits
 from wanvideo_enhanced_blockswap.blockswap.run.progress import (
     AdoptFigures,
     MemoryUse,
     Phase,
-    PlanFigures,
     Progress,
-    RunFigures,
     stopped,
 )
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 from wanvideo_enhanced_blockswap.hardware import GIB
 
 MEMORY = MemoryUse(total=12 * GIB, other=GIB, residents=4 * GIB, window=GIB // 2, ceiling=6 * GIB, activations=2 * GIB)
-PLAN = PlanFigures(
-    blocks=40, swapped=18, slots=2, free=int(11.2 * GIB), stall_ms=None, forward_ms=None, over_ceiling=False
-)
-RUN = RunFigures(forwards=7, streamed=61_300_000_000, forward_ms=1000.0, stall_ms=4.0, copy_bytes_per_s=11.9e9)
+FREE = int(11.2 * GIB)
+PLAN = planned(18, free=FREE)
+RUN = ran(7, 61_300_000_000, forward_ms=1000.0, stall_ms=4.0, copy_bytes_per_s=11.9e9)
 STAY = "11.2 GiB free: 22 of 40 blocks stay, 18 stream through 2 slots"
 
 
@@ -39,20 +37,20 @@ def sampling(**changes: Any) -> Progress:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("shown", "said"),
     [
-        ({}, STAY),
-        ({"stall_ms": 0.0, "forward_ms": 1000.0}, f"{STAY}, no stall expected"),
-        ({"stall_ms": 0.4, "forward_ms": 1000.0}, f"{STAY}, no stall expected"),
-        ({"stall_ms": 31.0, "forward_ms": 1000.0}, f"{STAY}, 3.1% stall expected"),
-        ({"over_ceiling": True}, f"{STAY} (over the ceiling)"),
-        ({"slots": 1}, STAY.replace("2 slots", "1 slot")),
-        ({"swapped": 0, "slots": 0}, "11.2 GiB free: all 40 blocks stay"),
-        ({"swapped": 40}, "11.2 GiB free: 0 of 40 blocks stay, 40 stream through 2 slots"),
+        ({"plan": PLAN}, STAY),
+        ({"plan": PLAN, "predicted": predicted(0.0, 1000.0)}, f"{STAY}, no stall expected"),
+        ({"plan": PLAN, "predicted": predicted(0.4, 1000.0)}, f"{STAY}, no stall expected"),
+        ({"plan": PLAN, "predicted": predicted(31.0, 1000.0)}, f"{STAY}, 3.1% stall expected"),
+        ({"plan": planned(18, free=FREE, over_ceiling=True)}, f"{STAY} (over the ceiling)"),
+        ({"plan": planned(18, free=FREE, slots=1)}, STAY.replace("2 slots", "1 slot")),
+        ({"plan": planned(0, free=FREE, slots=0)}, "11.2 GiB free: all 40 blocks stay"),
+        ({"plan": planned(40, free=FREE)}, "11.2 GiB free: 0 of 40 blocks stay, 40 stream through 2 slots"),
     ],
 )
-def test_a_plan_is_one_sentence(changes: dict[str, Any], said: str) -> None:
-    assert Progress(phase=Phase.ADOPTING, plan=replace(PLAN, **changes)).text == said
+def test_a_plan_is_one_sentence(shown: dict[str, Any], said: str) -> None:
+    assert Progress(phase=Phase.ADOPTING, **shown).text == said
 
 
 def test_adopting_tells_how_far_it_is_and_what_is_page_locked() -> None:
@@ -66,11 +64,11 @@ def test_adopting_tells_how_far_it_is_and_what_is_page_locked() -> None:
     ("progress", "said"),
     [
         (sampling(), "forward 7: 61.3 GB streamed, 0.4% stall, 11.9 GB/s"),
-        (sampling(run=RunFigures(forwards=2, streamed=17_500_000)), "forward 2: 17.5 MB streamed, being measured"),
-        (sampling(run=RunFigures(forwards=0, streamed=0)), "the first forward is under way"),
+        (sampling(run=ran(2, 17_500_000)), "forward 2: 17.5 MB streamed, being measured"),
+        (sampling(run=ran(0, 0)), "the first forward is under way"),
         (replace(sampling(), phase=Phase.DONE), "7 forwards: 61.3 GB streamed, 0.4% stall, 11.9 GB/s"),
         (
-            replace(sampling(run=RunFigures(forwards=1, streamed=10**9)), phase=Phase.DONE),
+            replace(sampling(run=ran(1, 10**9)), phase=Phase.DONE),
             "1 forward: 1.0 GB streamed",
         ),
     ],
@@ -80,14 +78,14 @@ def test_forwards_tell_what_they_streamed_and_waited_for(progress: Progress, sai
 
 
 def test_forwards_that_stream_nothing_have_no_stall_to_tell() -> None:
-    assert sampling(plan=replace(PLAN, swapped=0)).text.splitlines()[1] == "forward 7"
+    assert sampling(plan=planned(0, free=FREE)).text.splitlines()[1] == "forward 7"
 
 
 def test_why_nothing_is_swapped_is_all_the_text() -> None:
     assert (
         Progress(phase=Phase.OFF, why="the CPU computes from host memory").text == "the CPU computes from host memory"
     )
-    assert stopped().text == "the run ended before a forward was through"
+    assert stopped().text == "the run ended before its first forward finished"
 
 
 def test_it_is_plain_data_with_every_part_named() -> None:
@@ -107,7 +105,7 @@ class Watcher:
 
     def __init__(self, bench: Bench) -> None:
         self.told: list[Progress] = []
-        bench.run.teller.tell = self.told.append
+        bench.run.watcher = self.told.append
 
     def phases(self) -> list[Phase]:
         """Each once, as long as it lasted."""
@@ -172,7 +170,7 @@ def test_the_stall_is_told_once_it_was_measured_and_is_the_report_s() -> None:
     )
     assert done.run.stall_ms is not None
     assert done.run.stall_ms > 0
-    assert done.run.streamed == report.measured.onloaded_bytes
+    assert done.run.onloaded_bytes == report.measured.onloaded_bytes
 
 
 def test_a_plan_that_gives_way_is_told_again_and_forwards_count_on() -> None:
@@ -185,7 +183,7 @@ def test_a_plan_that_gives_way_is_told_again_and_forwards_count_on() -> None:
     last = watcher.told[-1]
     assert last.run is not None
     assert last.plan is not None
-    assert (last.run.forwards, last.plan.swapped) == (3, 6)
+    assert (last.run.forwards, last.plan.swapped_count) == (3, 6)
 
 
 def test_each_run_counts_from_its_own_begin() -> None:

@@ -83,7 +83,7 @@ def test_no_order_of_the_blocks_makes_the_session_adopt_again(order: Sequence[in
     adopted = []
     planner = fixed_plan(alternating(COUNT))
     simulation = Simulation()
-    with simulation.session(model, lambda profile: adopted.append(1) or planner(profile)) as session:
+    with simulation.session(model, lambda profile, held: adopted.append(1) or planner(profile)) as session:
         for _ in range(3):
             run(session, model, x_of(), order)
         assert len(adopted) == 1

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from wanvideo_enhanced_blockswap.blockswap import PinBudget
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
-from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
+from wanvideo_enhanced_blockswap.blockswap.engine.session import HeldMemory, SwapSession
 from wanvideo_enhanced_blockswap.blockswap.model.layout import ModelProfile, align
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedRegistrar, simulated_backend
@@ -59,10 +59,10 @@ def fixed_plan(
     tiers: Sequence[HostTier] | HostTier = HostTier.PINNED,
     streams: int = 1,
     overlap: bool = True,
-) -> Callable[[ModelProfile], SwapPlan]:
+) -> Callable[..., SwapPlan]:
     """A planner that decides just this, and promises the device memory that it takes."""
 
-    def planner(profile: ModelProfile) -> SwapPlan:
+    def planner(profile: ModelProfile, held: HeldMemory | None = None) -> SwapPlan:
         inside = [i for i, is_swapped in enumerate(swapped) if is_swapped]
         residents = [i for i, is_swapped in enumerate(swapped) if not is_swapped]
         used = min(slots, len(inside))
@@ -109,7 +109,7 @@ class Simulation:
         self.pin_budget = PinBudget(pin_bytes)
         self.backend: Backend = simulated_backend(self.streams, pin_budget=self.pin_budget, registrar=self.registrar)
 
-    def session(self, model: Model, planner: Callable[[ModelProfile], SwapPlan], **options: bool) -> SwapSession:
+    def session(self, model: Model, planner: Callable[..., SwapPlan], **options: bool) -> SwapSession:
         """A session of the model's blocks on this device."""
         return SwapSession(model.named, planner, self.backend, root=model, **options)
 

@@ -10,9 +10,9 @@ from torch import nn
 from wanvideo_enhanced_blockswap.blockswap import blocks_of
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
 from wanvideo_enhanced_blockswap.blockswap.model.layout import ModelProfile
-from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import plan_swap
-from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, PlanRequest, SwapPlan, Timing
-from wanvideo_enhanced_blockswap.commands.memory import card_budget
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import make_plan
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, SwapPlan, Timing
+from wanvideo_enhanced_blockswap.commands.memory import card_inputs
 from wanvideo_enhanced_blockswap.hardware import read_host_memory
 
 from .engine import NotOfferedError
@@ -115,7 +115,7 @@ class Ours:
             raise NotOfferedError(f"{device} has no streams: copies cannot overlap compute there")
         for module in rest_of(model):
             self._testbed.place(module)
-        self._session = SwapSession(blocks_of(model), lambda profile: self._plan(profile, swapped), backend)
+        self._session = SwapSession(blocks_of(model), lambda profile, held: self._plan(profile, swapped), backend)
         self._session.adopt()
         if self._session.refusals:
             raise NotOfferedError(f"no figure without page-locked memory: {self._session.refusals[0]}")
@@ -133,9 +133,9 @@ class Ours:
             self._session.close()
 
     def _plan(self, profile: ModelProfile, swapped: int) -> SwapPlan:
-        budget = card_budget(profile, NO_LIMIT, read_host_memory(), held_bytes=profile.block_bytes)
-        request = PlanRequest(blocks_to_swap=swapped, slots=self._slots, timing=Timing(streams=self._streams))
-        plan = plan_swap(profile, budget, request)
+        inputs = card_inputs(profile, NO_LIMIT, read_host_memory(), held_bytes=profile.block_bytes)
+        timing = Timing(streams=self._streams)
+        plan = make_plan(profile, replace(inputs, blocks_to_swap=swapped, slots=self._slots, timing=timing))
         chosen = _tail(len(plan.swapped), swapped) if self._tail else plan.swapped
         return replace(
             plan,

@@ -7,6 +7,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -29,8 +30,26 @@ from .transfer import Counters, Transfer
 
 logger = logging.getLogger(__name__)
 
-Planner = Callable[[ModelProfile], SwapPlan]
-"""Makes the plan at each adopt, from the profile of that moment."""
+
+@dataclass(frozen=True, slots=True)
+class HeldMemory:
+    """What a session holds at one moment, in bytes.
+
+    Attributes:
+        device_bytes: Device memory of residents, small tensors and window.
+        slab_bytes: Host memory that holds the streamed tensors of the swapped blocks.
+        staging_bytes: Host memory of the staging slabs.
+        pinned_bytes: Host memory that is page-locked.
+    """
+
+    device_bytes: int = 0
+    slab_bytes: int = 0
+    staging_bytes: int = 0
+    pinned_bytes: int = 0
+
+
+Planner = Callable[[ModelProfile, HeldMemory], SwapPlan]
+"""Makes the plan at each adopt, from the blocks of that moment and from what is held of them already."""
 
 
 class SwapSession:
@@ -51,6 +70,7 @@ class SwapSession:
         root: The whole model, for the bytes outside the blocks; held weakly. None if there is nothing else.
         traced: Numbers of the forwards, from 0 at each adopt and without those that ran no block, of which compute,
             stall and copies are recorded; of the others only how long they take. None records nothing.
+        listeners: Called during an adopt.
     """
 
     def __init__(
@@ -61,6 +81,7 @@ class SwapSession:
         *,
         root: nn.Module | None = None,
         traced: Container[int] | None = None,
+        listeners: Listeners | None = None,
     ) -> None:
         self._named = tuple(blocks)
         self._root = None if root is None else weakref.ref(root)
@@ -76,7 +97,7 @@ class SwapSession:
         self.log = ForwardLog(traced)
         self.counters = Counters()
         self.adoptions = 0
-        self.listeners = Listeners()
+        self.listeners = listeners or Listeners()
         self.checks = False
 
     def __enter__(self) -> SwapSession:
@@ -126,6 +147,11 @@ class SwapSession:
         return self._holds.pinned_bytes
 
     @property
+    def held(self) -> HeldMemory:
+        """What the session holds now."""
+        return HeldMemory(self.device_bytes, self.slab_bytes, self.staging_bytes, self.pinned_bytes)
+
+    @property
     def tiers(self) -> dict[int, HostTier]:
         """The tier that each swapped block's slab is in now; a refusal may have made it another than planned."""
         return {} if self._holds.store is None else {i: slab.tier for i, slab in self._holds.store.slabs.items()}
@@ -148,7 +174,7 @@ class SwapSession:
         """
         self._expect("adopt", SessionState.IDLE)
         model = profile_model(self._named, root=None if self._root is None else self._root())
-        plan = self._planner(model.profile)
+        plan = self._planner(model.profile, self.held)
         try:
             self._open(model, plan)
             self.plan = plan
@@ -195,12 +221,6 @@ class SwapSession:
         if not self._holds.swapper.is_unchanged(block):
             self._adopt_again()
         self._holds.swapper.enter(block)
-
-    def replan(self, planner: Planner) -> SwapPlan:
-        """Releases, and adopts with another planner; slabs that still hold true bytes are kept."""
-        self.release()
-        self._planner = planner
-        return self.adopt()
 
     @translate_device_errors("device memory was being given back")
     def release(self) -> None:

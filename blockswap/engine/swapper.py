@@ -27,8 +27,8 @@ from .transfer import Transfer
 OnMaster = Callable[[str, int, torch.Tensor], None]
 """Told the full name of a streamed tensor, the address its bytes had when they were found, and their master."""
 
-OnPlaced = Callable[[SwapPlan, int], None]
-"""Told the plan that is being followed, and how many blocks are in their place by now."""
+OnPlaced = Callable[[SwapPlan, int, int], None]
+"""Called with the plan that is followed, how many blocks are in their place by now, and how many bytes are locked."""
 
 
 @dataclass(slots=True)
@@ -219,7 +219,7 @@ class BlockSwapper:
 
     def _tell_placed(self, count: int) -> None:
         if self._listeners.on_placed is not None:
-            self._listeners.on_placed(self._plan, count)
+            self._listeners.on_placed(self._plan, count, self._store.pinned_bytes)
 
     def _fill_slab(self, block: int, streamed: Sequence[TensorEntry]) -> None:
         tier = self._plan.tiers[block]

@@ -126,6 +126,11 @@ class HostStore:
     _said: set[str] = field(default_factory=set)
     _locking: tuple[Slab, Locking] | None = None
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Page-locked bytes of the slabs."""
+        return sum(slab.pages.size for slab in self.slabs.values() if slab.pages.is_pinned)
+
     def put(self, block: int, tensors: Sequence[torch.Tensor], *, tier: HostTier) -> Slab:
         """The slab that holds the tensors of `block`, made or filled if need be, in `tier` or the best below it. It may
         still be being locked then, until `finish_locking`, which comes before the first copy.

@@ -7,143 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from ...hardware.records import DeviceMemory, DeviceSpec, HostMemory, LinkSpeed
-from ...hardware.tiers import Tuning, tune
+from ...hardware.tiers import tune
 from ...hardware.units import format_bytes
 from ..errors import PlanError
 from ..model.layout import ModelProfile
 from ..settings import SwapSettings
-from .budget import Activations, MemoryBudget, MemoryReadings, make_budget
+from .budget import MemoryBudget, make_budget
 from .schedule import ForwardTime, Ring, VirtualTime, spread, steady_time
-from .swap_plan import STAGING_SLABS, HostTier, PlanRequest, SwapPlan, Timing
-
-RAN_OUT = "since the device ran out of memory with a larger plan for this video size"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What is known of the machine and of earlier forwards when a plan is made.
-
-    Attributes:
-        spec: The device.
-        memory: Its memory now.
-        host: Host memory now.
-        link: The measured link; None if it is not measured.
-        compute_ms: Duration of each block, measured; None before that.
-        activations: What a forward of this shape takes above the weights; None if it is not known.
-        unused_cache_bytes: What torch has reserved on the device and does not use.
-        own_bytes: Our residents, window and small tensors that are on the device now.
-        reserve_bytes: What somebody has asked to be left free on the device.
-        host_held_bytes: Bytes of the blocks that are in host memory already, whoever holds them.
-        slab_bytes: The part of them that is in slabs of ours.
-        staging_bytes: Staging slabs of ours that are there.
-        originals_stay: Somebody else keeps the blocks' weights, so that slabs are copies.
-        locked_elsewhere_bytes: Host memory that other models have page-locked.
-        pin_limit_bytes: What all models may page-lock together; None leaves it to the host's figure.
-        may_pin: Page-locking is not forbidden from outside.
-        may_overlap: The device has streams, and using them is not forbidden from outside.
-        must_swap_all: No block may stay on the device.
-        most_slots: Memory ran out with more slots than these; None if it did not.
-    """
-
-    spec: DeviceSpec
-    memory: DeviceMemory
-    host: HostMemory
-    link: LinkSpeed | None = None
-    compute_ms: tuple[float, ...] | None = None
-    activations: Activations | None = None
-    unused_cache_bytes: int = 0
-    own_bytes: int = 0
-    reserve_bytes: int = 0
-    host_held_bytes: int = 0
-    slab_bytes: int = 0
-    staging_bytes: int = 0
-    originals_stay: bool = False
-    locked_elsewhere_bytes: int = 0
-    pin_limit_bytes: int | None = None
-    may_pin: bool = True
-    may_overlap: bool = True
-    must_swap_all: bool = False
-    most_slots: int | None = None
-
-
-def make_plan(profile: ModelProfile, settings: SwapSettings, facts: Facts) -> SwapPlan:
-    """The plan that `settings` ask for under these facts.
-
-    Args:
-        profile: The blocks and their bytes.
-        settings: What the user asked for. Automatic tuning takes count, streams and ratio from the facts.
-        facts: What is known.
-
-    Raises:
-        PlanError: Not even the smallest window fits the device, or the host cannot hold the blocks.
-    """
-    tuning = tune(facts.spec, facts.host, facts.link, vram_threshold_percent=settings.vram_threshold_percent)
-    plan = plan_swap(profile, budget_for(settings, facts, tuning), _request(profile, settings, facts, tuning))
-    further = [f"free device memory is an estimate: {facts.memory.source}"] if facts.memory.is_estimate else []
-    chosen = tuning.reasons if settings.auto_hardware_tuning and plan.swapped_count else ()
-    return replace(plan, reasons=(*plan.reasons, *chosen, *further), tuning=chosen)
-
-
-def budget_for(settings: SwapSettings, facts: Facts, tuning: Tuning) -> MemoryBudget:
-    """What a plan may spend."""
-    pins = facts.host.pin_budget_bytes
-    if facts.pin_limit_bytes is not None:
-        pins = min(pins, facts.pin_limit_bytes)
-    readings = MemoryReadings(
-        device_total_bytes=facts.memory.total_bytes,
-        device_free_bytes=facts.memory.free_bytes,
-        unused_cache_bytes=facts.unused_cache_bytes,
-        own_bytes=facts.own_bytes,
-        reserve_bytes=facts.reserve_bytes,
-        host_available_bytes=facts.host.available_bytes,
-        pin_budget_bytes=max(0, pins - facts.locked_elsewhere_bytes),
-        host_held_bytes=facts.host_held_bytes,
-        slab_bytes=facts.slab_bytes,
-        staging_bytes=facts.staging_bytes,
-        originals_stay=facts.originals_stay,
-        is_unified=bool(facts.spec.is_integrated),
-    )
-    ratio = tuning.bandwidth_target if settings.auto_hardware_tuning else settings.bandwidth_target
-    return make_budget(
-        readings,
-        vram_threshold_percent=settings.vram_threshold_percent,
-        bandwidth_target=ratio,
-        activations=facts.activations,
-    )
-
-
-def _request(profile: ModelProfile, settings: SwapSettings, facts: Facts, tuning: Tuning) -> PlanRequest:
-    is_auto = settings.auto_hardware_tuning
-    counts = (None, 0) if is_auto else (settings.blocks_to_swap, settings.vace_blocks_to_swap)
-    if facts.must_swap_all or facts.most_slots is not None:
-        counts = block_counts(profile)
-    overlap = settings.enable_cuda_optimization and facts.may_overlap
-    return PlanRequest(
-        blocks_to_swap=counts[0],
-        why="as asked" if facts.most_slots is None else RAN_OUT,
-        vace_blocks_to_swap=counts[1],
-        overlap=overlap,
-        slots=facts.most_slots if overlap or facts.most_slots is None else 1,
-        # By hand, only what the user says decides; what is known to do harm is part of the automatic choice.
-        pin=settings.enable_dram_optimization and facts.may_pin and (tuning.pin or not is_auto),
-        timing=timing_for(facts, streams=tuning.streams if is_auto else settings.num_cuda_streams),
-    )
-
-
-def timing_for(facts: Facts, *, streams: int) -> Timing:
-    """Speeds at this number of streams, and durations."""
-    link = facts.link
-    pinned = None
-    if link is not None and link.pinned:
-        pinned = link.best(max_streams=streams)[1]
-    return Timing(
-        compute_ms=facts.compute_ms,
-        pinned_bytes_per_s=pinned,
-        pageable_bytes_per_s=None if link is None else link.pageable,
-        host_copy_bytes_per_s=None if link is None else link.host_copy,
-        streams=streams,
-    )
-
+from .swap_plan import STAGING_SLABS, HostTier, PlanInputs, SwapPlan, Timing
 
 SLOT_CHOICES = (2, 3)
 """With two slots an even spread of equal blocks is within 1.10 of max(compute, transfer), with three at it; a fourth
@@ -159,31 +30,129 @@ Choice: TypeAlias = "tuple[tuple[bool, ...], int]"
 
 UNIFIED = "device and host share one memory: swapping frees nothing, so it is off"
 
+RAN_OUT = "since the device ran out of memory with a larger plan for this video size"
 
-def plan_swap(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest) -> SwapPlan:
-    """The plan for one transformer on one device.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What is set from outside of the settings, by ComfyUI's flags or by what the device cannot do.
+
+    Attributes:
+        pin: Host memory may be page-locked.
+        overlap: Copies may have streams of their own.
+        must_swap_all: No block may stay on the device.
+        reserve_bytes: Device memory to be left free beside our own reserve.
+        originals_stay: Somebody else keeps the blocks' weights in host memory, so that slabs are copies.
+    """
+
+    pin: bool = True
+    overlap: bool = True
+    must_swap_all: bool = False
+    reserve_bytes: int = 0
+    originals_stay: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readings:
+    """A machine at one moment.
+
+    Attributes:
+        spec: The device.
+        memory: Its memory.
+        host: Host memory.
+        link: The measured link; None if it is not measured.
+        unused_cache_bytes: What torch has reserved on the device and does not use.
+    """
+
+    spec: DeviceSpec
+    memory: DeviceMemory
+    host: HostMemory
+    link: LinkSpeed | None = None
+    unused_cache_bytes: int = 0
+
+
+def plan_inputs(
+    profile: ModelProfile, settings: SwapSettings, readings: Readings, limits: Limits | None = None
+) -> PlanInputs:
+    """The inputs of a plan for a model of which nothing is placed and nothing was measured; callers replace the rest.
 
     Args:
         profile: The blocks and their bytes.
-        budget: What may be spent.
-        request: What is asked, and what is known about speeds.
+        settings: What the user asked for. With automatic tuning count, streams and ratio follow from the readings.
+        readings: The machine.
+        limits: What is set from outside of the settings; None sets nothing.
+    """
+    limits, is_auto = limits or Limits(), settings.auto_hardware_tuning
+    memory, host = readings.memory, readings.host
+    percent = settings.vram_threshold_percent
+    tuning = tune(readings.spec, host, readings.link, vram_threshold_percent=percent)
+    overlap = settings.enable_cuda_optimization and limits.overlap
+    inputs = PlanInputs(
+        device_total_bytes=memory.total_bytes,
+        device_free_bytes=memory.free_bytes,
+        unused_cache_bytes=readings.unused_cache_bytes,
+        reserve_bytes=limits.reserve_bytes,
+        is_unified=bool(readings.spec.is_integrated),
+        host_available_bytes=host.available_bytes,
+        pin_budget_bytes=host.pin_budget_bytes,
+        originals_stay=limits.originals_stay,
+        vram_threshold_percent=percent,
+        bandwidth_target=tuning.bandwidth_target if is_auto else settings.bandwidth_target,
+        blocks_to_swap=None if is_auto else settings.blocks_to_swap,
+        vace_blocks_to_swap=0 if is_auto else settings.vace_blocks_to_swap,
+        slots=None if overlap else 1,
+        overlap=overlap,
+        # By hand, only what the user says decides; what is known to do harm is part of the automatic choice.
+        pin=settings.enable_dram_optimization and limits.pin and (tuning.pin or not is_auto),
+        timing=timing_of(readings.link, streams=tuning.streams if is_auto else settings.num_cuda_streams),
+        tuning=tuning.reasons if is_auto else (),
+        notes=(f"free device memory is an estimate: {memory.source}",) if memory.is_estimate else (),
+    )
+    return swapping_all(inputs, profile) if limits.must_swap_all else inputs
+
+
+def swapping_all(inputs: PlanInputs, profile: ModelProfile) -> PlanInputs:
+    """The same with every block to be swapped."""
+    main, vace = block_counts(profile)
+    return replace(inputs, blocks_to_swap=main, vace_blocks_to_swap=vace)
+
+
+def timing_of(link: LinkSpeed | None, *, streams: int, compute_ms: tuple[float, ...] | None = None) -> Timing:
+    """What a measured link makes of this number of streams, beside the blocks' durations; None is unknown."""
+    return Timing(
+        compute_ms=compute_ms,
+        pinned_bytes_per_s=link.best(max_streams=streams)[1] if link is not None and link.pinned else None,
+        pageable_bytes_per_s=None if link is None else link.pageable,
+        host_copy_bytes_per_s=None if link is None else link.host_copy,
+        streams=streams,
+    )
+
+
+def make_plan(profile: ModelProfile, inputs: PlanInputs) -> SwapPlan:
+    """The plan for one transformer on one device.
+
+    Raises:
+        PlanError: Not even the smallest window fits the device, or the host cannot hold the blocks.
+    """
+    return plan_within(profile, make_budget(inputs), inputs)
+
+
+def plan_within(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs) -> SwapPlan:
+    """The same within a budget that is worked out already.
 
     Raises:
         PlanError: Not even the smallest window fits the device, or the host cannot hold the blocks.
     """
     if not profile.blocks:
-        raise PlanError("a plan expects a model with blocks but got one with none; nothing can be swapped")
-    swapped, reasons = _residency(profile, budget, request)
-    slots = _slots(profile, budget, request, swapped)
-    if request.blocks_to_swap is None and sum(swapped):
-        swapped, slots, reason = _auto(profile, budget, request)
-        reasons.append(reason)
-    plan = _complete(profile, budget, request, swapped, slots)
+        raise PlanError("the model has no blocks: nothing can be swapped")
+    (swapped, slots), chosen = _choose(profile, budget, inputs)
+    plan = _complete(profile, budget, inputs, swapped, slots)
     _refuse_what_cannot_be(profile, budget, plan)
+    unfit = [_does_not_fit(plan)] if plan.fits is False else []
     terms = [budget.reason] if budget.reason else []
-    if plan.fits is False:
-        reasons.insert(0, _does_not_fit(plan))
-    return replace(plan, reasons=(*reasons, *terms, *plan.reasons))
+    tuning = inputs.tuning if plan.swapped_count else ()
+    reasons = (*unfit, *chosen, *terms, *plan.reasons, *tuning, *inputs.notes)
+    return replace(plan, reasons=reasons, tuning=tuning)
 
 
 def _does_not_fit(plan: SwapPlan) -> str:
@@ -207,77 +176,83 @@ def block_counts(profile: ModelProfile) -> tuple[int, int]:
     return len(profile.blocks) - vace, vace
 
 
-def _residency(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest) -> tuple[tuple[bool, ...], list[str]]:
-    """Manual: the counts asked for, spread. Automatic: none if all fits or if card and host share one memory, else all
-    (`_auto` then looks for fewer).
-    """
+def _choose(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs) -> tuple[Choice, list[str]]:
+    """Which blocks are swapped, through how many slots, and why: by count, or as few as fit the budget."""
+    count = len(profile.blocks)
+    if inputs.blocks_to_swap is not None:
+        swapped, reasons = _by_count(profile, inputs)
+        return (swapped, _slots_by_count(profile, budget, inputs, swapped)), reasons
+    if budget.is_unified:
+        return ((False,) * count, 0), [UNIFIED]
+    everything = weight_bytes(profile, (False,) * count, 0)
+    if everything <= budget.weight_bytes:
+        taken = f"{format_bytes(everything)} of {format_bytes(budget.weight_bytes)}"
+        return ((False,) * count, 0), [f"all {count} blocks fit: {taken}"]
+    choice, why = _fewest_that_fit(profile, budget, inputs)
+    return choice, [why]
+
+
+def _by_count(profile: ModelProfile, inputs: PlanInputs) -> tuple[tuple[bool, ...], list[str]]:
+    """The counts asked for, spread."""
     main, vace = block_counts(profile)
-    if request.blocks_to_swap is None:
-        everything = weight_bytes(profile, (False,) * len(profile.blocks), 0)
-        if budget.is_unified:
-            return (False,) * len(profile.blocks), [UNIFIED]
-        if everything <= budget.weight_bytes:
-            taken = f"{format_bytes(everything)} of {format_bytes(budget.weight_bytes)}"
-            fits = f"all {len(profile.blocks)} blocks fit: {taken}"
-            return (False,) * len(profile.blocks), [fits]
-        return (True,) * len(profile.blocks), []
-    reasons = []
-    for name, asked, count in (
-        ("blocks_to_swap", request.blocks_to_swap, main),
-        ("vace_blocks_to_swap", request.vace_blocks_to_swap, vace),
-    ):
-        if asked > count:
-            reasons.append(f"{name} is cut from {asked} to {count}, the number of blocks the model has")
-    counts = min(request.vace_blocks_to_swap, vace), min(request.blocks_to_swap, main)
-    reasons.append(f"{sum(counts)} of {len(profile.blocks)} blocks are swapped, {request.why}")
-    return (spread(vace, counts[0]) if vace else ()) + (spread(main, counts[1]) if main else ()), reasons
+    asked = (
+        ("blocks_to_swap", inputs.blocks_to_swap or 0, main),
+        ("vace_blocks_to_swap", inputs.vace_blocks_to_swap, vace),
+    )
+    reasons = [
+        f"{name} is cut from {wanted} to {count}, the number of blocks the model has"
+        for name, wanted, count in asked
+        if wanted > count
+    ]
+    mains, vaces = (min(wanted, count) for _, wanted, count in asked)
+    reasons.append(f"{mains + vaces} of {len(profile.blocks)} blocks are swapped, {inputs.why}")
+    return (spread(vace, vaces) if vace else ()) + (spread(main, mains) if main else ()), reasons
 
 
-def _slots(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest, swapped: tuple[bool, ...]) -> int:
+def _slots_by_count(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, swapped: tuple[bool, ...]) -> int:
     """Two slots, or three where the model of time says they pay, the budget holds them, and not every block is asked
-    for: who swaps all wants the least memory that swapping can do with.
+    for: a user who swaps all wants the least memory that swapping can do with.
     """
     count = sum(swapped)
-    if request.slots is not None:
-        return min(request.slots, count)
-    if not request.overlap:
+    if inputs.slots is not None:
+        return min(inputs.slots, count)
+    if not inputs.overlap:
         return min(1, count)
     fewest, most = SLOT_CHOICES
-    asks_for_all = request.blocks_to_swap is not None and request.blocks_to_swap >= block_counts(profile)[0]
+    asks_for_all = (inputs.blocks_to_swap or 0) >= block_counts(profile)[0]
     if asks_for_all or count <= fewest or weight_bytes(profile, swapped, most) > budget.weight_bytes:
         return min(fewest, count)
-    return most if _saving(profile, budget, request, (swapped, fewest), (swapped, most)) else fewest
+    return most if _saving(profile, budget, inputs, (swapped, fewest), (swapped, most)) else fewest
 
 
-def _saving(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest, choice: Choice, other: Choice) -> float:
+def _saving(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, choice: Choice, other: Choice) -> float:
     """Part of a forward that `other` saves against `choice`; 0 where it is unknown or within the model's error."""
     times = []
     for swapped, slots in (choice, other):
-        tiers, _, _ = _tiers(profile, budget, request, swapped)
-        times.append(predict(profile, swapped, slots, tiers, request.timing))
+        tiers, _, _ = _tiers(profile, budget, inputs, swapped)
+        times.append(predict(profile, swapped, slots, tiers, inputs.timing))
     if times[0] is None or times[1] is None or times[1].elapsed >= (1 - WORTH_A_SLOT) * times[0].elapsed:
         return 0.0
     return 1 - times[1].elapsed / times[0].elapsed
 
 
-def _auto(profile: ModelProfile, budget: MemoryBudget, request: PlanRequest) -> tuple[tuple[bool, ...], int, str]:
+def _fewest_that_fit(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs) -> tuple[Choice, str]:
     """The fewest swapped blocks that fit the weight budget, with the number of slots that is faster for that memory."""
     count, target = len(profile.blocks), format_bytes(budget.weight_bytes)
-    slots = request.slots or (SLOT_CHOICES[0] if request.overlap else 1)
+    slots = inputs.slots or (SLOT_CHOICES[0] if inputs.overlap else 1)
     fewest = _fewest(profile, budget.weight_bytes, slots)
     if fewest is None:
         everything = (True,) * count
         need = format_bytes(weight_bytes(profile, everything, slots))
         why = f"even with all {count} blocks swapped the weights take {need} of {target}"
-        return everything, min(slots, count), why
+        return (everything, min(slots, count)), why
     best, why = (spread(count, fewest), slots), "blocks are swapped, the fewest that fit"
-    other = _with_another_slot(profile, budget, best) if request.slots is None and request.overlap else None
-    gain = 0.0 if other is None else _saving(profile, budget, request, best, other)
+    other = _with_another_slot(profile, budget, best) if inputs.slots is None and inputs.overlap else None
+    gain = 0.0 if other is None else _saving(profile, budget, inputs, best, other)
     best = other if other is not None and gain else best
     if sum(best[0]) > fewest:
         why = f"blocks are swapped, 1 more than the {fewest} that fit, since a third slot saves {gain:.1%} of a forward"
-    need = format_bytes(weight_bytes(profile, *best))
-    return *best, f"{sum(best[0])} of {count} {why}: {need} of {target}"
+    return best, f"{sum(best[0])} of {count} {why}: {format_bytes(weight_bytes(profile, *best))} of {target}"
 
 
 def _fewest(profile: ModelProfile, weights: int, slots: int) -> int | None:
@@ -314,7 +289,7 @@ def predict(
         return None
     if len(timing.compute_ms) != len(swapped):
         raise PlanError(
-            f"compute_ms expects a duration for each of {len(swapped)} blocks but got {len(timing.compute_ms)}"
+            f"compute_ms: expected a duration for each of {len(swapped)} blocks, got {len(timing.compute_ms)}"
         )
     transfer = [0.0] * len(swapped)
     for i, tier in enumerate(tiers):
@@ -330,16 +305,16 @@ def predict(
 
 
 def _tiers(
-    profile: ModelProfile, budget: MemoryBudget, request: PlanRequest, swapped: Sequence[bool]
+    profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, swapped: Sequence[bool]
 ) -> tuple[tuple[HostTier | None, ...], int, list[str]]:
     """Host tier of each block, bytes of the staging slabs, and the reasons where not all is pinned."""
     inside = [i for i, is_swapped in enumerate(swapped) if is_swapped]
     sizes = {i: profile.blocks[i].slab_host_bytes for i in inside}
     pageable = tuple(HostTier.PAGEABLE if s else None for s in swapped)
-    if not request.pin or not request.overlap:
+    if not inputs.pin or not inputs.overlap:
         why = (
             "page-locked memory is switched off, or not to be had here"
-            if not request.pin
+            if not inputs.pin
             else "copies on the compute stream need no pins"
         )
         return pageable, 0, [why] if inside else []
@@ -370,9 +345,9 @@ def _rest(tier: HostTier, count: int, of: int) -> str:
 
 
 def _complete(
-    profile: ModelProfile, budget: MemoryBudget, request: PlanRequest, swapped: tuple[bool, ...], slots: int
+    profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, swapped: tuple[bool, ...], slots: int
 ) -> SwapPlan:
-    tiers, staging_bytes, reasons = _tiers(profile, budget, request, swapped)
+    tiers, staging_bytes, reasons = _tiers(profile, budget, inputs, swapped)
     inside = [i for i, is_swapped in enumerate(swapped) if is_swapped]
     pinned = sum(profile.blocks[i].slab_host_bytes for i in inside if tiers[i] is HostTier.PINNED)
     device_bytes = weight_bytes(profile, swapped, slots)
@@ -388,8 +363,8 @@ def _complete(
         swapped=swapped,
         slots=slots,
         slot_bytes=profile.slot_bytes(inside),
-        streams=request.timing.streams if request.overlap else 1,
-        overlap=request.overlap,
+        streams=inputs.timing.streams if inputs.overlap else 1,
+        overlap=inputs.overlap,
         tiers=tiers,
         device_bytes=device_bytes,
         budget_bytes=budget.weight_bytes,
@@ -399,7 +374,7 @@ def _complete(
         pinned_bytes=pinned + staging_bytes,
         staging_bytes=staging_bytes,
         streamed_bytes=sum(profile.blocks[i].slab_bytes for i in inside) if slots < len(inside) else 0,
-        predicted=predict(profile, swapped, slots, tiers, request.timing),
+        predicted=predict(profile, swapped, slots, tiers, inputs.timing),
         over_ceiling=device_bytes > budget.weight_bytes,
         reasons=tuple(reasons),
     )
@@ -410,18 +385,18 @@ def _refuse_what_cannot_be(profile: ModelProfile, budget: MemoryBudget, plan: Sw
         can_be_less = not (all(plan.swapped) or budget.is_unified)
         advice = "swap more blocks or leave that to auto_hardware_tuning, " if can_be_less else ""
         raise PlanError(
-            f"the block weights expect {format_bytes(plan.device_bytes)} of device memory "
+            f"not enough VRAM: {format_bytes(plan.device_bytes)} needed for block weights "
             f"({f'{plan.slots} slots of {format_bytes(plan.slot_bytes)}, ' if plan.slots else ''}"
             f"{len(plan.swapped) - plan.swapped_count} resident blocks, "
-            f"{format_bytes(profile.small_device_bytes)} of small tensors) but got "
-            f"{format_bytes(budget.limit_bytes)} that are not in use; "
+            f"{format_bytes(profile.small_device_bytes)} of small tensors), "
+            f"{format_bytes(budget.limit_bytes)} not in use by other data; "
             f"{advice}close other programs, or take "
             "a smaller or quantised model"
         )
     need = budget.host_need(profile.block_bytes, slab_bytes=plan.slab_bytes, staging_bytes=plan.staging_bytes)
     if need > budget.host_bytes:
         raise PlanError(
-            f"the host expects {format_bytes(need)} more for {len(plan.swapped)} blocks but got "
+            f"not enough RAM: {format_bytes(need)} more needed for {len(plan.swapped)} blocks, "
             f"{format_bytes(budget.host_bytes)} usable (80 % of what is available); close other programs, "
             "take a quantised model, or add RAM"
         )

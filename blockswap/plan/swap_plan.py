@@ -1,4 +1,4 @@
-"""What a plan is asked and what it says: HostTier, Timing, PlanRequest, SwapPlan; pure."""
+"""What a plan is made from and what it says: PlanInputs and SwapPlan, with HostTier and Timing; pure."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class Timing:
         for name in ("pinned_bytes_per_s", "pageable_bytes_per_s", "host_copy_bytes_per_s"):
             speed = getattr(self, name)
             if speed is not None and not speed > 0:
-                raise SettingsError(f"{name} expects more than 0 bytes per second, or None, but got {speed}")
+                raise SettingsError(f"{name}: expected more than 0 bytes per second, or None, got {speed}")
         if self.compute_ms is not None and not all(ms >= 0 for ms in self.compute_ms):
-            raise SettingsError(f"compute_ms expects durations of 0 or more but got {min(self.compute_ms)}")
+            raise SettingsError(f"compute_ms: expected durations of 0 or more, got {min(self.compute_ms)}")
 
     def bytes_per_s(self, tier: HostTier) -> float | None:
         """Bandwidth of one host tier, or None if what it depends on is unknown."""
@@ -61,32 +61,94 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanRequest:
-    """What is asked of a plan.
+class Activations:
+    """Device memory that a forward takes above the weights.
 
     Attributes:
-        blocks_to_swap: Blocks to swap among the main blocks; None lets the budget decide.
-        why: Why so many, if they are given.
-        vace_blocks_to_swap: The same among the VACE blocks; read only when `blocks_to_swap` is given.
-        overlap: Copies have streams of their own; without, one slot suffices, since nothing can run ahead.
-        pin: Streamed weights may be page-locked.
-        slots: Number of slots; None lets the virtual-time model decide.
-        timing: What is known about speeds.
+        nbytes: The peak.
+        is_measured: Seen in a forward of this shape; otherwise worked out from the shape.
     """
 
+    nbytes: int
+    is_measured: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanInputs:
+    """Everything that a plan is made from, at one moment: what is asked, what was read, what is known. Bytes are ints.
+
+    Attributes:
+        device_total_bytes: The card's memory.
+        device_free_bytes: Free on the card, counting all processes.
+        unused_cache_bytes: What torch has reserved on the card and does not use.
+        own_bytes: Our residents, window and small tensors that are on the card now.
+        reserve_bytes: What somebody has asked to be left free beside our own reserve.
+        is_unified: The card's memory is the host's.
+        host_available_bytes: Host memory that can be had, within the cgroup's limit.
+        pin_budget_bytes: Host memory that may be page-locked by all models together, less what others have locked.
+        host_held_bytes: Bytes of the blocks that are in host memory already, whoever holds them.
+        slab_bytes: The part of them that is in slabs of ours.
+        staging_bytes: Staging slabs of ours that are there, beside the blocks' bytes.
+        originals_stay: Somebody else keeps the blocks' weights, so that slabs are copies and not the only ones.
+        vram_threshold_percent: Ceiling on VRAM use once the weights are placed, in percent of the card.
+        bandwidth_target: Share of the available VRAM that weights may fill, 0 to 1.
+        blocks_to_swap: Blocks to swap among the main blocks; None lets the budget decide.
+        vace_blocks_to_swap: The same among the VACE blocks; read only when `blocks_to_swap` is given.
+        why: Why so many, if they are given.
+        slots: Number of slots; None lets the virtual-time model decide.
+        overlap: Copies have streams of their own; without, one slot suffices, since nothing can run ahead.
+        pin: Streamed weights may be page-locked.
+        timing: What is known about speeds.
+        activations: What a forward takes above the weights; None if it is not known.
+        tuning: Which automatic choices were made and why, as sentences; empty if the user made them.
+        notes: What else the user must know of these inputs, as sentences.
+    """
+
+    device_total_bytes: int
+    device_free_bytes: int
+    unused_cache_bytes: int = 0
+    own_bytes: int = 0
+    reserve_bytes: int = 0
+    is_unified: bool = False
+    host_available_bytes: int
+    pin_budget_bytes: int
+    host_held_bytes: int = 0
+    slab_bytes: int = 0
+    staging_bytes: int = 0
+    originals_stay: bool = False
+    vram_threshold_percent: float = 50.0
+    bandwidth_target: float = 0.8
     blocks_to_swap: int | None = None
-    why: str = "as asked"
     vace_blocks_to_swap: int = 0
+    why: str = "as asked"
+    slots: int | None = None
     overlap: bool = True
     pin: bool = True
-    slots: int | None = None
     timing: Timing = field(default_factory=Timing)
+    activations: Activations | None = None
+    tuning: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in READINGS:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected bytes, 0 or more, got {getattr(self, name)}")
+        if self.device_free_bytes > self.device_total_bytes:
+            raise ValueError(
+                f"device_free_bytes: expected at most the total of {self.device_total_bytes}, "
+                f"got {self.device_free_bytes}"
+            )
         for name, lowest in (("blocks_to_swap", 0), ("vace_blocks_to_swap", 0), ("slots", 1)):
             count = getattr(self, name)
             if count is not None and (not isinstance(count, int) or count < lowest):
-                raise SettingsError(f"{name} expects a whole number from {lowest} but got {count!r}")
+                raise SettingsError(f"{name}: expected a whole number from {lowest}, got {count!r}")
+
+
+READINGS = (
+    *("device_total_bytes", "device_free_bytes", "unused_cache_bytes", "own_bytes", "reserve_bytes"),
+    *("host_available_bytes", "pin_budget_bytes", "host_held_bytes", "slab_bytes", "staging_bytes"),
+)
+"""Fields of PlanInputs that were read, in bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..plan.budget import Activations
+from ..plan.swap_plan import Activations
 
 FEWER_SLOTS = (2, 1)
 """Slots with everything swapped, after a first and a second refusal: a plan cannot be smaller than the last."""
@@ -60,7 +60,7 @@ class WorkloadHistory:
         """What forwards of this workload have shown; to be added to."""
         return self._seen.setdefault(workload, WorkloadStats())
 
-    def begin(self, workload: Workload | None) -> bool:
+    def start(self, workload: Workload | None) -> bool:
         """A forward with this workload comes next; whether the run has had none like it."""
         is_new = workload not in self._in_this_run
         self._in_this_run.add(workload)

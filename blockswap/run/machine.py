@@ -22,6 +22,7 @@ from ...hardware import (
     read_host_memory,
 )
 from ..errors import PlanError
+from ..plan.make_plan import Readings
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Machine(Protocol):
         """What the device is."""
 
     def memory(self) -> DeviceMemory:
-        """Its memory now, whoever uses it."""
+        """Total and free memory now, counting all processes."""
 
     def unused_cache_bytes(self) -> int:
         """What torch has reserved there and does not use."""
@@ -51,12 +52,8 @@ class Machine(Protocol):
     def host(self) -> HostMemory:
         """Host memory now."""
 
-    def link(self, *, again: bool = False) -> LinkSpeed | None:
-        """The measured link; None where it cannot be measured.
-
-        Args:
-            again: Measures even if a figure is kept.
-        """
+    def link(self) -> LinkSpeed | None:
+        """The measured link; None where it cannot be measured."""
 
 
 class TorchMachine:
@@ -82,8 +79,8 @@ class TorchMachine:
         memory = read_device_memory(self._device)
         if memory is None:
             raise HardwareUnavailableError(
-                f"block swapping expects a device with memory of its own but {self._device} ({self.spec.name}) tells "
-                "of none; run the model without swapping there"
+                f"{self._device} ({self.spec.name}) has no memory of its own: swapping frees nothing there; run the "
+                "model without it"
             )
         return memory
 
@@ -107,9 +104,9 @@ class TorchMachine:
     def host(self) -> HostMemory:
         return read_host_memory()
 
-    def link(self, *, again: bool = False) -> LinkSpeed | None:
-        if self._link is None or again:
-            self._link = measure_link(self._device, cache_dir=self._cache_dir, again=again)
+    def link(self) -> LinkSpeed | None:
+        if self._link is None:
+            self._link = measure_link(self._device, cache_dir=self._cache_dir)
         return self._link
 
 
@@ -118,7 +115,7 @@ T = TypeVar("T")
 
 class LastKnownReadings:
     """A machine for a run that is under way: a reading that fails is the one before, or unknown, with one warning of
-    each kind. Only a plan that has never had a reading of memory fails for want of it.
+    each kind. Planning fails only if memory has never been read.
 
     Args:
         inner: Where readings come from.
@@ -128,7 +125,7 @@ class LastKnownReadings:
         self._inner = inner
         self._memory: DeviceMemory | None = None
         self._host: HostMemory | None = None
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     @property
     def spec(self) -> DeviceSpec:
@@ -169,9 +166,23 @@ class LastKnownReadings:
         """Whether the peak counts from here."""
         return bool(self._ask("the peak of device memory", self._inner.reset_peak))
 
-    def link(self, *, again: bool = False) -> LinkSpeed | None:
+    def link(self) -> LinkSpeed | None:
         """The measured link; None where it cannot be measured."""
-        return self._ask("the speed of the link", lambda: self._inner.link(again=again))
+        return self._ask("the speed of the link", self._inner.link)
+
+    def read(self, link: LinkSpeed | None) -> Readings:
+        """All that a plan is made from, read now or last, beside the link as it is known.
+
+        Raises:
+            PlanError: Device or host memory has never been read.
+        """
+        return Readings(
+            spec=self.spec,
+            memory=self.memory(),
+            host=self.host(),
+            link=link,
+            unused_cache_bytes=self.unused_cache_bytes(),
+        )
 
     def _known(self, what: str, read: Callable[[], T], before: T | None) -> T:
         found = self._ask(what, read)
@@ -179,14 +190,14 @@ class LastKnownReadings:
             return found
         if before is not None:
             return before
-        raise PlanError(f"a plan expects a reading of {what} but it failed; see the warning before this")
+        raise PlanError(f"{what} has never been read, so that nothing can be planned; see the warning above")
 
     def _ask(self, what: str, read: Callable[[], T]) -> T | None:
         try:
             return read()
         except READING_FAILURES as failure:
-            if what not in self._said:
-                self._said.add(what)
+            if what not in self._warned:
+                self._warned.add(what)
                 logger.warning("%s cannot be read: %s; what was known before is used", what, failure)
             return None
 
@@ -204,8 +215,8 @@ class PeakMeter:
         self._before: int | None = None
         self._peak: int | None = None
 
-    def begin(self, *, anew: bool) -> None:
-        """A forward begins.
+    def start(self, *, anew: bool) -> None:
+        """A forward starts.
 
         Args:
             anew: The peak counts from here, if the device lets it.

@@ -3,145 +3,129 @@
 from __future__ import annotations
 
 import logging
-import weakref
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import replace
 
-from ...hardware import DeviceMemory, HostMemory, LinkSpeed, contradicts, tier_for, tune
+from ...hardware import LinkSpeed, contradicts, tier_for
 from ...hardware.pinning import PinBudget
-from ..device.backend import Backend
-from ..engine.session import SwapSession
+from ..engine.session import HeldMemory
 from ..model.layout import ModelProfile
-from ..plan.budget import Activations, MemoryBudget
-from ..plan.make_plan import Facts, budget_for, make_plan, predict, timing_for
+from ..plan.budget import make_budget
+from ..plan.make_plan import RAN_OUT, Limits, Readings, make_plan, plan_inputs, predict, swapping_all, timing_of
 from ..plan.schedule import ForwardTime
-from ..plan.swap_plan import SwapPlan
+from ..plan.swap_plan import Activations, PlanInputs, SwapPlan
 from ..settings import SwapSettings
 from .history import Workload, WorkloadHistory
 from .machine import LastKnownReadings
-from .replan import Observation
+from .replan import OVER_BUDGET, Observation
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What is set from outside of the settings.
-
-    Attributes:
-        may_pin: Host memory may be page-locked.
-        may_overlap: Copies may have streams of their own.
-        reserve_bytes: Device memory to be left free beside our own reserve.
-        originals_stay: Somebody else keeps the blocks' weights in host memory, so that slabs are copies.
-        must_swap_all: No block may stay on the device.
-    """
-
-    may_pin: bool = True
-    may_overlap: bool = True
-    must_swap_all: bool = False
-    reserve_bytes: int = 0
-    originals_stay: bool = False
-
-    def within(self, backend: Backend) -> Limits:
-        """These, and what the device itself cannot do."""
-        return replace(
-            self,
-            may_overlap=self.may_overlap and backend.has_streams,
-            may_pin=self.may_pin and backend.registrar is not None,
-        )
-
-
-class LinkDoubt(Enum):
-    """Whether a run has contradicted the measured link."""
-
-    NONE = "none"
-    """Until a run does."""
-    OPEN = "open"
-    """From then on until the run is over."""
-    DUE = "due"
-    """From then on until the link has been measured again."""
-    SETTLED = "settled"
-    """From then on: a difference that stays comes from the run itself, whose compute reads memory too."""
-
-
-@dataclass(slots=True)
 class Planner:
     """Plans for one transformer.
 
-    Attributes:
+    Args:
         settings: What the user asked for.
         machine: Where readings come from.
         pins: What all models of the process may page-lock.
-        limits: What is set from outside.
-        workload: What the coming forwards do; None if it is not known.
-        session: The session that adopts the plans; its weights on the device count as ours.
-        profile: What was planned for last.
-        memory: Device memory as read for the last plan.
-        host: Host memory as read for the last plan.
-        once: The next plan, whatever would be planned; used up by it.
-        link: The link as measured, or as a run has shown it to be; None if no plan has needed it.
-        made: The plan that was made last, followed or not.
+        limits: What is set from outside of the settings.
+
+    Attributes:
         history: What forwards have shown.
+        workload: What the coming forwards do; None if it is not known.
+        profile: What was planned for last.
+        readings: The machine as it was for the last plan.
+        made: The plan that was made last, followed or not.
+        link: The link as measured, or as a run has shown it to be; None if no plan has needed it.
+        once: The next plan, whatever would be planned; used up by it.
     """
 
-    settings: SwapSettings
-    machine: LastKnownReadings
-    pins: PinBudget
-    limits: Limits = field(default_factory=Limits)
-    workload: Workload | None = None
-    session: weakref.ref[SwapSession] | None = None
-    profile: ModelProfile | None = None
-    memory: DeviceMemory | None = None
-    host: HostMemory | None = None
-    once: SwapPlan | None = None
-    link: LinkSpeed | None = None
-    made: SwapPlan | None = None
-    history: WorkloadHistory = field(default_factory=WorkloadHistory)
-    _doubts: LinkDoubt = field(default_factory=lambda: LinkDoubt.NONE)
+    def __init__(self, settings: SwapSettings, machine: LastKnownReadings, pins: PinBudget, limits: Limits) -> None:
+        self.settings = settings
+        self.machine = machine
+        self.pins = pins
+        self.limits = limits
+        self.history = WorkloadHistory()
+        self.workload: Workload | None = None
+        self.profile: ModelProfile | None = None
+        self.readings: Readings | None = None
+        self.made: SwapPlan | None = None
+        self.link: LinkSpeed | None = None
+        self.once: SwapPlan | None = None
+        self._inputs: PlanInputs | None = None
+        self._seen: tuple[int, int | None] = (0, None)
+        self._over_bytes = 0
 
-    def __call__(self, profile: ModelProfile) -> SwapPlan:
-        """The plan for this moment; measures the link if copies have streams and it is not known, or in doubt.
+    def __call__(self, profile: ModelProfile, held: HeldMemory) -> SwapPlan:
+        """The plan for this moment; measures the link if copies have streams and it is not known.
+
+        Args:
+            profile: The blocks and their bytes.
+            held: What of them is placed already; it counts as free.
 
         Raises:
             PlanError: None fits.
         """
         self.profile = profile
-        self.made = self._make(profile)
-        return self.made
+        plan, self.once = self.once, None
+        if plan is None:
+            self._inputs = self._read(profile, held)
+            plan = make_plan(profile, self._inputs)
+            # Copies in place have no streams to choose, and cost what they cost.
+            if plan.swapped_count and plan.overlap and self.link is None:
+                self.link = self.machine.link()
+                self._inputs = self._read(profile, held)
+                plan = make_plan(profile, self._inputs)
+            self._notice(self._inputs)
+            self._over_bytes = 0
+        self.made = plan
+        return plan
 
-    def _make(self, profile: ModelProfile) -> SwapPlan:
-        if self.once is not None:
-            plan, self.once = self.once, None
-            return plan
-        facts = self._facts(profile)
-        self.memory, self.host = facts.memory, facts.host
-        plan = make_plan(profile, self.settings, facts)
-        is_doubted = self._doubts is LinkDoubt.DUE
-        if not plan.swapped_count or not plan.overlap or (self.link is not None and not is_doubted):
-            return plan  # copies in place have no streams to choose, and cost what they cost
-        self.link = self.machine.link(again=is_doubted)
-        self._doubts = LinkDoubt.SETTLED if is_doubted else self._doubts
-        return make_plan(profile, self.settings, replace(facts, link=self.link))
-
-    def consider(self) -> SwapPlan:
+    def consider(self, held: HeldMemory) -> SwapPlan:
         """What would be planned now for the same blocks, while they are on the device; measures nothing.
 
         Raises:
             PlanError: None fits.
         """
         assert self.profile is not None, "it follows a plan"
-        return make_plan(self.profile, self.settings, self._facts(self.profile))
+        return make_plan(self.profile, self._read(self.profile, held))
 
-    @property
-    def followed_by(self) -> SwapSession | None:
-        """The session that adopts the plans; None if it is gone."""
-        return None if self.session is None else self.session()
+    def predict(self, plan: SwapPlan) -> ForwardTime | None:
+        """A forward of the present workload with `plan` in virtual time, from what is known; reads nothing. None where
+        a speed or a duration is unknown.
+        """
+        assert self.profile is not None, "forwards follow a plan"
+        timing = timing_of(self.link, streams=plan.streams, compute_ms=self._compute_ms(self.profile))
+        return predict(self.profile, plan.swapped, plan.slots, plan.tiers, timing)
 
-    @property
-    def followed(self) -> SwapPlan | None:
-        """The plan that the session follows, or followed last."""
-        session = self.followed_by
-        return None if session is None else session.plan
+    def is_over_budget(self, plan: SwapPlan, held: HeldMemory) -> bool:
+        """Whether the weights stand above what memory leaves for them now, and otherwise than when that was last seen.
+
+        Takes one reading of the card; the budget is worked out only if there is less room than when it last was, or
+        forwards have taken more.
+        """
+        if plan.over_ceiling or self._inputs is None:
+            return False
+        memory, cache, activations = self.machine.memory(), self.machine.unused_cache_bytes(), self.activations
+        tolerance = OVER_BUDGET * memory.total_bytes
+        room, taken = self._seen
+        needs_look = taken != (None if activations is None else activations.nbytes)
+        if not needs_look and memory.free_bytes + cache + held.device_bytes >= room - tolerance:
+            return False
+        now = replace(
+            self._inputs,
+            device_total_bytes=memory.total_bytes,
+            device_free_bytes=memory.free_bytes,
+            unused_cache_bytes=cache,
+            own_bytes=held.device_bytes,
+            activations=activations,
+        )
+        self._notice(now)
+        over = plan.device_bytes - make_budget(now).weight_bytes
+        if over <= tolerance or abs(over - self._over_bytes) <= tolerance:
+            return False
+        self._over_bytes = over
+        return True
 
     @property
     def ratio(self) -> float:
@@ -150,50 +134,46 @@ class Planner:
             return self.settings.bandwidth_target
         return tier_for(self.machine.spec, vram_threshold_percent=self.settings.vram_threshold_percent).bandwidth_target
 
-    def begin(self, workload: Workload | None) -> bool:
+    @property
+    def activations(self) -> Activations | None:
+        """What the forwards of this run take above the weights at most: measured, else expected."""
+        return self.history.activations(self.history.largest_workload)
+
+    @property
+    def is_peak_known(self) -> bool:
+        """Whether a forward of the present workload has shown its peak."""
+        return self.history.of(self.workload).activation_bytes is not None
+
+    def start(self, workload: Workload | None) -> bool:
         """A forward with this workload comes next; whether the run has had none like it."""
         self.workload = workload
-        return self.history.begin(workload)
+        return self.history.start(workload)
 
     def withdraw(self, workload: Workload | None) -> None:
         """This workload will not come after all: its memory does not count."""
         self.history.withdraw(workload)
 
-    def end_run(self) -> None:
-        """The run is over: what its forwards took is remembered for the next that has the like."""
-        self.history.end_run()
-        if self._doubts is LinkDoubt.OPEN:
-            self._doubts = LinkDoubt.DUE
-
-    def budget(self) -> MemoryBudget:
-        """What a plan might spend now, our own weights on the device counted as free."""
-        assert self.profile is not None, "a budget follows a plan"
-        facts = self._facts(self.profile)
-        limit = self.settings.vram_threshold_percent
-        tuning = tune(facts.spec, facts.host, facts.link, vram_threshold_percent=limit)
-        return budget_for(self.settings, facts, tuning)
-
-    def learn(self, observed: Observation, plan: SwapPlan) -> None:
+    def learn(self, observation: Observation, plan: SwapPlan, *, is_pinned: bool) -> None:
         """Keeps what traced forwards of the present workload have shown.
 
         Args:
-            observed: What they have shown.
+            observation: What they have shown.
             plan: What they followed.
+            is_pinned: All their copies came from page-locked memory.
         """
-        if observed.compute_ms is not None:
-            self.history.of(self.workload).compute_ms = observed.compute_ms
-        session = self.followed_by
-        is_pinned = plan.pinned_bytes > 0 and not plan.staging_bytes and not (session and session.refusals)
-        if observed.copied_bytes_per_s is not None and is_pinned:
-            self._doubt(observed.copied_bytes_per_s, streams=plan.streams)
-
-    def predict(self, plan: SwapPlan) -> ForwardTime | None:
-        """A forward of the present workload with `plan` in virtual time, from what is known now; None where a speed or
-        a duration is unknown.
-        """
-        assert self.profile is not None, "forwards follow a plan"
-        timing = timing_for(self._facts(self.profile), streams=plan.streams)
-        return predict(self.profile, plan.swapped, plan.slots, plan.tiers, timing)
+        if observation.compute_ms is not None:
+            self.history.of(self.workload).compute_ms = observation.compute_ms
+        speed = observation.copied_bytes_per_s
+        if speed is None or not is_pinned or self.link is None:
+            return
+        if contradicts(self.link, streams=plan.streams, seen_bytes_per_second=speed):
+            measured = self.link.best(max_streams=plan.streams)[1]
+            logger.info(
+                "copies ran at %.1f GB/s, %.1f GB/s had been measured: plans use the speed seen from here on",
+                speed / 1e9,
+                measured / 1e9,
+            )
+            self.link = replace(self.link, pinned=((plan.streams, speed),))
 
     def learn_activations(self, nbytes: int) -> None:
         """A forward took this much above the weights at its peak."""
@@ -217,57 +197,36 @@ class Planner:
             self.history.forgive()
         self.settings = settings
 
-    @property
-    def largest_workload(self) -> Workload | None:
-        """The workload of this run that takes most above the weights, as far as that is known."""
-        return self.history.largest_workload
-
-    @property
-    def activations(self) -> Activations | None:
-        """What the largest_workload forward of this run takes above the weights: measured, else expected."""
-        return self.history.activations(self.largest_workload)
-
-    @property
-    def is_peak_known(self) -> bool:
-        """Whether a forward of the present workload has shown its peak."""
-        return self.history.of(self.workload).activation_bytes is not None
-
-    def _doubt(self, speed: float, *, streams: int) -> None:
-        """Copies ran at `speed`: if that contradicts the measurement, it counts until the link is measured again."""
-        if self.link is None or self._doubts is not LinkDoubt.NONE:
-            return
-        if contradicts(self.link, streams=streams, seen_bytes_per_second=speed):
-            measured = self.link.best(max_streams=streams)[1]
-            said = f"copies ran at {speed / 1e9:.1f} GB/s where {measured / 1e9:.1f} GB/s had been measured"
-            logger.info("%s; the link is measured again at the next run", said)
-            self.link = replace(self.link, pinned=((streams, speed),))
-            self._doubts = LinkDoubt.OPEN
-
-    def _facts(self, profile: ModelProfile) -> Facts:
-        session = self.followed_by
-        compute_ms = self.history.of(self.workload).compute_ms
-        locked = 0 if session is None else session.pinned_bytes
-        memory, unused_cache = self.machine.memory(), self.machine.unused_cache_bytes()
-        own = 0 if session is None else session.device_bytes
-        return Facts(
-            spec=self.machine.spec,
-            memory=memory,
-            host=self.machine.host(),
-            link=self.link,
-            # Another LoRA or another VACE model has other blocks.
-            compute_ms=compute_ms if compute_ms is not None and len(compute_ms) == len(profile.blocks) else None,
-            activations=self.activations,
-            unused_cache_bytes=unused_cache,
-            own_bytes=own,
-            reserve_bytes=self.limits.reserve_bytes,
+    def _read(self, profile: ModelProfile, held: HeldMemory) -> PlanInputs:
+        """Readings of this moment, with what is known of the blocks; our own memory counts as free."""
+        readings = self.readings = self.machine.read(self.link)
+        inputs = plan_inputs(profile, self.settings, readings, self.limits)
+        locked_elsewhere = max(0, self.pins.used_bytes - held.pinned_bytes)
+        inputs = replace(
+            inputs,
+            own_bytes=held.device_bytes,
             host_held_bytes=profile.block_bytes,
-            slab_bytes=0 if session is None else session.slab_bytes,
-            staging_bytes=0 if session is None else session.staging_bytes,
-            originals_stay=self.limits.originals_stay,
-            locked_elsewhere_bytes=max(0, self.pins.used_bytes - locked),
-            pin_limit_bytes=self.pins.limit_bytes,
-            may_pin=self.limits.may_pin,
-            may_overlap=self.limits.may_overlap,
-            must_swap_all=self.limits.must_swap_all,
-            most_slots=self.history.most_slots(memory.free_bytes + unused_cache + own),
+            slab_bytes=held.slab_bytes,
+            staging_bytes=held.staging_bytes,
+            pin_budget_bytes=max(0, min(inputs.pin_budget_bytes, self.pins.limit_bytes) - locked_elsewhere),
+            activations=self.activations,
+            timing=replace(inputs.timing, compute_ms=self._compute_ms(profile)),
         )
+        most_slots = self.history.most_slots(_room(inputs))
+        if most_slots is None:
+            return inputs
+        return replace(swapping_all(inputs, profile), slots=most_slots if inputs.overlap else 1, why=RAN_OUT)
+
+    def _compute_ms(self, profile: ModelProfile) -> tuple[float, ...] | None:
+        """Duration of each block; another LoRA or another VACE model has other blocks."""
+        compute_ms = self.history.of(self.workload).compute_ms
+        return compute_ms if compute_ms is not None and len(compute_ms) == len(profile.blocks) else None
+
+    def _notice(self, inputs: PlanInputs) -> None:
+        activations = inputs.activations
+        self._seen = _room(inputs), None if activations is None else activations.nbytes
+
+
+def _room(inputs: PlanInputs) -> int:
+    """Device memory that there is for all of ours."""
+    return inputs.device_free_bytes + inputs.unused_cache_bytes + inputs.own_bytes

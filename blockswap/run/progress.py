@@ -1,12 +1,21 @@
-"""Progress: what a run is doing, for whoever watches it: figures and one sentence; pure."""
+"""Progress: what a run is doing, for browser and node: its plan and report in figures and one sentence; pure."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from ...hardware.units import format_bytes, format_count
+from ..errors import BlockSwapError
+from ..plan.schedule import ForwardTime
 from ..plan.swap_plan import SwapPlan
+from .report import Measured, RunReport, RunStats
+
+if TYPE_CHECKING:
+    from .planner import Planner
 
 NO_STALL = 0.0005
 """Part of a forward below which a stall is none: it would be shown as 0.0 %."""
@@ -49,54 +58,12 @@ class MemoryUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanFigures:
-    """A plan in numbers.
-
-    Attributes:
-        blocks: All blocks.
-        swapped: Those that stream.
-        slots: Slots of the window.
-        free: Device memory that nothing but block weights uses, in bytes.
-        stall_ms: What compute is expected to wait for copies in a forward; None is unknown.
-        forward_ms: How long a forward is expected to take; None is unknown.
-        over_ceiling: The weights do not fit under the budget even so.
-    """
-
-    blocks: int
-    swapped: int
-    slots: int
-    free: int
-    stall_ms: float | None
-    forward_ms: float | None
-    over_ceiling: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AdoptFigures:
     """How far the weights are placed, in bytes: of all blocks, and page-locked so far."""
 
     placed: int
     all: int
     pinned: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunFigures:
-    """What forwards have done since the run began.
-
-    Attributes:
-        forwards: Those that ran blocks.
-        streamed: Bytes that were copied into slots.
-        forward_ms: How long one takes; None until it was measured, as with all that follows.
-        stall_ms: What compute waits for copies in it.
-        copy_bytes_per_s: Speed of the copies while they are under way.
-    """
-
-    forwards: int
-    streamed: int
-    forward_ms: float | None = None
-    stall_ms: float | None = None
-    copy_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +74,7 @@ class Progress:
         phase: Where it stands.
         memory: The device's memory under the plan.
         plan: The plan.
+        predicted: A forward with it in virtual time, from what is known now.
         adopt: How far the weights are placed.
         run: What forwards have done.
         why: Why it was stopped, or is off.
@@ -114,21 +82,54 @@ class Progress:
 
     phase: Phase
     memory: MemoryUse | None = None
-    plan: PlanFigures | None = None
+    plan: SwapPlan | None = None
+    predicted: ForwardTime | None = None
     adopt: AdoptFigures | None = None
-    run: RunFigures | None = None
+    run: Measured | None = None
     why: str = ""
 
     @property
     def text(self) -> str:
         """The plan in a sentence, and below it what is going on, or what came of it."""
-        lines = ["" if self.plan is None else _plan(self.plan), _adopting(self.adopt), self._running(), self.why]
-        return "\n".join(line for line in lines if line)
+        plan = "" if self.plan is None else _plan(self.plan, self.predicted)
+        return "\n".join(line for line in (plan, _adopting(self.adopt), self._running(), self.why) if line)
 
     def as_json(self) -> dict[str, object]:
-        """As plain data, with the text."""
-        plain = {name: value for name, value in asdict(self).items() if name not in ("phase", "why")}
-        return {"phase": self.phase.value, "text": self.text, **plain}
+        """The browser's event: plain data, with the text."""
+        return {
+            "phase": self.phase.value,
+            "text": self.text,
+            "memory": None if self.memory is None else asdict(self.memory),
+            "plan": self._plan_as_json(),
+            "adopt": None if self.adopt is None else asdict(self.adopt),
+            "run": self._run_as_json(),
+        }
+
+    def _plan_as_json(self) -> dict[str, object] | None:
+        plan, predicted = self.plan, self.predicted
+        if plan is None:
+            return None
+        return {
+            "blocks": len(plan.swapped),
+            "swapped": plan.swapped_count,
+            "slots": plan.slots,
+            "free": plan.limit_bytes,
+            "stall_ms": None if predicted is None else predicted.stall,
+            "forward_ms": None if predicted is None else predicted.elapsed,
+            "over_ceiling": plan.over_ceiling,
+        }
+
+    def _run_as_json(self) -> dict[str, object] | None:
+        run = self.run
+        if run is None:
+            return None
+        return {
+            "forwards": run.forwards,
+            "streamed": run.onloaded_bytes,
+            "forward_ms": run.forward_ms,
+            "stall_ms": run.stall_ms,
+            "copy_bytes_per_s": run.copy_bytes_per_s,
+        }
 
     def _running(self) -> str:
         if self.run is None:
@@ -138,38 +139,100 @@ class Progress:
             return "the first forward is under way"
         is_over = self.phase is Phase.DONE
         head = format_count(number, "forward") if is_over else f"forward {number}"
-        if self.plan is None or not self.plan.swapped:
+        if self.plan is None or not self.plan.swapped_count:
             return head
         return f"{head}: {', '.join(_streaming(self.run, is_over=is_over))}"
 
 
-def stopped(why: str = "the run ended before a forward was through") -> Progress:
+Watcher = Callable[[Progress], None]
+"""Watches a run. Called in the thread that runs the model, during adopts and after each forward: it must be quick."""
+
+
+class ProgressFeed:
+    """Makes Progress of what one run does. Nobody watches until `watcher` is set.
+
+    Args:
+        planner: Makes the run's plans.
+
+    Attributes:
+        watcher: Gets the progress; None for nobody.
+    """
+
+    def __init__(self, planner: Planner) -> None:
+        self.watcher: Watcher | None = None
+        self._planner = planner
+        self._placed_bytes: list[int] = []
+
+    def placed(self, plan: SwapPlan, count: int, pinned_bytes: int) -> None:
+        """So many blocks are in their place by now; called during an adopt."""
+        profile = self._planner.profile
+        if self.watcher is None or profile is None:
+            return
+        if count == 0:
+            self._placed_bytes = [0, *itertools.accumulate(block.nbytes for block in profile.blocks)]
+        adopt = AdoptFigures(placed=self._placed_bytes[count], all=self._placed_bytes[-1], pinned=pinned_bytes)
+        memory = self._memory(plan)
+        self.watcher(Progress(phase=Phase.ADOPTING, memory=memory, plan=plan, predicted=plan.predicted, adopt=adopt))
+
+    def ran(self, plan: SwapPlan, stats: RunStats) -> None:
+        """A forward is over on the host, or the weights are placed."""
+        if self.watcher is not None:
+            predicted, memory = stats.prediction or plan.predicted, self._memory(plan)
+            run = stats.measured()
+            self.watcher(Progress(phase=Phase.SAMPLING, memory=memory, plan=plan, predicted=predicted, run=run))
+
+    def over(self, report: RunReport | None, failure: BaseException | None = None) -> None:
+        """The run is over.
+
+        Args:
+            report: What came of it; None if there is none.
+            failure: What has ended it; None if it has ended well.
+        """
+        if self.watcher is None:
+            return
+        if isinstance(failure, BlockSwapError):
+            self.watcher(stopped(str(failure)))
+        elif report is None or not report.measured.forwards:
+            self.watcher(stopped())
+        elif failure is not None:
+            self.watcher(stopped(f"the run was stopped after {format_count(report.measured.forwards, 'forward')}"))
+        else:
+            plan, measured = report.plan, report.measured
+            predicted, memory = report.prediction or plan.predicted, self._memory(plan, measured.activation_bytes)
+            self.watcher(Progress(phase=Phase.DONE, memory=memory, plan=plan, predicted=predicted, run=measured))
+
+    def _memory(self, plan: SwapPlan, activation_bytes: int | None = None) -> MemoryUse | None:
+        planner = self._planner
+        if planner.readings is None:
+            return None
+        if activation_bytes is None and planner.activations is not None:
+            activation_bytes = planner.activations.nbytes
+        total = planner.readings.memory.total_bytes
+        percent = 0.0 if planner.readings.spec.is_integrated else planner.settings.vram_threshold_percent
+        return MemoryUse(
+            total=total,
+            other=total - plan.limit_bytes,
+            residents=plan.resident_bytes,
+            window=plan.window_bytes,
+            ceiling=int(percent / 100 * total),
+            activations=plan.activation_bytes if activation_bytes is None else activation_bytes,
+        )
+
+
+def stopped(why: str = "the run ended before its first forward finished") -> Progress:
     """A run that has come to nothing."""
     return Progress(phase=Phase.STOPPED, why=why)
 
 
-def figures_of(plan: SwapPlan, *, stall_ms: float | None, forward_ms: float | None) -> PlanFigures:
-    """A plan in numbers, with a forward as it is predicted now."""
-    return PlanFigures(
-        blocks=len(plan.swapped),
-        swapped=plan.swapped_count,
-        slots=plan.slots,
-        free=plan.limit_bytes,
-        stall_ms=stall_ms,
-        forward_ms=forward_ms,
-        over_ceiling=plan.over_ceiling,
-    )
-
-
-def _plan(plan: PlanFigures) -> str:
-    free = f"{format_bytes(plan.free)} free"
-    if plan.swapped:
-        stay, slots = plan.blocks - plan.swapped, format_count(plan.slots, "slot")
-        where = f"{stay} of {plan.blocks} blocks stay, {plan.swapped} stream through {slots}"
-        share = _stall(plan.stall_ms, plan.forward_ms)
+def _plan(plan: SwapPlan, predicted: ForwardTime | None) -> str:
+    free, blocks, swapped = f"{format_bytes(plan.limit_bytes)} free", len(plan.swapped), plan.swapped_count
+    if swapped:
+        slots = format_count(plan.slots, "slot")
+        where = f"{blocks - swapped} of {blocks} blocks stay, {swapped} stream through {slots}"
+        share = "" if predicted is None else _stall(predicted.stall, predicted.elapsed)
         where += f", {share} expected" if share else ""
     else:
-        where = f"all {plan.blocks} blocks stay"
+        where = f"all {blocks} blocks stay"
     return f"{free}: {where}{' (over the ceiling)' if plan.over_ceiling else ''}"
 
 
@@ -180,8 +243,8 @@ def _adopting(adopt: AdoptFigures | None) -> str:
     return f"placing weights: {format_bytes(adopt.placed)} of {format_bytes(adopt.all)}{pinned}"
 
 
-def _streaming(run: RunFigures, *, is_over: bool) -> list[str]:
-    parts = [f"{_decimal(run.streamed)} streamed"]
+def _streaming(run: Measured, *, is_over: bool) -> list[str]:
+    parts = [f"{_decimal(run.onloaded_bytes)} streamed"]
     share = _stall(run.stall_ms, run.forward_ms)
     if share:
         parts.append(share)

@@ -1,13 +1,27 @@
-"""RunReport: what a plan predicted beside what came; pure."""
+"""RunReport: one record of a run, its plan beside what came of it, for log, node and browser; pure."""
 
 from __future__ import annotations
 
+import logging
+import statistics
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ...hardware.records import Samples
+from ..model.layout import ModelProfile
 from ..plan.schedule import ForwardTime
 from ..plan.swap_plan import SwapPlan
+from ..spans import COMPUTE, COPY, FORWARD, STALL, Span
+from .replan import Observation, observe
+
+if TYPE_CHECKING:  # values come from these; none is made here
+    from ..engine.session import SwapSession
+    from ..engine.transfer import Counters
+    from .planner import Planner
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,54 +118,157 @@ class RunReport:
             raise ValueError(f"a report expects times of all {planned} blocks of its plan or of none but got {timed}")
 
 
-def as_json(report: RunReport) -> dict[str, object]:
-    """The same for a program: objects, lists, numbers, texts and null alone, with units in the names."""
-    measured = asdict(report.measured)
-    blocks = measured.pop("blocks")
-    tiers = [None if tier is None else tier.value for tier in report.plan.tiers]
-    return {
-        "title": report.title,
-        "planned": _planned(report),
-        "measured": _plain(measured),
-        "blocks": [{"tier": tier} | block for tier, block in zip(tiers, blocks, strict=False)],
-        "notes": list(report.notes),
-    }
-
-
 def host_tiers(plan: SwapPlan) -> dict[str, int]:
     """How many swapped blocks come from which host tier."""
     return dict(Counter(tier.value for tier in plan.tiers if tier is not None))
 
 
-def _planned(report: RunReport) -> dict[str, object]:
-    plan, prediction = report.plan, report.prediction
-    return {
-        "blocks": len(plan.swapped),
-        "blocks_swapped": plan.swapped_count,
-        "swapped": list(plan.swapped_indices),
-        "slots": plan.slots,
-        "slot_bytes": plan.slot_bytes,
-        "streams": plan.streams,
-        "overlap": plan.overlap,
-        "host_tiers": host_tiers(plan),
-        "weight_bytes": plan.device_bytes,
-        "budget_bytes": plan.budget_bytes,
-        "over_ceiling": plan.over_ceiling,
-        "activation_bytes": report.activation_bytes,
-        "slab_bytes": plan.slab_bytes,
-        "pinned_bytes": plan.pinned_bytes,
-        "staging_bytes": plan.staging_bytes,
-        "streamed_bytes_per_forward": plan.streamed_bytes,
-        "link_bytes_per_s": report.link_bytes_per_s,
-        "forward_ms": None if prediction is None else prediction.elapsed,
-        "compute_ms": None if prediction is None else prediction.compute,
-        "transfer_ms": None if prediction is None else prediction.transferred,
-        "stall_ms": None if prediction is None else prediction.stall,
-        "reasons": list(plan.reasons),
-    }
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """Where a session's counters stand at one moment."""
+
+    counters: Counters
+    forwards: int
+    empty_forwards: int
+
+    @classmethod
+    def of(cls, session: SwapSession) -> _Counts:
+        return cls(replace(session.counters), session.log.all_forwards, session.log.all_empty_forwards)
 
 
-def _plain(value: object) -> object:
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+class RunStats:
+    """What a run finds out until it is over, and the report that comes of it.
+
+    Args:
+        title: What runs on what.
+        session: Runs the blocks.
+        planner: Makes the plans.
+
+    Attributes:
+        observation: What the forwards that were timed last have shown.
+        timed: Numbers of these forwards.
+        is_timed: Those of the present plan and workload are among them.
+        prediction: A forward with the present plan in virtual time.
+        weight_bytes: Device memory that block weights took under the present plan.
+        is_slow: Forwards have become much slower than those before them, and that has been looked into.
+        looks: How often another plan has taken the place of the one before by itself.
+        replans: Why other plans took the first one's place.
+        notes: What no figure shows.
+    """
+
+    def __init__(self, title: str, session: SwapSession, planner: Planner) -> None:
+        self._title = title
+        self._session = session
+        self._planner = planner
+        self._before = self._now = _Counts.of(session)
+        self.observation: Observation | None = None
+        self.timed = range(0)
+        self.is_timed = False
+        self.prediction: ForwardTime | None = None
+        self.weight_bytes: int | None = None
+        self.is_slow = False
+        self.looks = 0
+        self.replans: list[str] = []
+        self.notes: list[str] = []
+
+    def count(self) -> None:
+        """A forward has ended well: what one that fails copies belongs to no forward."""
+        self._now = _Counts.of(self._session)
+
+    def observe(self, timed: range) -> None:
+        """Takes what the trace shows of the forwards that were timed, if the device is through with them by now."""
+        trace, profile, traced = self._session.trace, self._planner.profile, self._session.log.traced
+        if trace is None or profile is None or traced is None:
+            return
+        slabs = [block.slab_bytes for block in profile.blocks]
+        observation = observe(trace.collect(), slab_bytes=slabs, timed=timed, traced=traced)
+        if observation is not None:
+            self.observation, self.timed, self.is_timed = observation, timed, True
+
+    def note(self, text: str | None) -> None:
+        """Something that no figure shows: logged once, and kept for the report."""
+        if text is not None and text not in self.notes:
+            self.notes.append(text)
+            logger.warning("%s", text)
+
+    def report(self, samples: Samples | None) -> RunReport:
+        """The report of the run, before its release: slabs, their tiers and staging are counted as they stand.
+
+        Args:
+            samples: Of the device; None if it was not watched.
+        """
+        plan, profile, session = self._session.plan, self._planner.profile, self._session
+        assert plan is not None, "a run is reported after its first plan"
+        assert profile is not None
+        trace, link, held, tiers = session.trace, self._planner.link, session.held, session.tiers
+        spans = () if trace is None else trace.collect()
+        dropped = 0 if trace is None else trace.dropped
+        cut = [f"the trace is full: {dropped:,} spans were not recorded"] if dropped else []
+        largest, is_timed = self._planner.history.largest_workload, self.observation is not None
+        return RunReport(
+            title=self._title,
+            plan=replace(plan, tiers=tuple(tiers.get(i, tier) for i, tier in enumerate(plan.tiers))),
+            prediction=self.prediction,
+            activation_bytes=None if largest is None else largest.expected_activation_bytes,
+            link_bytes_per_s=None if link is None or not link.pinned else link.best(max_streams=plan.streams)[1],
+            measured=replace(
+                self.measured(),
+                slab_bytes=held.slab_bytes,
+                pinned_bytes=held.pinned_bytes,
+                original_bytes=profile.block_bytes if self._planner.limits.originals_stay else 0,
+                refusals=session.refusals,
+                replans=tuple(self.replans),
+                blocks=block_times(_since(spans, self.timed), profile, plan.swapped) if is_timed else (),
+                samples=samples,
+            ),
+            notes=(*self.notes, *cut),
+        )
+
+    def measured(self) -> Measured:
+        """What the run has done so far, without what takes time to find out: host memory, blocks, samples."""
+        seen, activations = self.observation, self._planner.activations
+        counters, before, now = self._session.counters, self._before, self._now
+        return Measured(
+            forwards=now.forwards - before.forwards,
+            empty_forwards=now.empty_forwards - before.empty_forwards,
+            timed_forwards=0 if seen is None else seen.forwards,
+            forward_ms=None if seen is None else seen.forward_ms,
+            stall_ms=None if seen is None else seen.stall_ms,
+            onloads=now.counters.onloads - before.counters.onloads,
+            onloaded_bytes=now.counters.onloaded_bytes - before.counters.onloaded_bytes,
+            placed_bytes=counters.placed_bytes - before.counters.placed_bytes,
+            returned_bytes=counters.returned_bytes - before.counters.returned_bytes,
+            copy_bytes_per_s=None if seen is None else seen.copied_bytes_per_s,
+            peak_weight_bytes=self.weight_bytes,
+            activation_bytes=activations.nbytes if activations is not None and activations.is_measured else None,
+            slab_bytes=0,
+            pinned_bytes=0,
+        )
+
+
+def _since(spans: Sequence[Span], timed: range) -> Sequence[Span]:
+    """The spans from the begin of the first timed forward on."""
+    begin = next((s.begin_ms for s in spans if s.lane == FORWARD and s.block == timed.start), None)
+    return () if begin is None else [span for span in spans if span.begin_ms >= begin]
+
+
+def block_times(spans: Sequence[Span], profile: ModelProfile, swapped: Sequence[bool]) -> tuple[BlockTimes, ...]:
+    """Means over the forwards that were traced."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for span in spans:
+        found.setdefault((span.lane, span.block), []).append(span.duration_ms)
+
+    def mean(lane: str, index: int) -> float | None:
+        durations = found.get((lane, index))
+        return statistics.fmean(durations) if durations else None
+
+    return tuple(
+        BlockTimes(
+            name=block.name,
+            swapped=is_swapped,
+            compute_ms=mean(COMPUTE, index),
+            copy_ms=mean(f"{COPY} 0", index),  # each copy stream has an equal part of it
+            stall_ms=mean(STALL, index),
+        )
+        for index, (block, is_swapped) in enumerate(zip(profile.blocks, swapped, strict=True))
+    )

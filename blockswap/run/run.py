@@ -16,16 +16,24 @@ from ...hardware import Sampler
 from ...hardware.records import Samples
 from ..device.backend import Backend
 from ..engine.session import EVERY_FORWARD, SessionState, SwapSession
+from ..engine.swapper import Listeners
 from ..errors import BlockSwapError, DeviceMemoryError, HostMemoryError, PlanError
+from ..plan.make_plan import Limits
 from ..plan.swap_plan import SwapPlan
 from ..settings import SwapSettings
 from .history import Workload
-from .look import has_become_slow, is_over, learn, why_change
 from .machine import LastKnownReadings, Machine, PeakMeter
-from .planner import Limits, Planner
-from .report import RunReport
-from .run_report import Begin, RunStats, make_report, observe_timed
-from .teller import Teller
+from .planner import Planner
+from .progress import ProgressFeed, Watcher
+from .replan import (
+    MOST_REPLANS,
+    kept_over_budget,
+    slow_link,
+    spill,
+    usual_ms,
+    why_replace,
+)
+from .report import RunReport, RunStats
 from .text import ModelSize, block_table, brief_lines, oom_message, summary
 from .trace_file import chrome_trace, trace_name, write_trace
 
@@ -58,8 +66,10 @@ class SwapRun:
         trace_dir: Where debug mode writes a trace file for each run; None writes none.
 
     Attributes:
+        planner: Makes its plans.
+        session: Runs its blocks.
+        watcher: Gets the run's progress; None for nobody. May be set between runs.
         last_report: Of the last run that was released.
-        teller: Tells whoever watches what the run is doing.
     """
 
     def __init__(
@@ -76,15 +86,17 @@ class SwapRun:
     ) -> None:
         self._machine = LastKnownReadings(machine)
         self._peak = PeakMeter(self._machine)
-        self.planner = Planner(settings, self._machine, backend.pin_budget, (limits or Limits()).within(backend))
-        self.session = SwapSession(blocks, self.planner, backend, root=root, traced=TIMED_FORWARDS)
-        self.planner.session = weakref.ref(self.session)
-        self.teller = Teller(self.session, self.planner)
+        self.planner = Planner(settings, self._machine, backend.pin_budget, limits_within(limits or Limits(), backend))
+        self._feed = ProgressFeed(self.planner)
+        listeners = Listeners(on_placed=self._feed.placed)
+        self.session = SwapSession(blocks, self.planner, backend, root=root, traced=TIMED_FORWARDS, listeners=listeners)
         self.last_report: RunReport | None = None
-        self._found = RunStats(Begin.of(self.session))
+        self._title = f"{'blocks' if root is None else type(root).__name__} on {machine.spec.name}"
+        self._stats = RunStats(self._title, self.session, self.planner)
         self._in_run = False
         self._timed = TIMED_FORWARDS
         self._workload: Workload | None = None
+        self._prepared = False
         self._adoptions = 0
         self._adopted_settings = settings
         self._wants_look = False
@@ -92,7 +104,6 @@ class SwapRun:
         self._trace_dir = trace_dir
         self._sampling = contextlib.ExitStack()
         weakref.finalize(self, self._sampling.close)
-        self._title = f"{'blocks' if root is None else type(root).__name__} on {machine.spec.name}"
         self._parameters = count_parameters([module for _, module in blocks] if root is None else [root])
 
     @property
@@ -101,9 +112,13 @@ class SwapRun:
         return self.session.plan
 
     @property
-    def found(self) -> RunStats:
-        """What this run has found out."""
-        return self._found
+    def watcher(self) -> Watcher | None:
+        """Gets the run's progress; None for nobody."""
+        return self._feed.watcher
+
+    @watcher.setter
+    def watcher(self, watcher: Watcher | None) -> None:
+        self._feed.watcher = watcher
 
     @contextlib.contextmanager
     def forward(self, workload: Workload | None = None, blocks: Sequence[nn.Module] | None = None) -> Iterator[None]:
@@ -117,60 +132,49 @@ class SwapRun:
             PlanError: No plan fits; the forward has not begun.
         """
         self.prepare(workload)
-        self._peak.begin(anew=not self.planner.is_peak_known)
+        self._prepared = False
+        self._peak.start(anew=not self.planner.is_peak_known)
         with self.session.forward(blocks):
             yield
-        self._found.count_onloads(self.session.counters)
-        taken = self._peak.taken_bytes()
-        if taken is not None:
-            self.planner.learn_activations(taken)
-        self._notice_adoption()
-        self._wants_look |= learn(self.session, self.planner, self._found, self._timed)
-        if has_become_slow(self.session, self.planner, self._found, self._timed):
-            self._time_again(keep=True)
-        self.teller.ran(self._present, self._found)
+        self._learn()
+        self._feed.ran(self._present, self._stats)
 
     def prepare(self, workload: Workload | None = None) -> SwapPlan:
-        """What `forward` does first: a plan for this workload, in place. Returns the plan.
+        """What `forward` does first, once: a plan for this workload, in place. Returns the plan.
 
         Raises:
             PlanError: No plan fits.
         """
         state = self.session.state
+        if self._prepared and workload == self._workload and state is SessionState.ADOPTED:
+            return self._present
         if state not in (SessionState.IDLE, SessionState.ADOPTED):
             raise BlockSwapError(
-                f"a forward expects a run that is between two of them but its session is {state.value}; "
-                "end the forward that is under way, or make a new run"
+                f"a forward can start only between two others, but the session is {state.value}; end the forward that "
+                "is under way, or make a new run"
             )
-        is_new, is_other = self.planner.begin(workload), workload != self._workload
+        is_new, is_other = self.planner.start(workload), workload != self._workload
         self._workload = workload
         if state is SessionState.ADOPTED:
             if is_other:
                 self._time_again()
-            if self.planner.settings.of_the_plan != self._adopted_settings.of_the_plan:
-                self._found.replans.append("the settings have changed")
-                self.session.release()
-                self._adopt()
-            elif self.planner.settings.auto_hardware_tuning and (
-                is_new or self._wants_look or is_over(self.planner, self._found)
-            ):
-                self._look_again()
-        if self.session.state is SessionState.IDLE:
-            self._begin_run()
-        if self._sampler is not None:
-            self._sampler.touch()
+            self._plan_again_if_needed(is_new=is_new)
+        else:
+            self._start_run()
+        self._prepared = True
         return self._present
 
     def use(self, settings: SwapSettings) -> None:
         """The settings from the next forward on."""
         self.planner.use(settings)
+        self._prepared = False
         self._trace_what_is_asked()
 
     def shrink(self, said: str) -> None:
         """Device memory ran out, in `prepare` or in a forward: ours is given back, and the next plan is smaller.
 
         Args:
-            said: What the device said.
+            said: The device's own message.
 
         Raises:
             DeviceMemoryError: There is no smaller plan; the message says what would fit.
@@ -180,14 +184,14 @@ class SwapRun:
         if not self.planner.shrink():
             assert self.planner.made is not None
             raise DeviceMemoryError(oom_message(self._workload, self.planner.made, said=said))
-        self._found.replans.append("the device ran out of memory")
+        self._stats.replans.append("the device ran out of memory")
 
     def report(self) -> RunReport | None:
         """Of the run so far; of the last one if none has begun since; None before the first."""
         if not self._in_run:
             return self.last_report
-        self._found.observe(observe_timed(self.session, self.planner, self._timed), self._timed)
-        return make_report(self._title, self.session, self.planner, self._found, samples=self._samples)
+        self._stats.observe(self._timed)
+        return self._stats.report(self._samples)
 
     def release(self, failure: BaseException | None = None) -> None:
         """The run is over: every tensor points at its master, the device memory is free, slabs stay for the next.
@@ -201,16 +205,10 @@ class SwapRun:
         finally:
             self._end_run()
         if report and report.measured.forwards:
-            self.last_report = log_run(report, self._samples, self.session, self.planner, self._trace_dir)
+            report = replace(report, measured=replace(report.measured, samples=self._samples))
+            self.last_report = self._log(report)
         if was_in_run or failure is not None:
-            self.teller.over(report, failure)
-
-    def _report_or_none(self) -> RunReport | None:
-        try:
-            return self.report()
-        except Exception:  # whatever it stumbles over, the run's memory must go
-            logger.exception("the run has no report; please report this")
-            return None
+            self._feed.over(report, failure)
 
     def close(self) -> None:
         """Releases, unlocks the slabs and ends; idempotent."""
@@ -230,9 +228,11 @@ class SwapRun:
         assert self.session.plan is not None, "nothing has been adopted"
         return self.session.plan
 
-    def _begin_run(self) -> None:
+    # ------------------------------------------------------------------------------------------------------- planning
+
+    def _start_run(self) -> None:
         if not self._in_run:
-            self._found = RunStats(Begin.of(self.session))
+            self._stats = RunStats(self._title, self.session, self.planner)
         self._sampling.close()
         if self._sampler is not None:
             self._sampling.enter_context(self._sampler)
@@ -240,25 +240,113 @@ class SwapRun:
             self._adopt()
         except BaseException as failure:
             self._sampling.close()
-            self.teller.over(None, failure)
+            self._feed.over(None, failure)
             raise
         self._in_run = True
 
     def _end_run(self) -> None:
-        self._in_run = self._wants_look = False
-        self.planner.end_run()
+        self._in_run = self._wants_look = self._prepared = False
+        self.planner.history.end_run()
         self._sampling.close()
+
+    def _plan_again_if_needed(self, *, is_new: bool) -> None:
+        if self.planner.settings.of_the_plan != self._adopted_settings.of_the_plan:
+            self._stats.replans.append("the settings have changed")
+            self.session.release()
+            self._adopt()
+        elif self.planner.settings.auto_hardware_tuning and (
+            is_new or self._wants_look or self.planner.is_over_budget(self._present, self.session.held)
+        ):
+            self._look_again()
+
+    def _look_again(self) -> None:
+        """Another plan takes the present one's place, if there is reason to."""
+        self._wants_look = False
+        why = self._why_change(self._present)
+        if why is not None:
+            self._stats.looks += 1
+            self._adopt_anew(why, self._present)
+
+    def _why_change(self, present: SwapPlan) -> str | None:
+        """Why another plan should take `present`'s place; None to go on, with a note where that hurts."""
+        stats = self._stats
+        if stats.looks >= MOST_REPLANS:
+            stats.note(f"the plan has been changed {MOST_REPLANS} times in this run and is kept now")
+            return None
+        try:
+            other = self.planner.consider(self.session.held)
+        except PlanError as failure:
+            stats.note(f"the plan is kept although memory has shrunk: {failure}")
+            return None
+        assert self.planner.readings is not None, "a plan has been made"
+        total = self.planner.readings.memory.total_bytes
+        why = why_replace(present, other, total_bytes=total, predicted=self.planner.predict(present))
+        if why is None:
+            stats.note(kept_over_budget(present, other, total_bytes=total))
+        return why
 
     def _adopt(self) -> None:
         before = self._machine.allocated_bytes()
         plan = self.session.adopt()
         after = self._machine.allocated_bytes()
-        self._found.weight_bytes = None if before is None or after is None else after - before
+        self._stats.weight_bytes = None if before is None or after is None else after - before
         self._adopted_settings = self.planner.settings
         self._notice_adoption()
-        self.teller.ran(plan, self._found)
+        self._feed.ran(plan, self._stats)
         if self.planner.settings.debug_mode:
-            log_in_the_briefs_words(plan, self.planner, self._parameters)
+            self._log_configuration(plan)
+
+    def _adopt_anew(self, why: str, present: SwapPlan) -> None:
+        logger.info("planning again: %s", why)
+        self.session.release()
+        try:
+            self._adopt()
+        except (PlanError, DeviceMemoryError, HostMemoryError) as failure:
+            self._stats.note(f"planning again failed, so that the plan before goes on: {failure}")
+            self.planner.once = present
+            self._adopt()
+            return
+        self._stats.replans.append(why)
+
+    # ------------------------------------------------------------------------------------------------------- learning
+
+    def _learn(self) -> None:
+        """A forward has ended well: what it has shown. What follows is done before the next forward, which may fail."""
+        self._stats.count()
+        taken = self._peak.taken_bytes()
+        if taken is not None:
+            self.planner.learn_activations(taken)
+        self._notice_adoption()
+        if not self._stats.is_timed and self.session.log.forwards >= self._timed.stop:
+            self._wants_look |= self._learn_times()
+        self._notice_slowness()
+
+    def _learn_times(self) -> bool:
+        """Once the device is through with the forwards that were timed; whether it is, and they have shown times."""
+        stats, plan = self._stats, self._present
+        stats.observe(self._timed)
+        if stats.observation is None or not stats.is_timed:
+            return False
+        is_pinned = plan.pinned_bytes > 0 and not plan.staging_bytes
+        if is_pinned:
+            speed = stats.observation.copied_bytes_per_s
+            stats.note(slow_link(self.planner.link, streams=plan.streams, seen_bytes_per_s=speed))
+        self.planner.learn(stats.observation, plan, is_pinned=is_pinned and not self.session.refusals)
+        stats.prediction = self.planner.predict(plan)
+        return True
+
+    def _notice_slowness(self) -> None:
+        """Once in a run: a forward that takes several times what is usual is timed anew."""
+        trace = self.session.trace
+        if trace is None or self._stats.is_slow:
+            return
+        durations = trace.forward_ms[self._timed.start :]
+        usual = usual_ms(durations)
+        if usual is None:
+            return
+        self._stats.is_slow = True
+        self._stats.note(spill(self._present, self._machine.memory(), took_ms=durations[-1], usual=usual))
+        self._time_again(keep=True)
 
     def _notice_adoption(self) -> None:
         """The session has adopted, by itself too where weights were replaced: what was seen belongs to another plan."""
@@ -268,90 +356,70 @@ class SwapRun:
 
     def _time_again(self, *, keep: bool = False) -> None:
         """Durations are taken anew, after one forward that warms up; those of the same plan and video are kept."""
-        begin = self.session.log.forwards + TIMED_FORWARDS.start
-        self._timed = range(begin, begin + len(TIMED_FORWARDS))
+        start = self.session.log.forwards + TIMED_FORWARDS.start
+        self._timed = range(start, start + len(TIMED_FORWARDS))
         self._trace_what_is_asked()
-        self._found.is_timed = False
+        self._stats.is_timed = False
         if not keep:
-            self._found.observed, self._found.prediction = None, self.planner.predict(self._present)
+            self._stats.observation, self._stats.prediction = None, self.planner.predict(self._present)
 
     def _trace_what_is_asked(self) -> None:
         self.session.checks = self.planner.settings.debug_mode
         self.session.log.traced = EVERY_FORWARD if self.planner.settings.debug_mode else self._timed
 
-    def _look_again(self) -> None:
-        """Another plan takes the present one's place, if there is reason to."""
-        present, self._wants_look = self._present, False
-        why = why_change(self.planner, present, self._found)
-        if why is not None:
-            self._adopt_anew(why, present)
+    # ------------------------------------------------------------------------------------------------------ reporting
 
-    def _adopt_anew(self, why: str, present: SwapPlan) -> None:
-        logger.info("planning again: %s", why)
-        self.session.release()
+    def _report_or_none(self) -> RunReport | None:
         try:
-            self._adopt()
-        except (PlanError, DeviceMemoryError, HostMemoryError) as failure:
-            self._found.note(f"planning again failed, so that the plan before goes on: {failure}")
-            self.planner.once = present
-            self._adopt()
-            return
-        self._found.replans.append(why)
+            return self.report()
+        except Exception:  # whatever it stumbles over, the run's memory must go
+            logger.exception("the run has no report; please report this")
+            return None
 
+    def _log_configuration(self, plan: SwapPlan) -> None:
+        """Debug mode's lines when a plan has been made, in the brief's words."""
+        profile, readings = self.planner.profile, self.planner.readings
+        assert profile is not None
+        assert readings is not None
+        size = ModelSize(parameters=self._parameters, nbytes=profile.nbytes, layers=len(profile.blocks))
+        for line in brief_lines(plan, size, memory=readings.memory, host=readings.host, ratio=self.planner.ratio):
+            logger.info("%s", line)
 
-def log_in_the_briefs_words(plan: SwapPlan, planner: Planner, parameters: int | None) -> None:
-    """Debug mode's lines when a plan has been made."""
-    assert planner.profile is not None
-    assert planner.host is not None
-    size = ModelSize(parameters=parameters, nbytes=planner.profile.nbytes, layers=len(planner.profile.blocks))
-    for line in brief_lines(plan, size, memory=planner.memory, host=planner.host, ratio=planner.ratio):
-        logger.info("%s", line)
+    def _log(self, report: RunReport) -> RunReport:
+        """Logs the summary of a run that is over; in debug mode a table of its blocks and a trace file as well.
 
-
-def log_run(
-    report: RunReport, samples: Samples | None, session: SwapSession, planner: Planner, trace_dir: Path | None
-) -> RunReport:
-    """Logs the summary of a run that is over; in debug mode a table of its blocks and a trace file as well.
-
-    Args:
-        report: Of the run, before its release.
-        samples: With the last one; None if nothing was sampled.
-        session: Its session.
-        planner: Its planner.
-        trace_dir: Where the trace file goes; None writes none.
-
-    Returns:
-        The report, with these samples and notes on the trace.
-    """
-    report = replace(report, measured=replace(report.measured, samples=samples))
-    try:
-        return _tell(report, session, planner, trace_dir)
-    except Exception:  # whatever it stumbles over, the run itself has succeeded
-        logger.exception("the run's report could not be written; please report this")
+        Returns:
+            The report, with notes on the trace.
+        """
+        try:
+            if self.planner.settings.debug_mode:
+                logger.info("%s", block_table(report))
+                report = replace(report, notes=(*report.notes, *self._write_trace()))
+            logger.info("%s", summary(report))
+        except Exception:  # whatever it stumbles over, the run itself has succeeded
+            logger.exception("the run's report could not be written; please report this")
         return report
 
+    def _write_trace(self) -> tuple[str, ...]:
+        trace, profile = self.session.trace, self.planner.profile
+        if trace is None or self._trace_dir is None or profile is None:
+            return ()
+        path = self._trace_dir / trace_name(datetime.now())
+        try:
+            write_trace(path, chrome_trace(trace.spans(), names=[block.name for block in profile.blocks]))
+        except BlockSwapError as failure:
+            return (str(failure),)
+        cut = f", without the last {trace.dropped:,} spans" if trace.dropped else ""
+        return (f"trace: {path}{cut}",)
 
-def _tell(report: RunReport, session: SwapSession, planner: Planner, trace_dir: Path | None) -> RunReport:
-    if planner.settings.debug_mode:
-        logger.info("%s", block_table(report))
-        notes = _write_trace(session, planner, trace_dir)
-        report = replace(report, notes=(*report.notes, *notes))
-    logger.info("%s", summary(report))
-    return report
 
-
-def _write_trace(session: SwapSession, planner: Planner, trace_dir: Path | None) -> tuple[str, ...]:
-    trace = session.trace
-    if trace is None or trace_dir is None or planner.profile is None:
-        return ()
-    names = [block.name for block in planner.profile.blocks]
-    path = trace_dir / trace_name(datetime.now())
-    try:
-        write_trace(path, chrome_trace(trace.spans(), names=names))
-    except BlockSwapError as failure:
-        return (str(failure),)
-    cut = f", without the last {trace.dropped:,} spans" if trace.dropped else ""
-    return (f"trace: {path}{cut}",)
+def limits_within(limits: Limits, backend: Backend) -> Limits:
+    """The limits, and what the device itself cannot do."""
+    return replace(
+        limits,
+        overlap=limits.overlap and backend.has_streams,
+        pin=limits.pin and backend.registrar is not None,
+    )
 
 
 def count_parameters(modules: Sequence[nn.Module]) -> int | None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from shown import planned, predicted, ran
 from wanvideo_enhanced_blockswap.blockswap.run.progress import (
     AdoptFigures,
     MemoryUse,
     Phase,
-    PlanFigures,
     Progress,
-    RunFigures,
 )
 from wanvideo_enhanced_blockswap.node_progress import EVENT
 
@@ -21,19 +20,23 @@ GIB = 1 << 30
 MEMORY = MemoryUse(
     total=12 * GIB, other=GIB, residents=4 * GIB, window=GIB // 2, ceiling=6 * GIB, activations=GIB * 7 // 2
 )
-PLAN = PlanFigures(blocks=40, swapped=22, slots=2, free=5 * GIB, stall_ms=30.0, forward_ms=1000.0, over_ceiling=False)
+PLAN = planned(22, free=5 * GIB)
+PREDICTED = predicted(30.0, 1000.0)
 ADOPTING = Progress(
-    phase=Phase.ADOPTING, memory=MEMORY, plan=PLAN, adopt=AdoptFigures(placed=6 * GIB, all=8 * GIB, pinned=3 * GIB)
+    phase=Phase.ADOPTING,
+    memory=MEMORY,
+    plan=PLAN,
+    predicted=PREDICTED,
+    adopt=AdoptFigures(placed=6 * GIB, all=8 * GIB, pinned=3 * GIB),
 )
 SAMPLING = Progress(
     phase=Phase.SAMPLING,
     memory=MEMORY,
     plan=PLAN,
-    run=RunFigures(
-        forwards=7, streamed=61_300_000_000, forward_ms=1000.0, stall_ms=4.0, copy_bytes_per_s=11_900_000_000.0
-    ),
+    predicted=PREDICTED,
+    run=ran(7, 61_300_000_000, forward_ms=1000.0, stall_ms=4.0, copy_bytes_per_s=11_900_000_000.0),
 )
-DONE = Progress(phase=Phase.DONE, memory=MEMORY, plan=PLAN, run=SAMPLING.run)
+DONE = Progress(phase=Phase.DONE, memory=MEMORY, plan=PLAN, predicted=PREDICTED, run=SAMPLING.run)
 
 COPY = """id => {
     const before = new Set(app.graph.nodes);

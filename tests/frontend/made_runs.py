@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import gguf
 from checkpoint_files import Shapes, wan_shapes
+from facts import Facts, make_plan
+from shown import ran
 from wanvideo_enhanced_blockswap.blockswap.model.wan import (
     CheckpointProfile,
     TensorInfo,
@@ -16,16 +18,12 @@ from wanvideo_enhanced_blockswap.blockswap.model.wan import (
     profile_tensors,
     tokens_for,
 )
-from wanvideo_enhanced_blockswap.blockswap.plan.budget import Activations
-from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Facts, make_plan
-from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import SwapPlan
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.run.progress import (
     AdoptFigures,
     MemoryUse,
     Phase,
     Progress,
-    RunFigures,
-    figures_of,
 )
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 from wanvideo_enhanced_blockswap.hardware import (
@@ -151,14 +149,13 @@ class MadeRun:
             ceiling=int(case.settings.vram_threshold_percent / 100 * total),
             activations=expected,
         )
-        self._figures = figures_of(self.plan, stall_ms=self._forward.stall, forward_ms=self._forward.elapsed)
 
     def adopting(self, blocks: int) -> Progress:
         """The first `blocks` blocks are placed."""
         placed = list(itertools.accumulate(self._sizes, initial=0))
         locked = sum(self.plan.swapped[:blocks]) / max(1, self.plan.swapped_count)
         adopt = AdoptFigures(placed=placed[blocks], all=placed[-1], pinned=int(locked * self.plan.pinned_bytes))
-        return Progress(phase=Phase.ADOPTING, memory=self._memory, plan=self._figures, adopt=adopt)
+        return Progress(phase=Phase.ADOPTING, memory=self._memory, plan=self.plan, predicted=self._forward, adopt=adopt)
 
     def sampling(self, forwards: int) -> Progress:
         """So many forwards are over."""
@@ -169,11 +166,11 @@ class MadeRun:
         return self._running(Phase.DONE, forwards)
 
     def _running(self, phase: Phase, forwards: int) -> Progress:
-        run = RunFigures(
-            forwards=forwards,
-            streamed=forwards * self.plan.streamed_bytes,
+        run = ran(
+            forwards,
+            forwards * self.plan.streamed_bytes,
             forward_ms=self._forward.elapsed,
             stall_ms=self._forward.stall,
             copy_bytes_per_s=LINK_BYTES_PER_S if self.plan.streamed_bytes else None,
         )
-        return Progress(phase=phase, memory=self._memory, plan=self._figures, run=run)
+        return Progress(phase=phase, memory=self._memory, plan=self.plan, predicted=self._forward, run=run)

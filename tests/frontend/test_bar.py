@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wanvideo_enhanced_blockswap.blockswap.run.progress import AdoptFigures, Phase, Progress, RunFigures, stopped
+from shown import planned, predicted, ran
+from wanvideo_enhanced_blockswap.blockswap.run.progress import AdoptFigures, Phase, Progress, stopped
 from wanvideo_enhanced_blockswap.node_progress import EVENT
 
 from .answers import LOCALES
-from .bars import ADOPTING, DONE, GIB, MEMORY, PLAN, SAMPLING, bar, send
+from .bars import ADOPTING, DONE, GIB, MEMORY, PLAN, PREDICTED, SAMPLING, bar, send
 from .front_end import NODE, FrontEnd, Variant
 
 one_page = pytest.mark.parametrize("front_end", [Variant()], indirect=True, ids=str)
@@ -27,8 +28,9 @@ TOLD = {
     "whole": Progress(
         phase=Phase.SAMPLING,
         memory=MEMORY,
-        plan=replace(PLAN, swapped=0, over_ceiling=True),
-        run=RunFigures(forwards=0, streamed=0),
+        plan=planned(0, free=5 * GIB, over_ceiling=True),
+        predicted=PREDICTED,
+        run=ran(0, 0),
     ),
     "stopped": stopped(),
     "failed": stopped("out of memory"),
@@ -149,28 +151,25 @@ def test_a_screen_reader_is_told_the_same(ui: FrontEnd) -> None:
 
 
 WAYS = [
-    PLAN,
-    replace(PLAN, stall_ms=0.1),
-    replace(PLAN, stall_ms=None, over_ceiling=True),
-    replace(PLAN, swapped=0, free=GIB // 3),
+    {"plan": PLAN, "predicted": PREDICTED},
+    {"plan": PLAN, "predicted": predicted(0.1, 1000.0)},
+    {"plan": planned(22, free=5 * GIB, over_ceiling=True)},
+    {"plan": planned(0, free=GIB // 3), "predicted": PREDICTED},
 ]
 RUNS = [
     SAMPLING.run,
-    RunFigures(forwards=2, streamed=175_000_000),
-    RunFigures(forwards=0, streamed=0),
-    RunFigures(forwards=3, streamed=9_000_000_000, forward_ms=500.0, stall_ms=0.0),
+    ran(2, 175_000_000),
+    ran(0, 0),
+    ran(3, 9_000_000_000, forward_ms=500.0, stall_ms=0.0),
 ]
 
 
 @one_page
 def test_the_english_templates_make_pythons_own_sentences(ui: FrontEnd) -> None:
     adopts = [ADOPTING.adopt, AdoptFigures(placed=0, all=5 * GIB, pinned=0)]
-    told = [Progress(phase=Phase.ADOPTING, plan=plan, adopt=adopt) for plan in WAYS for adopt in adopts]
+    told = [Progress(phase=Phase.ADOPTING, **way, adopt=adopt) for way in WAYS for adopt in adopts]
     told += [
-        Progress(phase=phase, plan=plan, run=run)
-        for phase in (Phase.SAMPLING, Phase.DONE)
-        for plan in WAYS
-        for run in RUNS
+        Progress(phase=phase, **way, run=run) for phase in (Phase.SAMPLING, Phase.DONE) for way in WAYS for run in RUNS
     ]
     made = ui.evaluate(
         """async ([script, events]) => {

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_stream_transfer import BLOCKS, WIDTH, large_model
 from wanvideo_enhanced_blockswap.blockswap import PinBudget, SwapRun, SwapSettings, Workload, backend_for
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Limits
 from wanvideo_enhanced_blockswap.blockswap.run.machine import TorchMachine
-from wanvideo_enhanced_blockswap.blockswap.run.planner import Limits
 from wanvideo_enhanced_blockswap.hardware import MIB, Sampler
 
 pytestmark = [

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from checkpoint_files import embedding_shapes, wan_shapes, write_sparse_gguf, write_sparse_safetensors
+from facts import Facts, make_plan
 from fake_machine import Readings, in_place, read
 from machines import Machine
 from wanvideo_enhanced_blockswap.blockswap.checkpoint.wan_file import read_checkpoint
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
 from wanvideo_enhanced_blockswap.blockswap.model.wan import CheckpointProfile, activation_bytes, block_flops, tokens_for
-from wanvideo_enhanced_blockswap.blockswap.plan.budget import Activations
-from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Facts, make_plan
-from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, SwapPlan
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 from wanvideo_enhanced_blockswap.hardware import (
     GIB,
