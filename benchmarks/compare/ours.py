@@ -12,7 +12,7 @@ from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
 from wanvideo_enhanced_blockswap.blockswap.model.layout import ModelProfile
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import plan_swap
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, PlanRequest, SwapPlan, Timing
-from wanvideo_enhanced_blockswap.commands.memory import card_budget
+from wanvideo_enhanced_blockswap.commands.options import card_budget
 from wanvideo_enhanced_blockswap.hardware import read_host_memory
 
 from .engine import NotOfferedError
