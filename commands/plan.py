@@ -71,7 +71,7 @@ def plan(options: Namespace) -> Result:
     except PlanError as failure:
         others = sum(model.nbytes for model in beside)
         taken = f"; --beside takes {format_bytes(others)} of the host" if others else ""
-        raise PlanError(f"{failure} (--ram and --vram plan for another machine{taken})") from failure
+        raise PlanError(f"{failure} (--ram and --vram change the machine of the plan{taken})") from failure
     data = _data(checkpoint, decided)
     data |= {"card": card.spec.name, "vram_bytes": card.memory.total_bytes, "tokens": tokens}
     data |= {"beside_bytes": sum(model.nbytes for model in beside)}
