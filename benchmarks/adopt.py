@@ -36,9 +36,8 @@ from wanvideo_enhanced_blockswap.blockswap.host.pages import PageMemory
 from wanvideo_enhanced_blockswap.blockswap.model.layout import ModelProfile
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import make_plan
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, SwapPlan
-from wanvideo_enhanced_blockswap.commands.device import choose_device
-from wanvideo_enhanced_blockswap.commands.memory import card_inputs
-from wanvideo_enhanced_blockswap.commands.wan import PRESETS, Preset, build, complete, expected_bytes, skeleton
+from wanvideo_enhanced_blockswap.commands.options import card_inputs, choose_device
+from wanvideo_enhanced_blockswap.commands.wan_model import PRESETS, Preset, build, complete, expected_bytes, skeleton
 from wanvideo_enhanced_blockswap.hardware import MIB, format_bytes, read_host_memory
 from wanvideo_enhanced_blockswap.hardware.pinning import Registrar
 

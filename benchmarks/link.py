@@ -34,7 +34,7 @@ from wanvideo_enhanced_blockswap.blockswap.host.slabs import Slab
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 from wanvideo_enhanced_blockswap.blockswap.simulation.backend import simulated_backend
 from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware, SimulatedStreams
-from wanvideo_enhanced_blockswap.commands.device import choose_device
+from wanvideo_enhanced_blockswap.commands.options import choose_device
 from wanvideo_enhanced_blockswap.hardware import KIB, MIB, parse_bytes, read_host_memory
 from wanvideo_enhanced_blockswap.hardware.pinning import register_result
 
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SettingsError as failure:
         parser.error(str(failure))
     if device.type not in ("cpu", "cuda"):
-        parser.error(f"--device expects auto, cpu, cuda or cuda:N but got {options.device!r}")
+        parser.error(f"--device: expected auto, cpu, cuda or cuda:N, got {options.device!r}")
     is_simulated = device.type == "cpu"
     tiers = (HostTier.PINNED,) if is_simulated else (HostTier.PINNED, HostTier.PAGEABLE)
     asked = Asked(sizes=options.sizes, streams=options.streams, tiers=tiers, busy=options.busy)

@@ -20,16 +20,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError
-from wanvideo_enhanced_blockswap.blockswap.model.layout import ModelProfile
-from wanvideo_enhanced_blockswap.blockswap.model.profile import profile_model
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import make_plan
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Timing
-from wanvideo_enhanced_blockswap.commands.cache import cache_dir
-from wanvideo_enhanced_blockswap.commands.device import choose_device
-from wanvideo_enhanced_blockswap.commands.memory import card_inputs
-from wanvideo_enhanced_blockswap.commands.stage import FORWARDS_PER_STEP, DeviceStage, Run, Stage
-from wanvideo_enhanced_blockswap.commands.wan import PRESETS, build, make_inputs
-from wanvideo_enhanced_blockswap.commands.words import parse_count, parse_shape
+from wanvideo_enhanced_blockswap.commands.demo import FORWARDS_PER_STEP, DeviceStage, Run, Stage
+from wanvideo_enhanced_blockswap.commands.options import cache_dir, card_inputs, choose_device, parse_count, parse_shape
+from wanvideo_enhanced_blockswap.commands.wan_model import PRESETS, build, make_inputs
 from wanvideo_enhanced_blockswap.hardware import measure_link, read_host_memory
 from wanvideo_enhanced_blockswap.hardware.pinning import PinBudget
 
@@ -82,18 +77,17 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[Row]:
         make_stage = Stage if device.type == "cpu" else DeviceStage
         stage = make_stage(model, inputs, device, steps=options.steps, quiet=True)
         unswapped, compute_ms = stage.run_unswapped()
-        profile = profile_model(stage.blocks, root=model).profile
-        link = link or _link(device, compute_ms, profile.blocks[0].slab_bytes)
+        link = link or _link(device, compute_ms, stage.profile.blocks[0].slab_bytes)
         timing = replace(link, compute_ms=compute_ms)
         asked = [_count(count, preset.layers) for count in counts]
         progress = tqdm(asked, desc=shape, unit="run", disable=options.json or None)
-        rows += [_row(shape, count, stage, profile, timing, unswapped) for count in progress]
+        rows += [_row(shape, count, stage, timing, unswapped) for count in progress]
     return rows
 
 
-def _row(shape: str, asked: int, stage: Stage, profile: ModelProfile, timing: Timing, unswapped: Run) -> Row:
+def _row(shape: str, asked: int, stage: Stage, timing: Timing, unswapped: Run) -> Row:
     """The plan for `asked` blocks beside the run that follows it."""
-    host = read_host_memory()
+    host, profile = read_host_memory(), stage.profile
     inputs = card_inputs(profile, NO_LIMIT, host, held_bytes=profile.block_bytes)
     plan = make_plan(profile, replace(inputs, blocks_to_swap=asked, timing=timing))
     assert plan.predicted is not None
@@ -168,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for count in options.counts.split(","):
             _count(count, PRESETS[options.preset].layers)
     except SettingsError as cause:
-        parser.error(str(cause).replace("--blocks-to-swap", "--counts").replace("--shape ", "--shapes "))
+        parser.error(str(cause).replace("--blocks-to-swap", "--counts").replace("--shape:", "--shapes:"))
     rows = measure(options, device)
     weights, step = LIMITS["virtual" if device.type == "cpu" else "wall"]
     broken = sum(abs(row.weights_off) > weights or abs(row.step_off) > step for row in rows)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from wanvideo_enhanced_blockswap.blockswap import SwapRun, SwapSettings, Workload, blocks_of
 from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError
 from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware
-from wanvideo_enhanced_blockswap.commands.wan import PRESETS, Inputs, build, make_inputs
+from wanvideo_enhanced_blockswap.commands.wan_model import PRESETS, Inputs, build, make_inputs
 
 TESTS = Path(__file__).parents[1] / "tests"
 SHAPES = ((64, 64, 5), (96, 64, 5), (128, 96, 5))

@@ -1,1 +1,1 @@
-"""The commands of the command line, one a module: each takes its options and returns a `Result` to be printed."""
+"""The commands of the command line, one per module: each takes its options and returns a `Result`."""

@@ -1,4 +1,4 @@
-"""A picture of one step: when blocks computed, waited, and were copied."""
+"""A picture of one step: when each block computed, waited for a copy, and was copied."""
 
 from __future__ import annotations
 
@@ -13,22 +13,17 @@ COPY_COLOUR = "#6aa84f"
 
 
 def check_picture(path: Path) -> None:
-    """Refuses, before anything has run, a picture that could not be drawn afterwards.
+    """Checks, before anything runs, that the picture can be drawn afterwards.
 
     Raises:
-        SettingsError: The path is not one of a PNG in a folder that exists.
-        BlockSwapError: matplotlib is missing.
+        SettingsError: The path is not that of a PNG file in a folder that exists.
     """
+    import matplotlib  # noqa: F401 - raises ImportError now and not after the run
+
     if path.suffix.lower() != ".png" or path.is_dir():
-        raise SettingsError(f"--picture expects the path of a .png file but got {str(path)!r}")
+        raise SettingsError(f"--picture: expected the path of a .png file, got {str(path)!r}")
     if not path.absolute().parent.is_dir():
-        raise SettingsError(f"--picture expects a folder that exists but got {str(path)!r}; make the folder first")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as cause:
-        raise BlockSwapError(
-            f"the picture expects matplotlib but it cannot be imported ({cause}); run pip install matplotlib"
-        ) from cause
+        raise SettingsError(f"--picture: expected a folder that exists, got {str(path)!r}; make the folder first")
 
 
 def draw_timeline(spans: Sequence[Span], path: Path, *, title: str) -> None:
@@ -62,4 +57,6 @@ def draw_timeline(spans: Sequence[Span], path: Path, *, title: str) -> None:
     try:
         figure.savefig(path, dpi=110)
     except OSError as cause:
-        raise BlockSwapError(f"the picture expects a path that can be written but got {path}: {cause}") from cause
+        raise BlockSwapError(
+            f"the picture cannot be written to {path}: {cause}; give another path with --picture"
+        ) from cause

@@ -1,4 +1,4 @@
-"""`plan`: from a checkpoint file's header alone, what would be swapped on this or that GPU."""
+"""`plan`: what would be swapped on a GPU, from the header of a checkpoint file alone."""
 
 from __future__ import annotations
 
@@ -28,22 +28,19 @@ from ..hardware import (
     read_device_memory,
     read_host_memory,
 )
-from .cache import cache_dir
-from .demo_report import window_text
-from .device import choose_device
-from .result import Result, table
-from .words import parse_count, parse_shape, parse_size
+from .options import cache_dir, choose_device, parse_count, parse_shape, parse_size
+from .output import Result, table, window_text
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """The card planned for: one that is here, or one that is named.
+    """The card of the plan: this machine's, or one that is only named.
 
     Attributes:
-        spec: What it is.
-        memory: Its memory, with nothing of the model in it.
-        link: Its link, measured or as given; None if it is not known.
-        rates: What it is assumed to compute; None if it is not known.
+        spec: Its name and properties.
+        memory: Its memory, without the model.
+        link: Its link, measured or given; None if unknown.
+        rates: Its assumed compute rates; None if unknown.
     """
 
     spec: DeviceSpec
@@ -57,7 +54,7 @@ def plan(options: Namespace) -> Result:
 
     Raises:
         CheckpointError: The file is truncated, unreadable or not a Wan model.
-        SettingsError: An option has a value that cannot be meant.
+        SettingsError: An option has an impossible value.
         PlanError: No plan fits.
     """
     checkpoint = read_checkpoint(Path(options.model))
@@ -74,8 +71,8 @@ def plan(options: Namespace) -> Result:
         decided = make_plan(checkpoint.model, _inputs(checkpoint.model, settings, readings, known, locked))
     except PlanError as failure:
         others = sum(model.nbytes for model in beside)
-        taken = f", of which the models beside take {format_bytes(others)}" if others else ""
-        raise PlanError(f"{failure} (--ram and --vram plan for another machine{taken})") from failure
+        taken = f"; --beside takes {format_bytes(others)} of the host" if others else ""
+        raise PlanError(f"{failure} (--ram and --vram change the machine of the plan{taken})") from failure
     data = _data(checkpoint, decided)
     data |= {"card": card.spec.name, "vram_bytes": card.memory.total_bytes, "tokens": tokens}
     data |= {"beside_bytes": sum(model.nbytes for model in beside)}
@@ -121,36 +118,35 @@ def _settings(options: Namespace, architecture: WanArchitecture) -> SwapSettings
 
 
 def _card(options: Namespace) -> Card:
-    """The card asked for, else the one that is here."""
+    """The card that the options name, else this machine's."""
     try:
         rates = None if options.gpu is None else find_gpu(options.gpu)
     except ValueError as cause:
         if options.vram is None:
             raise SettingsError(
-                f"--gpu: {cause}; for another, say --vram 16GiB as well: its speed is unknown"
+                f"--gpu: {cause}; to plan for another GPU, add its memory, such as --vram 16GiB"
             ) from cause
         rates = None
     link = None if options.link is None else LinkSpeed(((1, options.link * 1e9),), None)
-    if options.vram is not None or rates is not None:
-        assert options.vram is not None or rates is not None
-        size = rates.total_bytes if options.vram is None and rates else parse_size("--vram", options.vram)
-        spec = _named(rates.name if rates and options.vram is None else options.gpu or "a GPU", size)
-        return Card(spec, DeviceMemory(size, size, "as asked, with nothing in use"), link, rates)
+    if options.vram is not None:
+        return Card(*_named(options.gpu or "a GPU", parse_size("--vram", options.vram)), link, rates)
+    if rates is not None:
+        return Card(*_named(rates.name, rates.total_bytes), link, rates)
     device = choose_device("auto")
     memory = read_device_memory(device)
     if memory is None:
-        raise SettingsError("there is no GPU here to plan for: say --vram 12GiB, or --gpu 'RTX 4090'")
+        raise SettingsError("no GPU in this machine: give one with --vram 12GiB or --gpu 'RTX 4090'")
     spec = probe_device(device)
     try:
         rates = find_gpu(spec.name)
     except ValueError:
-        rates = None  # its memory and link are read; only durations stay unknown
+        rates = None  # memory and link are still known; only durations are not
     return Card(spec, memory, link or measure_link(device, cache_dir=cache_dir()), rates)
 
 
-def _named(name: str, size: int) -> DeviceSpec:
-    """A card of which only the name and the memory are known."""
-    return DeviceSpec(
+def _named(name: str, size: int) -> tuple[DeviceSpec, DeviceMemory]:
+    """A card of which only the name and the memory are known, with nothing in use."""
+    spec = DeviceSpec(
         name=name,
         vendor=Vendor.AMD if name.startswith("RX ") else Vendor.NVIDIA,
         torch_device="",
@@ -162,10 +158,11 @@ def _named(name: str, size: int) -> DeviceSpec:
         total_bytes=size,
         pcie=None,
     )
+    return spec, DeviceMemory(size, size, "as given")
 
 
 def _host(ram: str | None) -> HostMemory:
-    """The host that is here, or one with this much memory, all of it available."""
+    """This machine's host, or one with this much memory, all of it available."""
     host = read_host_memory()
     if ram is None:
         return host
@@ -186,7 +183,7 @@ def _readings(model: ModelProfile, card: Card, host: HostMemory) -> Readings:
     free = card.memory.free_bytes - model.other_bytes
     if free < 0:
         raise SettingsError(
-            f"the card expects more than the {format_bytes(model.other_bytes)} that lie outside the blocks but has "
+            f"not enough VRAM for the weights outside the blocks: {format_bytes(model.other_bytes)} needed, "
             f"{format_bytes(card.memory.free_bytes)} free; take a larger GPU (--vram) or a smaller model"
         )
     return Readings(spec=card.spec, memory=replace(card.memory, free_bytes=free), host=host, link=card.link)
@@ -258,9 +255,9 @@ def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, 
     if forward is None:
         wanted = (("--gpu", card.rates), ("--link", card.link), ("--shape", options.shape))
         missing = " and ".join(name for name, known in wanted if known is None)
-        why = f"give {missing}" if missing else "how fast this host copies into staging slabs is not known"
+        why = f"give {missing}" if missing else "this host's speed of copies into staging slabs is unknown"
         if options.gpu is not None and card.rates is None:
-            why = f"the speed of {card.spec.name} is not known"
+            why = f"the speed of {card.spec.name} is unknown"
         rows.append(["stall per forward", f"unknown: {why}"])
     else:
         at = f"at {options.shape}, with the rates assumed for this GPU"

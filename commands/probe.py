@@ -6,35 +6,33 @@ from argparse import Namespace
 from dataclasses import asdict
 from enum import Enum
 
+from ..blockswap.settings import SwapSettings
 from ..hardware import format_bytes, measure_link, probe_device, read_device_memory, read_host_memory, tune
-from .cache import cache_dir
-from .device import choose_device
-from .result import Result
-
-THRESHOLD_PERCENT = 50.0
-"""The node's default; the tier of an unknown GPU depends on it."""
+from .options import cache_dir, choose_device
+from .output import Result
 
 
 def probe(options: Namespace) -> Result:
     """Reads the device, the host and the link between them.
 
     Raises:
-        HardwareUnavailableError: There is no such device.
-        SettingsError: The device's name is not one.
+        HardwareUnavailableError: The device cannot be read.
+        SettingsError: There is no such device.
     """
     device = choose_device(options.device)
     spec, memory, host = probe_device(device), read_device_memory(device), read_host_memory()
     link = measure_link(device, cache_dir=cache_dir(), again=options.again)
-    has_gpu = memory is not None
-    tuning = tune(spec, host, link, vram_threshold_percent=THRESHOLD_PERCENT) if has_gpu else None
+    tuning = None
+    if memory is not None:
+        tuning = tune(spec, host, link, vram_threshold_percent=SwapSettings().vram_threshold_percent)
     readings = {"device": spec, "device_memory": memory, "host_memory": host, "link": link, "tuning": tuning}
     data = {name: None if value is None else _plain(asdict(value)) for name, value in readings.items()}
-    rows = [["", ""]]
+    rows: list[tuple[str, str]] = []
     for name, value in data.items():
         fields = {"": "unknown"} if value is None else value
-        rows += [[f"{name}.{field}" if field else name, _said(field, one)] for field, one in fields.items()]
+        rows += [(f"{name}.{field}" if field else name, _words(field, one)) for field, one in fields.items()]
     width = max(len(name) for name, _ in rows)
-    return Result(data, "\n".join(f"{name.ljust(width)}  {said}" for name, said in rows[1:]))
+    return Result(data, "\n".join(f"{name.ljust(width)}  {words}" for name, words in rows))
 
 
 def _plain(fields: dict[str, object]) -> dict[str, object]:
@@ -44,7 +42,7 @@ def _plain(fields: dict[str, object]) -> dict[str, object]:
     }
 
 
-def _said(field: str, value: object) -> str:
+def _words(field: str, value: object) -> str:
     if value is None:
         return "unknown"
     if field.endswith("_bytes") and isinstance(value, int):

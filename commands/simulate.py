@@ -1,4 +1,4 @@
-"""`simulate`: forwards in virtual time, with the schedule that the swapper runs, against the bound."""
+"""`simulate`: forwards in virtual time, with the schedule that the swapper runs, compared with the lower bound."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..blockswap.model.layout import BlockProfile, ModelProfile, Placement, Tens
 from ..blockswap.plan.make_plan import make_plan
 from ..blockswap.plan.schedule import Ring, VirtualTime, steady_time
 from ..blockswap.plan.swap_plan import PlanInputs, SwapPlan, Timing
-from .result import Result
+from .output import Result
 
 BLOCK_BYTES = 1 << 30
-"""Size of a block in the simulation; only the ratio of transfer to compute has a meaning."""
+"""Mean size of a block; any size would do, since only the ratio of transfer to compute matters."""
 
 UNLIMITED = 1 << 62
 
@@ -22,12 +22,12 @@ WHOLE_PERCENT = 100.0
 
 
 def simulate(options: Namespace) -> Result:
-    """Step time over the bound max(compute, transfer) of what ran, in steady state.
+    """Steady-state step time, and its ratio to the lower bound max(compute, transfer) of the blocks that ran.
 
-    Times are in units of one block's compute.
+    The unit of time is the mean compute time of a block.
 
     Raises:
-        SettingsError: An option has a value that cannot be meant.
+        SettingsError: An option has an impossible value.
     """
     count, vace = options.blocks, options.vace
     swapped, sizes = _swapped(options.swapped, count), _sizes(count + vace, options.uneven, options.seed)
@@ -38,7 +38,7 @@ def simulate(options: Namespace) -> Result:
     forward = steady_time(time, patterns)
     compute = sum(sizes[i] for pattern in patterns for i in pattern) / len(patterns)
     moved = sum(transfer[i] for pattern in patterns for i in pattern if plan.swapped[i]) / len(patterns)
-    # With a slot for each swapped block nothing needs to move.
+    # With a slot for each swapped block, all of them stay on the device.
     bound = max(compute, moved if plan.slots < plan.swapped_count else 0.0)
     ratio = forward.elapsed / bound if bound else 1.0
     data = {
@@ -63,15 +63,15 @@ def simulate(options: Namespace) -> Result:
     return Result(data, text)
 
 
-def _swapped(asked: str, count: int) -> int:
+def _swapped(text: str, count: int) -> int:
     """A number of blocks, from a number or a share of `count`."""
     try:
-        swapped = round(count * float(asked[:-1]) / 100) if asked.endswith("%") else int(asked)
+        swapped = round(count * float(text[:-1]) / 100) if text.endswith("%") else int(text)
     except (ValueError, OverflowError):
-        raise SettingsError(f"--swapped expects a number of blocks or a share such as 50% but got {asked!r}") from None
-    if not 0 <= swapped <= count or (asked.endswith("%") and not float(asked[:-1]) <= WHOLE_PERCENT):
+        raise SettingsError(f"--swapped: expected a number of blocks or a share such as 50%, got {text!r}") from None
+    if not 0 <= swapped <= count or (text.endswith("%") and not float(text[:-1]) <= WHOLE_PERCENT):
         raise SettingsError(
-            f"--swapped expects 0 to {count}, the number of --blocks, but got {swapped}; lower it or raise --blocks"
+            f"--swapped: expected 0 to {count} (the number of --blocks), got {swapped}; lower it or raise --blocks"
         )
     return swapped
 
@@ -83,12 +83,12 @@ def _sizes(count: int, uneven: float, seed: int) -> list[float]:
 
 
 def _patterns(options: Namespace, count: int, vace: int) -> Sequence[Sequence[int]]:
-    """The blocks of each forward: all; and in every second forward those that guidance leaves."""
+    """The blocks of each forward: all, or all and then what runs in every second forward."""
     everything = list(range(vace + count))
     skipped = {vace + i for i in options.skip}
-    beyond = [i for i in options.skip if not 0 <= i < count]
-    if beyond:
-        raise SettingsError(f"--skip expects blocks from 0 to {count - 1} but got {beyond[0]}")
+    unknown = [i for i in options.skip if not 0 <= i < count]
+    if unknown:
+        raise SettingsError(f"--skip: expected blocks from 0 to {count - 1}, got {unknown[0]}")
     if options.empty:
         return [everything, []]
     if skipped or vace:
@@ -97,7 +97,7 @@ def _patterns(options: Namespace, count: int, vace: int) -> Sequence[Sequence[in
 
 
 def _plan(sizes: Sequence[float], count: int, vace: int, swapped: int, options: Namespace) -> SwapPlan:
-    """The planner's own choice of blocks and, unless given, of slots, with memory without end."""
+    """The planner's choice of blocks and, unless given, of slots, with unlimited memory."""
 
     def block(name: str, size: float) -> BlockProfile:
         return BlockProfile(name, (TensorProfile("weight", round(size * BLOCK_BYTES), Placement.STREAMED),))

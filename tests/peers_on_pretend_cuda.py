@@ -17,7 +17,7 @@ from typing import Any
 import pretend_accelerator
 import torch
 from torch import nn
-from wanvideo_enhanced_blockswap.commands.wan import PRESETS, build, make_inputs
+from wanvideo_enhanced_blockswap.commands.wan_model import PRESETS, build, make_inputs
 
 from benchmarks.compare.engine import NotOfferedError
 from benchmarks.compare.peers import GroupOffload, Mmgp, RamTorch

@@ -108,8 +108,8 @@ def test_tables_are_printed_and_written(capsys: pytest.CaptureFixture[str], tmp_
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--device", "nonsense"], "--device expects auto, cpu, cuda or cuda:N but got 'nonsense'"),
-        (["--device", "meta"], "--device expects auto, cpu, cuda or cuda:N but got 'meta'"),
+        (["--device", "nonsense"], "--device: expected auto, cpu, cuda or cuda:N, got 'nonsense'"),
+        (["--device", "meta"], "--device: expected auto, cpu, cuda or cuda:N, got 'meta'"),
         (["--sizes", "1MiB,12G"], "a memory size expects"),
         (["--sizes", "0"], "expects sizes of at least 1 byte but got '0'"),
         (["--sizes", ""], "a memory size expects"),

@@ -1,16 +1,18 @@
-"""The command line: what it prints for a person, for a program, and when it is asked for what cannot be."""
+"""The command line: what it prints for a person, for a program, and for impossible values."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_files import wan_shapes, wan_tensors, write_safetensors, write_sparse_safetensors
 from wanvideo_enhanced_blockswap.cli import main
-from wanvideo_enhanced_blockswap.commands.meter import CopyCounter
+from wanvideo_enhanced_blockswap.commands.demo import CopyCounter
 from wanvideo_enhanced_blockswap.hardware import GIB, HostMemory, HostPlatform
 
 DEMO_FIELDS = {
@@ -92,31 +94,34 @@ def test_the_dispatcher_counts_the_copies_that_the_device_counts(pretend_device:
     assert counter.moved.to_host == now["d2h_bytes"] - before["d2h_bytes"] == 40
 
 
-def test_the_demo_says_it_all_to_a_person(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_demo_prints_the_comparison_for_a_person(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["demo", "--device", "cpu", "--steps", "1", "--picture", str(tmp_path / "t.png")]) == 0
-    said = capsys.readouterr()
-    assert "outputs equal: yes, bit for bit" in said.out
-    assert "stall per forward" in said.out
-    assert "swapped: 100%" in said.err
+    printed = capsys.readouterr()
+    assert "outputs equal: yes, bit for bit" in printed.out
+    assert "stall per forward" in printed.out
+    assert "swapped: 100%" in printed.err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["demo", "--blocks-to-swap", "13"], r"0 to 12.*got 13"),
-        (["demo", "--blocks-to-swap", "-1"], r"0 to 12.*got -1"),
+        (["demo", "--blocks-to-swap", "13"], r"0 to 12.*got '13'"),
+        (["demo", "--blocks-to-swap", "-1"], r"0 to 12.*got '-1'"),
         (["demo", "--blocks-to-swap", "nan"], r"whole number.*got 'nan'"),
         (["demo", "--blocks-to-swap", "most"], r"half or all.*got 'most'"),
-        (["demo", "--device", "toaster"], r"--device expects.*'toaster'"),
-        (["demo", "--device", "cuda:99"], r"--device expects.*'cuda:99'"),
-        (["demo", "--vram", "1MiB"], r"--vram expects more than"),
+        (["demo", "--device", "toaster"], r"--device: expected.*'toaster'"),
+        (["demo", "--device", "cuda:99"], r"--device: expected.*'cuda:99'"),
+        (
+            ["demo", "--vram", "1MiB"],
+            r"--vram: not enough for the weights outside the blocks: .* needed, 1.0 MiB given",
+        ),
         (["demo", "--vram=-5GiB"], r"--vram"),
         (["demo", "--vram", "nan"], r"--vram"),
-        (["demo", "--vram", "12"], r"--vram expects a memory size such as 12GiB but got '12'"),
+        (["demo", "--vram", "12"], r"--vram: expected a memory size such as 12GiB, got '12'"),
         (["demo", "--shape", "32x"], r"WxHxF.*'32x'"),
-        (["demo", "--shape", f"{'9' * 180}x16x1"], r"at most 100000 of each"),
+        (["demo", "--shape", f"{'9' * 180}x16x1"], r"at most 100000 for each"),
         (["demo", "--shape", "17x16x1"], r"width expects a multiple of 16 but got 17"),
-        (["simulate", "--blocks", "4", "--swapped", "101%", "--ratio", "1"], r"--swapped expects"),
+        (["simulate", "--blocks", "4", "--swapped", "101%", "--ratio", "1"], r"--swapped: expected"),
         (["plan", "missing.safetensors", "--vram", "12GiB"], r"missing\.safetensors"),
         (["simulate", "--blocks", "4", "--swapped", "5", "--ratio", "1"], r"0 to 4.*got 5"),
         (["simulate", "--blocks", "4", "--swapped", "x", "--ratio", "1"], r"got 'x'"),
@@ -124,12 +129,14 @@ def test_the_demo_says_it_all_to_a_person(capsys: pytest.CaptureFixture[str], tm
         (["simulate", "--blocks", "4", "--swapped", "2", "--ratio", "1", "--skip", "4"], r"0 to 3.*got 4"),
     ],
 )
-def test_a_bad_value_gets_one_clear_error(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+def test_a_bad_value_gets_one_clear_error(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     assert main([*arguments, "--json"]) == 1
     printed = capsys.readouterr()
     error = json.loads(printed.out)["error"]
     assert len(printed.err.splitlines()) == 1
-    assert re.search(said, error), error
+    assert re.search(message, error), error
 
 
 @pytest.mark.parametrize(
@@ -166,7 +173,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_the_run(
     (tmp_path / "folder").mkdir()
     code, shown = run_json(capsys, "demo", "--picture", picture)
     assert code == 1
-    assert shown["error"].startswith("--picture expects")
+    assert shown["error"].startswith("--picture: expected")
 
 
 def test_an_interrupt_ends_with_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +251,9 @@ def test_a_model_beside_it_takes_its_part_of_the_host(capsys: pytest.CaptureFixt
     assert "the host expects 2.6 GiB more for 30 blocks but got" in shown["error"]
 
 
-def test_a_video_that_does_not_fit_is_told_first_and_fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_video_that_does_not_fit_is_the_first_reason_and_fails(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     path = write_sparse_safetensors(tmp_path / "wan.safetensors", wan_shapes(5120, 13824, 40))
     common = ["plan", str(path), "--vram", "12GiB", "--ram", "64GiB"]
     assert run_json(capsys, *common)[1]["fits"] is None
@@ -263,7 +272,7 @@ def test_a_gpu_that_is_not_known_is_planned_for_by_its_memory(
     assert (code, shown["card"], shown["predicted_stall_ms"]) == (0, "RTX 4080", None)
     code, shown = run_json(capsys, "plan", path, "--gpu", "RTX 4080")
     assert code == 1
-    assert "say --vram 16GiB as well" in shown["error"]
+    assert "add its memory, such as --vram 16GiB" in shown["error"]
 
 
 def test_a_model_beside_it_takes_its_part_of_what_may_be_page_locked(
@@ -278,6 +287,36 @@ def test_a_model_beside_it_takes_its_part_of_what_may_be_page_locked(
     assert both["beside_bytes"] == alone["block_bytes"] + alone["other_bytes"]
     assert alone["pinned_bytes"] + both["pinned_bytes"] <= 0.4 * 90 * GIB
     assert both["host_tiers"] == ["pinned", "staged"]
+
+
+WITHOUT_THE_EXTRA = """
+import json, sys
+
+sys.modules.update(dict.fromkeys(("diffusers", "matplotlib", "platformdirs", "tqdm")))
+from wanvideo_enhanced_blockswap.cli import main
+
+print(json.dumps([main(command) for command in json.loads(sys.argv[1])]))
+"""
+
+
+def test_only_the_demo_needs_the_demo_extra(tmp_path: Path) -> None:
+    path = write_safetensors(tmp_path / "wan.safetensors", wan_tensors())
+    commands = [
+        ["plan", str(path), "--vram", "12GiB"],
+        ["probe", "--device", "cpu"],
+        ["simulate", "--blocks", "4", "--swapped", "2", "--ratio", "1"],
+        ["demo", "--device", "cpu", "--picture", str(tmp_path / "t.png")],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_EXTRA, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+        timeout=120,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, 0, 0, 1]
+    assert done.stderr.splitlines()[-1].endswith('run pip install -e ".[demo]" in the checkout')
 
 
 def test_probe_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:

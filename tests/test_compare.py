@@ -10,7 +10,7 @@ import pytest
 import torch
 from wanvideo_enhanced_blockswap.blockswap.plan import make_plan as plan
 from wanvideo_enhanced_blockswap.blockswap.plan.schedule import Ring
-from wanvideo_enhanced_blockswap.commands.wan import PRESETS
+from wanvideo_enhanced_blockswap.commands.wan_model import PRESETS
 
 from benchmarks import baseline
 from benchmarks.compare import __main__ as compare
@@ -158,13 +158,13 @@ def test_the_command_writes_results_table_and_plot(tmp_path: Path, capsys: pytes
     [
         (["--engines", "ours,theirs"], "--engines expects some of resident, ours"),
         (["--swap", "13"], "from 0 to 12"),
-        (["--shapes", "64x64"], "--shape expects WxHxF"),
-        (["--device", "tpu"], "--device expects auto, cpu, cuda"),
+        (["--shapes", "64x64"], "--shape: expected WxHxF"),
+        (["--device", "tpu"], "--device: expected auto, cpu, cuda"),
         (["--shapes", "60x64x5"], "sides that 16 divides and 4n+1 frames but got '60x64x5'"),
         (["--swap", "0"], "from 1 to 12 but got 0"),
-        (["--swap", "quarter"], "--swap expects a whole number"),
+        (["--swap", "quarter"], "--swap: expected a whole number"),
         (["--out", "README.md"], "--out expects a folder"),
-        (["--model", "14b", "--device", "cpu"], "--model 14b expects"),
+        (["--model", "14b", "--device", "cpu"], "not enough host memory for --model 14b"),
         (["--steps", "0"], "expect 1 or more but got 0 and 2"),
     ],
 )

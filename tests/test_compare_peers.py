@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from wanvideo_enhanced_blockswap.commands.wan import PRESETS, Inputs, build, make_inputs
+from wanvideo_enhanced_blockswap.commands.wan_model import PRESETS, Inputs, build, make_inputs
 
 from benchmarks.compare.engine import NOT_INSTALLED, NotOfferedError
 from benchmarks.compare.peers import Accelerate, GroupOffload, Mmgp, RamTorch

@@ -12,7 +12,7 @@ import pytest
 from checkpoint_files import wan_tensors, write_gguf, write_safetensors
 from wanvideo_enhanced_blockswap import comfyui
 from wanvideo_enhanced_blockswap.cli import main
-from wanvideo_enhanced_blockswap.commands.cache import cache_dir
+from wanvideo_enhanced_blockswap.commands.options import cache_dir
 from watched import Watched
 
 ROOT = Path(__file__).parents[1]

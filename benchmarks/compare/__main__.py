@@ -21,9 +21,8 @@ from pathlib import Path
 
 import torch
 from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError, SettingsError
-from wanvideo_enhanced_blockswap.commands.device import choose_device
-from wanvideo_enhanced_blockswap.commands.wan import PRESETS, refuse_if_too_large
-from wanvideo_enhanced_blockswap.commands.words import parse_shape
+from wanvideo_enhanced_blockswap.commands.options import choose_device, parse_shape
+from wanvideo_enhanced_blockswap.commands.wan_model import PRESETS, refuse_if_too_large
 from wanvideo_enhanced_blockswap.hardware import read_host_memory
 
 from benchmarks.machine import origin

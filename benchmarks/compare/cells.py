@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError
-from wanvideo_enhanced_blockswap.commands.wan import PRESETS, Preset
-from wanvideo_enhanced_blockswap.commands.words import parse_count
+from wanvideo_enhanced_blockswap.commands.options import parse_count
+from wanvideo_enhanced_blockswap.commands.wan_model import PRESETS, Preset
 
 RESIDENT = "resident"
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from wanvideo_enhanced_blockswap.commands.device import choose_device
-from wanvideo_enhanced_blockswap.commands.wan import PRESETS, expected_bytes
+from wanvideo_enhanced_blockswap.commands.options import choose_device
+from wanvideo_enhanced_blockswap.commands.wan_model import PRESETS, expected_bytes
 from wanvideo_enhanced_blockswap.hardware import measure_link
 
 from benchmarks.link import pinned_bytes_per_s

@@ -14,8 +14,8 @@ from torch import nn
 from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.device.streams import CudaStreams, InlineStreams, Streams
-from wanvideo_enhanced_blockswap.commands.meter import DeviceMeter
-from wanvideo_enhanced_blockswap.commands.wan import Inputs
+from wanvideo_enhanced_blockswap.commands.demo import DeviceMeter
+from wanvideo_enhanced_blockswap.commands.wan_model import Inputs
 from wanvideo_enhanced_blockswap.hardware import read_host_memory
 
 from .engine import Engine

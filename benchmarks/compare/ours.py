@@ -12,7 +12,7 @@ from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
 from wanvideo_enhanced_blockswap.blockswap.model.layout import ModelProfile
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import make_plan
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, SwapPlan, Timing
-from wanvideo_enhanced_blockswap.commands.memory import card_inputs
+from wanvideo_enhanced_blockswap.commands.options import card_inputs
 from wanvideo_enhanced_blockswap.hardware import read_host_memory
 
 from .engine import NotOfferedError

@@ -13,8 +13,8 @@ from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.plan.schedule import SETTLING_FORWARDS
 from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedWorker, simulated_backend
 from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware, SimulatedStreams
-from wanvideo_enhanced_blockswap.commands.meter import Moved
-from wanvideo_enhanced_blockswap.commands.wan import Inputs, Preset
+from wanvideo_enhanced_blockswap.commands.demo import Moved
+from wanvideo_enhanced_blockswap.commands.wan_model import Inputs, Preset
 
 from .engine import Engine
 from .testbed import Figures, Shape, denoise

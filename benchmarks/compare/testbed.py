@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import nn
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
-from wanvideo_enhanced_blockswap.commands.meter import Moved
-from wanvideo_enhanced_blockswap.commands.wan import Inputs
+from wanvideo_enhanced_blockswap.commands.demo import Moved
+from wanvideo_enhanced_blockswap.commands.wan_model import Inputs
 
 from .engine import Engine
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from wanvideo_enhanced_blockswap.commands.meter import DeviceMeter, Moved
+from wanvideo_enhanced_blockswap.commands.demo import DeviceMeter, Moved
 from wanvideo_enhanced_blockswap.hardware import probe_device, read_host_memory
 from wanvideo_enhanced_blockswap.hardware.monitor import open_device_readers
 

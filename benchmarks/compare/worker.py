@@ -13,9 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from wanvideo_enhanced_blockswap.commands.device import choose_device
-from wanvideo_enhanced_blockswap.commands.wan import Inputs, build, make_inputs
-from wanvideo_enhanced_blockswap.commands.words import parse_shape
+from wanvideo_enhanced_blockswap.commands.options import choose_device, parse_shape
+from wanvideo_enhanced_blockswap.commands.wan_model import Inputs, build, make_inputs
 
 from .cells import EQUAL, FIRST, REFERENCE, RESIDENT, Row, Task
 from .device_testbed import DeviceTestbed

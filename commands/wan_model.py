@@ -1,4 +1,4 @@
-"""A real Wan transformer with random weights, and the denoising loop that it runs in."""
+"""A real Wan transformer with random weights, its inputs, and the loop that denoises with it."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..blockswap.errors import BlockSwapError, HostMemoryError
+from ..blockswap.errors import HostMemoryError
 from ..blockswap.model.wan import WanArchitecture
 from ..hardware import format_bytes
 
 GUIDANCE = 5.0
-"""Scale of classifier-free guidance, Wan's own default for text to video."""
+"""Scale of classifier-free guidance: Wan's own default for text to video."""
 
 POOL_ELEMENTS = 1 << 22
-"""Random numbers drawn once and laid over the weights again and again, each time from another place: 14 billion draws
-would take minutes and show nothing more."""
+"""Random numbers that are drawn once and repeated over the weights: 14 billion draws would take minutes."""
 
-TURN = 1_048_583
-"""How far the pool is turned from one part to the next: a prime, so that the parts do not soon meet again."""
+POOL_STEP = 1_048_583
+"""The pool starts this much later for each part that it fills: a prime, so that the same offset comes back late."""
 
 HOST_SHARE = 1.1
-"""Host memory that a model needs over its bytes: a block is held twice while its slab is filled, and the rest of the
-model, Python and torch come on top."""
+"""Host memory that a model needs, over its bytes: a block is held twice while its slab is filled, and the rest of the
+model, Python and torch need memory too."""
 
 SIMULATED_SHARE = 2.1
-"""The same where the device is simulated: its memory is the host's too."""
+"""The same if the device is simulated: the device's memory is in the host too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """Dimensions of a Wan transformer, and of the video it denoises.
+    """Dimensions of a Wan transformer, and of the video that it denoises.
 
     Attributes:
         layers: Number of blocks.
@@ -55,7 +54,7 @@ class Preset:
 
     @property
     def architecture(self) -> WanArchitecture:
-        """The same sizes, as a checkpoint's header gives them."""
+        """The same dimensions, in the form that a checkpoint's header gives."""
         return WanArchitecture(
             width=self.heads * self.head_width,
             ffn_width=self.ffn_width,
@@ -78,17 +77,21 @@ PRESETS = {
 
 
 def expected_bytes(preset: Preset) -> int:
-    """Bytes of the preset's blocks in bf16, from its dimensions alone."""
+    """Bytes of the preset's blocks in bf16, computed from its dimensions."""
     width = preset.heads * preset.head_width
     return 2 * preset.layers * (8 * width * width + 2 * width * preset.ffn_width)
 
 
 def refuse_if_too_large(name: str, preset: Preset, *, available_bytes: int, is_simulated: bool) -> None:
-    """Raises HostMemoryError, with numbers, where the host cannot hold the model."""
+    """Checks that the host can hold the model.
+
+    Raises:
+        HostMemoryError: It cannot.
+    """
     need = int(expected_bytes(preset) * (SIMULATED_SHARE if is_simulated else HOST_SHARE))
     if need > available_bytes:
         raise HostMemoryError(
-            f"--preset {name} expects {format_bytes(need)} of host memory for {preset.layers} blocks in bf16 but got "
+            f"not enough host memory for --preset {name}, {preset.layers} blocks in bf16: {format_bytes(need)} needed, "
             f"{format_bytes(available_bytes)} available; take a smaller preset or a machine with more memory"
         )
 
@@ -100,24 +103,10 @@ def build(preset: Preset, *, seed: int, dtype: torch.dtype = torch.bfloat16) -> 
     return complete(model, preset)
 
 
-def complete(model: Any, preset: Preset) -> nn.Module:
-    """`model`, whose weights are there, ready to run: the rotary table is computed, not loaded, and made with data."""
-    model.rope = type(model.rope)(preset.head_width, (1, 2, 2), model.rope.max_seq_len)
-    return model.train(mode=False).requires_grad_(requires_grad=False)
-
-
 def skeleton(preset: Preset, *, dtype: torch.dtype) -> nn.Module:
-    """The same model without data, on the meta device.
+    """The same model without data, on the meta device."""
+    from diffusers import WanTransformer3DModel
 
-    Raises:
-        BlockSwapError: diffusers is not installed.
-    """
-    try:
-        from diffusers import WanTransformer3DModel
-    except ImportError as cause:
-        raise BlockSwapError(
-            f"a real Wan transformer expects diffusers but it cannot be imported ({cause}); run pip install diffusers"
-        ) from cause
     with torch.device("meta"):
         model = WanTransformer3DModel(
             patch_size=(1, 2, 2),
@@ -137,23 +126,29 @@ def skeleton(preset: Preset, *, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def complete(model: Any, preset: Preset) -> nn.Module:
+    """Makes a model whose weights are loaded ready to run: its rotary table is not a weight and has no data yet."""
+    model.rope = type(model.rope)(preset.head_width, (1, 2, 2), model.rope.max_seq_len)
+    return model.train(mode=False).requires_grad_(requires_grad=False)
+
+
 def _fill(model: nn.Module, seed: int) -> None:
     pool = torch.randn(POOL_ELEMENTS, generator=torch.Generator().manual_seed(seed))
-    # One pool for each of the few distributions: laying it over the weights is a mere copy then.
+    # One pool for each of the few distributions, so that filling a weight is only a copy.
     pools: dict[tuple[float, float], torch.Tensor] = {}
-    begin = 0
+    start = 0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.02
             centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             if (scale, centre) not in pools:
                 pools[scale, centre] = (pool * scale + centre).to(parameter.dtype)
-            turned = pools[scale, centre]
+            source = pools[scale, centre]
             for part in parameter.view(-1).split(POOL_ELEMENTS):
-                ahead = min(len(part), POOL_ELEMENTS - begin)
-                part[:ahead].copy_(turned[begin : begin + ahead])
-                part[ahead:].copy_(turned[: len(part) - ahead])
-                begin = (begin + TURN) % POOL_ELEMENTS
+                ahead = min(len(part), POOL_ELEMENTS - start)
+                part[:ahead].copy_(source[start : start + ahead])
+                part[ahead:].copy_(source[: len(part) - ahead])
+                start = (start + POOL_STEP) % POOL_ELEMENTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +178,7 @@ def denoise(
     forward: Callable[[], contextlib.AbstractContextManager[object]],
     after_step: Callable[[], object],
 ) -> torch.Tensor:
-    """Latents after `steps` Euler steps of flow matching with classifier-free guidance: two forwards a step.
+    """Latents after `steps` Euler steps of flow matching with classifier-free guidance: two forwards per step.
 
     Args:
         model: The transformer.

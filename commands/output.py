@@ -1,19 +1,23 @@
-"""What a command found: for a person as text, for a program as one JSON object."""
+"""What a command prints: `Result`, and the texts that several commands share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..blockswap.plan.swap_plan import SwapPlan
+from ..hardware import format_bytes
+from ..hardware.units import format_count
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a command found.
+    """The outcome of a command.
 
     Attributes:
-        data: One JSON object.
-        text: The same for a person.
-        succeeded: Whether the command shows what it is there to show.
+        data: One JSON object, for a program.
+        text: The same, for a person.
+        succeeded: Whether the command exits with 0.
     """
 
     data: Mapping[str, object]
@@ -29,3 +33,11 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(row[1:], others, strict=True)]
         lines.append("  ".join([row[0].ljust(first), *cells]).rstrip())
     return "\n".join(lines)
+
+
+def window_text(plan: SwapPlan) -> str:
+    """A plan's slots and copy streams in words."""
+    if not plan.slots:
+        return "no window"
+    slots = format_count(plan.slots, "slot")
+    return f"{slots} of {format_bytes(plan.slot_bytes)}, {format_count(plan.streams, 'copy stream')}"
