@@ -75,9 +75,9 @@ def demo(options: Namespace) -> Result:
     timing = _timing(options, device, compute_ms, profile.blocks[0].slab_bytes)
     # Only CUDA, HIP and the simulated device have streams and page-locking.
     overlaps = device.type in ("cpu", "cuda")
-    slots = options.slots
     plan = make_plan(
-        profile, replace(on_card, blocks_to_swap=count, overlap=overlaps, pin=overlaps, slots=slots, timing=timing)
+        profile,
+        replace(on_card, blocks_to_swap=count, overlap=overlaps, pin=overlaps, slots=options.slots, timing=timing),
     )
     swapped = stage.run_swapped(plan, timing, PinBudget(host.pin_budget_bytes))
     title = f"{options.preset}: {plan.swapped_count} of {len(plan.swapped)} blocks swapped, the last step"
