@@ -24,9 +24,9 @@ from .testbed import Figures, Shape, denoise
 
 TEXT_TOKENS = 512
 
-FRAMES, ROWS, COLUMNS = 2, 4, 4
-"""Of the latents that are computed at most: eight tokens."""
-WORDS = 16
+FRAMES, ROWS, COLUMNS = 1, 4, 4
+"""Of the latents that are computed at most: four tokens."""
+WORDS = 4
 """Text tokens that are computed."""
 
 
