@@ -52,6 +52,21 @@ def pretend_stats(pretend_device: torch.device) -> Iterator[PretendHpu]:
 
 
 @pytest.fixture
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of four tokens for real Wan transformers: on a processor without bf16, 512 take most of the time."""
+
+    def shortened(*arguments: Any, **options: Any) -> Inputs:
+        inputs = make_inputs(*arguments, **options)
+        return Inputs(inputs.latents, inputs.positive[:, :4], inputs.negative[:, :4])
+
+    from wanvideo_enhanced_blockswap.commands.wan import Inputs, make_inputs
+
+    for user in ("compare.worker", "predictions", "soak"):
+        monkeypatch.setattr(f"benchmarks.{user}.make_inputs", shortened)
+    monkeypatch.setattr("wanvideo_enhanced_blockswap.commands.demo.make_inputs", shortened)
+
+
+@pytest.fixture
 def bench() -> Iterator[GateBench]:
     """A gate installed in the stand-in wrapper, taken away after the test."""
     from gate_bench import GateBench
