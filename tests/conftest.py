@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
 # Several test processes on a few cores: threads that spin for one another would take most of the time.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Each garbage collection would look through all that torch has imported, a quarter of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
