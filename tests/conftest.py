@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
     from gate_bench import GateBench
     from pretend_accelerator import PretendHpu
 
+pytest_plugins = ["two_processes"]
+
 # Several test processes on a few cores: threads that spin for one another would take most of the time.
 torch.set_num_threads(1)
 
@@ -25,13 +26,6 @@ def pytest_collection_finish() -> None:
     """Each garbage collection would look through all that torch has imported, a quarter of a second."""
     gc.collect()
     gc.freeze()
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Tells how many faults were injected."""
-    injected: dict[str, int] = getattr(sys.modules.get("faults"), "INJECTED", {})
-    if injected:
-        terminalreporter.write_line(f"{sum(injected.values()):,} faults were injected at {len(injected)} places")
 
 
 @pytest.fixture(scope="session")
