@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,15 +16,16 @@ if TYPE_CHECKING:
     from gate_bench import GateBench
     from pretend_accelerator import PretendHpu
 
+pytest_plugins = ["two_processes"]
+
 # Several test processes on a few cores: threads that spin for one another would take most of the time.
 torch.set_num_threads(1)
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Tells how many faults were injected."""
-    injected: dict[str, int] = getattr(sys.modules.get("faults"), "INJECTED", {})
-    if injected:
-        terminalreporter.write_line(f"{sum(injected.values()):,} faults were injected at {len(injected)} places")
+def pytest_collection_finish() -> None:
+    """Each garbage collection would look through all that torch has imported, a quarter of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +50,21 @@ def pretend_stats(pretend_device: torch.device) -> Iterator[PretendHpu]:
     reset()
     yield torch.hpu
     reset()
+
+
+@pytest.fixture
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of four tokens for real Wan transformers: on a processor without bf16, 512 take most of the time."""
+
+    def shortened(*arguments: Any, **options: Any) -> Inputs:
+        inputs = make_inputs(*arguments, **options)
+        return Inputs(inputs.latents, inputs.positive[:, :4], inputs.negative[:, :4])
+
+    from wanvideo_enhanced_blockswap.commands.wan_model import Inputs, make_inputs
+
+    for user in ("compare.worker", "predictions", "soak"):
+        monkeypatch.setattr(f"benchmarks.{user}.make_inputs", shortened)
+    monkeypatch.setattr("wanvideo_enhanced_blockswap.commands.demo.make_inputs", shortened)
 
 
 @pytest.fixture

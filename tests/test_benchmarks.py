@@ -10,24 +10,26 @@ import pytest
 from benchmarks import predictions, soak
 
 
+@pytest.mark.usefixtures("short_texts")
 def test_predictions_come_true_on_the_simulated_device(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     table = tmp_path / "table.md"
-    options = ["--device", "cpu", "--shapes", "64x64x5,128x128x5", "--counts", "half,all", "--steps", "3"]
+    options = ["--device", "cpu", "--shapes", "32x32x5,64x64x5", "--counts", "half,all", "--steps", "3"]
     assert predictions.main([*options, "--json", "--markdown", str(table)]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["shape"], row["blocks_swapped"]) for row in rows] == [
+        ("32x32x5", 6),
+        ("32x32x5", 12),
         ("64x64x5", 6),
         ("64x64x5", 12),
-        ("128x128x5", 6),
-        ("128x128x5", 12),
     ]
     assert any(row["measured_stall_ms"] > 0 for row in rows)
     for row in rows:
         assert row["measured_weight_bytes"] == row["predicted_weight_bytes"]
         assert row["measured_step_ms"] == pytest.approx(row["predicted_step_ms"], rel=0.01)
-    assert table.read_text().count("| 128x128x5 |") == 2
+    assert table.read_text().count("| 64x64x5 |") == 2
 
 
+@pytest.mark.usefixtures("short_texts")
 def test_a_prediction_that_does_not_come_true_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -39,10 +41,11 @@ def test_a_prediction_that_does_not_come_true_fails(
         return plan
 
     monkeypatch.setattr(predictions, "plan_swap", optimistic)
-    assert predictions.main(["--device", "cpu", "--shapes", "64x64x5", "--counts", "half", "--steps", "2"]) == 1
+    assert predictions.main(["--device", "cpu", "--shapes", "32x32x5", "--counts", "half", "--steps", "2"]) == 1
     assert "limit 1%" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("short_texts")
 def test_a_soak_of_random_runs_leaves_nothing_and_gets_nothing_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     soak.main(["--runs", "12", "--seed", "3", "--json"])  # too short to judge host memory by
     found = json.loads(capsys.readouterr().out)

@@ -32,6 +32,9 @@ DEMO_FIELDS = {
 }
 
 
+DEMO = ("demo", "--steps", "1", "--shape", "32x32x5")
+
+
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict]:
     code = main([*arguments, "--json"])
     lines = capsys.readouterr().out.splitlines()
@@ -49,13 +52,14 @@ def check_promises(shown: dict) -> None:
     assert shown["step_ms"] > 0
 
 
+@pytest.mark.usefixtures("short_texts")
 @pytest.mark.parametrize(("asked", "swapped"), [("0", 0), ("1", 1), ("half", 6), ("all", 12), (None, None)])
 def test_the_demo_keeps_its_promises_on_a_simulated_device(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, asked: str | None, swapped: int | None
 ) -> None:
     picture = tmp_path / "timeline.png"
     options = [] if asked is None else ["--blocks-to-swap", asked]
-    code, shown = run_json(capsys, "demo", "--device", "cpu", "--steps", "1", "--picture", str(picture), *options)
+    code, shown = run_json(capsys, *DEMO, "--device", "cpu", "--picture", str(picture), *options)
     assert code == 0
     check_promises(shown)
     assert shown["measured_by"] == "accounting"
@@ -63,13 +67,14 @@ def test_the_demo_keeps_its_promises_on_a_simulated_device(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("short_texts")
 @pytest.mark.parametrize("asked", ["0", "1", "half", "all", None])
 def test_the_demo_keeps_its_promises_on_a_device_that_counts_for_itself(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, pretend_stats, asked: str | None
 ) -> None:
     options = [] if asked is None else ["--blocks-to-swap", asked]
     picture = str(tmp_path / "t.png")
-    code, shown = run_json(capsys, "demo", "--device", "hpu:0", "--steps", "1", "--picture", picture, *options)
+    code, shown = run_json(capsys, *DEMO, "--device", "hpu:0", "--picture", picture, *options)
     assert code == 0
     check_promises(shown)
     assert shown["measured_by"] == "pretend"
@@ -94,12 +99,13 @@ def test_the_dispatcher_counts_the_copies_that_the_device_counts(pretend_device:
     assert counter.moved.to_host == now["d2h_bytes"] - before["d2h_bytes"] == 40
 
 
-def test_the_demo_prints_the_comparison_for_a_person(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["demo", "--device", "cpu", "--steps", "1", "--picture", str(tmp_path / "t.png")]) == 0
-    printed = capsys.readouterr()
-    assert "outputs equal: yes, bit for bit" in printed.out
-    assert "stall per forward" in printed.out
-    assert "swapped: 100%" in printed.err
+@pytest.mark.usefixtures("short_texts")
+def test_the_demo_says_it_all_to_a_person(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main([*DEMO, "--device", "cpu", "--picture", str(tmp_path / "t.png")]) == 0
+    said = capsys.readouterr()
+    assert "outputs equal: yes, bit for bit" in said.out
+    assert "stall per forward" in said.out
+    assert "swapped: 100%" in said.err
 
 
 @pytest.mark.parametrize(
@@ -248,7 +254,7 @@ def test_a_model_beside_it_takes_its_part_of_the_host(capsys: pytest.CaptureFixt
     assert run_json(capsys, *one)[0] == 0
     code, shown = run_json(capsys, *one, "--beside", str(path))
     assert code == 1
-    assert "the host expects 2.6 GiB more for 30 blocks but got" in shown["error"]
+    assert "not enough RAM: 2.6 GiB more needed for 30 blocks" in shown["error"]
 
 
 def test_a_video_that_does_not_fit_is_the_first_reason_and_fails(

@@ -189,6 +189,7 @@ def test_a_table_without_figures_says_so(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------- real devices
 
 
+@pytest.mark.usefixtures("short_texts")
 @pytest.mark.parametrize(("engine", "swapped"), [("resident", 0), ("plain", 6), ("ours-no-prefetch", 6)])
 def test_a_device_is_measured_by_its_own_books(
     tmp_path: Path, pretend_device: torch.device, engine: str, swapped: int

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import mutant_child
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,19 +193,25 @@ MUTANTS = [
 ]
 
 
-def run_test(package: Path, test: str) -> subprocess.CompletedProcess[str]:
-    """Runs one test of test_happens_before.py against the package in `package`."""
-    paths = [package, ROOT / "tests", ROOT / "tests" / "pretend"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    (package / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
-    arguments = ["-q", "-x", "-p", "no:cacheprovider", "-c", "pytest.ini", f"--confcutdir={ROOT / 'tests'}"]
-    target = str(ROOT / "tests" / "test_happens_before.py") + f"::{test}"
-    command = [sys.executable, "-m", "pytest", *arguments, target]
-    return subprocess.run(command, env=environment, cwd=package, capture_output=True, text=True, check=False)
+PROCESSES = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+PROCESSES.set_forkserver_preload(["torch._dynamo", "torch.utils.cpp_extension", "pytest"])
+"""Each mutant has a process of its own, since what is broken lives on in garbage. They fork from one that has imported
+what takes long."""
+
+
+def run_tests(folder: Path, *tests: str) -> tuple[int | None, str]:
+    """Exit code and output of pytest, over tests of test_happens_before.py and the package in `folder`."""
+    process = PROCESSES.Process(target=mutant_child.run, args=(folder, tests))
+    process.start()
+    process.join()
+    said = (folder / mutant_child.OUTPUT).read_text(encoding="utf-8")
+    package = folder / mutant_child.PACKAGE / "__init__.py"
+    assert (folder / mutant_child.IMPORTED_FROM).read_text(encoding="utf-8") == str(package), said
+    return process.exitcode, said
 
 
 def copy_package(target: Path) -> Path:
-    """A copy of the shipped package under its import name, which PYTHONPATH puts before the installed one."""
+    """A copy of the shipped package under its import name, which is found before the installed one."""
     package = target / "wanvideo_enhanced_blockswap"
     shutil.copytree(ROOT / "blockswap", package / "blockswap", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "hardware", package / "hardware", ignore=shutil.ignore_patterns("__pycache__"))
@@ -220,16 +226,12 @@ def test_the_test_of_a_rule_fails_when_the_rule_is_broken(mutant: Mutant, tmp_pa
     source = path.read_text()
     assert source.count(mutant.before) == 1, f"{mutant.name}: the code has changed; write the mutant anew"
     path.write_text(source.replace(mutant.before, mutant.after))
-    result = run_test(tmp_path, mutant.test)
-    assert result.returncode == 1, f"{mutant.name} survived:\n{result.stdout}\n{result.stderr}"
-    assert "TransferError" in result.stdout or "AssertionError" in result.stdout or "assert " in result.stdout
+    code, said = run_tests(tmp_path, mutant.test)
+    assert code == 1, f"{mutant.name} survived:\n{said}"
+    assert "TransferError" in said or "AssertionError" in said or "assert " in said
 
 
 def test_every_rules_test_passes_when_nothing_is_broken(tmp_path: Path) -> None:
-    package = copy_package(tmp_path)
-    result = run_test(tmp_path, "test_rule_1_the_first_copy_waits_for_the_windows_allocation")
-    assert result.returncode == 0, result.stdout + result.stderr
-    probe = "import wanvideo_enhanced_blockswap.blockswap.engine.transfer as t; print(t.__file__)"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    where = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)
-    assert Path(where.stdout.strip()).is_relative_to(package)
+    copy_package(tmp_path)
+    code, said = run_tests(tmp_path, *sorted({mutant.test for mutant in MUTANTS}))
+    assert code == 0, said
