@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from .device import probe_device
 from .files import read_json, write_json
 from .memory import is_out_of_memory
-from .probe import probe_device
 from .records import LinkSpeed
 from .units import MIB
 

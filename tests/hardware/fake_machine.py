@@ -23,7 +23,7 @@ from wanvideo_enhanced_blockswap.hardware import (
     DeviceSpec,
     HostMemory,
     Rocm,
-    probe,
+    device,
     probe_device,
     read_device_memory,
     read_host_memory,
@@ -92,7 +92,7 @@ def _install_host(monkeypatch: pytest.MonkeyPatch, machine: Machine, folder: Pat
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(sys, "platform", host.system)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    monkeypatch.setattr(probe, "_cpu_name", lambda: "a CPU")
+    monkeypatch.setattr(device, "_cpu_name", lambda: "a CPU")
     limits = SimpleNamespace(RLIMIT_MEMLOCK=8, RLIM_INFINITY=-1)
     limits.getrlimit = lambda _kind: (-1 if host.memlock is None else host.memlock, -1)
     monkeypatch.setitem(sys.modules, "resource", limits)
