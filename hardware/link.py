@@ -18,6 +18,7 @@ import torch
 from .device import probe_device
 from .files import read_json, write_json
 from .memory import is_out_of_memory
+from .pinning import CudaRegistrar, register_result
 from .records import LinkSpeed
 from .units import MIB
 
@@ -33,7 +34,6 @@ _REPEATS = 3
 _SECONDS_PER_COPY = 0.010
 # A figure whose copies take longer however small they are is made of fewer.
 _SECONDS_PER_FIGURE = 0.1
-_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context, on CUDA and HIP alike
 CONTRADICTION = 0.20
 """Share by which a speed seen in a run may differ from the measured one: beyond it, the measurement is not believed."""
 
@@ -134,22 +134,23 @@ def _measure_pinned(
     # An anonymous mapping is page-locked at its exact size, whereas torch's pin_memory rounds up to a power of two.
     source = torch.frombuffer(mmap.mmap(-1, target.nbytes), dtype=torch.uint8).fill_(1)
     cuda: Any = torch.cuda  # untyped, as are streams and events below
-    runtime = cuda.cudart()
+    registrar = CudaRegistrar(target.device)
     with cuda.device(target.device):
-        code = int(runtime.cudaHostRegister(source.data_ptr(), source.nbytes, _PORTABLE))
+        code = registrar.register(source.data_ptr(), source.nbytes)
         if code != 0:
-            logger.warning("the driver refused to page-lock %d bytes (error %d); no pinned figure", source.nbytes, code)
-            _consume_error(target)
+            registrar.consume_error()
+            why = register_result(code)
+            logger.warning("page-locking %d bytes failed (%s): the link has no pinned figure", source.nbytes, why)
             return (), None
         try:
             host_copy, pace = _measure_host_copy(source), _Pace(target.nbytes, least_bytes=max(counts))
             return tuple((count, _measure_streams(source, target, count, pace)) for count in counts), host_copy
         finally:
             cuda.synchronize()  # the device may still read the pages if a copy raised
-            code = int(runtime.cudaHostUnregister(source.data_ptr()))
+            code = registrar.unregister(source.data_ptr())
             if code != 0:
-                logger.warning("the driver failed to unlock %d bytes (error %d)", source.nbytes, code)
-                _consume_error(target)
+                registrar.consume_error()
+                logger.warning("unlocking %d bytes failed (%s)", source.nbytes, register_result(code))
 
 
 def _measure_host_copy(locked: torch.Tensor) -> float:
@@ -229,15 +230,6 @@ class _Pace:
         speed = nbytes / max(copy(nbytes), time.get_clock_info("perf_counter").resolution)
         self.fastest = max(self.fastest, speed)
         return speed
-
-
-def _consume_error(target: torch.Tensor) -> None:
-    """Take a failed call's error out of the runtime, or the next kernel that is launched would report it as its own."""
-    try:
-        target[:1].fill_(0)
-        torch.cuda.synchronize()
-    except RuntimeError as exc:
-        logger.debug("pending error consumed: %s", exc)
 
 
 FORMAT = 2
