@@ -188,9 +188,9 @@ def read_utilisation(spec: DeviceSpec, *, reader: Nvml | Rocm | None = None) -> 
     if reader is None:
         return _open_and_read_utilisation(spec)
     if isinstance(reader, Rocm):
-        return Utilisation(None, None) if spec.pci_bus_id is None else reader.utilisation(spec.pci_bus_id)
+        return Utilisation(None) if spec.pci_bus_id is None else reader.utilisation(spec.pci_bus_id)
     handle = reader.find(uuid=spec.uuid, pci_bus_id=spec.pci_bus_id, name=spec.name)
-    return Utilisation(None, None) if handle is None else reader.utilisation(handle)
+    return Utilisation(None) if handle is None else reader.utilisation(handle)
 
 
 def _open_and_read_utilisation(spec: DeviceSpec) -> Utilisation:
@@ -203,7 +203,7 @@ def _open_and_read_utilisation(spec: DeviceSpec) -> Utilisation:
                 return read_utilisation(spec, reader=nvml)
         except HardwareUnavailableError as exc:
             logger.warning("utilisation of %s stays unknown: %s", spec.torch_device, exc)
-    return Utilisation(None, None)
+    return Utilisation(None)
 
 
 def _ask_nvml(opened: OpenDevice) -> tuple[str | None, str | None, PcieLink | None]:
