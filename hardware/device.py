@@ -78,12 +78,12 @@ class OpenDevice:
     @property
     def is_integrated(self) -> bool | None:
         """Whether it shares the host's memory: as torch says, or by its name where this torch does not say."""
-        told = self.number("is_integrated", "is_integrated_gpu")  # the second is torch.xpu's
-        if self.device.type != "cuda":
-            return None if told is None else bool(told)
-        if _DISCRETE.search(self.name):
+        reported = self.number("is_integrated")
+        if self.device.type == "cuda" and _DISCRETE.search(self.name):
             return False
-        return bool(told) if told is not None else self._is_system_on_chip()
+        if reported is None and self.device.type == "cuda":
+            return self._is_system_on_chip()
+        return None if reported is None else bool(reported)
 
     def _is_system_on_chip(self) -> bool:
         architecture = getattr(self.properties, "gcnArchName", "").split(":")[0]  # torch built for HIP alone has it
@@ -104,10 +104,10 @@ class OpenDevice:
         domain, bus, slot = parts
         return None if domain is None or bus is None or slot is None else f"{domain:04x}:{bus:02x}:{slot:02x}.0"
 
-    def number(self, *names: str) -> int | None:
-        """The first of these numbers that the properties have."""
-        values = (getattr(self.properties, name, None) for name in names)
-        return next((int(value) for value in values if value is not None), None)
+    def number(self, name: str) -> int | None:
+        """A number of the properties; None where they lack it."""
+        value = getattr(self.properties, name, None)
+        return None if value is None else int(value)
 
 
 def open_device(device: torch.device) -> OpenDevice:
@@ -130,7 +130,7 @@ def open_device(device: torch.device) -> OpenDevice:
         message = f"{device} expects {device.index + 1} {device.type} devices but torch finds {count} ({existing})"
         raise HardwareUnavailableError(f"{message}; choose one of them, or check the *_VISIBLE_DEVICES variables")
     try:
-        # mps has one device and no current_device()
+        # the module of another vendor may lack current_device()
         index = device.index if device.index is not None else call(module, "current_device") or 0
         resolved = torch.device(device.type, index)
         return OpenDevice(module, resolved, call(module, "get_device_properties", resolved))
@@ -169,7 +169,7 @@ def probe_device(device: torch.device) -> DeviceSpec:
         torch_device=str(opened.device),
         uuid=uuid,
         pci_bus_id=opened.pci_bus_id,
-        compute_units=opened.number("multi_processor_count", "gpu_eu_count"),
+        compute_units=opened.number("multi_processor_count"),
         is_integrated=opened.is_integrated,
         driver=driver if driver is not None else getattr(opened.properties, "driver_version", None),
         total_bytes=opened.number("total_memory"),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import fake_vendors
@@ -142,12 +142,6 @@ def _install_torch(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
         hip=machine.hip,
         reserved=shown[0].reserved if shown else 0,
     )
-    if machine.functions:
-        module = ModuleType(f"torch.{machine.device}")
-        functions = {"is_available": True, "device_count": 1} | dict(machine.functions)
-        for name, answer in functions.items():
-            setattr(module, name, lambda answer=answer: answer)
-        monkeypatch.setattr(torch, "get_device_module", lambda _device: module)
 
 
 def _properties(card: Card) -> SimpleNamespace:
