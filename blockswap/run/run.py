@@ -157,8 +157,6 @@ class SwapRun:
                 self._look_again()
         if self.session.state is SessionState.IDLE:
             self._begin_run()
-        if self._sampler is not None:
-            self._sampler.touch()
         return self._present
 
     def use(self, settings: SwapSettings) -> None:
