@@ -31,8 +31,8 @@ run's own error must reach the user."""
 
 READING_FAILURES = (OSError, RuntimeError, ValueError, psutil.Error)
 """What a reading is known to raise: OSError where /proc cannot be opened (the process has no file descriptor left);
-RuntimeError from a driver through torch, and HardwareUnavailableError, which is one; ValueError where the figures of a
-driver contradict one another; psutil.Error where the system forbids the query. Anything else is a bug of this package."""
+RuntimeError from a driver through torch, and HardwareUnavailableError, which is one; ValueError where a driver's
+figures contradict one another; psutil.Error where the system forbids the query. Anything else is a bug of ours."""
 
 
 GPU_PERCENT = "GPU utilisation"
