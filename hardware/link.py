@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .device import probe_device
-from .files import read_json, write_json
+from .files import write_json
 from .memory import is_out_of_memory
 from .pinning import CudaRegistrar, register_result
 from .records import LinkSpeed
@@ -233,12 +233,9 @@ class _Pace:
 
 
 FORMAT = 2
-MOST_BYTES = 64 * 1024
-"""A record has half a KiB."""
 
 SLOWEST, FASTEST = 1e3, 1e13
-"""Bytes per second: PCIe 1.0 x1 is at 2e8, NVLink of 2026 at 1e12. What is beyond was never measured, and a plan's
-arithmetic would lose its digits."""
+"""Bytes per second that a kept measurement may have: PCIe 1.0 x1 is at 2e8, NVLink of 2026 at 1e12."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,39 +258,21 @@ def cache_name(key: MeasurementKey) -> str:
 
 
 def read_measurement(path: Path, key: MeasurementKey) -> LinkSpeed | None:
-    """The measurement kept for this key; None if there is none, or the file cannot be believed, with one warning."""
+    """The measurement kept for this key; None if there is none, or, with one warning, if the file is damaged."""
     try:
-        record = read_json(path, most_bytes=MOST_BYTES)
-        if not isinstance(record, dict):
-            raise TypeError(f"expects an object but got a {type(record).__name__}")
+        record = json.loads(path.read_text(encoding="utf-8"))
         if record["format"] != FORMAT or record["key"] != _as_json(key):
             return None
-        return _measurement(record, key.stream_counts)
+        pinned, pageable, host_copy = record["pinned"], record["pageable"], record["host_copy"]
+        speeds = [speed for _, speed in pinned] + [pageable] + ([] if host_copy is None else [host_copy])
+        if not all(SLOWEST <= speed <= FASTEST for speed in speeds):
+            raise ValueError(f"expected speeds from {SLOWEST:g} to {FASTEST:g} bytes per second, got {speeds}")
+        return LinkSpeed(tuple((count, speed) for count, speed in pinned), pageable, host_copy)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as exc:
-        logger.warning("%s is not a measurement of a link (%.200r); it is measured again", path, exc)
+    except (OSError, ValueError, TypeError, KeyError) as exc:
+        logger.warning("%s holds no measurement of the link (%r): measuring again", path, exc)
         return None
-
-
-def _measurement(record: dict[str, Any], counts: tuple[int, ...]) -> LinkSpeed:
-    pinned, host_copy = record["pinned"], record["host_copy"]
-    if not isinstance(pinned, list) or not all(isinstance(pair, list) and len(pair) == len("cs") for pair in pinned):
-        raise TypeError("expects a list of (stream count, speed)")
-    found = tuple(count for count, _ in pinned)
-    if pinned and (found != counts or not all(type(count) is int for count in found)):
-        raise ValueError(f"expects figures for {list(counts)} streams")
-    return LinkSpeed(
-        tuple((count, _speed(speed)) for count, speed in pinned),
-        _speed(record["pageable"]),
-        None if host_copy is None else _speed(host_copy),
-    )
-
-
-def _speed(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not SLOWEST <= value <= FASTEST:
-        raise ValueError(f"expects a speed from {SLOWEST:g} to {FASTEST:g} bytes per second")
-    return float(value)
 
 
 def keep_measurement(path: Path, key: MeasurementKey, speed: LinkSpeed) -> None:
