@@ -40,9 +40,6 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "wanvideo-enhanced-blockswap"
 
-IDLE_S = 60.0
-"""Without a forward for so long nobody watches a run any more: with force_offload off nobody tells its end."""
-
 NO_SWAPPING = {
     "cpu": "the CPU computes from host memory",
     "mps": "Apple's GPUs share the host's memory",
@@ -236,7 +233,7 @@ class ComfyUI:
             backend_for(transformer.main_device, pin_budget=self._pin_budget()),
             root=transformer,
             limits=_limits(),
-            sampler=Sampler(machine.spec, idle_s=IDLE_S),
+            sampler=Sampler(machine.spec),
             trace_dir=_temp_folder(),
         )
 

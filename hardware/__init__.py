@@ -1,11 +1,11 @@
 """Readings of the GPU, its link and host memory; None means unknown."""
 
+from .device import probe_device, read_utilisation
 from .host import read_host_memory
 from .link import contradicts, measure_link
 from .memory import is_out_of_memory, read_device_memory
 from .monitor import READING_FAILURES, Sampler
 from .nvml import Nvml
-from .probe import probe_device, read_utilisation
 from .records import (
     DeviceMemory,
     DeviceSpec,

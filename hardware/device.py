@@ -1,14 +1,23 @@
-"""A torch device, opened: its module, its index, and what torch alone tells of it."""
+"""What a torch device is and how busy it is, from torch and from the vendor's library for the same device."""
 
 from __future__ import annotations
 
+import logging
+import os
+import platform
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-from .records import HardwareUnavailableError, Vendor
+from .nvml import Nvml
+from .records import DeviceSpec, HardwareUnavailableError, PcieLink, Utilisation, Vendor
+from .rocm import Rocm
+
+logger = logging.getLogger(__name__)
 
 # What a torch device module raises for a device that it cannot open: AssertionError where it was not compiled in,
 # RuntimeError for a driver's error, AttributeError and NotImplementedError where the function is a stub.
@@ -69,12 +78,12 @@ class OpenDevice:
     @property
     def is_integrated(self) -> bool | None:
         """Whether it shares the host's memory: as torch says, or by its name where this torch does not say."""
-        told = self.number("is_integrated", "is_integrated_gpu")  # the second is torch.xpu's
-        if self.device.type != "cuda":
-            return None if told is None else bool(told)
-        if _DISCRETE.search(self.name):
+        reported = self.number("is_integrated")
+        if self.device.type == "cuda" and _DISCRETE.search(self.name):
             return False
-        return bool(told) if told is not None else self._is_system_on_chip()
+        if reported is None and self.device.type == "cuda":
+            return self._is_system_on_chip()
+        return None if reported is None else bool(reported)
 
     def _is_system_on_chip(self) -> bool:
         architecture = getattr(self.properties, "gcnArchName", "").split(":")[0]  # torch built for HIP alone has it
@@ -95,10 +104,10 @@ class OpenDevice:
         domain, bus, slot = parts
         return None if domain is None or bus is None or slot is None else f"{domain:04x}:{bus:02x}:{slot:02x}.0"
 
-    def number(self, *names: str) -> int | None:
-        """The first of these numbers that the properties have."""
-        values = (getattr(self.properties, name, None) for name in names)
-        return next((int(value) for value in values if value is not None), None)
+    def number(self, name: str) -> int | None:
+        """A number of the properties; None where they lack it."""
+        value = getattr(self.properties, name, None)
+        return None if value is None else int(value)
 
 
 def open_device(device: torch.device) -> OpenDevice:
@@ -121,7 +130,7 @@ def open_device(device: torch.device) -> OpenDevice:
         message = f"{device} expects {device.index + 1} {device.type} devices but torch finds {count} ({existing})"
         raise HardwareUnavailableError(f"{message}; choose one of them, or check the *_VISIBLE_DEVICES variables")
     try:
-        # mps has one device and no current_device()
+        # the module of another vendor may lack current_device()
         index = device.index if device.index is not None else call(module, "current_device") or 0
         resolved = torch.device(device.type, index)
         return OpenDevice(module, resolved, call(module, "get_device_properties", resolved))
@@ -134,3 +143,114 @@ def call(module: Any, function: str, *arguments: object) -> Any:
     """What a device module's function gives; None if the module lacks it, as modules of other vendors do."""
     found = getattr(module, function, None)
     return None if found is None else found(*arguments)
+
+
+def probe_device(device: torch.device) -> DeviceSpec:
+    """What the device is. Opens it, which for CUDA and HIP takes some hundred MiB of its memory for a context.
+
+    Args:
+        device: any torch device; without an index, the current one of its type.
+
+    Raises:
+        HardwareUnavailableError: there is no such device, usually because the index is too high, the driver is missing,
+            or this torch was built without support for it.
+    """
+    if device.type == "cpu":
+        return _probe_cpu()
+    opened = open_device(device)
+    uuid, driver, link = opened.uuid, None, None
+    if opened.vendor is Vendor.NVIDIA:
+        uuid, driver, link = _ask_nvml(opened)
+    elif opened.vendor is Vendor.AMD:
+        driver, link = _ask_rocm(opened)
+    return DeviceSpec(
+        name=opened.name,
+        vendor=opened.vendor,
+        torch_device=str(opened.device),
+        uuid=uuid,
+        pci_bus_id=opened.pci_bus_id,
+        compute_units=opened.number("multi_processor_count"),
+        is_integrated=opened.is_integrated,
+        driver=driver if driver is not None else getattr(opened.properties, "driver_version", None),
+        total_bytes=opened.number("total_memory"),
+        pcie=link,
+    )
+
+
+def read_utilisation(spec: DeviceSpec, *, reader: Nvml | Rocm | None = None) -> Utilisation:
+    """How busy the device was over its driver's last sampling period; None for what is unknown.
+
+    Args:
+        spec: the device, from `probe_device`.
+        reader: an open vendor library to ask, for callers that sample: it warns once about what it does not know, where
+            each reading without one opens the library and warns again. None opens the one of the device's vendor.
+    """
+    if reader is None:
+        return _open_and_read_utilisation(spec)
+    if isinstance(reader, Rocm):
+        return Utilisation(None) if spec.pci_bus_id is None else reader.utilisation(spec.pci_bus_id)
+    handle = reader.find(uuid=spec.uuid, pci_bus_id=spec.pci_bus_id, name=spec.name)
+    return Utilisation(None) if handle is None else reader.utilisation(handle)
+
+
+def _open_and_read_utilisation(spec: DeviceSpec) -> Utilisation:
+    if spec.vendor is Vendor.AMD:
+        with Rocm() as rocm:
+            return read_utilisation(spec, reader=rocm)
+    if spec.vendor is Vendor.NVIDIA:
+        try:
+            with Nvml() as nvml:
+                return read_utilisation(spec, reader=nvml)
+        except HardwareUnavailableError as exc:
+            logger.warning("utilisation of %s stays unknown: %s", spec.torch_device, exc)
+    return Utilisation(None)
+
+
+def _ask_nvml(opened: OpenDevice) -> tuple[str | None, str | None, PcieLink | None]:
+    """(UUID, driver, link) from NVML; torch's UUID, and None, for what it does not tell."""
+    uuid, address = opened.uuid, opened.pci_bus_id
+    try:
+        with Nvml() as nvml:
+            driver = nvml.driver()
+            handle = nvml.find(uuid=uuid, pci_bus_id=address, name=opened.name)
+            if handle is None:
+                if uuid is not None or address is not None:  # of a mere name, the search has said what it found
+                    logger.warning("NVML shows no device with UUID %s (PCI %s); its link stays unknown", uuid, address)
+                return uuid, driver, None
+            return nvml.uuid(handle) or uuid, driver, nvml.pcie(handle)
+    except HardwareUnavailableError as exc:
+        logger.warning("driver version and link of the GPU stay unknown: %s", exc)
+        return uuid, None, None
+
+
+def _ask_rocm(opened: OpenDevice) -> tuple[str | None, PcieLink | None]:
+    """(driver, link) of an AMD card; None for what nobody tells."""
+    with Rocm() as rocm:
+        if opened.pci_bus_id is None:
+            logger.warning("torch tells no PCI address of %s; its link stays unknown", opened.device)
+            return rocm.driver(), None
+        return rocm.driver(), rocm.pcie(opened.pci_bus_id)
+
+
+def _probe_cpu() -> DeviceSpec:
+    return DeviceSpec(
+        name=_cpu_name(),
+        vendor=Vendor.OTHER,
+        torch_device="cpu",
+        uuid=None,
+        pci_bus_id=None,
+        compute_units=os.cpu_count(),
+        is_integrated=None,
+        driver=None,
+        total_bytes=psutil.virtual_memory().total,
+        pcie=None,
+    )
+
+
+def _cpu_name() -> str:
+    """Model of the CPU where Linux tells it, otherwise the architecture."""
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        match = None
+    return match.group(1).strip() if match else platform.machine()

@@ -14,9 +14,6 @@ from .records import HostMemory, HostPlatform
 
 logger = logging.getLogger(__name__)
 
-_CONTAINER_FILES = (".dockerenv", "run/.containerenv")
-_CONTAINER_GROUPS = ("docker", "kubepods", "containerd", "lxc", "libpod")
-
 
 def read_host_memory(*, root: Path = Path("/")) -> HostMemory:
     """Host memory now.
@@ -25,7 +22,7 @@ def read_host_memory(*, root: Path = Path("/")) -> HostMemory:
     the kernel drops it when memory is needed.
 
     Args:
-        root: where /proc, /sys and the marks of containers are looked up.
+        root: where /proc and /sys are looked up.
     """
     memory = psutil.virtual_memory()
     limit, headroom = _read_cgroup(root)
@@ -38,7 +35,6 @@ def read_host_memory(*, root: Path = Path("/")) -> HostMemory:
         cgroup_limit_bytes=limit,
         memlock_bytes=_read_memlock(),
         platform=read_platform(root=root),
-        in_container=_is_container(root),
     )
 
 
@@ -65,13 +61,6 @@ def _read_memlock() -> int | None:
 
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return None if soft == resource.RLIM_INFINITY else soft
-
-
-def _is_container(root: Path) -> bool:
-    if any((root / name).exists() for name in _CONTAINER_FILES):
-        return True
-    groups = _read_text(root / "proc/self/cgroup") or ""
-    return any(name in groups for name in _CONTAINER_GROUPS)
 
 
 def _read_cgroup(root: Path) -> tuple[int | None, int | None]:

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from .files import read_json, write_json
+from .device import probe_device
+from .files import write_json
 from .memory import is_out_of_memory
-from .probe import probe_device
+from .pinning import CudaRegistrar, register_result
 from .records import LinkSpeed
 from .units import MIB
 
@@ -33,7 +34,6 @@ _REPEATS = 3
 _SECONDS_PER_COPY = 0.010
 # A figure whose copies take longer however small they are is made of fewer.
 _SECONDS_PER_FIGURE = 0.1
-_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context, on CUDA and HIP alike
 CONTRADICTION = 0.20
 """Share by which a speed seen in a run may differ from the measured one: beyond it, the measurement is not believed."""
 
@@ -134,22 +134,23 @@ def _measure_pinned(
     # An anonymous mapping is page-locked at its exact size, whereas torch's pin_memory rounds up to a power of two.
     source = torch.frombuffer(mmap.mmap(-1, target.nbytes), dtype=torch.uint8).fill_(1)
     cuda: Any = torch.cuda  # untyped, as are streams and events below
-    runtime = cuda.cudart()
+    registrar = CudaRegistrar(target.device)
     with cuda.device(target.device):
-        code = int(runtime.cudaHostRegister(source.data_ptr(), source.nbytes, _PORTABLE))
+        code = registrar.register(source.data_ptr(), source.nbytes)
         if code != 0:
-            logger.warning("the driver refused to page-lock %d bytes (error %d); no pinned figure", source.nbytes, code)
-            _consume_error(target)
+            registrar.consume_error()
+            why = register_result(code)
+            logger.warning("page-locking %d bytes failed (%s): the link has no pinned figure", source.nbytes, why)
             return (), None
         try:
             host_copy, pace = _measure_host_copy(source), _Pace(target.nbytes, least_bytes=max(counts))
             return tuple((count, _measure_streams(source, target, count, pace)) for count in counts), host_copy
         finally:
             cuda.synchronize()  # the device may still read the pages if a copy raised
-            code = int(runtime.cudaHostUnregister(source.data_ptr()))
+            code = registrar.unregister(source.data_ptr())
             if code != 0:
-                logger.warning("the driver failed to unlock %d bytes (error %d)", source.nbytes, code)
-                _consume_error(target)
+                registrar.consume_error()
+                logger.warning("unlocking %d bytes failed (%s)", source.nbytes, register_result(code))
 
 
 def _measure_host_copy(locked: torch.Tensor) -> float:
@@ -231,22 +232,10 @@ class _Pace:
         return speed
 
 
-def _consume_error(target: torch.Tensor) -> None:
-    """Take a failed call's error out of the runtime, or the next kernel that is launched would report it as its own."""
-    try:
-        target[:1].fill_(0)
-        torch.cuda.synchronize()
-    except RuntimeError as exc:
-        logger.debug("pending error consumed: %s", exc)
-
-
 FORMAT = 2
-MOST_BYTES = 64 * 1024
-"""A record has half a KiB."""
 
 SLOWEST, FASTEST = 1e3, 1e13
-"""Bytes per second: PCIe 1.0 x1 is at 2e8, NVLink of 2026 at 1e12. What is beyond was never measured, and a plan's
-arithmetic would lose its digits."""
+"""Bytes per second that a kept measurement may have: PCIe 1.0 x1 is at 2e8, NVLink of 2026 at 1e12."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,39 +258,21 @@ def cache_name(key: MeasurementKey) -> str:
 
 
 def read_measurement(path: Path, key: MeasurementKey) -> LinkSpeed | None:
-    """The measurement kept for this key; None if there is none, or the file cannot be believed, with one warning."""
+    """The measurement kept for this key; None if there is none, or, with one warning, if the file is damaged."""
     try:
-        record = read_json(path, most_bytes=MOST_BYTES)
-        if not isinstance(record, dict):
-            raise TypeError(f"expects an object but got a {type(record).__name__}")
+        record = json.loads(path.read_text(encoding="utf-8"))
         if record["format"] != FORMAT or record["key"] != _as_json(key):
             return None
-        return _measurement(record, key.stream_counts)
+        pinned, pageable, host_copy = record["pinned"], record["pageable"], record["host_copy"]
+        speeds = [speed for _, speed in pinned] + [pageable] + ([] if host_copy is None else [host_copy])
+        if not all(SLOWEST <= speed <= FASTEST for speed in speeds):
+            raise ValueError(f"expected speeds from {SLOWEST:g} to {FASTEST:g} bytes per second, got {speeds}")
+        return LinkSpeed(tuple((count, speed) for count, speed in pinned), pageable, host_copy)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as exc:
-        logger.warning("%s is not a measurement of a link (%.200r); it is measured again", path, exc)
+    except (OSError, ValueError, TypeError, KeyError) as exc:
+        logger.warning("%s holds no measurement of the link (%r): measuring again", path, exc)
         return None
-
-
-def _measurement(record: dict[str, Any], counts: tuple[int, ...]) -> LinkSpeed:
-    pinned, host_copy = record["pinned"], record["host_copy"]
-    if not isinstance(pinned, list) or not all(isinstance(pair, list) and len(pair) == len("cs") for pair in pinned):
-        raise TypeError("expects a list of (stream count, speed)")
-    found = tuple(count for count, _ in pinned)
-    if pinned and (found != counts or not all(type(count) is int for count in found)):
-        raise ValueError(f"expects figures for {list(counts)} streams")
-    return LinkSpeed(
-        tuple((count, _speed(speed)) for count, speed in pinned),
-        _speed(record["pageable"]),
-        None if host_copy is None else _speed(host_copy),
-    )
-
-
-def _speed(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not SLOWEST <= value <= FASTEST:
-        raise ValueError(f"expects a speed from {SLOWEST:g} to {FASTEST:g} bytes per second")
-    return float(value)
 
 
 def keep_measurement(path: Path, key: MeasurementKey, speed: LinkSpeed) -> None:

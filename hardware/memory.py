@@ -98,8 +98,6 @@ def _ask_torch(opened: OpenDevice) -> _Reading:
         if hasattr(module, "mem_get_info"):
             return _mem_get_info(opened, source, total)
         used = call(module, "memory_allocated", opened.device)
-        if used is None and hasattr(module, "driver_allocated_memory"):  # mps names both figures in its own way
-            total, used = int(module.recommended_max_memory()), module.driver_allocated_memory()
     except MODULE_FAILURES as exc:
         raise HardwareUnavailableError(f"memory of {opened.device} cannot be read: {exc}; check the driver") from exc
     if total is None or used is None:

@@ -121,11 +121,9 @@ class Nvml:
         return DeviceMemory(int(info.total), min(int(info.free), int(info.total)), "NVML")
 
     def utilisation(self, handle: NvmlHandle) -> Utilisation:
-        """How busy the device was; both figures are None for MIG instances and Tegra, which do not count it."""
+        """How busy the device was; None for MIG instances and Tegra, which do not count it."""
         rates = self._query("nvmlDeviceGetUtilizationRates", handle)
-        if rates is None:
-            return Utilisation(None, None)
-        return Utilisation(float(rates.gpu), float(rates.memory))
+        return Utilisation(None if rates is None else float(rates.gpu))
 
     def pcie(self, handle: NvmlHandle) -> PcieLink | None:
         """The link of the device; None if no part of it is known, as on devices without one."""

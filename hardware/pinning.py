@@ -1,15 +1,15 @@
-"""Page-locking of host memory for a device: the one place that calls the driver for it."""
+"""Page-locking of host memory for a device; no other file calls the driver for it."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 logger = logging.getLogger(__name__)
-
 
 REGISTER_RESULTS = {
     1: "the driver cannot page-lock this memory",
@@ -18,14 +18,12 @@ REGISTER_RESULTS = {
     713: "not registered",
     801: "not supported on this platform",
 }
-
-
 """What the return codes of cudaHostRegister and hipHostRegister mean (cudaError_t)."""
 
 
 def register_result(code: int) -> str:
-    """A driver's error code in words."""
-    return f"code {code}, {REGISTER_RESULTS.get(code, 'an error of the driver')}"
+    """A return code of the driver in words."""
+    return f"code {code}, {REGISTER_RESULTS.get(code, 'a driver error')}"
 
 
 class Registrar(Protocol):
@@ -38,26 +36,28 @@ class Registrar(Protocol):
         """Unlocks the pages; 0, or the driver's error code."""
 
     def consume_error(self) -> None:
-        """Takes the pending error of a failed call, which the driver would else report at the next kernel."""
+        """Clears the error that a failed call leaves behind; the next kernel would report it as its own."""
 
 
 class CudaRegistrar:
-    """cudaHostRegister through torch, one binding for CUDA and ROCm builds. Not `pin_memory()`: its allocator rounds
-    each block up to a power of two, 1.53 times the bytes of Wan 14B.
+    """cudaHostRegister through torch, which has one binding for CUDA and ROCm builds. Not `pin_memory()`: its allocator
+    rounds each block up to a power of two, 1.53 times the bytes of Wan 14B.
+
+    Both calls run with the device as the current one: a registration belongs to a context.
     """
 
     PORTABLE = 1
-    """cudaHostRegisterPortable: locked for every context."""
+    """cudaHostRegisterPortable: locked for every context, on CUDA and HIP alike."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def register(self, pointer: int, nbytes: int) -> int:
-        with torch.cuda.device(self._device):  # Rule 8
+        with torch.cuda.device(self._device):
             return int(torch.cuda.cudart().cudaHostRegister(pointer, nbytes, self.PORTABLE))
 
     def unregister(self, pointer: int) -> int:
-        with torch.cuda.device(self._device):  # Rule 8
+        with torch.cuda.device(self._device):
             return int(torch.cuda.cudart().cudaHostUnregister(pointer))
 
     def consume_error(self) -> None:
@@ -70,17 +70,29 @@ class CudaRegistrar:
 
 @dataclass(slots=True)
 class PinBudget:
-    """Page-locked host memory that all stores of a process may take together.
+    """The page-locked host memory that all stores of a process may take together; they lock in different threads.
 
     Attributes:
-        limit_bytes: At most this much.
-        used_bytes: Taken now.
+        limit_bytes: The most that may be locked.
+        used_bytes: What is locked now.
     """
 
     limit_bytes: int
     used_bytes: int = 0
+    # Reentrant: a garbage collection inside may drop pages of this thread, which gives their bytes back.
+    _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False, compare=False)
+
+    def take(self, nbytes: int) -> None:
+        """Counts bytes that have been locked."""
+        with self._lock:
+            self.used_bytes += nbytes
+
+    def give_back(self, nbytes: int) -> None:
+        """Counts bytes that have been unlocked."""
+        with self._lock:
+            self.used_bytes -= nbytes
 
     @property
     def left_bytes(self) -> int:
-        """What may still be taken."""
+        """What may still be locked."""
         return max(0, self.limit_bytes - self.used_bytes)

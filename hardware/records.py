@@ -8,16 +8,6 @@ from enum import Enum
 
 from .units import GIB
 
-# Payload of one lane, bytes per second, by PCI Express generation: transfer rate x line coding / 8. Generations 1 and 2
-# code 8 bits in 10, 3 to 5 code 128 in 130, 6 sends 242 bytes of packets in a flit of 256 (PCI Express specification).
-_LANE_BYTES_PER_SECOND = {
-    1: 2.5e9 * 8 / 10 / 8,
-    2: 5e9 * 8 / 10 / 8,
-    3: 8e9 * 128 / 130 / 8,
-    4: 16e9 * 128 / 130 / 8,
-    5: 32e9 * 128 / 130 / 8,
-    6: 64e9 * 242 / 256 / 8,
-}
 # Windows drivers refuse at about half of RAM, and faults are reported near that limit.
 _WINDOWS_PIN_SHARE = 0.40
 # Linux lets a process page-lock nearly all RAM, but what is locked can be neither swapped nor reclaimed, so that the
@@ -65,20 +55,6 @@ class PcieLink:
     width: int | None
     max_generation: int | None
     max_width: int | None
-
-    @property
-    def theoretical_bytes_per_second(self) -> float | None:
-        """Payload rate of the link under load in one direction, bytes per second; None if a part is unknown.
-
-        Taken from the highest generation and the width in use, because power saving lowers the generation of an idle
-        link and leaves its width alone. Copies reach about 80 % of it.
-        """
-        generation = self.max_generation if self.max_generation is not None else self.generation
-        width = self.width if self.width is not None else self.max_width
-        if generation is None or width is None:
-            return None
-        lane = _LANE_BYTES_PER_SECOND.get(generation)
-        return None if lane is None else lane * width
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +110,13 @@ class DeviceMemory:
 
 @dataclass(frozen=True, slots=True)
 class Utilisation:
-    """Share of the last sampling period (up to a second) in which a part of the device was busy.
+    """How busy the device was in the last sampling period of its driver, at most a second.
 
     Attributes:
         gpu_percent: the time in which at least one kernel ran, 0 to 100.
-        memory_percent: the time in which device memory was read or written, 0 to 100; not the amount in use.
     """
 
     gpu_percent: float | None
-    memory_percent: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +129,6 @@ class HostMemory:
         cgroup_limit_bytes: the tightest memory limit of the control groups above this process; None without one.
         memlock_bytes: RLIMIT_MEMLOCK; None where it is unlimited or the platform has none. GPU drivers do not obey it.
         platform: the operating system.
-        in_container: whether the process runs in a container.
     """
 
     physical_bytes: int
@@ -163,7 +136,6 @@ class HostMemory:
     cgroup_limit_bytes: int | None
     memlock_bytes: int | None
     platform: HostPlatform
-    in_container: bool
 
     @property
     def pin_budget_bytes(self) -> int:

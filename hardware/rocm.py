@@ -84,14 +84,13 @@ class Rocm:
             pci_bus_id: domain:bus:device.function in hexadecimal.
         """
         activity = self._ask_device(pci_bus_id, lambda library, gpu: library.amdsmi_get_gpu_activity(gpu))
-        gpu, memory = _number(activity, "gfx_activity"), _number(activity, "umc_activity")
-        if gpu is None:
-            gpu = self._read_int(pci_bus_id, "gpu_busy_percent")
-        if memory is None:
-            memory = self._read_int(pci_bus_id, "mem_busy_percent")
-        if gpu is None and memory is None:
+        percent = _number(activity, "gfx_activity")
+        if percent is None:
+            percent = self._read_int(pci_bus_id, "gpu_busy_percent")
+        if percent is None:
             self._warn("utilisation", pci_bus_id)
-        return Utilisation(None if gpu is None else float(gpu), None if memory is None else float(memory))
+            return Utilisation(None)
+        return Utilisation(float(percent))
 
     def pcie(self, pci_bus_id: str) -> PcieLink | None:
         """The link of the device, from sysfs alone: amdsmi's unit of link speed differs between its releases.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from wanvideo_enhanced_blockswap.blockswap.run.run import SwapRun
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware
 from wanvideo_enhanced_blockswap.hardware import Sampler
+from wanvideo_enhanced_blockswap.hardware.monitor import GPU_PERCENT, HOST_AVAILABLE_BYTES, RSS_BYTES, VRAM_USED_BYTES
 
 COUNT = 8
 BLOCK = 512 * 6  # two matrices of 16 x 24 floats, 1,536 bytes each
@@ -74,20 +76,9 @@ class CountingSampler(Sampler):
     """Samples that are taken at once, from readers that answer alike."""
 
     def __init__(self) -> None:
-        class Readers:
-            def gpu_percent(self) -> float:
-                return 80.0
-
-            def vram_used_bytes(self) -> int:
-                return 3 * BLOCK
-
-            def rss_bytes(self) -> int:
-                return 4 * BLOCK
-
-            def host_available_bytes(self) -> int:
-                return 5 * BLOCK
-
-        super().__init__(CARD, interval_s=60.0, open_readers=lambda _spec: contextlib.nullcontext(Readers()))
+        figures = {GPU_PERCENT: 80.0, VRAM_USED_BYTES: 3 * BLOCK, RSS_BYTES: 4 * BLOCK, HOST_AVAILABLE_BYTES: 5 * BLOCK}
+        readings = [(name, partial(float, figure)) for name, figure in figures.items()]
+        super().__init__(CARD, interval_s=60.0, open_readings=lambda _spec: contextlib.nullcontext(readings))
 
 
 def interrupt(module: torch.nn.Module, arguments: object) -> None:

@@ -73,7 +73,6 @@ class SimulatedMachine:
             cgroup_limit_bytes=None,
             memlock_bytes=None,
             platform=HostPlatform.LINUX,
-            in_container=False,
         )
 
     def link(self, *, again: bool = False) -> LinkSpeed:

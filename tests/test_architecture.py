@@ -158,6 +158,17 @@ def test_shipped_code_has_none_of_the_calls_that_a_registry_scan_flags(path: Pat
     assert (called | named) & FLAGGED <= ({"print"} if path.name.startswith("cli") else set())
 
 
+def test_the_driver_is_asked_to_page_lock_in_one_file() -> None:
+    calls = ("cudaHostRegister", "cudaHostUnregister", "cudart")
+    named = {
+        str(path.relative_to(ROOT))
+        for path in [*SHIPPED, *(ROOT / "benchmarks").rglob("*.py")]
+        for node in nodes(path)
+        if isinstance(node, ast.Attribute) and node.attr in calls
+    }
+    assert named == {"hardware/pinning.py"}
+
+
 @pytest.mark.parametrize("name", ROOMS)
 def test_a_room_has_at_most_12_files(name: str) -> None:
     assert len([file for file in (ROOT / name).glob("*.py") if file.name != "__init__.py"]) <= MOST_FILES

@@ -285,7 +285,7 @@ def test_a_model_beside_it_takes_its_part_of_what_may_be_page_locked(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_sparse_safetensors(tmp_path / "high.safetensors", wan_shapes(5120, 13824, 40))
-    host = HostMemory(90 * GIB, 90 * GIB, None, None, HostPlatform.WINDOWS, in_container=False)
+    host = HostMemory(90 * GIB, 90 * GIB, None, None, HostPlatform.WINDOWS)
     monkeypatch.setattr("wanvideo_enhanced_blockswap.commands.plan.read_host_memory", lambda: host)
     one = ["plan", str(path), "--vram", "12GiB", "--ram", "90GiB"]
     alone = run_json(capsys, *one)[1]

@@ -239,7 +239,7 @@ def example_plan() -> str:
     facts = Facts(
         spec=DeviceSpec("NVIDIA GeForce RTX 3060", Vendor.NVIDIA, "cuda:0", None, None, 28, False, None, None, None),
         memory=DeviceMemory(12 * GIB, 11 * GIB - found.model.other_bytes, "a test"),
-        host=HostMemory(32 * GIB, 14 * GIB, None, None, HostPlatform.WINDOWS, in_container=False),
+        host=HostMemory(32 * GIB, 14 * GIB, None, None, HostPlatform.WINDOWS),
         activations=Activations(nbytes=expected, is_measured=False),
         host_held_bytes=found.model.block_bytes,
     )

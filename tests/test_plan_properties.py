@@ -64,7 +64,7 @@ def facts(draw: st.DrawFn, profile: ModelProfile) -> Facts:
     limit = draw(st.sampled_from([None, None, draw(st.integers(0, size))]))
     used = draw(st.integers(0, total // 3))
     platform = draw(st.sampled_from([HostPlatform.LINUX, HostPlatform.WINDOWS, HostPlatform.WSL2]))
-    host = HostMemory(available + draw(st.integers(0, 8 * GIB)), available, limit, None, platform, in_container=False)
+    host = HostMemory(available + draw(st.integers(0, 8 * GIB)), available, limit, None, platform)
     balance_ms = size / len(profile.blocks) / 12e9 * 1e3
     compute = draw(st.none() | st.floats(0.3 * balance_ms, 1.2 * balance_ms))
     return Facts(
@@ -216,7 +216,7 @@ def test_near_balance_where_the_number_of_slots_changes_with_memory_more_of_it_s
 ) -> None:
     sizes = [300 * MIB + (60 * MIB * (i % 3) if uneven else 0) for i in range(40)]
     profile = ModelProfile(tuple(block(f"blocks.{i}", [size], 0) for i, size in enumerate(sizes)))
-    host = HostMemory(128 * GIB, 100 * GIB, None, None, HostPlatform.LINUX, in_container=False)
+    host = HostMemory(128 * GIB, 100 * GIB, None, None, HostPlatform.LINUX)
     spec = DeviceSpec("GPU", Vendor.NVIDIA, "cuda:0", None, None, 20, False, None, None, None)
     balance_ms = 33 / 40 * profile.block_bytes / 40 / 12e9 * 1e3
     plans = []

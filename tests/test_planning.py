@@ -27,7 +27,7 @@ MODEL = ModelProfile(
 FACTS = Facts(
     spec=DeviceSpec("NVIDIA GeForce RTX 3090", Vendor.NVIDIA, "cuda:0", None, None, 82, False, None, None, None),
     memory=DeviceMemory(12 * GIB, 11 * GIB, "a test"),
-    host=HostMemory(64 * GIB, 60 * GIB, None, None, HostPlatform.LINUX, in_container=False),
+    host=HostMemory(64 * GIB, 60 * GIB, None, None, HostPlatform.LINUX),
     link=LinkSpeed(((1, 20e9), (4, 25e9), (8, 25e9), (16, 50e9)), 8e9),
 )
 TIER = (

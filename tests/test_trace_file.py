@@ -143,7 +143,7 @@ def refuse(*_: object, **__: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize(("owner", "step"), [(json, "dump"), (os, "replace"), (os, "open"), (Path, "mkdir")])
+@pytest.mark.parametrize(("owner", "step"), [(json, "dump"), (os, "replace"), (Path, "open"), (Path, "mkdir")])
 def test_a_failed_write_says_where_and_why_and_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, step: str
 ) -> None:

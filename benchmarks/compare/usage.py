@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from wanvideo_enhanced_blockswap.commands.demo import DeviceMeter, Moved
 from wanvideo_enhanced_blockswap.hardware import probe_device, read_host_memory
-from wanvideo_enhanced_blockswap.hardware.monitor import open_device_readers
+from wanvideo_enhanced_blockswap.hardware.monitor import VRAM_USED_BYTES, open_readings
 
 TO_DEVICE = ("HtoD", "HostToDevice")
 TO_HOST = ("DtoH", "DeviceToHost")
@@ -44,8 +44,9 @@ class Usage:
         return self._host_before - read_host_memory().available_bytes
 
     def _device_used(self) -> int | None:
-        with open_device_readers(self._spec) as readers:
-            return readers.vram_used_bytes()
+        with open_readings(self._spec) as readings:
+            used = dict(readings)[VRAM_USED_BYTES]()
+        return None if used is None else int(used)
 
 
 def pinned_by_torch(device: torch.device) -> int:

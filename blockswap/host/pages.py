@@ -98,7 +98,7 @@ class PageMemory:
         if result != 0:
             registrar.consume_error()
             return result
-        budget.used_bytes += self.size
+        budget.take(self.size)
         self._use.lock = registrar, budget
         return 0
 
@@ -144,7 +144,7 @@ class _Use:
             registrar.unregister(self._pointer)  # an interrupt may have come before; that it is done already harms not
             raise
         finally:
-            budget.used_bytes -= self._size
+            budget.give_back(self._size)
         if result != 0:
             registrar.consume_error()
             logger.warning("unregistering %d bytes of host memory failed: %s", self._size, register_result(result))

@@ -130,7 +130,7 @@ class MadeRun:
         facts = Facts(
             spec=spec,
             memory=DeviceMemory(total, total - IN_USE_BYTES - model.model.other_bytes, "made up"),
-            host=HostMemory(64 * GIB, 44 * GIB, None, None, HostPlatform.LINUX, in_container=False),
+            host=HostMemory(64 * GIB, 44 * GIB, None, None, HostPlatform.LINUX),
             link=LinkSpeed(((1, LINK_BYTES_PER_S),), None),
             compute_ms=(block_ms,) * len(model.model.blocks),
             activations=Activations(nbytes=expected, is_measured=False),

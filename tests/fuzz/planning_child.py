@@ -24,7 +24,7 @@ LONGEST_MESSAGE = 1500
 
 HUNG_S = 60.0
 
-HOST = HostMemory(64 * GIB, 64 * GIB, None, None, HostPlatform.LINUX, in_container=False)
+HOST = HostMemory(64 * GIB, 64 * GIB, None, None, HostPlatform.LINUX)
 """Read once, since reading it takes as long as a header; on every machine the same."""
 
 WORD = re.compile(r"[A-Za-z']+[,:;]?")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import fake_vendors
@@ -23,7 +23,7 @@ from wanvideo_enhanced_blockswap.hardware import (
     DeviceSpec,
     HostMemory,
     Rocm,
-    probe,
+    device,
     probe_device,
     read_device_memory,
     read_host_memory,
@@ -92,7 +92,7 @@ def _install_host(monkeypatch: pytest.MonkeyPatch, machine: Machine, folder: Pat
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(sys, "platform", host.system)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    monkeypatch.setattr(probe, "_cpu_name", lambda: "a CPU")
+    monkeypatch.setattr(device, "_cpu_name", lambda: "a CPU")
     limits = SimpleNamespace(RLIMIT_MEMLOCK=8, RLIM_INFINITY=-1)
     limits.getrlimit = lambda _kind: (-1 if host.memlock is None else host.memlock, -1)
     monkeypatch.setitem(sys.modules, "resource", limits)
@@ -142,12 +142,6 @@ def _install_torch(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
         hip=machine.hip,
         reserved=shown[0].reserved if shown else 0,
     )
-    if machine.functions:
-        module = ModuleType(f"torch.{machine.device}")
-        functions = {"is_available": True, "device_count": 1} | dict(machine.functions)
-        for name, answer in functions.items():
-            setattr(module, name, lambda answer=answer: answer)
-        monkeypatch.setattr(torch, "get_device_module", lambda _device: module)
 
 
 def _properties(card: Card) -> SimpleNamespace:

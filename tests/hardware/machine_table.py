@@ -147,7 +147,7 @@ def _paragraph(machine: Machine, readings: Readings) -> str:
         "device": _device(spec),
         "driver": f"{spec.driver or 'unknown'}; {_pcie(spec.pcie)}; UUID {spec.uuid or 'unknown'}",
         "memory": _memory(readings.memory),
-        "host": f"{host.platform.value}{', container' if host.in_container else ''}, {_gib(host.available_bytes)} of "
+        "host": f"{host.platform.value}, {_gib(host.available_bytes)} of "
         f"{_gib(host.physical_bytes)} GiB available, {limit}; may pin {_gib(host.pin_budget_bytes)} GiB, "
         f"memlock {memlock}",
         "link": _link(machine.link),

@@ -114,7 +114,6 @@ class Machine:
         link: what a measurement of the link finds.
         device: what is asked about.
         warnings: how many the readings give.
-        functions: what the functions of torch's module for another device type give.
     """
 
     label: str
@@ -131,7 +130,6 @@ class Machine:
     link: LinkSpeed | None = None
     device: str = "cuda:0"
     warnings: int = 0
-    functions: Mapping[str, int] = field(default_factory=dict)
 
 
 def speeds(pinned: float, pageable: float, copy: float, *, one: float | None = None) -> LinkSpeed:
@@ -849,12 +847,6 @@ ODD = (
         link=PCIE4_X16,
     ),
     Machine(label="no GPU", host=linux(31.2, 27), device="cpu"),
-    Machine(
-        label="Apple silicon, 64 GB",
-        host=Host(ram=gib(64), available=gib(40), system="darwin", memlock=None),
-        device="mps",
-        functions={"recommended_max_memory": gib(48), "driver_allocated_memory": gib(0.4)},
-    ),
 )
 
 MACHINES: tuple[Machine, ...] = NVIDIA + ONE_MEMORY + AMD + TWO_CARDS + ODD

@@ -138,20 +138,6 @@ def test_the_limit_on_locked_memory_is_the_soft_one_and_none_without_limit(build
     assert build().memlock_bytes == expected
 
 
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, False),
-        ({".dockerenv": ""}, True),
-        ({"run/.containerenv": ""}, True),
-        ({"proc/self/cgroup": "0::/kubepods/besteffort/pod1\n"}, True),
-        ({"proc/self/cgroup": "0::/user.slice\n"}, False),
-    ],
-)
-def test_a_container_is_told_by_its_marks(build, files, expected):
-    assert build(**files).in_container is expected
-
-
 def test_this_machine_can_be_read():
     memory = read_host_memory()
     assert 0 < memory.available_bytes <= memory.physical_bytes == psutil.virtual_memory().total

@@ -1,11 +1,9 @@
-"""A kept measurement that was planted or damaged is never believed, and costs one warning."""
+"""A measurement is kept for one device, driver and torch; a damaged file costs one warning and a new measurement."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,7 +15,6 @@ KEY = MeasurementKey("RTX 4090", "GPU-1", "0000:01:00.0", "580.1", "2.13.0", (1,
 SPEED = LinkSpeed(((1, 20e9), (2, 24e9), (4, 24.5e9)), 9e9, 12e9)
 CARD = DeviceSpec("RTX 4090", Vendor.NVIDIA, "cpu", "GPU-1", "0000:01:00.0", 128, False, "580.1", None, None)
 """A card whose copies stay inside the host's memory."""
-posix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such files")
 
 
 @pytest.fixture
@@ -42,16 +39,15 @@ def measured(monkeypatch, tmp_path):
     return measure
 
 
-def poison(path, **changes):
+def damage(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def refused(path, caplog):
-    """Whether the file is not believed, with one warning of one short line."""
+    """Whether the file is not used, with one warning."""
     assert read_measurement(path, KEY) is None
     (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert message.isprintable()
-    return len(message) < len(str(path)) + 300 and "it is measured again" in message
+    return "measuring again" in message
 
 
 def test_a_measurement_comes_back_as_it_was_kept(kept, caplog):
@@ -81,95 +77,46 @@ def test_each_card_has_a_measurement_of_its_own_and_both_are_kept(measured, tmp_
 
 
 @pytest.mark.parametrize("field", ["name", "uuid", "pci_bus_id", "driver", "torch_version"])
-def test_a_record_whose_key_differs_in_anything_is_not_believed(kept, field):
+def test_a_record_whose_key_differs_in_anything_is_measured_again(kept, field):
     assert read_measurement(kept, replace(KEY, **{field: "another"})) is None
 
 
-NO_SPEEDS = [
-    *(float("nan"), float("inf"), -float("inf"), -1.0, 0, 0.0, 1e-300, 999.9, 1.1e13, 1e300, 10**400),
-    *(None, True, "9e9", "x" * 5000, [], [9e9], {}, {"a": 1}),
-]
-
-
-@pytest.mark.parametrize("speed", NO_SPEEDS, ids=lambda speed: repr(speed)[:20])
+@pytest.mark.parametrize(
+    "speed",
+    [float("nan"), float("inf"), -1.0, 0, 999.9, 1.1e13, 10**400, None, "9e9", []],
+    ids=lambda speed: repr(speed)[:9],
+)
 @pytest.mark.parametrize("place", ["pageable", "host_copy", "pinned"])
-def test_a_speed_that_was_never_measured_is_not_believed(kept, caplog, place, speed):
+def test_a_speed_that_cannot_have_been_measured_is_measured_again(kept, caplog, place, speed):
     if place == "host_copy" and speed is None:
-        poison(kept, host_copy=None)  # what a measurement says that has none
-        assert read_measurement(kept, KEY) == LinkSpeed(SPEED.pinned, SPEED.pageable)
-        return
-    poison(kept, **{place: [[1, 20e9], [2, speed], [4, 24e9]] if place == "pinned" else speed})
+        pytest.skip("not every measurement has this figure")
+    damage(kept, **{place: [[1, 20e9], [2, speed], [4, 24e9]] if place == "pinned" else speed})
     assert refused(kept, caplog)
 
 
-@pytest.mark.parametrize(
-    "pinned",
-    [
-        *(None, 3, "124", {}, {"1": 2e10}, [1, 2, 4], [[]], [[1]], [[1, 2e10, 3]], ["ab"], [None]),
-        [[1, 2e10], [2, 2e10]],
-        [[1, 2e10], [2, 2e10], [4, 2e10], [8, 2e10]],
-        [[1, 2e10], [4, 2e10], [2, 2e10]],
-        [[True, 2e10], [2, 2e10], [4, 2e10]],
-        [[1.0, 2e10], [2, 2e10], [4, 2e10]],
-        [["1", 2e10], [2, 2e10], [4, 2e10]],
-        [[1, 2e10], [2, 2e10], [2**62, 2e10]],
-        [[[1], 2e10], [2, 2e10], [4, 2e10]],
-        [[1, 2e10]] * 1000,
-    ],
-    ids=lambda pinned: repr(pinned)[:30],
-)
-def test_stream_counts_other_than_the_measured_ones_are_not_believed(kept, caplog, pinned):
-    poison(kept, pinned=pinned)
-    assert refused(kept, caplog)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *(b"", b"{", b"[]", b"null", b"3", b'"x"', b"{}", b"\xff\xfe\x00", b"\x1b[2J"),
-        b"[" * 60_000,
-        b'{"a":' * 10_000,
-        b"9" * 60_000,
-        b'{"format": 2, "key": NaN',
-        b" " * 70_000,
-    ],
-    ids=lambda text: repr(text[:20]),
-)
-def test_what_is_no_record_is_not_believed(kept, caplog, text):
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"3", b"{}", b"\xff\xfe\x00"], ids=repr)
+def test_what_is_no_record_is_measured_again(kept, caplog, text):
     kept.write_bytes(text)
+    assert refused(kept, caplog)
+
+
+def test_a_folder_in_its_place_is_measured_again(kept, caplog):
+    kept.unlink()
+    kept.mkdir()
     assert refused(kept, caplog)
 
 
 @pytest.mark.parametrize("key", [None, [], {}, "x", {"name": "RTX 4090"}])
 def test_a_record_of_another_measurement_is_passed_over_without_a_word(kept, caplog, key):
-    poison(kept, key=key)
+    damage(kept, key=key)
     assert read_measurement(kept, KEY) is None
     assert not caplog.records
 
 
-@posix_only
-def test_a_file_of_a_gigabyte_is_not_read(kept, caplog):
-    os.truncate(kept, 1 << 30)
-    assert refused(kept, caplog)
-
-
-@posix_only
-@pytest.mark.parametrize("plant", ["pipe", "link", "endless link", "folder"])
-def test_what_is_no_file_is_neither_waited_for_nor_followed(kept, tmp_path, caplog, plant):
-    real = kept.rename(tmp_path / "real")
-    if plant == "pipe":
-        os.mkfifo(kept)
-    elif plant == "folder":
-        kept.mkdir()
-    else:
-        kept.symlink_to(real if plant == "link" else "/dev/zero")
-    assert refused(kept, caplog)
-
-
-def test_a_poisoned_file_is_measured_anew_and_replaced(tmp_path, caplog):
+def test_a_damaged_file_is_measured_anew_and_replaced(tmp_path, caplog):
     measure_link(torch.device("cpu"), nbytes=MIB, cache_dir=tmp_path)
     (path,) = tmp_path.iterdir()
-    poison(path, pageable=1e300)
+    damage(path, pageable=1e300)
     speed = measure_link(torch.device("cpu"), nbytes=MIB, cache_dir=tmp_path)
     assert speed.pageable < 1e13
     assert len(caplog.records) == 1

@@ -192,12 +192,6 @@ def test_a_device_module_that_counts_only_its_own_says_so(install_hpu):
     assert read_device_memory(device) == DeviceMemory(96, 90, source, is_estimate=True)
 
 
-def test_the_names_that_mps_gives_its_figures_are_known(install_hpu):
-    device = install_hpu(recommended_max_memory=lambda: 96, driver_allocated_memory=lambda: 16)
-    source = "torch.hpu, which sees this process alone"
-    assert read_device_memory(device) == DeviceMemory(96, 80, source, is_estimate=True)
-
-
 def test_a_device_module_without_memory_functions_is_unavailable(install_hpu):
     with pytest.raises(HardwareUnavailableError, match=r"hpu:0 expects torch\.hpu\.mem_get_info"):
         read_device_memory(install_hpu())

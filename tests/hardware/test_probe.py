@@ -43,7 +43,7 @@ def test_the_cpu_is_described_as_it_is():
 
 
 def test_the_utilisation_of_the_cpu_is_unknown_without_a_warning(caplog):
-    assert read_utilisation(probe_device(torch.device("cpu"))) == Utilisation(None, None)
+    assert read_utilisation(probe_device(torch.device("cpu"))) == Utilisation(None)
     assert not warnings_in(caplog)
 
 
@@ -167,17 +167,17 @@ def test_a_device_of_another_vendor_is_described_by_what_its_module_has(install_
 
 def test_utilisation_of_an_nvidia_card_comes_from_nvml(install_nvml):
     install_nvml()
-    assert read_utilisation(spec(Vendor.NVIDIA)) == Utilisation(83.0, 41.0)
+    assert read_utilisation(spec(Vendor.NVIDIA)) == Utilisation(83.0)
 
 
 def test_utilisation_of_an_amd_card_comes_from_its_address(install_amdsmi):
     install_amdsmi()
-    assert read_utilisation(spec(Vendor.AMD)) == Utilisation(64.0, 32.0)
+    assert read_utilisation(spec(Vendor.AMD)) == Utilisation(64.0)
 
 
 def test_without_nvml_utilisation_is_unknown_with_one_warning(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert read_utilisation(spec(Vendor.NVIDIA)) == Utilisation(None, None)
+    assert read_utilisation(spec(Vendor.NVIDIA)) == Utilisation(None)
     assert len(warnings_in(caplog)) == 1
 
 
@@ -200,4 +200,4 @@ def test_sampling_with_an_open_reader_warns_once(install_nvml, caplog):
 @pytest.mark.usefixtures("no_amdsmi")
 def test_utilisation_of_a_card_without_an_address_is_unknown():
     with Rocm() as rocm:
-        assert read_utilisation(spec(Vendor.AMD, address=None), reader=rocm) == Utilisation(None, None)
+        assert read_utilisation(spec(Vendor.AMD, address=None), reader=rocm) == Utilisation(None)

@@ -13,7 +13,6 @@ FILES = {
     "mem_info_vram_total": "25753026560\n",
     "mem_info_vram_used": "1073741824\n",
     "gpu_busy_percent": "17\n",
-    "mem_busy_percent": "5\n",
     "current_link_speed": "2.5 GT/s PCIe\n",
     "current_link_width": "16\n",
     "max_link_speed": "16.0 GT/s PCIe\n",
@@ -45,7 +44,7 @@ def test_amdsmi_is_asked_about_the_card_at_the_address_not_about_the_first(insta
     install_amdsmi()
     with Rocm(sysfs_root=tmp_path) as rocm:
         assert rocm.memory(ADDRESS) == DeviceMemory(24560 * MIB, 24000 * MIB, "amdsmi")
-        assert rocm.utilisation(ADDRESS) == Utilisation(64.0, 32.0)
+        assert rocm.utilisation(ADDRESS) == Utilisation(64.0)
 
 
 @pytest.mark.parametrize(
@@ -95,13 +94,13 @@ def test_an_amdsmi_query_that_fails_leaves_the_other_queries_to_amdsmi(install_a
     install_amdsmi(amdsmi_get_gpu_vram_usage=AmdSmiException("not supported"))
     with Rocm(sysfs_root=sysfs()) as rocm:
         assert rocm.memory(ADDRESS).source == "sysfs"
-        assert rocm.utilisation(ADDRESS) == Utilisation(64.0, 32.0)
+        assert rocm.utilisation(ADDRESS) == Utilisation(64.0)
 
 
 def test_a_figure_that_amdsmi_lacks_is_taken_from_sysfs_alone(install_amdsmi, sysfs):
-    install_amdsmi(amdsmi_get_gpu_activity={"gfx_activity": 64, "umc_activity": "N/A"})
+    install_amdsmi(amdsmi_get_gpu_activity={"gfx_activity": "N/A"})
     with Rocm(sysfs_root=sysfs()) as rocm:
-        assert rocm.utilisation(ADDRESS) == Utilisation(64.0, 5.0)
+        assert rocm.utilisation(ADDRESS) == Utilisation(17.0)
 
 
 def test_amdsmi_is_shut_down_after_an_exception(install_amdsmi):
@@ -115,7 +114,7 @@ def test_amdsmi_is_shut_down_after_an_exception(install_amdsmi):
 def test_sysfs_alone_answers_every_query(sysfs):
     with Rocm(sysfs_root=sysfs()) as rocm:
         assert rocm.memory(ADDRESS) == SYSFS_MEMORY
-        assert rocm.utilisation(ADDRESS) == Utilisation(17.0, 5.0)
+        assert rocm.utilisation(ADDRESS) == Utilisation(17.0)
         assert rocm.pcie(ADDRESS) == PcieLink(1, 16, 4, 16)
 
 
@@ -151,9 +150,7 @@ def test_a_memory_file_that_is_absent_or_garbled_makes_memory_unknown(sysfs, tex
 
 
 @pytest.mark.usefixtures("no_amdsmi")
-@pytest.mark.parametrize(
-    ("query", "unknown"), [("memory", None), ("pcie", None), ("utilisation", Utilisation(None, None))]
-)
+@pytest.mark.parametrize(("query", "unknown"), [("memory", None), ("pcie", None), ("utilisation", Utilisation(None))])
 def test_a_reading_that_nobody_knows_warns_once_however_often_it_is_asked(tmp_path, caplog, query, unknown):
     with Rocm(sysfs_root=tmp_path) as rocm:
         assert [getattr(rocm, query)(ADDRESS) for _ in range(3)] == [unknown] * 3

@@ -7,7 +7,6 @@ import gc
 import logging
 import sys
 import threading
-import time
 import weakref
 from functools import partial
 from types import SimpleNamespace
@@ -42,8 +41,16 @@ NOTHING = Samples(
 CPU = probe_device(torch.device("cpu"))
 
 
+FIGURES = {
+    "gpu": sampling.GPU_PERCENT,
+    "vram": sampling.VRAM_USED_BYTES,
+    "rss": sampling.RSS_BYTES,
+    "host": sampling.HOST_AVAILABLE_BYTES,
+}
+
+
 class Table:
-    """Readers that answer from a list each, raising what is an exception; after the last answer they know nothing.
+    """Readings that answer from a list each, raising what is an exception; after the last answer they know nothing.
 
     `done` is set when every list has been read.
     """
@@ -57,11 +64,11 @@ class Table:
     def open(self, _spec):
         self.opened += 1
         try:
-            yield self
+            yield [(figure, partial(self.read, name)) for name, figure in FIGURES.items()]
         finally:
             self.closed += 1
 
-    def _next(self, name):
+    def read(self, name):
         answers = self._left[name]
         answer = answers.pop(0) if answers else None
         if not any(self._left.values()) and name == "host":  # the last that is asked in a round
@@ -70,22 +77,10 @@ class Table:
             raise answer
         return answer
 
-    def gpu_percent(self):
-        return self._next("gpu")
-
-    def vram_used_bytes(self):
-        return self._next("vram")
-
-    def rss_bytes(self):
-        return self._next("rss")
-
-    def host_available_bytes(self):
-        return self._next("host")
-
 
 def sampled(table):
     """What a sampler makes of a whole table."""
-    with Sampler(CPU, interval_s=SOON_S, open_readers=table.open) as sampler:
+    with Sampler(CPU, interval_s=SOON_S, open_readings=table.open) as sampler:
         assert table.done.wait(PATIENCE_S)
     return sampler.samples()
 
@@ -156,21 +151,21 @@ def test_a_reading_that_fails_once_is_missing_alone():
 
 def test_constructing_a_sampler_starts_no_thread_and_opens_nothing():
     table = Table()
-    sampler = Sampler(CPU, open_readers=table.open)
+    sampler = Sampler(CPU, open_readings=table.open)
     assert (sampling_threads(), table.opened) == ([], 0)
     assert sampler.samples() == NOTHING
 
 
 def test_one_daemon_thread_runs_during_the_block_and_none_after_it():
     table = Table()
-    with Sampler(CPU, interval_s=NEVER_S, open_readers=table.open):
+    with Sampler(CPU, interval_s=NEVER_S, open_readings=table.open):
         assert [thread.daemon for thread in sampling_threads()] == [True]
     assert sampling_threads() == []
 
 
 def test_the_end_does_not_wait_for_the_interval_and_reads_once_more():
     table = Table(gpu=[70.0])
-    with Sampler(CPU, interval_s=NEVER_S, open_readers=table.open) as sampler:
+    with Sampler(CPU, interval_s=NEVER_S, open_readings=table.open) as sampler:
         pass
     assert (sampler.samples().count, sampler.samples().gpu_percent_mean) == (1, 70.0)
 
@@ -178,7 +173,7 @@ def test_the_end_does_not_wait_for_the_interval_and_reads_once_more():
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_a_run_that_ends_with_an_exception_leaves_no_thread_and_keeps_what_was_read(error):
     table = Table(rss=[5])
-    sampler = Sampler(CPU, interval_s=NEVER_S, open_readers=table.open)
+    sampler = Sampler(CPU, interval_s=NEVER_S, open_readings=table.open)
     with pytest.raises(error), sampler:
         raise error
     assert sampling_threads() == []
@@ -193,7 +188,7 @@ def test_the_readers_are_opened_once_and_closed_when_the_block_ends():
 
 def test_a_sampler_can_be_used_again_and_counts_anew():
     table = Table(rss=[9, 4])
-    sampler = Sampler(CPU, interval_s=NEVER_S, open_readers=table.open)
+    sampler = Sampler(CPU, interval_s=NEVER_S, open_readings=table.open)
     peaks = []
     for _ in range(2):
         with sampler:
@@ -205,8 +200,8 @@ def test_a_sampler_can_be_used_again_and_counts_anew():
 def test_a_sampler_in_use_cannot_be_entered_again():
     table = Table()
     with (
-        Sampler(CPU, interval_s=NEVER_S, open_readers=table.open) as sampler,
-        pytest.raises(RuntimeError, match="one with block at a time"),
+        Sampler(CPU, interval_s=NEVER_S, open_readings=table.open) as sampler,
+        pytest.raises(RuntimeError, match="already in a with block"),
     ):
         sampler.__enter__()
     assert (sampling_threads(), table.opened) == ([], 1)
@@ -214,7 +209,7 @@ def test_a_sampler_in_use_cannot_be_entered_again():
 
 def test_figures_may_be_asked_for_while_the_run_lasts():
     table = Table(gpu=[30.0, 50.0])
-    with Sampler(CPU, interval_s=SOON_S, open_readers=table.open) as sampler:
+    with Sampler(CPU, interval_s=SOON_S, open_readings=table.open) as sampler:
         assert table.done.wait(PATIENCE_S)
         assert sampler.samples().gpu_percent_max in (30.0, 50.0)  # the reading that is being added may be missing
 
@@ -222,7 +217,7 @@ def test_figures_may_be_asked_for_while_the_run_lasts():
 def test_a_mistake_in_a_reader_is_printed_and_costs_neither_the_run_nor_what_was_read(monkeypatch):
     seen, table = [], Table(gpu=[60.0, TypeError("a mistake")], host=[1, 2])
     monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(args.exc_type))
-    with Sampler(CPU, interval_s=SOON_S, open_readers=table.open) as sampler:
+    with Sampler(CPU, interval_s=SOON_S, open_readings=table.open) as sampler:
         end_threads()
     assert (seen, sampler.samples().gpu_percent_max, table.closed) == ([TypeError], 60.0, 1)
 
@@ -230,8 +225,8 @@ def test_a_mistake_in_a_reader_is_printed_and_costs_neither_the_run_nor_what_was
 def test_a_reading_that_never_comes_back_does_not_hold_up_the_end_of_the_run(monkeypatch, caplog):
     monkeypatch.setattr(sampling, "JOIN_S", 0.01)
     release, table = threading.Event(), Table()
-    monkeypatch.setattr(table, "rss_bytes", lambda: release.wait(PATIENCE_S) and 1)
-    with Sampler(CPU, interval_s=NEVER_S, open_readers=table.open) as sampler:
+    monkeypatch.setattr(table, "read", lambda _name: release.wait(PATIENCE_S) and 1)
+    with Sampler(CPU, interval_s=NEVER_S, open_readings=table.open) as sampler:
         (thread,) = sampling_threads()
     assert len(warnings_in(caplog)) == 1
     with sampler:
@@ -261,7 +256,7 @@ def test_an_interrupt_while_the_thread_starts_leaves_no_thread(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(threading.Thread, "start", start_and_be_interrupted)
-    with pytest.raises(KeyboardInterrupt), Sampler(CPU, interval_s=NEVER_S, open_readers=Table().open):
+    with pytest.raises(KeyboardInterrupt), Sampler(CPU, interval_s=NEVER_S, open_readings=Table().open):
         pass
     threads[0].join(PATIENCE_S)
     assert sampling_threads() == []
@@ -271,7 +266,7 @@ def test_a_model_in_an_exception_that_ended_the_run_is_not_kept_alive():
     class Model:
         pass
 
-    sampler, table = Sampler(CPU, interval_s=NEVER_S, open_readers=Table().open), []
+    sampler, table = Sampler(CPU, interval_s=NEVER_S, open_readings=Table().open), []
 
     def run():
         model = Model()
@@ -287,7 +282,7 @@ def test_a_model_in_an_exception_that_ended_the_run_is_not_kept_alive():
 
 @pytest.mark.parametrize("interval_s", [0.0, -1.0, float("nan"), float("inf")])
 def test_an_interval_that_is_no_time_is_refused(interval_s):
-    with pytest.raises(ValueError, match="interval_s expects more than 0"):
+    with pytest.raises(ValueError, match="interval_s: expected more than 0 seconds"):
         Sampler(CPU, interval_s=interval_s)
 
 
@@ -383,23 +378,3 @@ def test_a_gpu_that_shares_the_hosts_memory_is_told_by_the_hosts_figures(install
 def test_a_device_of_another_kind_has_no_figures_of_its_own():
     found = once(spec(Vendor.OTHER, device="xpu:0"))
     assert (found.gpu_percent_mean, found.vram_used_peak_bytes) == (None, None)
-
-
-def test_a_thread_that_is_not_touched_ends_by_itself_and_a_touch_starts_another():
-    sampler = Sampler(CPU, interval_s=SOON_S, idle_s=SOON_S, open_readers=Table().open)
-    with sampler:
-        end_threads()
-        count = sampler.samples().count
-        assert count >= 1
-        deadline = time.monotonic() + PATIENCE_S
-        while sampler.samples().count == count and time.monotonic() < deadline:
-            sampler.touch()  # more than once: a thread is alive a moment longer than it is listed
-            end_threads()
-        assert sampler.samples().count > count
-    assert not sampling_threads()
-
-
-def test_a_touch_outside_the_block_starts_nothing():
-    sampler = Sampler(CPU, interval_s=SOON_S, idle_s=SOON_S, open_readers=Table().open)
-    sampler.touch()
-    assert not sampling_threads()

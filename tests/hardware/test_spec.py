@@ -10,12 +10,11 @@ from wanvideo_enhanced_blockswap.hardware import (
     HostMemory,
     HostPlatform,
     LinkSpeed,
-    PcieLink,
 )
 
 
 def host(platform, *, ram=64 * GIB, limit=None):
-    return HostMemory(ram, ram, limit, None, platform, in_container=False)
+    return HostMemory(ram, ram, limit, None, platform)
 
 
 @pytest.mark.parametrize(
@@ -34,25 +33,6 @@ def test_the_pin_budget_follows_the_platform(platform, ram, expected):
 
 def test_the_pin_budget_is_a_share_of_the_control_group_where_that_is_smaller():
     assert host(HostPlatform.LINUX, ram=256 * GIB, limit=16 * GIB).pin_budget_bytes == 12 * GIB
-
-
-@pytest.mark.parametrize(
-    ("link", "gigabytes"),
-    [
-        (PcieLink(4, 16, 4, 16), 31.5),
-        (PcieLink(1, 16, 4, 16), 31.5),  # idle: the generation is lowered
-        (PcieLink(4, 8, 4, 16), 15.8),  # in a narrower slot
-        (PcieLink(3, None, None, 16), 15.8),
-        (PcieLink(6, 16, 6, 16), 121.0),
-    ],
-)
-def test_a_link_is_rated_by_its_highest_generation_and_the_width_in_use(link, gigabytes):
-    assert link.theoretical_bytes_per_second == pytest.approx(gigabytes * 1e9, rel=0.005)
-
-
-@pytest.mark.parametrize("link", [PcieLink(None, 16, None, 16), PcieLink(4, None, 4, None), PcieLink(9, 16, 9, 16)])
-def test_a_link_with_an_unknown_part_has_no_rating(link):
-    assert link.theoretical_bytes_per_second is None
 
 
 @pytest.mark.parametrize(("total", "free"), [(10, 11), (10, -1)])
