@@ -242,8 +242,9 @@ def test_rule_7_two_staging_slabs_are_used_in_turn() -> None:
 def test_release_orders_a_changed_buffer_behind_the_kernels_that_changed_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small buffer is copied back on the compute stream: a new one must have waited for the old one by then."""
     simulation, model, seen = Simulation(), toy(3), []
-    write_back, wait = binding.Bound.write_back, simulation.streams.wait
-    monkeypatch.setattr(binding.Bound, "write_back", lambda bound: (seen.append("copied back"), write_back(bound))[1])
+    write_back, wait = binding.TensorBinding.write_back, simulation.streams.wait
+    copied_back = lambda bound: (seen.append("copied back"), write_back(bound))[1]  # noqa: E731
+    monkeypatch.setattr(binding.TensorBinding, "write_back", copied_back)
     monkeypatch.setattr(simulation.streams, "wait", lambda *waits: (seen.append("waited"), wait(*waits))[1])
     with torch.inference_mode(), simulation.session(model, fixed_plan([False] * 3)) as session:
         with session.forward():

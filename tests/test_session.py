@@ -260,3 +260,25 @@ def test_a_forward_over_something_that_takes_no_hooks_leaves_no_hook_and_the_nex
             session.forward(blocks=[model.blocks[0], model.blocks[1], lambda x: x]).__enter__()
         assert not any(block._forward_pre_hooks for block in model.blocks)
         assert torch.equal(run(session, model), truth)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_session_whose_close_fails_is_closed_all_the_same(error: type[BaseException]) -> None:
+    model, simulation = toy(COUNT), Simulation()
+    truth = truth_of(model)
+    session = simulation.session(model, fixed_plan([True] * COUNT))
+    run(session, model)
+    wait, failures = simulation.streams.host_wait, [error("lost")]
+
+    def fail_once(event: object) -> None:
+        if failures:
+            raise failures.pop()
+        wait(event)
+
+    simulation.streams.host_wait = fail_once
+    with pytest.raises((KeyboardInterrupt, BlockSwapError)):
+        session.close()
+    assert session.state is SessionState.CLOSED
+    session.close()
+    assert_nothing_left(simulation)
+    assert torch.equal(truth_of(model), truth)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import threading
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from test_session import COUNT, assert_nothing_left, run, truth_of
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from toys import Simulation, fixed_plan, toy
 from wanvideo_enhanced_blockswap.blockswap import PinBudget
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
@@ -209,3 +211,54 @@ def test_a_session_dropped_without_close_leaves_no_thread() -> None:
     for thread in staging_threads():
         thread.join(timeout=1)
     assert staging_threads() == []
+
+
+@torch.inference_mode()
+def test_a_worker_that_failed_holds_no_slot_when_its_error_is_gone() -> None:
+    model, x = toy(4), torch.randn(2, 16)
+    streams = InlineStreams(torch.device("cpu"))
+    backend = dataclasses.replace(
+        Simulation().backend, make_worker=lambda _: ThreadWorker(), open_streams=lambda count, overlap: streams
+    )
+    copy, left = streams.copy, [4]
+
+    def fail_in_time(*arguments: object) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("the link is down")
+        copy(*arguments)
+
+    streams.copy = fail_in_time
+    session = SwapSession(model.named, fixed_plan([True] * 4, tiers=HostTier.STAGED), backend)
+    session.adopt()
+    window = [StorageWeakRef(slot.memory.untyped_storage()) for slot in session._holds.transfer._slots]
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(TransferError, match="the link is down"), session.forward():
+            model(x)
+        session.close()
+        assert all(memory.expired() for memory in window)
+    finally:
+        gc.enable()
+
+
+@torch.inference_mode()
+def test_an_interrupted_wait_for_the_worker_leaves_no_copy_behind() -> None:
+    """The job goes on: its slot is free only once it is over."""
+    simulation, model, x = Simulation(lateness=1.0), toy(4), torch.randn(2, 16)
+    truth = model(x)
+    with simulation.session(model, fixed_plan([True] * 4, slots=1, tiers=HostTier.STAGED)) as session:
+        session.adopt()
+        job = session._holds.transfer._slots[0].filling
+        job.wait = raise_interrupt
+        with pytest.raises(KeyboardInterrupt), session.forward():
+            model(x)
+        assert job._done is not None
+        del job.wait
+        with session.forward():
+            assert torch.equal(model(x), truth)
+
+
+def raise_interrupt() -> None:
+    raise KeyboardInterrupt

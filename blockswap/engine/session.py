@@ -230,8 +230,10 @@ class SwapSession:
         try:
             self._end(finished=False)
         finally:
-            self._holds.drop()
-            self._state = SessionState.CLOSED
+            try:
+                self._holds.drop()
+            finally:
+                self._state = SessionState.CLOSED
 
     def _expect(self, what: str, *states: SessionState) -> None:
         if self._state not in states:
@@ -271,7 +273,11 @@ class SwapSession:
             raise
         finally:
             if not finished:
-                swapper.abort()
+                try:
+                    swapper.abort()
+                except BaseException:
+                    swapper.abort()  # a second interrupt has ended it half way
+                    raise
 
     def _adopt_again(self) -> None:
         """Somebody has replaced or moved a tensor of a block: its bytes are read anew, and so is everything."""

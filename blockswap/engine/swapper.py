@@ -140,9 +140,10 @@ class BlockSwapper:
         under way, no slot holds anything.
         """
         if self._running is not None:
-            block, self._running = self._running[0], None
-            self._blocks[block].bind(self._blocks[block].masters)
-            self._blocks[block].was_edited()
+            binding = self._blocks[self._running[0]]
+            binding.bind(binding.masters)
+            binding.was_edited()
+            self._running = None
         self._transfer.reset()
         self._ring.reset()
 
@@ -169,18 +170,19 @@ class BlockSwapper:
         """The block that ran has been queued in full: its tensors point at their masters again."""
         if self._running is None:
             return
-        (block, began), self._running = self._running, None
+        block, began = self._running
         binding = self._blocks[block]
+        if binding.streamed:
+            binding.bind(binding.masters)
         self._transfer.computed(block)
         if self.trace is not None:
             self.trace.add(COMPUTE, block, began, self._mark())
-        if binding.streamed:
-            binding.bind(binding.masters)
-            if binding.was_edited():
-                raise UnsupportedModelError(
-                    f"{self._model.profile.blocks[block].name} expects weights that its forward only reads but one was "
-                    "edited in place; the edit is lost with its slot: keep that tensor in a buffer"
-                )
+        self._running = None  # only now: `abort` binds the masters of the block that an exception left in its slot
+        if binding.was_edited():
+            raise UnsupportedModelError(
+                f"{self._model.profile.blocks[block].name} expects weights that its forward only reads but one was "
+                "edited in place; the edit is lost with its slot: keep that tensor in a buffer"
+            )
 
     def _check(self, block: int) -> None:
         streamed = [entry for entry in self._model.entries[block] if entry.placement is Placement.STREAMED]
