@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from ..errors import TransferError
+from .failures import staged_failure
 
 
 class Job(Protocol):
@@ -65,11 +65,6 @@ class _ThreadJob:
         """
         failure, self._failure = self._failure, None
         return failure
-
-
-def staged_failure(failure: BaseException) -> TransferError:
-    """What the host thread is told of a failure in the worker."""
-    return TransferError(f"a staged copy to the device failed: {failure}")
 
 
 class ThreadWorker:
