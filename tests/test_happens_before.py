@@ -11,7 +11,7 @@ import itertools
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from toys import Block, Model, Simulation, fixed_plan, toy
+from toys import Block, Model, Simulation, fixed_plan, replan, toy, window_of
 from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
 from wanvideo_enhanced_blockswap.blockswap.device.worker import ThreadWorker
 from wanvideo_enhanced_blockswap.blockswap.engine import binding, transfer
@@ -140,7 +140,7 @@ def test_rule_6_a_slab_is_unlocked_behind_the_host_wait_for_its_last_copy(latene
     with torch.inference_mode(), simulation.session(model, fixed_plan([True] * 4)) as session:
         with session.forward():
             model(torch.randn(2, 16))
-        session.replan(fixed_plan([False] * 4))
+        replan(session, fixed_plan([False] * 4))
         assert simulation.registrar.locked == {}
 
 
@@ -267,7 +267,7 @@ def test_device_memory_is_free_at_release_in_every_tier() -> None:
         with SwapSession(model.named, fixed_plan([True] * 4, tiers=tier), backend) as session:
             with session.forward():
                 model(torch.randn(2, 16))
-            window = [StorageWeakRef(memory.untyped_storage()) for memory in session.window]
+            window = [StorageWeakRef(memory.untyped_storage()) for memory in window_of(session)]
             assert len(window) == 2
             session.release()
             assert all(memory.expired() for memory in window), tier
@@ -282,7 +282,7 @@ def test_release_shows_every_parameter_its_master_between_forwards(tier: HostTie
         for _ in range(2):
             with session.forward():
                 model(torch.randn(2, 16))
-            window = [range(m.data_ptr(), m.data_ptr() + m.nbytes) for m in session.window]
+            window = [range(m.data_ptr(), m.data_ptr() + m.nbytes) for m in window_of(session)]
             assert len(window) == 2
             assert not any(p.data_ptr() in slot for p in model.parameters() for slot in window)
             assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -333,7 +333,7 @@ def test_a_violation_names_both_accesses() -> None:
     simulation, model = Simulation(lateness=0.0), toy(3)
     with torch.inference_mode(), simulation.session(model, fixed_plan([True] * 3)) as session:
         session.adopt()
-        slot = session.window[0]
+        slot = window_of(session)[0]
         with (
             simulation.streams.guard(),
             pytest.raises(TransferError, match=r"read of .* on compute .* write of .* on copy 0"),

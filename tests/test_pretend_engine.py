@@ -13,7 +13,7 @@ import torch
 from odd_tensors import PackedBlock, PackedParameter, scaled
 from test_swapper import Counting, ScaledBlock
 from torch import nn
-from toys import Block, Model, fixed_plan
+from toys import Block, Model, fixed_plan, small_bytes
 from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
 from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError
@@ -126,7 +126,7 @@ def test_outputs_traffic_and_memory_are_as_promised(
     assert cost.peak <= plan.device_bytes + reference.cost.peak
 
     resident = sum(b.streamed_bytes for b, s in zip(profile.blocks, swapped, strict=True) if not s)
-    fixed = resident + sum(b.small_bytes for b in profile.blocks)
+    fixed = resident + sum(small_bytes(b) for b in profile.blocks)
     often = FORWARDS if count > slots else 1
     streamed = often * sum(b.slab_bytes for b, s in zip(profile.blocks, swapped, strict=True) if s)
     moved = cost.h2d_bytes - reference.cost.h2d_bytes

@@ -12,7 +12,7 @@ import torch
 from test_session import COUNT, assert_nothing_left, run, truth_of
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from toys import Simulation, fixed_plan, toy
+from toys import Simulation, fixed_plan, replan, toy, window_of
 from wanvideo_enhanced_blockswap.blockswap import PinBudget
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
@@ -92,9 +92,9 @@ def test_a_plan_that_cannot_be_made_leaves_the_session_usable() -> None:
     with simulation.session(model, fixed_plan([True] * 3)) as session:
         run(session, model)
         with pytest.raises(PlanError):
-            session.replan(impossible)
+            replan(session, impossible)
         assert session.state is SessionState.IDLE
-        session.replan(fixed_plan([False] * 3))
+        replan(session, fixed_plan([False] * 3))
         assert torch.equal(run(session, model), truth)
 
 
@@ -231,7 +231,7 @@ def test_a_worker_that_failed_holds_no_slot_when_its_error_is_gone() -> None:
     streams.copy = fail_in_time
     session = SwapSession(model.named, fixed_plan([True] * 4, tiers=HostTier.STAGED), backend)
     session.adopt()
-    window = [StorageWeakRef(slot.memory.untyped_storage()) for slot in session._holds.transfer._slots]
+    window = [StorageWeakRef(memory.untyped_storage()) for memory in window_of(session)]
     gc.collect()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""SwapSession: one transformer's life with swapped blocks: adopt, run, release; re-plan; close."""
+"""SwapSession: one transformer's life with swapped blocks: adopt, run, release; close."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch.utils.hooks import RemovableHandle
 
 from ..device.backend import Backend
 from ..device.failures import translate_device_errors
-from ..device.streams import Streams
 from ..errors import BlockSwapError, UnsupportedModelError
 from ..host.slabs import HostStore
 from ..host.staging import Staging
@@ -94,16 +93,6 @@ class SwapSession:
     def trace(self) -> Trace | None:
         """What happened when, since the last adopt; None if nothing is traced, or before the first."""
         return self.log.trace
-
-    @property
-    def window(self) -> tuple[torch.Tensor, ...]:
-        """The device memory of each slot, uint8 `(slot_bytes,)`; empty while nothing is adopted."""
-        return () if self._holds.transfer is None else self._holds.transfer.window
-
-    @property
-    def streams(self) -> Streams | None:
-        """The device's primitives; None while nothing is adopted."""
-        return None if self._holds.transfer is None else self._holds.transfer.streams
 
     @property
     def device_bytes(self) -> int:
@@ -195,12 +184,6 @@ class SwapSession:
         if not self._holds.swapper.is_unchanged(block):
             self._adopt_again()
         self._holds.swapper.enter(block)
-
-    def replan(self, planner: Planner) -> SwapPlan:
-        """Releases, and adopts with another planner; slabs that still hold true bytes are kept."""
-        self.release()
-        self._planner = planner
-        return self.adopt()
 
     @translate_device_errors("device memory was being given back")
     def release(self) -> None:
