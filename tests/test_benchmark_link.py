@@ -201,7 +201,7 @@ def test_a_size_that_the_device_cannot_hold_is_left_out(
     watched = Watched()
     rows = watched.rows()
     assert {row.size_bytes for row in rows if row.gbytes_per_s is None} == {MIB}
-    assert all("expects 1,048,576 free bytes" in str(row.reason) for row in rows if row.size_bytes == MIB)
+    assert all("1,048,576 bytes needed" in str(row.reason) for row in rows if row.size_bytes == MIB)
     assert watched.holds_nothing()
 
 

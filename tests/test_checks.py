@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from run_bench import BLOCK, Bench, X
+from toys import window_of
 from wanvideo_enhanced_blockswap.blockswap import SwapSettings
 from wanvideo_enhanced_blockswap.blockswap.engine.swapper import checksum
 from wanvideo_enhanced_blockswap.blockswap.errors import TransferError
@@ -51,7 +52,7 @@ def test_without_debug_mode_nothing_is_compared(monkeypatch: pytest.MonkeyPatch)
 def test_debug_mode_finds_a_slot_that_does_not_hold_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(room=5, settings=DEBUG)
     bench.forward(times=3)
-    window = bench.run.session.window
+    window = window_of(bench.run.session)
     real = type(bench.simulation.streams).reads
 
     def spoil(self, memory, nbytes, stream):

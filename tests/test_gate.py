@@ -10,6 +10,7 @@ import torch
 from gate_bench import BLOCKS, DEVICE, VACE_BLOCKS, GateBench, allocated, arguments, block_bytes, is_as_new, sampled
 from standin import Workflow, swap_args
 from standin.measuring import unswapped
+from toys import small_bytes
 
 pytestmark = pytest.mark.usefixtures("pretend_stats")
 
@@ -62,7 +63,7 @@ def test_the_one_block_that_is_asked_for_comes_through_a_slot_and_no_other_does(
                 run.session.adoptions * slabs[0],
             )
         assert counters.onloads >= run.session.adoptions * len(slabs)
-        small = sum(block.small_bytes for block in profile.blocks)
+        small = sum(small_bytes(block) for block in profile.blocks)
         placed = sum(block.streamed_bytes for block in residents) + small
         assert counters.placed_bytes == pytest.approx(run.session.adoptions * placed, rel=0.01)
 
@@ -151,7 +152,7 @@ def test_bytes_to_the_device_are_streamed_bytes_of_each_forward_and_the_rest_onc
     skipped = 3 * count if variant == "skip_layers" else 0
     streamed = plan.streamed_bytes * report.measured.forwards
     residents = sum(b.streamed_bytes for b, swapped in zip(profile.blocks, plan.swapped, strict=True) if not swapped)
-    small = sum(b.small_bytes for b in profile.blocks)
+    small = sum(small_bytes(b) for b in profile.blocks)
     outside = truth.h2d_bytes - profile.block_bytes
     expected = streamed + residents + small + outside
     assert 0.99 * expected - skipped * slot <= cost.h2d_bytes <= 1.01 * expected + plan.window_bytes + skipped * slot

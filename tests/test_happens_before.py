@@ -11,7 +11,7 @@ import itertools
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from toys import Block, Model, Simulation, fixed_plan, toy
+from toys import Block, Model, Simulation, fixed_plan, replan, toy, window_of
 from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
 from wanvideo_enhanced_blockswap.blockswap.device.worker import ThreadWorker
 from wanvideo_enhanced_blockswap.blockswap.engine import binding, transfer
@@ -140,7 +140,7 @@ def test_rule_6_a_slab_is_unlocked_behind_the_host_wait_for_its_last_copy(latene
     with torch.inference_mode(), simulation.session(model, fixed_plan([True] * 4)) as session:
         with session.forward():
             model(torch.randn(2, 16))
-        session.replan(fixed_plan([False] * 4))
+        replan(session, fixed_plan([False] * 4))
         assert simulation.registrar.locked == {}
 
 
@@ -242,8 +242,9 @@ def test_rule_7_two_staging_slabs_are_used_in_turn() -> None:
 def test_release_orders_a_changed_buffer_behind_the_kernels_that_changed_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small buffer is copied back on the compute stream: a new one must have waited for the old one by then."""
     simulation, model, seen = Simulation(), toy(3), []
-    write_back, wait = binding.Bound.write_back, simulation.streams.wait
-    monkeypatch.setattr(binding.Bound, "write_back", lambda bound: (seen.append("copied back"), write_back(bound))[1])
+    write_back, wait = binding.TensorBinding.write_back, simulation.streams.wait
+    copied_back = lambda bound: (seen.append("copied back"), write_back(bound))[1]  # noqa: E731
+    monkeypatch.setattr(binding.TensorBinding, "write_back", copied_back)
     monkeypatch.setattr(simulation.streams, "wait", lambda *waits: (seen.append("waited"), wait(*waits))[1])
     with torch.inference_mode(), simulation.session(model, fixed_plan([False] * 3)) as session:
         with session.forward():
@@ -266,7 +267,7 @@ def test_device_memory_is_free_at_release_in_every_tier() -> None:
         with SwapSession(model.named, fixed_plan([True] * 4, tiers=tier), backend) as session:
             with session.forward():
                 model(torch.randn(2, 16))
-            window = [StorageWeakRef(memory.untyped_storage()) for memory in session.window]
+            window = [StorageWeakRef(memory.untyped_storage()) for memory in window_of(session)]
             assert len(window) == 2
             session.release()
             assert all(memory.expired() for memory in window), tier
@@ -281,7 +282,7 @@ def test_release_shows_every_parameter_its_master_between_forwards(tier: HostTie
         for _ in range(2):
             with session.forward():
                 model(torch.randn(2, 16))
-            window = [range(m.data_ptr(), m.data_ptr() + m.nbytes) for m in session.window]
+            window = [range(m.data_ptr(), m.data_ptr() + m.nbytes) for m in window_of(session)]
             assert len(window) == 2
             assert not any(p.data_ptr() in slot for p in model.parameters() for slot in window)
             assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -332,7 +333,7 @@ def test_a_violation_names_both_accesses() -> None:
     simulation, model = Simulation(lateness=0.0), toy(3)
     with torch.inference_mode(), simulation.session(model, fixed_plan([True] * 3)) as session:
         session.adopt()
-        slot = session.window[0]
+        slot = window_of(session)[0]
         with (
             simulation.streams.guard(),
             pytest.raises(TransferError, match=r"read of .* on compute .* write of .* on copy 0"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from wanvideo_enhanced_blockswap.blockswap import PinBudget
 from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
+from wanvideo_enhanced_blockswap.blockswap.engine.binding import bind
 from wanvideo_enhanced_blockswap.blockswap.errors import HostMemoryError
 from wanvideo_enhanced_blockswap.blockswap.host import pages
 from wanvideo_enhanced_blockswap.blockswap.host.pages import PageMemory
@@ -92,8 +93,8 @@ def put(store: HostStore, block: int, tensors: Sequence[torch.Tensor], *, tier: 
 
 def point(tensors: Sequence[torch.Tensor], slab: Slab) -> None:
     """What the swapper does with a slab."""
-    for tensor, view in zip(tensors, slab.views, strict=True):
-        tensor.data = view
+    bind(tensors, slab.views)
+    slab.watch(tensors)
 
 
 @pytest.mark.parametrize("elements", [1, 1024, 1025, 3 * 1024, 5000])

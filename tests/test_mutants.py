@@ -172,8 +172,8 @@ MUTANTS = [
     Mutant(
         "release: parameters stay in their slot",
         "engine/swapper.py",
-        "            binding.bind(binding.masters)\n            if binding.was_edited",
-        "            if binding.was_edited",
+        "            bind(binding.streamed, binding.masters)\n        self._transfer.computed(block)",
+        "            pass\n        self._transfer.computed(block)",
         "test_release_shows_every_parameter_its_master_between_forwards",
     ),
     Mutant(

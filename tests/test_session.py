@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 from torch import nn
-from toys import Model, Simulation, alternating, fixed_plan, toy
+from toys import Model, Simulation, alternating, fixed_plan, replan, toy
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState, SwapSession
 from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError, UnsupportedModelError
@@ -118,7 +118,7 @@ def test_a_re_plan_to_more_or_fewer_swapped_blocks_computes_the_same(first: int,
     truth = truth_of(model)
     with simulation.session(model, fixed_plan([i < first for i in range(COUNT)])) as session:
         assert torch.equal(run(session, model), truth)
-        plan = session.replan(fixed_plan([i < then for i in range(COUNT)]))
+        plan = replan(session, fixed_plan([i < then for i in range(COUNT)]))
         simulation.streams.peak_bytes = simulation.streams.allocated_bytes
         assert torch.equal(run(session, model), truth)
         assert simulation.streams.peak_bytes <= plan.device_bytes
@@ -132,7 +132,7 @@ def test_a_re_plan_fills_only_the_slabs_of_newly_swapped_blocks(monkeypatch: pyt
     with counted_fills(monkeypatch) as fills:
         with simulation.session(model, fixed_plan([i < 2 for i in range(COUNT)])) as session:
             run(session, model)
-            session.replan(fixed_plan([i < 5 for i in range(COUNT)]))
+            replan(session, fixed_plan([i < 5 for i in range(COUNT)]))
         assert len(fills) == 5
 
 
@@ -167,8 +167,6 @@ def do(session: SwapSession, act: str) -> None:
             pass
     elif act == "enter":
         session.enter(0)
-    elif act == "replan":
-        session.replan(fixed_plan([True] * 2))
     else:
         getattr(session, act)()
 
@@ -182,7 +180,6 @@ def do(session: SwapSession, act: str) -> None:
         (["close"], "adopt", "adopt expects a session that is idle but got one that is closed"),
         (["close"], "release", "release expects a session that is idle or adopted but got one that is closed"),
         (["close"], "forward", "forward expects a session that is idle or adopted but got one that is closed"),
-        (["close"], "replan", "release expects a session that is idle or adopted but got one that is closed"),
     ],
 )
 def test_an_illegal_transition_names_both_states(bring: list[str], act: str, sentence: str) -> None:
@@ -194,7 +191,7 @@ def test_an_illegal_transition_names_both_states(bring: list[str], act: str, sen
     session.close()
 
 
-@pytest.mark.parametrize("act", ["adopt", "release", "forward", "replan"])
+@pytest.mark.parametrize("act", ["adopt", "release", "forward"])
 def test_an_illegal_transition_inside_a_forward_is_refused_and_the_next_forward_runs(act: str) -> None:
     model = toy(4)
     truth = truth_of(model)
@@ -260,3 +257,25 @@ def test_a_forward_over_something_that_takes_no_hooks_leaves_no_hook_and_the_nex
             session.forward(blocks=[model.blocks[0], model.blocks[1], lambda x: x]).__enter__()
         assert not any(block._forward_pre_hooks for block in model.blocks)
         assert torch.equal(run(session, model), truth)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_session_whose_close_fails_is_closed_all_the_same(error: type[BaseException]) -> None:
+    model, simulation = toy(COUNT), Simulation()
+    truth = truth_of(model)
+    session = simulation.session(model, fixed_plan([True] * COUNT))
+    run(session, model)
+    wait, failures = simulation.streams.host_wait, [error("lost")]
+
+    def fail_once(event: object) -> None:
+        if failures:
+            raise failures.pop()
+        wait(event)
+
+    simulation.streams.host_wait = fail_once
+    with pytest.raises((KeyboardInterrupt, BlockSwapError)):
+        session.close()
+    assert session.state is SessionState.CLOSED
+    session.close()
+    assert_nothing_left(simulation)
+    assert torch.equal(truth_of(model), truth)

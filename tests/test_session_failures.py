@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import threading
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from test_session import COUNT, assert_nothing_left, run, truth_of
 from torch import nn
-from toys import Simulation, fixed_plan, toy
+from torch.multiprocessing.reductions import StorageWeakRef
+from toys import Simulation, fixed_plan, replan, toy, window_of
 from wanvideo_enhanced_blockswap.blockswap import PinBudget
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
@@ -90,9 +92,9 @@ def test_a_plan_that_cannot_be_made_leaves_the_session_usable() -> None:
     with simulation.session(model, fixed_plan([True] * 3)) as session:
         run(session, model)
         with pytest.raises(PlanError):
-            session.replan(impossible)
+            replan(session, impossible)
         assert session.state is SessionState.IDLE
-        session.replan(fixed_plan([False] * 3))
+        replan(session, fixed_plan([False] * 3))
         assert torch.equal(run(session, model), truth)
 
 
@@ -209,3 +211,54 @@ def test_a_session_dropped_without_close_leaves_no_thread() -> None:
     for thread in staging_threads():
         thread.join(timeout=1)
     assert staging_threads() == []
+
+
+@torch.inference_mode()
+def test_a_worker_that_failed_holds_no_slot_when_its_error_is_gone() -> None:
+    model, x = toy(4), torch.randn(2, 16)
+    streams = InlineStreams(torch.device("cpu"))
+    backend = dataclasses.replace(
+        Simulation().backend, make_worker=lambda _: ThreadWorker(), open_streams=lambda count, overlap: streams
+    )
+    copy, left = streams.copy, [4]
+
+    def fail_in_time(*arguments: object) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("the link is down")
+        copy(*arguments)
+
+    streams.copy = fail_in_time
+    session = SwapSession(model.named, fixed_plan([True] * 4, tiers=HostTier.STAGED), backend)
+    session.adopt()
+    window = [StorageWeakRef(memory.untyped_storage()) for memory in window_of(session)]
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(TransferError, match="the link is down"), session.forward():
+            model(x)
+        session.close()
+        assert all(memory.expired() for memory in window)
+    finally:
+        gc.enable()
+
+
+@torch.inference_mode()
+def test_an_interrupted_wait_for_the_worker_leaves_no_copy_behind() -> None:
+    """The job goes on: its slot is free only once it is over."""
+    simulation, model, x = Simulation(lateness=1.0), toy(4), torch.randn(2, 16)
+    truth = model(x)
+    with simulation.session(model, fixed_plan([True] * 4, slots=1, tiers=HostTier.STAGED)) as session:
+        session.adopt()
+        job = session._holds.transfer._slots[0].filling
+        job.wait = raise_interrupt
+        with pytest.raises(KeyboardInterrupt), session.forward():
+            model(x)
+        assert job._done is not None
+        del job.wait
+        with session.forward():
+            assert torch.equal(model(x), truth)
+
+
+def raise_interrupt() -> None:
+    raise KeyboardInterrupt

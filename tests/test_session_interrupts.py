@@ -36,7 +36,15 @@ class InterruptedRun:
     def forward(self) -> None:
         assert torch.equal(run(self.session, self.model, self.x), self.truth)
 
+    def assert_at_masters(self) -> None:
+        """By address: a slot may hold the right bytes, until the next copy."""
+        store = self.session._holds.store
+        for block, slab in ({} if store is None else store.slabs).items():
+            masters = {view.data_ptr() for view in slab.views}
+            assert {self.model.blocks[block].up.data_ptr(), self.model.blocks[block].down.data_ptr()} == masters
+
     def check(self) -> None:
+        self.assert_at_masters()
         assert_same_state(self.model, self.state)
         assert not any(block._forward_pre_hooks for block in self.model.blocks)
         self.forward()

@@ -9,7 +9,7 @@ from torch import nn
 from wanvideo_enhanced_blockswap.blockswap import PinBudget
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.engine.session import HeldMemory, SwapSession
-from wanvideo_enhanced_blockswap.blockswap.model.layout import ModelProfile, align
+from wanvideo_enhanced_blockswap.blockswap.model.layout import BlockProfile, ModelProfile, Placement, align
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedRegistrar, simulated_backend
 from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware, SimulatedStreams
@@ -112,6 +112,24 @@ class Simulation:
     def session(self, model: Model, planner: Callable[..., SwapPlan], **options: bool) -> SwapSession:
         """A session of the model's blocks on this device."""
         return SwapSession(model.named, planner, self.backend, root=model, **options)
+
+
+def replan(session: SwapSession, planner: Callable[[ModelProfile], SwapPlan]) -> SwapPlan:
+    """The session with another plan, as a planner that has changed its mind makes it."""
+    session.release()
+    session._planner = planner
+    return session.adopt()
+
+
+def window_of(session: SwapSession) -> tuple[torch.Tensor, ...]:
+    """The device memory of each slot."""
+    transfer = session._holds.transfer
+    return () if transfer is None else transfer.window
+
+
+def small_bytes(block: BlockProfile) -> int:
+    """Bytes that stay on the device even when the block is swapped."""
+    return sum(t.nbytes for t in block.tensors if t.placement in (Placement.SMALL, Placement.FIXED))
 
 
 def alternating(count: int) -> list[bool]:

@@ -1,10 +1,13 @@
-"""A device's failures as errors of ours that say what was being done."""
+"""Failures of a device, translated into our errors: the only place that does so."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
+
+import torch
 
 from ...hardware import is_out_of_memory
 from ..errors import BlockSwapError, DeviceMemoryError, TransferError
@@ -14,28 +17,56 @@ R = TypeVar("R")
 
 
 def translate_device_errors(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """For functions that call a device and nothing else: a driver's RuntimeError, which knows nothing of blocks, comes
-    out as a TransferError, or as a DeviceMemoryError where memory was refused.
+    """For functions that call a device and nothing else: a driver's RuntimeError, which names no block, becomes a
+    TransferError, or a DeviceMemoryError where the device refused memory.
 
     Args:
-        what: What they do, as in "while …".
+        what: What the function does, as in "while ...".
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
-        def calling(*arguments: P.args, **keywords: P.kwargs) -> R:
+        def translated(*arguments: P.args, **keywords: P.kwargs) -> R:
             try:
                 return function(*arguments, **keywords)
-            except BlockSwapError:
-                raise
             except RuntimeError as failure:
-                if is_out_of_memory(failure):
-                    raise DeviceMemoryError(f"the device ran out of memory while {what}: {failure}") from failure
-                raise TransferError(
-                    f"the device failed while {what}: {failure}; if it goes on, restart ComfyUI and look at the "
-                    "driver's log"
-                ) from failure
+                if isinstance(failure, BlockSwapError):
+                    raise
+                raise device_error(failure, what) from failure
 
-        return calling
+        return translated
 
     return decorate
+
+
+def device_error(failure: RuntimeError, what: str) -> BlockSwapError:
+    """Our error for a driver's.
+
+    Args:
+        failure: What the driver or torch's allocator raised.
+        what: What was being done, as in "while ...".
+    """
+    if is_out_of_memory(failure):
+        return DeviceMemoryError(f"the device ran out of memory while {what}: {failure}")
+    return TransferError(
+        f"the device failed while {what}: {failure}; if it fails again, restart ComfyUI and read the driver's log"
+    )
+
+
+def staged_failure(failure: BaseException) -> TransferError:
+    """The host thread's error for a failure in the staging worker."""
+    return TransferError(f"a staged copy to the device failed: {failure}")
+
+
+@contextlib.contextmanager
+def translate_out_of_memory(device: torch.device, nbytes: int) -> Iterator[None]:
+    """For an allocation whose size is known: a refusal names the device and the bytes."""
+    try:
+        yield
+    except RuntimeError as failure:
+        if not is_out_of_memory(failure):
+            raise
+        raise DeviceMemoryError(
+            f"not enough VRAM on {device} for {nbytes:,} bytes of block weights; "
+            "lower vram_threshold_percent, swap more blocks, or close other programs on the GPU"
+        ) from failure

@@ -4,58 +4,79 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from ...hardware import is_out_of_memory
-from ..errors import DeviceMemoryError
+from .failures import translate_out_of_memory
 
 
-class Streams(Protocol):
-    """The primitives of one device. `Transfer` holds the rules of order; an implementation holds none.
+class Streams(ABC):
+    """The primitives of one device. `Transfer` keeps the rules of order; an implementation keeps none.
 
-    A stream and an event are opaque. `current()` is the compute stream: the one on which the caller's kernels are
-    queued at that moment. `reads`, `host_writes`, `computed` and `forget` say what happens to memory outside of copies;
-    a real device has nothing to do there, the simulated one checks the order and keeps its clocks.
+    A stream and an event are opaque. The last five methods are notices of what happens to memory outside of copies: a
+    real device has no use for them, the simulated one checks the order with them and keeps its clocks.
+
+    Attributes:
+        device: Where memory is allocated.
+        copy_streams: The streams that copies run on.
     """
 
     device: torch.device
+    copy_streams: Sequence[Any]
 
-    @property
-    def copy_streams(self) -> Sequence[Any]:
-        """The streams that copies run on."""
-
+    @abstractmethod
     def guard(self) -> contextlib.AbstractContextManager[object]:
         """Makes `device` the current one while the rules run."""
 
+    @abstractmethod
     def current(self) -> Any:
-        """The compute stream at this moment."""
+        """The compute stream: the one on which the caller's kernels are queued at this moment."""
 
+    @abstractmethod
     def event(self) -> Any:
         """A new event, not recorded."""
 
+    @abstractmethod
     def record(self, event: Any, stream: Any) -> None:
         """`event` now stands for everything queued on `stream` so far."""
 
+    @abstractmethod
     def wait(self, stream: Any, event: Any) -> None:
         """What is queued on `stream` from now on runs after `event`'s last record."""
 
+    @abstractmethod
     def host_wait(self, event: Any) -> None:
         """Blocks the calling thread until `event`'s last record has been reached."""
 
+    @abstractmethod
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Device memory, uint8, `(nbytes,)`, ordered on the compute stream."""
 
-    def free(self, memory: torch.Tensor) -> None:
-        """`memory` is given up: the compute stream may hand it to anybody from here on."""
-
+    @abstractmethod
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         """Queues a copy of bytes to the device on `stream`."""
 
+    @abstractmethod
+    def mark(self, stream: Any) -> Any:
+        """A point in time on `stream`, to be read later with `elapsed_ms`."""
+
+    @abstractmethod
+    def reached(self, mark: Any) -> bool:
+        """Whether the device has passed a mark; does not wait."""
+
+    @abstractmethod
+    def elapsed_ms(self, begin: Any, end: Any) -> float:
+        """Milliseconds between two marks; waits until the device has passed them."""
+
     def host_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copies bytes from host memory to host memory in the calling thread."""
+        target.copy_(source)
+
+    def free(self, memory: torch.Tensor) -> None:
+        """The caller drops `memory`: the compute stream may give it to others from here on."""
 
     def reads(self, memory: torch.Tensor, nbytes: int, stream: Any) -> None:
         """Kernels on `stream` read the first `nbytes` of `memory` at this point."""
@@ -64,22 +85,13 @@ class Streams(Protocol):
         """The host writes, unregisters or frees this memory at this point."""
 
     def forget(self, address: int, nbytes: int) -> None:
-        """This memory goes back to the system: what comes at its address has nothing to do with it."""
+        """This memory goes back to the system: other data may lie at its address from here on."""
 
     def computed(self, block: int, stream: Any) -> None:
         """The kernels of `block` have been queued on `stream`."""
 
-    def mark(self, stream: Any) -> Any:
-        """A point in time on `stream`, to be read with `elapsed_ms` when all is over."""
 
-    def reached(self, mark: Any) -> bool:
-        """Whether the device has passed a mark; does not wait."""
-
-    def elapsed_ms(self, begin: Any, end: Any) -> float:
-        """Milliseconds between two marks; waits until the device has passed them."""
-
-
-class CudaStreams:
+class CudaStreams(Streams):
     """Streams of a CUDA or HIP device (torch.cuda is both).
 
     Args:
@@ -117,27 +129,9 @@ class CudaStreams:
     def allocate(self, nbytes: int) -> torch.Tensor:
         return allocate_bytes(self.device, nbytes)
 
-    def free(self, memory: torch.Tensor) -> None:
-        """Nothing: torch's allocator takes it back with the last reference."""
-
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream) -> None:
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
-
-    def host_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        target.copy_(source)
-
-    def reads(self, memory: torch.Tensor, nbytes: int, stream: torch.cuda.Stream) -> None:
-        """Nothing: the kernels themselves read."""
-
-    def host_writes(self, address: int, nbytes: int) -> None:
-        """Nothing: the caller itself writes."""
-
-    def forget(self, address: int, nbytes: int) -> None:
-        """Nothing: only a simulation keeps records of addresses."""
-
-    def computed(self, block: int, stream: torch.cuda.Stream) -> None:
-        """Nothing: the kernels themselves take their time."""
 
     def mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         mark = torch.cuda.Event(enable_timing=True)
@@ -153,8 +147,8 @@ class CudaStreams:
         return float(begin.elapsed_time(end))
 
 
-class InlineStreams:
-    """A device without streams: every copy is done when it has been asked for."""
+class InlineStreams(Streams):
+    """A device without streams: a copy is over when `copy` returns, so that every event has been reached at once."""
 
     def __init__(self, device: torch.device) -> None:
         if device.index is None and device.type != "cpu":
@@ -163,46 +157,28 @@ class InlineStreams:
         self.copy_streams = ("inline",)
 
     def guard(self) -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext()
+        return _NO_GUARD
 
     def current(self) -> str:
         return "inline"
 
-    def event(self) -> None:
-        return None
+    def event(self) -> str:
+        return "reached"
 
-    def record(self, event: None, stream: str) -> None:
-        """Nothing: there is one order only."""
+    def record(self, event: str, stream: str) -> None:
+        """What it stands for is over."""
 
-    def wait(self, stream: str, event: None) -> None:
-        """Nothing: there is one order only."""
+    def wait(self, stream: str, event: str) -> None:
+        """What it waits for is over."""
 
-    def host_wait(self, event: None) -> None:
-        """Nothing: copies are over when `copy` returns."""
+    def host_wait(self, event: str) -> None:
+        """What it waits for is over."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return allocate_bytes(self.device, nbytes)
 
-    def free(self, memory: torch.Tensor) -> None:
-        """Nothing: torch takes it back with the last reference."""
-
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: str) -> None:
         target.copy_(source)
-
-    def host_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        target.copy_(source)
-
-    def reads(self, memory: torch.Tensor, nbytes: int, stream: str) -> None:
-        """Nothing: there is one order only."""
-
-    def host_writes(self, address: int, nbytes: int) -> None:
-        """Nothing: there is one order only."""
-
-    def forget(self, address: int, nbytes: int) -> None:
-        """Nothing: only a simulation keeps records of addresses."""
-
-    def computed(self, block: int, stream: str) -> None:
-        """Nothing: the kernels themselves take their time."""
 
     def mark(self, stream: str) -> float:
         if self.device.type != "cpu":
@@ -216,13 +192,16 @@ class InlineStreams:
         return (end - begin) * 1e3
 
 
+_NO_GUARD = contextlib.nullcontext()
+
+
 def allocate_bytes(device: torch.device, nbytes: int) -> torch.Tensor:
     """Bytes on a device, as a normal (not an inference) tensor.
 
     Raises:
-        DeviceMemoryError: The device has no such amount left.
+        DeviceMemoryError: The device has less left.
     """
-    with _one_clear_error(device, nbytes), torch.inference_mode(mode=False):
+    with translate_out_of_memory(device, nbytes), torch.inference_mode(mode=False):
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
@@ -230,20 +209,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of any kind on a device.
 
     Raises:
-        DeviceMemoryError: The device has not so much left.
+        DeviceMemoryError: The device has less left.
     """
-    with _one_clear_error(device, tensor.numel() * tensor.element_size()):
+    with translate_out_of_memory(device, tensor.numel() * tensor.element_size()):
         return tensor.to(device)
-
-
-@contextlib.contextmanager
-def _one_clear_error(device: torch.device, nbytes: int) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as cause:
-        if not is_out_of_memory(cause):
-            raise
-        raise DeviceMemoryError(
-            f"{device} expects {nbytes:,} free bytes for block weights but ran out of memory; "
-            "lower vram_threshold_percent, swap more blocks, or close other programs on the GPU"
-        ) from cause

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from ..errors import TransferError
+from .failures import staged_failure
 
 
 class Job(Protocol):
@@ -34,6 +34,7 @@ class _ThreadJob:
     def __init__(self, work: Callable[[], None]) -> None:
         self._work: Callable[[], None] | None = work
         self._done = threading.Event()
+        self._ended_well = True
         self._failure: BaseException | None = None
 
     def run(self) -> None:
@@ -43,23 +44,27 @@ class _ThreadJob:
         try:
             work()
         except BaseException as failure:  # noqa: BLE001 - handed to the host thread, which raises it in `wait`
-            self._failure = failure
+            self._ended_well, self._failure = False, failure
         finally:
             self._done.set()
 
     def wait(self) -> None:
         self._done.wait()
-        if self._failure is not None:
-            raise staged_failure(self._failure) from self._failure
+        failure = self._take_failure()
+        if failure is not None:
+            raise staged_failure(failure) from failure
 
     def join(self) -> bool:
         self._done.wait()
-        return self._failure is None
+        self._take_failure()
+        return self._ended_well
 
-
-def staged_failure(failure: BaseException) -> TransferError:
-    """What the host thread is told of a failure in the worker."""
-    return TransferError(f"a staged copy to the device failed: {failure}")
+    def _take_failure(self) -> BaseException | None:
+        """The failure, once. Its traceback holds this job and the slot it filled: kept here, it would be a cycle that
+        holds device memory until the garbage collector runs.
+        """
+        failure, self._failure = self._failure, None
+        return failure
 
 
 class ThreadWorker:

@@ -1,4 +1,4 @@
-"""SwapSession: one transformer's life with swapped blocks: adopt, run, release; re-plan; close."""
+"""SwapSession: one transformer's life with swapped blocks: adopt, run, release; close."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch.utils.hooks import RemovableHandle
 
 from ..device.backend import Backend
 from ..device.failures import translate_device_errors
-from ..device.streams import Streams
 from ..errors import BlockSwapError, UnsupportedModelError
 from ..host.slabs import HostStore
 from ..host.staging import Staging
@@ -115,16 +114,6 @@ class SwapSession:
     def trace(self) -> Trace | None:
         """What happened when, since the last adopt; None if nothing is traced, or before the first."""
         return self.log.trace
-
-    @property
-    def window(self) -> tuple[torch.Tensor, ...]:
-        """The device memory of each slot, uint8 `(slot_bytes,)`; empty while nothing is adopted."""
-        return () if self._holds.transfer is None else self._holds.transfer.window
-
-    @property
-    def streams(self) -> Streams | None:
-        """The device's primitives; None while nothing is adopted."""
-        return None if self._holds.transfer is None else self._holds.transfer.streams
 
     @property
     def device_bytes(self) -> int:
@@ -250,8 +239,10 @@ class SwapSession:
         try:
             self._end(finished=False)
         finally:
-            self._holds.drop()
-            self._state = SessionState.CLOSED
+            try:
+                self._holds.drop()
+            finally:
+                self._state = SessionState.CLOSED
 
     def _expect(self, what: str, *states: SessionState) -> None:
         if self._state not in states:
@@ -291,7 +282,11 @@ class SwapSession:
             raise
         finally:
             if not finished:
-                swapper.abort()
+                try:
+                    swapper.abort()
+                except BaseException:
+                    swapper.abort()  # a second interrupt has ended it half way
+                    raise
 
     def _adopt_again(self) -> None:
         """Somebody has replaced or moved a tensor of a block: its bytes are read anew, and so is everything."""

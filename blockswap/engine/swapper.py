@@ -20,7 +20,7 @@ from ..model.tensors import copy_bytes, element_view, flat, span_bytes, storage_
 from ..plan.schedule import Ring, Step
 from ..plan.swap_plan import SwapPlan
 from ..spans import COMPUTE, STALL
-from .binding import BlockBinding, TensorBinding, bring_back
+from .binding import BlockBinding, TensorBinding, bind, bring_back
 from .trace import Trace
 from .transfer import Transfer
 
@@ -124,7 +124,7 @@ class BlockSwapper:
         self._transfer.wait(step.slot)
         after = self._mark()
         self._running = block, after
-        binding.bind(binding.slots[step.slot])
+        bind(binding.streamed, binding.slots[step.slot])
         if self.checks:
             self._check(block)
         if self.trace is not None:
@@ -140,9 +140,10 @@ class BlockSwapper:
         under way, no slot holds anything.
         """
         if self._running is not None:
-            block, self._running = self._running[0], None
-            self._blocks[block].bind(self._blocks[block].masters)
-            self._blocks[block].was_edited()
+            binding = self._blocks[self._running[0]]
+            bind(binding.streamed, binding.masters)
+            binding.was_edited()
+            self._running = None
         self._transfer.reset()
         self._ring.reset()
 
@@ -169,18 +170,19 @@ class BlockSwapper:
         """The block that ran has been queued in full: its tensors point at their masters again."""
         if self._running is None:
             return
-        (block, began), self._running = self._running, None
+        block, began = self._running
         binding = self._blocks[block]
+        if binding.streamed:
+            bind(binding.streamed, binding.masters)
         self._transfer.computed(block)
         if self.trace is not None:
             self.trace.add(COMPUTE, block, began, self._mark())
-        if binding.streamed:
-            binding.bind(binding.masters)
-            if binding.was_edited():
-                raise UnsupportedModelError(
-                    f"{self._model.profile.blocks[block].name} expects weights that its forward only reads but one was "
-                    "edited in place; the edit is lost with its slot: keep that tensor in a buffer"
-                )
+        self._running = None  # only now: `abort` binds the masters of the block that an exception left in its slot
+        if binding.was_edited():
+            raise UnsupportedModelError(
+                f"{self._model.profile.blocks[block].name} expects weights that its forward only reads but one was "
+                "edited in place; the edit is lost with its slot: keep that tensor in a buffer"
+            )
 
     def _check(self, block: int) -> None:
         streamed = [entry for entry in self._model.entries[block] if entry.placement is Placement.STREAMED]
@@ -227,6 +229,8 @@ class BlockSwapper:
         tensors = [entry.tensor for entry in streamed]
         addresses = [tensor.data_ptr() for tensor in tensors]
         slab = self._store.put(block, tensors, tier=tier)
+        bind(tensors, slab.views)
+        slab.watch(tensors)
         for entry, tensor, master in zip(streamed, tensors, slab.views, strict=True):
             self._bound.append(TensorBinding(entry, tensor, master, None, version_of(tensor)))
         if self._listeners.on_master is not None:
@@ -252,8 +256,8 @@ class BlockSwapper:
             self._transfer.counters.placed_bytes += span_bytes(tensor)
             with torch._C.DisableTorchFunctionSubclass():
                 master = tensor.detach()
-                self._bound.append(TensorBinding(entry, tensor, master, copy, version_of(tensor)))
-                tensor.data = copy
+            self._bound.append(TensorBinding(entry, tensor, master, copy, version_of(tensor)))
+            bind((tensor,), (copy,))
 
     def _move(self, entry: TensorEntry) -> None:
         """A tensor that cannot be re-pointed is replaced by a moved one, and comes back at release."""

@@ -268,9 +268,9 @@ class Transfer:
 
     def _await_worker(self, slot: Slot) -> None:
         """Until the worker has recorded the slot's ready events, nobody may wait for them. Raises what it raised."""
-        job, slot.filling = slot.filling, None
-        if job is not None:
-            job.wait()
+        if slot.filling is not None:
+            slot.filling.wait()
+            slot.filling = None  # only now: `reset` joins the job whose wait was interrupted
 
     def _join_worker(self) -> bool:
         """Until the worker is done, it may queue copies; whether all ended well. What it raised no longer matters."""

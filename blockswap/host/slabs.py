@@ -74,11 +74,8 @@ class Slab:
         self.sources = tuple(map(TensorFingerprint.of, tensors))
         self.checksums = None
 
-    def bind(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Points `tensors` at their masters."""
-        with torch._C.DisableTorchFunctionSubclass():
-            for tensor, master in zip(tensors, self.views, strict=True):
-                tensor.data = master
+    def watch(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Remembers which tensors point at the masters now, for `notice_edits`."""
         self.bound = tuple((weakref.ref(tensor), version_of(tensor)) for tensor in tensors)
 
     def notice_edits(self) -> None:
@@ -152,7 +149,6 @@ class HostStore:
                 slab = self.slabs[block] = self._make(tensors)
             slab.fill(tensors)
         self._move(slab, tier)
-        slab.bind(tensors)
         return slab
 
     def drop(self, block: int) -> None:

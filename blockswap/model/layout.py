@@ -31,7 +31,7 @@ class Placement(Enum):
     SMALL = "small"
     """Always on the device: under the cut-off, or a buffer that a forward may change."""
     FIXED = "fixed"
-    """Always on the device, in storage of its own kind: it cannot be re-pointed into a slot."""
+    """Always on the device, moved as a whole: a wrapper subclass, whose data no pointer of its own reaches."""
     HOST = "host"
     """Always on the host: Python reads it, and on the device each read would wait for the GPU."""
 
@@ -81,9 +81,6 @@ class BlockProfile:
     name: str
     tensors: tuple[TensorProfile, ...]
 
-    def _bytes(self, *placements: Placement) -> int:
-        return sum(t.nbytes for t in self.tensors if t.placement in placements)
-
     @property
     def nbytes(self) -> int:
         """All bytes of the block, as stored."""
@@ -92,12 +89,7 @@ class BlockProfile:
     @property
     def streamed_bytes(self) -> int:
         """Bytes of the tensors that stream when the block is swapped, without alignment."""
-        return self._bytes(Placement.STREAMED)
-
-    @property
-    def small_bytes(self) -> int:
-        """Bytes that stay on the device even when the block is swapped, without alignment."""
-        return self._bytes(Placement.SMALL, Placement.FIXED)
+        return sum(t.nbytes for t in self.tensors if t.placement is Placement.STREAMED)
 
     @property
     def slab_bytes(self) -> int:

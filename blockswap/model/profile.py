@@ -93,7 +93,8 @@ def profile_model(blocks: Sequence[tuple[str, nn.Module]], *, root: nn.Module | 
         root: The whole model; its tensors outside the blocks are counted. None leaves them out.
 
     Raises:
-        UnsupportedModelError: No blocks, or a tensor on the meta device or not initialised.
+        UnsupportedModelError: No blocks; a tensor without data; or one whose bytes are not its elements in order:
+            sparse, conjugate, negative or quantized.
     """
     if not blocks:
         raise UnsupportedModelError(
@@ -138,7 +139,27 @@ def _entries(block_name: str, block: nn.Module) -> Iterator[TensorEntry]:
                         f"block swapping expects weights with data but {block_name}.{path} is on the meta device or "
                         "not initialised; load the weights first"
                     )
+                _refuse_other_layouts(f"{block_name}.{path}", tensor)
                 yield TensorEntry(module, name, path, is_buffer)
+
+
+def _refuse_other_layouts(name: str, tensor: torch.Tensor) -> None:
+    if not _has_own_storage(tensor):
+        return
+    if tensor.is_quantized:
+        kind, cure = "quantized (a torch.quantize_* tensor)", "dequantize()"
+    elif tensor.layout is not torch.strided:
+        kind, cure = f"stored as {tensor.layout}", "to_dense()"
+    elif tensor.is_conj():
+        kind, cure = "a conjugate view", "resolve_conj()"
+    elif tensor.is_neg():
+        kind, cure = "a negative view", "resolve_neg()"
+    else:
+        return
+    raise UnsupportedModelError(
+        f"{name} is {kind}, which cannot be swapped; replace it by its {cure} after loading, or take another "
+        "checkpoint of the model"
+    )
 
 
 def _place(block_name: str, block: Sequence[TensorEntry]) -> None:
@@ -159,19 +180,11 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 def _parts(tensor: torch.Tensor) -> list[int]:
     """Bytes of each piece of memory a tensor is made of: one, unless it is made of other tensors."""
-    if not _has_own_storage(tensor):
-        if not hasattr(tensor, "__tensor_flatten__"):
-            return [tensor.numel() * tensor.element_size()]
-        return [size for name in tensor.__tensor_flatten__()[0] for size in _parts(getattr(tensor, name))]
-    if tensor.layout is torch.strided:
+    if _has_own_storage(tensor) and tensor.layout is torch.strided:
         return [span_bytes(tensor)]
-    if tensor.layout is torch.sparse_coo:
-        parts = [tensor._values(), tensor._indices()]
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        parts = [tensor.values(), tensor.crow_indices(), tensor.col_indices()]
-    else:
-        parts = [tensor.values(), tensor.ccol_indices(), tensor.row_indices()]
-    return list(map(span_bytes, parts))
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor.numel() * tensor.element_size()]  # outside of the blocks it may be sparse: this is the most
+    return [size for name in tensor.__tensor_flatten__()[0] for size in _parts(getattr(tensor, name))]
 
 
 def _placement(entry: TensorEntry, cutoff: int) -> tuple[Placement, str]:
@@ -180,10 +193,6 @@ def _placement(entry: TensorEntry, cutoff: int) -> tuple[Placement, str]:
         return Placement.HOST, "Python reads it"
     if not _has_own_storage(tensor):
         return Placement.FIXED, "a wrapper subclass: re-pointing moves only its shell"
-    if tensor.layout is not torch.strided:
-        return Placement.FIXED, "sparse"
-    if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
-        return Placement.FIXED, "conjugate, negative or quantised view"
     if ".parametrizations." in f".{entry.path}":
         return Placement.SMALL, "a computed weight is made from it outside the block's control"
     if entry.may_change:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from ...hardware.pinning import PinBudget, Registrar
 from ..device.backend import Backend
+from ..device.failures import staged_failure
 from ..device.streams import Streams
-from ..device.worker import Job, Worker, staged_failure
+from ..device.worker import Job, Worker
 from ..errors import TransferError
 from .races import WORKER
 from .streams import SimulatedStreams

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..device.streams import Streams
 from ..errors import DeviceMemoryError, TransferError
 from ..model.tensors import storage_key
 from .races import HOST, WORKER, RaceDetector
@@ -88,7 +89,7 @@ class SimulatedStream:
             operation()
 
 
-class SimulatedStreams:
+class SimulatedStreams(Streams):
     """See [Note: simulation].
 
     Args:
@@ -152,8 +153,8 @@ class SimulatedStreams:
         limit = self.hardware.memory_bytes
         if limit is not None and self.allocated_bytes + nbytes > limit:
             raise DeviceMemoryError(
-                f"the simulated device expects {nbytes:,} free bytes but has {limit - self.allocated_bytes:,} of "
-                f"{limit:,}; lower vram_threshold_percent or swap more blocks"
+                f"not enough memory on the simulated device: {nbytes:,} bytes needed, "
+                f"{limit - self.allocated_bytes:,} of {limit:,} free; lower vram_threshold_percent or swap more blocks"
             )
         self.allocated_bytes += nbytes
         self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)

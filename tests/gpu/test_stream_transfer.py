@@ -82,7 +82,7 @@ def test_outputs_are_right_when_copies_lag_far_behind_compute(device: torch.devi
         session.adopt()
         for _ in range(3):
             with session.forward():
-                for copies in session.streams.copy_streams:
+                for copies in session._holds.transfer.streams.copy_streams:
                     with torch.cuda.stream(copies):
                         torch.cuda._sleep(SPIN_CYCLES)
                 y = model(x)

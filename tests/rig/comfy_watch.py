@@ -207,6 +207,9 @@ def _facts(run: Any) -> dict[str, Any]:
         "slot_bytes": plan.slot_bytes,
         "device_bytes": plan.device_bytes,
         "streamed_bytes": [block.streamed_bytes for block in profile.blocks],
-        "small_bytes": [block.small_bytes for block in profile.blocks],
+        "small_bytes": [
+            sum(tensor.nbytes for tensor in block.tensors if tensor.placement.value in ("small", "fixed"))
+            for block in profile.blocks
+        ],
         "over_ceiling": plan.over_ceiling,
     }
