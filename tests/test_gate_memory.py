@@ -127,7 +127,7 @@ def test_the_node_is_told_the_error_that_the_run_has_ended_with(bench: GateBench
     workflow = bench.workflow("teacache" if how == "not again" else "fp32", arguments(2))
     workflow.sample()
     told: list[Progress] = []
-    bench.run_of(workflow).teller.tell = told.append
+    bench.run_of(workflow).watcher = told.append
     with pytest.raises(DeviceMemoryError) as failure:
         workflow.sample(fault=once(1, forward=2 if how == "not again" else 0, times=2))
     assert told[-1] == stopped(str(failure.value))

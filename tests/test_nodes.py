@@ -237,8 +237,8 @@ def test_flags_that_keep_models_on_the_gpu_switch_automatic_swapping_off_and_lea
 @pytest.mark.parametrize(
     ("flag", "value", "limits"),
     [
-        ("disable_pinned_memory", True, {"may_pin": False}),
-        ("disable_async_offload", True, {"may_overlap": False}),
+        ("disable_pinned_memory", True, {"pin": False}),
+        ("disable_async_offload", True, {"overlap": False}),
         ("reserve_vram", 1.5, {"reserve_bytes": 3 * GIB // 2}),
         ("novram", True, {"must_swap_all": True}),
     ],

@@ -98,11 +98,15 @@ class Planner:
         timing = timing_of(self.link, streams=plan.streams, compute_ms=self._compute_ms(self.profile))
         return predict(self.profile, plan.swapped, plan.slots, plan.tiers, timing)
 
-    def is_over_budget(self, plan: SwapPlan, held: HeldMemory) -> bool:
+    def is_over_budget(self, plan: SwapPlan, *, own_bytes: int) -> bool:
         """Whether the weights stand above what memory leaves for them now, and otherwise than when that was last seen.
 
         Takes one reading of the card; the budget is worked out only if there is less room than when it last was, or
         forwards have taken more.
+
+        Args:
+            plan: The plan that is followed.
+            own_bytes: Device memory that its weights take now.
         """
         if plan.over_ceiling or self._inputs is None:
             return False
@@ -110,14 +114,14 @@ class Planner:
         tolerance = OVER_BUDGET * memory.total_bytes
         room, taken = self._seen
         needs_look = taken != (None if activations is None else activations.nbytes)
-        if not needs_look and memory.free_bytes + cache + held.device_bytes >= room - tolerance:
+        if not needs_look and memory.free_bytes + cache + own_bytes >= room - tolerance:
             return False
         now = replace(
             self._inputs,
             device_total_bytes=memory.total_bytes,
             device_free_bytes=memory.free_bytes,
             unused_cache_bytes=cache,
-            own_bytes=held.device_bytes,
+            own_bytes=own_bytes,
             activations=activations,
         )
         self._notice(now)

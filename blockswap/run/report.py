@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...hardware.records import Samples
 from ..model.layout import ModelProfile
@@ -18,7 +18,6 @@ from .replan import Observation, observe
 
 if TYPE_CHECKING:  # values come from these; none is made here
     from ..engine.session import SwapSession
-    from ..engine.transfer import Counters
     from .planner import Planner
 
 logger = logging.getLogger(__name__)
@@ -123,17 +122,21 @@ def host_tiers(plan: SwapPlan) -> dict[str, int]:
     return dict(Counter(tier.value for tier in plan.tiers if tier is not None))
 
 
-@dataclass(frozen=True, slots=True)
-class _Counts:
+class _Counts(NamedTuple):
     """Where a session's counters stand at one moment."""
 
-    counters: Counters
     forwards: int
     empty_forwards: int
+    onloads: int
+    onloaded_bytes: int
+    placed_bytes: int
+    returned_bytes: int
 
     @classmethod
     def of(cls, session: SwapSession) -> _Counts:
-        return cls(replace(session.counters), session.log.all_forwards, session.log.all_empty_forwards)
+        log, done = session.log, session.counters
+        copied = done.onloads, done.onloaded_bytes, done.placed_bytes, done.returned_bytes
+        return cls(log.all_forwards, log.all_empty_forwards, *copied)
 
 
 class RunStats:
@@ -234,10 +237,10 @@ class RunStats:
             timed_forwards=0 if seen is None else seen.forwards,
             forward_ms=None if seen is None else seen.forward_ms,
             stall_ms=None if seen is None else seen.stall_ms,
-            onloads=now.counters.onloads - before.counters.onloads,
-            onloaded_bytes=now.counters.onloaded_bytes - before.counters.onloaded_bytes,
-            placed_bytes=counters.placed_bytes - before.counters.placed_bytes,
-            returned_bytes=counters.returned_bytes - before.counters.returned_bytes,
+            onloads=now.onloads - before.onloads,
+            onloaded_bytes=now.onloaded_bytes - before.onloaded_bytes,
+            placed_bytes=counters.placed_bytes - before.placed_bytes,
+            returned_bytes=counters.returned_bytes - before.returned_bytes,
             copy_bytes_per_s=None if seen is None else seen.copied_bytes_per_s,
             peak_weight_bytes=self.weight_bytes,
             activation_bytes=activations.nbytes if activations is not None and activations.is_measured else None,

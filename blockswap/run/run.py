@@ -99,6 +99,7 @@ class SwapRun:
         self._prepared = False
         self._adoptions = 0
         self._adopted_settings = settings
+        self._has_other_settings = False
         self._wants_look = False
         self._sampler = sampler
         self._trace_dir = trace_dir
@@ -167,6 +168,7 @@ class SwapRun:
     def use(self, settings: SwapSettings) -> None:
         """The settings from the next forward on."""
         self.planner.use(settings)
+        self._has_other_settings = settings.of_the_plan != self._adopted_settings.of_the_plan
         self._prepared = False
         self._trace_what_is_asked()
 
@@ -250,12 +252,14 @@ class SwapRun:
         self._sampling.close()
 
     def _plan_again_if_needed(self, *, is_new: bool) -> None:
-        if self.planner.settings.of_the_plan != self._adopted_settings.of_the_plan:
+        if self._has_other_settings:
             self._stats.replans.append("the settings have changed")
             self.session.release()
             self._adopt()
         elif self.planner.settings.auto_hardware_tuning and (
-            is_new or self._wants_look or self.planner.is_over_budget(self._present, self.session.held)
+            is_new
+            or self._wants_look
+            or self.planner.is_over_budget(self._present, own_bytes=self.session.device_bytes)
         ):
             self._look_again()
 
@@ -290,7 +294,7 @@ class SwapRun:
         plan = self.session.adopt()
         after = self._machine.allocated_bytes()
         self._stats.weight_bytes = None if before is None or after is None else after - before
-        self._adopted_settings = self.planner.settings
+        self._adopted_settings, self._has_other_settings = self.planner.settings, False
         self._notice_adoption()
         self._feed.ran(plan, self._stats)
         if self.planner.settings.debug_mode:

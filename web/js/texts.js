@@ -26,7 +26,7 @@ export const ENGLISH = {
   no_stall: "no stall",
   measuring: "being measured",
   and: "[one], [other]",
-  stopped: "the run ended before a forward was through",
+  stopped: "the run ended before its first forward finished",
   off: "nothing is swapped by this node",
   earlier: "of an earlier run",
   size: "[number] [unit]",
