@@ -93,7 +93,7 @@ class ComfyUI:
             self._gate = Gate(
                 find_wrapper(nodes.NODE_CLASS_MAPPINGS),
                 self._make_run,
-                on_begin=self._on_begin,
+                on_start=self._on_start,
                 on_set=self._on_set,
                 keeps_slabs=lambda: self._preferences().keep_host_slabs,
             )
@@ -179,7 +179,7 @@ class ComfyUI:
             workflow=_running_workflow(server),
         )
 
-    def _on_begin(self, run: SwapRun, arguments: Mapping[str, Any]) -> None:
+    def _on_start(self, run: SwapRun, arguments: Mapping[str, Any]) -> None:
         self._pin_budget()
         node = node_of(arguments)
         run.watcher = None if node is None else self.progress_on(node)

@@ -292,7 +292,7 @@ def oom_message(workload: Workload | None, plan: SwapPlan, *, said: str) -> str:
     Args:
         workload: What it did; None if that is not known.
         plan: The plan.
-        said: What the device said.
+        said: The device's own message.
     """
     room = max(0, plan.limit_bytes - plan.device_bytes)
     slots = format_count(plan.slots, "slot")
@@ -302,7 +302,7 @@ def oom_message(workload: Workload | None, plan: SwapPlan, *, said: str) -> str:
     expected = None if workload is None else workload.expected_activation_bytes
     needs = "" if expected is None else f"expects about {format_bytes(expected)} for activations but "
     head = f"{what} {needs}ran out of the {format_bytes(room)} that were left beside {weights} ({swapped})"
-    return f"{head}; {_advice(workload, room)}or close other programs on the GPU (the device said: {said})"
+    return f"{head}; {_advice(workload, room)}or close other programs on the GPU (the device reported: {said})"
 
 
 def _advice(workload: Workload | None, room: int) -> str:
@@ -317,16 +317,3 @@ def _advice(workload: Workload | None, room: int) -> str:
     # The VAE makes 4 n + 1 frames of n + 1 latent ones.
     fewer = max(1, int(frames * share))
     return f"take about {4 * (fewer - 1) + 1} of the {4 * (frames - 1) + 1} frames, or {smaller}, "
-
-
-def not_again(why: str, *, said: str) -> str:
-    """A forward that ran out of memory and cannot be repeated.
-
-    Args:
-        why: What keeps it from that.
-        said: What the device said.
-    """
-    return (
-        f"a forward ran out of device memory and cannot be repeated, since {why}; a smaller plan is remembered for "
-        f"this video size: queue the prompt again (the device said: {said})"
-    )
