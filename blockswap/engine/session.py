@@ -181,9 +181,9 @@ class SwapSession:
         """Block `block` is about to run. The hooks call it; so must who calls a block's `forward` directly."""
         self._expect("enter", SessionState.RUNNING)
         assert self._holds.swapper is not None
-        if not self._holds.swapper.is_unchanged(block):
+        if not self._holds.swapper.enter(block):
             self._adopt_again()
-        self._holds.swapper.enter(block)
+            self._holds.swapper.enter(block)
 
     @translate_device_errors("device memory was being given back")
     def release(self) -> None:
@@ -359,8 +359,7 @@ def block_hook(
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before_block(module: nn.Module, arguments: object) -> None:
         swapper = holds.swapper
-        if swapper is not None and swapper.is_unchanged(block):
-            swapper.enter(block)
+        if swapper is not None and swapper.enter(block):
             return
         alive = enter()
         assert alive is not None, "hooks are registered only inside a session's forward"
@@ -409,7 +408,7 @@ class ForwardLog:
         swapper, transfer = holds.swapper, holds.transfer
         assert swapper is not None
         assert transfer is not None
-        swapper.entered = 0
+        swapper.begin()
         if self.trace is not None and self.traced is not None:
             swapper.trace = transfer.trace = self.trace if self.forwards in self.traced else None
             self._began = transfer.mark()
