@@ -1,4 +1,4 @@
-"""BlockSwapper: what each block's tensors point at, and when; obeys the ring, block by block."""
+"""BlockSwapper: what each block's tensors point at, and when; carries out the ring's steps, block by block."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from .trace import Trace
 from .transfer import LabelledTransfer, Transfer
 
 OnMaster = Callable[[str, int, torch.Tensor], None]
-"""Told the full name of a streamed tensor, the address its bytes had when they were found, and their master."""
+"""Receives the full name of a streamed tensor, the address of its bytes before the adopt, and their master."""
 
 OnPlaced = Callable[[SwapPlan, int], None]
-"""Told the plan that is being followed, and how many blocks are in their place by now."""
+"""Receives the plan and the number of blocks that are placed by now."""
 
 
 @dataclass(slots=True)
 class Listeners:
-    """Who is told what an adopt does.
+    """Callbacks of an adopt.
 
     Attributes:
-        on_master: Told of each streamed tensor of a swapped block, once its bytes are in the slab.
-        on_placed: Told at the begin, and of each block once its weights are in their place.
+        on_master: Called for each streamed tensor of a swapped block, once its bytes are in the slab.
+        on_placed: Called at the start, and for each block once its weights are placed.
     """
 
     on_master: OnMaster | None = None
@@ -49,15 +49,14 @@ class BlockSwapper:
 
     Args:
         model: The profiled blocks, their weights in host memory (or on the device already).
-        plan: The decision.
+        plan: Which blocks are swapped, and through what.
         store: Holds the slab of every swapped block.
         transfer: The device's copies.
-        listeners: Told what it does.
+        listeners: Called while blocks are placed.
 
     Attributes:
         trace: Receives spans of time; None records nothing. May be switched between forwards.
-        entered: Blocks that have run.
-        checks: Each slot is compared with its slab before it is used.
+        entered: Blocks that have run in this forward.
 
     Raises:
         DeviceMemoryError: The device cannot hold the plan; every tensor is as it was before.
@@ -78,7 +77,7 @@ class BlockSwapper:
         self._listeners = listeners or Listeners()
         self.trace: Trace | None = None
         self.entered = 0
-        self.checks = False
+        self._checks = False
         self._ring = Ring(plan.swapped, slots=plan.slots)
         self._bound: list[TensorBinding] = []
         self._fixed: list[tuple[TensorEntry, torch.Tensor, torch.Tensor]] = []
@@ -98,9 +97,13 @@ class BlockSwapper:
         with self._transfer.streams.guard():  # Rule 8
             self._apply(self._ring.leave())
 
-    def begin(self) -> None:
-        """A forward begins. Copies have labels in it if a profiler runs."""
-        self.entered = 0
+    def begin(self, *, checks: bool) -> None:
+        """A forward begins; a profiler that runs now sees labels in it.
+
+        Args:
+            checks: Compare each slot with its slab before a block uses it.
+        """
+        self.entered, self._checks = 0, checks
         is_profiled = torch._C._autograd._profiler_enabled()
         self._copies = LabelledTransfer(self._transfer) if is_profiled else self._transfer
 
@@ -132,7 +135,7 @@ class BlockSwapper:
             if slot is None:
                 return True
             bind(binding.streamed, binding.slots[slot])
-            if self.checks:
+            if self._checks:
                 self._check(block)
         if self.trace is not None:
             self.trace.add(STALL, block, before, after)
@@ -145,8 +148,8 @@ class BlockSwapper:
             self._apply(self._ring.leave())
 
     def abort(self) -> None:
-        """The forward has ended with an exception, wherever it struck: every tensor points at its master, no copy is
-        under way, no slot holds anything.
+        """After an exception at any point of the forward: every tensor points at its master, no copy is under way, no
+        slot holds anything. May be called again.
         """
         if self._running is not None:
             binding = self._blocks[self._running[0]]
@@ -162,7 +165,7 @@ class BlockSwapper:
         bound, self._bound = self._bound, []
         fixed, self._fixed = self._fixed, []
         memories, self._memories, self._running = self._memories, [], None
-        with contextlib.ExitStack() as stack:  # every step, whatever fails with another; from the last to the first
+        with contextlib.ExitStack() as stack:  # every step, even if another fails; from the last to the first
             for memory in memories:
                 stack.callback(self._transfer.free, memory)
             stack.callback(self._transfer.close_window)
@@ -215,7 +218,7 @@ class BlockSwapper:
         for entry in everything:
             if entry.placement is Placement.FIXED:
                 self._move(entry)
-        self._tell_placed(0)
+        self._report_placed(0)
         for block, entries in enumerate(self._model.entries):
             streamed = [entry for entry in entries if entry.placement is Placement.STREAMED]
             if self._plan.swapped[block]:
@@ -224,10 +227,10 @@ class BlockSwapper:
                 self._store.drop(block)
                 self._copy_to_device(streamed)
             if block + 1 == len(self._model.entries):
-                self._store.finish_locking()  # what is told at the end is all there is
-            self._tell_placed(block + 1)
+                self._store.finish_locking()  # so that the last progress update includes the final lock
+            self._report_placed(block + 1)
 
-    def _tell_placed(self, count: int) -> None:
+    def _report_placed(self, count: int) -> None:
         if self._listeners.on_placed is not None:
             self._listeners.on_placed(self._plan, count)
 
