@@ -119,7 +119,7 @@ def test_a_slab_is_written_again_only_after_its_last_copy() -> None:
         streams.wait(streams.copy_streams[0], recorded(streams, streams.compute_stream))
         streams.copy(slot, slab.memory, streams.copy_streams[0])
         streams.record(event, streams.copy_streams[0])
-    slab.pages.in_flight = (event,)
+    slab.pages.in_flight[:] = [event]
     put(store, 0, weights(1024, seed=1), tier=PINNED)
     assert torch.equal(slot.view(torch.float32), weights(1024)[0])
 

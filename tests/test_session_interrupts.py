@@ -185,3 +185,26 @@ def test_an_interrupt_at_any_line_of_adopt_leaves_true_weights_and_a_second_try_
             failed.setdefault(striking.where, first_line(error))
     assert n > 20
     assert not failed, failed
+
+
+@pytest.mark.parametrize("call", ["close", "open_window"])
+def test_an_interrupt_while_replaced_weights_are_placed_again_is_survived(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = InterruptedRun()
+    case.forward()
+    block = case.model.blocks[2]
+    block.up = torch.nn.Parameter(block.up.clone(), requires_grad=False)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Transfer, call, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            case.forward()
+    if call == "open_window":
+        case.check()
+    else:  # what was never given up is lost to this session, and no more than that
+        assert_same_state(case.model, case.state)
+        case.forward()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
+import wanvideo_enhanced_blockswap.blockswap as package
 from pretend_accelerator import install, is_supported
 from toys import Block, Model, alternating, fixed_plan, toy
 from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
@@ -135,3 +139,29 @@ def test_a_slab_is_cut_between_all_copy_streams() -> None:
                 model(torch.randn(3, 96))
     assert set(copied) == {"copy 0", "copy 1", "copy 2"}
     assert len(set(copied.values())) == 1
+
+
+def test_a_forward_makes_few_python_calls_in_few_files() -> None:
+    """Of the package alone: 28 calls for a swapped block, 15 for a resident one, and what begins and ends a forward."""
+    device = torch.device("cpu")
+    model, x = toy(8), torch.randn(3, 16)
+    planner = fixed_plan(alternating(8), overlap=False, tiers=HostTier.PAGEABLE)
+    folder = str(Path(package.__file__).parent)
+    calls: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(folder):
+            calls[frame.f_code.co_filename] += 1
+
+    backend = backend_for(device, pin_budget=PinBudget(1 << 40))
+    with torch.inference_mode(), SwapSession(model.named, planner, backend) as session:
+        for _ in range(3):
+            with session.forward():
+                model(x)
+        before = sys.getprofile()
+        sys.setprofile(count)
+        with session.forward():
+            model(x)
+        sys.setprofile(before)
+    assert calls.total() <= 205
+    assert len(calls) <= 8

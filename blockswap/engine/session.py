@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ..device.backend import Backend
 from ..device.failures import translate_device_errors
 from ..errors import BlockSwapError, UnsupportedModelError
-from ..host.slabs import HostStore
+from ..host.slabs import HostStore, Slab
 from ..host.staging import Staging
 from ..model.layout import ModelProfile
 from ..model.profile import ProfiledModel, profile_model, refuse_grad
@@ -50,6 +50,22 @@ class HeldMemory:
 Planner = Callable[[ModelProfile, HeldMemory], SwapPlan]
 """Makes the plan at each adopt, from the blocks of that moment and from what is held of them already."""
 
+EVERY_FORWARD = range(sys.maxsize)
+"""For `traced`."""
+
+
+class SessionState(Enum):
+    """Where a session is in its life."""
+
+    IDLE = "idle"
+    """From the start, or a release, until the next adopt: the session holds no device memory."""
+    ADOPTED = "adopted"
+    """From adopt until a forward begins, and between forwards."""
+    RUNNING = "running"
+    """From the start of a forward until its end."""
+    CLOSED = "closed"
+    """From close on: nothing is left registered, and the weights are ordinary host memory."""
+
 
 class SwapSession:
     """Runs a list of blocks that is larger than its device.
@@ -60,7 +76,8 @@ class SwapSession:
                     model(...)
 
     Inside `forward()` the blocks may be called in any order, some, several times or not at all. Between forwards every
-    parameter points at its true bytes, on the host or at its resident copy. The rest of the model is the caller's.
+    parameter points at its true bytes, on the host or at its resident copy. The session leaves the rest of the model
+    alone.
 
     Args:
         blocks: Name and module of each block, in execution order.
@@ -70,6 +87,15 @@ class SwapSession:
         traced: Numbers of the forwards, from 0 at each adopt and without those that ran no block, of which compute,
             stall and copies are recorded; of the others only how long they take. None records nothing.
         listeners: Called during an adopt.
+
+    Attributes:
+        state: Where the session is in its life.
+        plan: The plan of the last adopt; None before the first.
+        log: Counts and times the forwards.
+        counters: What has been copied since the session was made.
+        adoptions: How often blocks were placed.
+        listeners: Notified while blocks are placed.
+        checks: Each slot is compared with its slab before a block uses it; read at the start of each forward.
     """
 
     def __init__(
@@ -86,12 +112,12 @@ class SwapSession:
         self._root = None if root is None else weakref.ref(root)
         self._planner = planner
         self._backend = backend
-        self._state = SessionState.IDLE
         self._holds = Holdings()
         weakref.finalize(self, self._holds.drop)
         self._handles: list[RemovableHandle] = []
         enter = weakref.WeakMethod(self.enter)
         self._hooks = [block_hook(self._holds, enter, index) for index in range(len(self._named))]
+        self.state = SessionState.IDLE
         self.plan: SwapPlan | None = None
         self.log = ForwardLog(traced)
         self.counters = Counters()
@@ -106,11 +132,6 @@ class SwapSession:
         self.close()
 
     @property
-    def state(self) -> SessionState:
-        """Where the session is in its life."""
-        return self._state
-
-    @property
     def trace(self) -> Trace | None:
         """What happened when, since the last adopt; None if nothing is traced, or before the first."""
         return self.log.trace
@@ -123,7 +144,7 @@ class SwapSession:
     @property
     def slab_bytes(self) -> int:
         """Host memory that holds the streamed tensors of the swapped blocks now."""
-        return 0 if self._holds.store is None else sum(slab.pages.size for slab in self._holds.store.slabs.values())
+        return sum(slab.pages.size for slab in self._holds.slabs.values())
 
     @property
     def staging_bytes(self) -> int:
@@ -132,8 +153,9 @@ class SwapSession:
 
     @property
     def pinned_bytes(self) -> int:
-        """Host memory that this session has page-locked now."""
-        return self._holds.pinned_bytes
+        """Host memory that this session has page-locked now: slabs, and staging, which exists only page-locked."""
+        locked = [slab.pages.size for slab in self._holds.slabs.values() if slab.pages.is_pinned]
+        return sum(locked) + self._holds.staging_bytes
 
     @property
     def held(self) -> HeldMemory:
@@ -142,13 +164,15 @@ class SwapSession:
 
     @property
     def tiers(self) -> dict[int, HostTier]:
-        """The tier that each swapped block's slab is in now; a refusal may have made it another than planned."""
-        return {} if self._holds.store is None else {i: slab.tier for i, slab in self._holds.store.slabs.items()}
+        """The tier of each swapped block's slab now; below the planned one where page-locking was refused."""
+        return {block: slab.tier for block, slab in self._holds.slabs.items()}
 
     @property
     def refusals(self) -> tuple[str, ...]:
-        """What kept slabs from being page-locked as planned."""
+        """Why slabs could not be page-locked as planned."""
         return () if self._holds.store is None else tuple(self._holds.store.refusals)
+
+    # ------------------------------------------------------------------------------------------------- adopt, release
 
     @translate_device_errors("blocks were being placed")
     def adopt(self) -> SwapPlan:
@@ -168,48 +192,27 @@ class SwapSession:
             self._open(model, plan)
             self.plan = plan
             self.adoptions += 1
-            self._state = SessionState.ADOPTED
+            self.state = SessionState.ADOPTED
         except BaseException:
-            self._state = SessionState.IDLE
+            self.state = SessionState.IDLE
             self._holds.drop()
             raise
         logger.info("swapping %d of %d blocks: %s", plan.swapped_count, len(plan.swapped), "; ".join(plan.reasons))
         return plan
 
-    @contextlib.contextmanager
-    def forward(self, blocks: Sequence[nn.Module] | None = None) -> Iterator[None]:
-        """One forward of the model; adopts before the first.
-
-        Args:
-            blocks: The modules that will be called, where they are others than the session was made with (compiling
-                wraps each block anew). They are hooked for this forward only.
-        """
-        modules = [module for _, module in self._named] if blocks is None else blocks
-        if len(modules) != len(self._named):
-            raise UnsupportedModelError(
-                f"a forward expects the {len(self._named)} blocks the session was made with but got {len(modules)}; "
-                "make a new session for another model"
-            )
-        self._expect("forward", SessionState.IDLE, SessionState.ADOPTED)
-        if torch.is_grad_enabled():
-            refuse_grad(self._named)
-        if self._state is SessionState.IDLE:
-            self.adopt()
-        finished = False
-        try:
-            self._begin(modules)
-            yield
-            finished = True
-        finally:
-            self._end(finished=finished)
-
-    def enter(self, block: int) -> None:
-        """Block `block` is about to run. The hooks call it; so must who calls a block's `forward` directly."""
-        self._expect("enter", SessionState.RUNNING)
-        assert self._holds.swapper is not None
-        if not self._holds.swapper.is_unchanged(block):
-            self._adopt_again()
-        self._holds.swapper.enter(block)
+    def _open(self, model: ProfiledModel, plan: SwapPlan) -> None:
+        holds, backend = self._holds, self._backend
+        streams = backend.open_streams(plan.streams, plan.overlap)
+        if holds.store is None:
+            holds.store = HostStore(streams, backend.registrar, backend.pin_budget)
+        holds.store.use(streams)
+        transfer = holds.transfer = Transfer(streams, self.counters)
+        swapper = holds.swapper = BlockSwapper(model, plan, holds.store, transfer, self.listeners)
+        staging = holds.store.make_staging()
+        if staging:
+            transfer.staging = Staging(streams, staging, backend.make_worker(streams))
+        self.log.start(transfer)
+        swapper.prefetch()
 
     @translate_device_errors("device memory was being given back")
     def release(self) -> None:
@@ -218,7 +221,7 @@ class SwapSession:
         try:
             self._holds.drop_device()
         finally:
-            self._state = SessionState.IDLE
+            self.state = SessionState.IDLE
 
     @translate_device_errors("host memory was being unlocked")
     def unlock(self) -> None:
@@ -242,19 +245,58 @@ class SwapSession:
             try:
                 self._holds.drop()
             finally:
-                self._state = SessionState.CLOSED
+                self.state = SessionState.CLOSED
 
     def _expect(self, what: str, *states: SessionState) -> None:
-        if self._state not in states:
+        if self.state not in states:
             expected = " or ".join(state.value for state in states)
-            raise BlockSwapError(f"{what} expects a session that is {expected} but got one that is {self._state.value}")
+            raise BlockSwapError(f"{what} expects a session that is {expected} but got one that is {self.state.value}")
+
+    # -------------------------------------------------------------------------------------------------------- forward
+
+    @contextlib.contextmanager
+    def forward(self, blocks: Sequence[nn.Module] | None = None) -> Iterator[None]:
+        """One forward of the model; adopts before the first.
+
+        Args:
+            blocks: The modules that will be called, where they are others than the session was made with (compiling
+                wraps each block anew). They are hooked for this forward only.
+        """
+        modules = [module for _, module in self._named] if blocks is None else blocks
+        if len(modules) != len(self._named):
+            raise UnsupportedModelError(
+                f"a forward expects the {len(self._named)} blocks the session was made with but got {len(modules)}; "
+                "make a new session for another model"
+            )
+        self._expect("forward", SessionState.IDLE, SessionState.ADOPTED)
+        if torch.is_grad_enabled():
+            refuse_grad(self._named)
+        if self.state is SessionState.IDLE:
+            self.adopt()
+        finished = False
+        try:
+            self._begin(modules)
+            yield
+            finished = True
+        finally:
+            self._end(finished=finished)
+
+    def enter(self, block: int) -> None:
+        """Block `block` is about to run. The hooks call it; a caller of a block's `forward` itself must do so too."""
+        self._expect("enter", SessionState.RUNNING)
+        assert self._holds.swapper is not None
+        if not self._holds.swapper.enter(block):
+            self._adopt_again()
+            self._holds.swapper.enter(block)
 
     @translate_device_errors("a forward was beginning")
     def _begin(self, modules: Sequence[nn.Module]) -> None:
-        self._state = SessionState.RUNNING
-        self.log.begin(self._holds)
-        assert self._holds.swapper is not None
-        self._holds.swapper.checks = self.checks
+        self.state = SessionState.RUNNING
+        swapper, transfer = self._holds.swapper, self._holds.transfer
+        assert swapper is not None
+        assert transfer is not None
+        self.log.begin(swapper, transfer)
+        swapper.begin(checks=self.checks)
         for module, hook in zip(modules, self._hooks, strict=True):
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
 
@@ -265,18 +307,19 @@ class SwapSession:
                 handle.remove()
         finally:
             # Closed inside the forward, or failed to adopt inside it, there is nothing to end.
-            if self._state is SessionState.RUNNING:
-                self._state = SessionState.ADOPTED
+            if self.state is SessionState.RUNNING:
+                self.state = SessionState.ADOPTED
                 self._leave(finished=finished)
 
     @translate_device_errors("a forward was ending")
     def _leave(self, *, finished: bool) -> None:
-        swapper = self._holds.swapper
+        swapper, transfer = self._holds.swapper, self._holds.transfer
         assert swapper is not None
+        assert transfer is not None
         try:
             if finished:
                 swapper.leave()
-                self.log.end(self._holds)
+                self.log.end(swapper, transfer)
         except BaseException:
             finished = False
             raise
@@ -289,43 +332,17 @@ class SwapSession:
                     raise
 
     def _adopt_again(self) -> None:
-        """Somebody has replaced or moved a tensor of a block: its bytes are read anew, and so is everything."""
+        """A tensor of a block was replaced or moved: all weights are read and placed anew."""
         logger.info("a block's weights were replaced: adopting again")
+        self.state = SessionState.IDLE  # first: where dropping fails, no forward is left to end
         self._holds.drop_device()
-        self._state = SessionState.IDLE
         self.adopt()
-        self._state = SessionState.RUNNING
-
-    def _open(self, model: ProfiledModel, plan: SwapPlan) -> None:
-        streams = self._backend.open_streams(plan.streams, plan.overlap)
-        if self._holds.store is None:
-            self._holds.store = HostStore(streams, self._backend.registrar, self._backend.pin_budget)
-        self._holds.store.use(streams)
-        self._holds.transfer = Transfer(streams, self.counters)
-        self._holds.swapper = BlockSwapper(model, plan, self._holds.store, self._holds.transfer, self.listeners)
-        staging = self._holds.store.make_staging()
-        if staging:
-            self._holds.transfer.staging = Staging(streams, staging, self._backend.make_worker(streams))
-        self.log.start(self._holds)
-        self._holds.swapper.prefetch()
-
-
-class SessionState(Enum):
-    """Where a session is in its life."""
-
-    IDLE = "idle"
-    """From the begin, or a release, until the next adopt: the session holds no device memory."""
-    ADOPTED = "adopted"
-    """From adopt until a forward begins, and between forwards."""
-    RUNNING = "running"
-    """From the begin of a forward until its end."""
-    CLOSED = "closed"
-    """From close on: nothing is left registered, and the weights are ordinary host memory."""
+        self.state = SessionState.RUNNING
 
 
 class Holdings:
-    """What a session holds on the device and in page-locked memory. It does not know the session, so that it can be
-    given up when a session is dropped without `close`.
+    """What a session holds on the device and in page-locked memory. It has no reference to the session, so that a
+    finalizer can give it up when a session is dropped without `close`.
     """
 
     def __init__(self) -> None:
@@ -334,19 +351,18 @@ class Holdings:
         self.swapper: BlockSwapper | None = None
 
     @property
+    def slabs(self) -> dict[int, Slab]:
+        """The slab of each swapped block."""
+        return {} if self.store is None else self.store.slabs
+
+    @property
     def staging_bytes(self) -> int:
         """Host memory of the staging slabs."""
         transfer = self.transfer
         return 0 if transfer is None or transfer.staging is None else sum(p.size for p in transfer.staging.slabs)
 
-    @property
-    def pinned_bytes(self) -> int:
-        """Page-locked host memory: slabs and staging, whose slabs are there only if they could be locked."""
-        slabs = [] if self.store is None else self.store.slabs.values()
-        return sum(slab.pages.size for slab in slabs if slab.pages.is_pinned) + self.staging_bytes
-
     def drop_device(self) -> None:
-        """Masters back; window, residents and staging gone, whatever fails on the way."""
+        """Masters back; window, residents and staging freed, even if a step fails."""
         swapper, transfer = self.swapper, self.transfer
         self.swapper = self.transfer = None
         try:
@@ -357,7 +373,7 @@ class Holdings:
                 transfer.close()
 
     def drop(self) -> None:
-        """The same, and no slab stays locked. Copies are waited for on the host, also those that were struck amid."""
+        """The same, and no slab stays locked. The host waits for all copies, also for those an exception cut short."""
         store, self.store = self.store, None
         try:
             if self.transfer is not None:
@@ -377,16 +393,15 @@ def block_hook(
 
     Args:
         holds: What runs the blocks.
-        enter: Gives the session's method, None once the session is gone: one that is dropped must not wait for the
-            garbage collector.
+        enter: Gives the session's method, None once the session is gone: a hook that held the session would keep a
+            dropped one alive until the garbage collector runs.
         block: Index of the block.
     """
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before_block(module: nn.Module, arguments: object) -> None:
         swapper = holds.swapper
-        if swapper is not None and swapper.is_unchanged(block):
-            swapper.enter(block)
+        if swapper is not None and swapper.enter(block):
             return
         alive = enter()
         assert alive is not None, "hooks are registered only inside a session's forward"
@@ -395,12 +410,8 @@ def block_hook(
     return before_block
 
 
-EVERY_FORWARD = range(sys.maxsize)
-"""For `traced`."""
-
-
 class ForwardLog:
-    """Forwards since the last adopt.
+    """Counts forwards and records when they ran, from each adopt on.
 
     Args:
         traced: As for `SwapSession`.
@@ -410,8 +421,8 @@ class ForwardLog:
         trace: What was recorded; None if nothing is.
         forwards: Forwards that ended well and ran a block.
         empty_forwards: Forwards that ended well and ran none.
-        all_forwards: The former of all adopts together.
-        all_empty_forwards: The latter of all adopts together.
+        all_forwards: `forwards` of all adopts together.
+        all_empty_forwards: `empty_forwards` of all adopts together.
     """
 
     def __init__(self, traced: Container[int] | None) -> None:
@@ -421,35 +432,28 @@ class ForwardLog:
         self.forwards = self.all_forwards = 0
         self.empty_forwards = self.all_empty_forwards = 0
 
-    def start(self, holds: Holdings) -> None:
+    def start(self, transfer: Transfer) -> None:
         """An adopt: everything counts from here; what it prefetches belongs to the first forward."""
-        assert holds.transfer is not None
         self.forwards = self.empty_forwards = 0
         if self.traced is not None:
-            self.trace = Trace(holds.transfer.streams)
+            self.trace = Trace(transfer.streams)
             self.trace.start()
-            holds.transfer.trace = self.trace if 0 in self.traced else None
+            transfer.trace = self.trace if 0 in self.traced else None
 
-    def begin(self, holds: Holdings) -> None:
-        """A forward begins: its time is taken, and what happens in it if it is one of those that are traced."""
-        swapper, transfer = holds.swapper, holds.transfer
-        assert swapper is not None
-        assert transfer is not None
-        swapper.entered = 0
+    def begin(self, swapper: BlockSwapper, transfer: Transfer) -> None:
+        """A forward begins: its time is taken, and its blocks are recorded if it is one of those that are traced."""
         if self.trace is not None and self.traced is not None:
             swapper.trace = transfer.trace = self.trace if self.forwards in self.traced else None
             self._began = transfer.mark()
 
-    def end(self, holds: Holdings) -> None:
+    def end(self, swapper: BlockSwapper, transfer: Transfer) -> None:
         """A forward has ended well."""
-        assert holds.swapper is not None
-        assert holds.transfer is not None
-        if not holds.swapper.entered:
+        if not swapper.entered:
             self.empty_forwards += 1
             self.all_empty_forwards += 1
             return
         if self.trace is not None:
-            self.trace.add(FORWARD, self.forwards, self._began, holds.transfer.mark())
+            self.trace.add(FORWARD, self.forwards, self._began, transfer.mark())
             self.trace.read_reached()  # or the events of a long run would pile up
         self.forwards += 1
         self.all_forwards += 1

@@ -1,4 +1,4 @@
-"""BlockSwapper: what each block's tensors point at, and when; obeys the ring, block by block."""
+"""BlockSwapper: what each block's tensors point at, and when; carries out the ring's steps, block by block."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from ..plan.swap_plan import SwapPlan
 from ..spans import COMPUTE, STALL
 from .binding import BlockBinding, TensorBinding, bind, bring_back
 from .trace import Trace
-from .transfer import Transfer
+from .transfer import LabelledTransfer, Transfer
 
 OnMaster = Callable[[str, int, torch.Tensor], None]
-"""Told the full name of a streamed tensor, the address its bytes had when they were found, and their master."""
+"""Receives the full name of a streamed tensor, the address of its bytes before the adopt, and their master."""
 
 OnPlaced = Callable[[SwapPlan, int, int], None]
-"""Called with the plan that is followed, how many blocks are in their place by now, and how many bytes are locked."""
+"""Receives the plan, the number of blocks that are placed by now, and how many bytes of slabs are page-locked."""
 
 
 @dataclass(slots=True)
 class Listeners:
-    """Who is told what an adopt does.
+    """Callbacks of an adopt.
 
     Attributes:
-        on_master: Told of each streamed tensor of a swapped block, once its bytes are in the slab.
-        on_placed: Told at the begin, and of each block once its weights are in their place.
+        on_master: Called for each streamed tensor of a swapped block, once its bytes are in the slab.
+        on_placed: Called at the start, and for each block once its weights are placed.
     """
 
     on_master: OnMaster | None = None
@@ -49,15 +49,14 @@ class BlockSwapper:
 
     Args:
         model: The profiled blocks, their weights in host memory (or on the device already).
-        plan: The decision.
+        plan: Which blocks are swapped, and through what.
         store: Holds the slab of every swapped block.
         transfer: The device's copies.
-        listeners: Told what it does.
+        listeners: Called while blocks are placed.
 
     Attributes:
         trace: Receives spans of time; None records nothing. May be switched between forwards.
-        entered: Blocks that have run.
-        checks: Each slot is compared with its slab before it is used.
+        entered: Blocks that have run in this forward.
 
     Raises:
         DeviceMemoryError: The device cannot hold the plan; every tensor is as it was before.
@@ -78,12 +77,13 @@ class BlockSwapper:
         self._listeners = listeners or Listeners()
         self.trace: Trace | None = None
         self.entered = 0
-        self.checks = False
+        self._checks = False
         self._ring = Ring(plan.swapped, slots=plan.slots)
         self._bound: list[TensorBinding] = []
         self._fixed: list[tuple[TensorEntry, torch.Tensor, torch.Tensor]] = []
         self._memories: list[torch.Tensor] = []
-        self._running: tuple[int, Any] | None = None
+        self._running: tuple[int, int | None, Any] | None = None  # block, its slot, when it began
+        self._copies: Transfer | LabelledTransfer = transfer
         try:
             with torch.no_grad():
                 self._place()
@@ -94,50 +94,62 @@ class BlockSwapper:
 
     def prefetch(self) -> None:
         """Fills the window with the first blocks, before any forward."""
-        self._apply(self._ring.leave())
+        with self._transfer.streams.guard():  # Rule 8
+            self._apply(self._ring.leave())
 
-    @translate_device_errors("a block was ending")
-    def is_unchanged(self, block: int) -> bool:
-        """Whether the tensors of `block` are still the ones that were placed; if not, the swapper must be made anew."""
-        if self._running is not None and self._running[0] == block:
-            self._finish()
-        return self._blocks[block].is_unchanged()
+    def begin(self, *, checks: bool) -> None:
+        """A forward begins; a profiler that runs now sees labels in it.
+
+        Args:
+            checks: Compare each slot with its slab before a block uses it.
+        """
+        self.entered, self._checks = 0, checks
+        is_profiled = torch._C._autograd._profiler_enabled()
+        self._copies = LabelledTransfer(self._transfer) if is_profiled else self._transfer
 
     @translate_device_errors("a block was beginning")
-    def enter(self, block: int) -> None:
+    def enter(self, block: int) -> bool:
         """Block `block` is about to run: the one before gives its slot back, the next ones are prefetched, and this
         one's tensors point at the device. Copies are issued first: they are under way while the host re-points.
+
+        Returns:
+            False if a tensor of the block was replaced or moved: the swapper must be made anew.
         """
         binding = self._blocks[block]
-        self._finish()
-        self.entered += 1
-        if binding.was_edited():
-            self._ring.forget(block)
-            self._store.slabs[block].sources, self._store.slabs[block].checksums = (), None
-        step = self._ring.enter(block)
-        before = self._mark()  # copies that are not asynchronous are waited for as they are started
-        self._apply(step)
-        if step.slot is None:
-            self._transfer.follow()
-            self._running = block, self._mark()
-            return
-        self._transfer.wait(step.slot)
-        after = self._mark()
-        self._running = block, after
-        bind(binding.streamed, binding.slots[step.slot])
-        if self.checks:
-            self._check(block)
+        with self._transfer.streams.guard():  # Rule 8
+            self._finish()
+            if not binding.is_unchanged():
+                return False
+            self.entered += 1
+            if binding.counting and binding.was_edited():
+                self._ring.forget(block)
+                self._store.slabs[block].sources, self._store.slabs[block].checksums = (), None
+            step = self._ring.enter(block)
+            before = None if self.trace is None else self._transfer.mark()  # copies may block the host as they start
+            self._apply(step)
+            slot = step.slot
+            if slot is not None:
+                self._copies.wait(slot)
+            after = None if self.trace is None else self._transfer.mark()
+            self._running = block, slot, after
+            if slot is None:
+                return True
+            bind(binding.streamed, binding.slots[slot])
+            if self._checks:
+                self._check(block)
         if self.trace is not None:
             self.trace.add(STALL, block, before, after)
+        return True
 
     def leave(self) -> None:
         """The forward has ended well: the last slot is given back, the next forward's first blocks are prefetched."""
-        self._finish()
-        self._apply(self._ring.leave())
+        with self._transfer.streams.guard():  # Rule 8
+            self._finish()
+            self._apply(self._ring.leave())
 
     def abort(self) -> None:
-        """The forward has ended with an exception, wherever it struck: every tensor points at its master, no copy is
-        under way, no slot holds anything.
+        """After an exception at any point of the forward: every tensor points at its master, no copy is under way, no
+        slot holds anything. May be called again.
         """
         if self._running is not None:
             binding = self._blocks[self._running[0]]
@@ -153,7 +165,7 @@ class BlockSwapper:
         bound, self._bound = self._bound, []
         fixed, self._fixed = self._fixed, []
         memories, self._memories, self._running = self._memories, [], None
-        with contextlib.ExitStack() as stack:  # every step, whatever fails with another; from the last to the first
+        with contextlib.ExitStack() as stack:  # every step, even if another fails; from the last to the first
             for memory in memories:
                 stack.callback(self._transfer.free, memory)
             stack.callback(self._transfer.close_window)
@@ -161,7 +173,8 @@ class BlockSwapper:
                 stack.callback(bring_back, entry, original, moved)
             for one in bound:
                 stack.callback(self._restore_master, one, inside)
-            self._transfer.follow()
+            with self._transfer.streams.guard():  # Rule 8
+                self._transfer.follow()
 
     def _restore_master(self, bound: TensorBinding, inside: Container[int]) -> None:
         self._transfer.counters.returned_bytes += bound.restore_master(inside)
@@ -170,15 +183,15 @@ class BlockSwapper:
         """The block that ran has been queued in full: its tensors point at their masters again."""
         if self._running is None:
             return
-        block, began = self._running
+        block, slot, began = self._running
         binding = self._blocks[block]
-        if binding.streamed:
+        if slot is not None:
             bind(binding.streamed, binding.masters)
-        self._transfer.computed(block)
+        self._transfer.computed(block, slot)
         if self.trace is not None:
-            self.trace.add(COMPUTE, block, began, self._mark())
+            self.trace.add(COMPUTE, block, began, self._transfer.mark())
         self._running = None  # only now: `abort` binds the masters of the block that an exception left in its slot
-        if binding.was_edited():
+        if binding.counting and binding.was_edited():
             raise UnsupportedModelError(
                 f"{self._model.profile.blocks[block].name} expects weights that its forward only reads but one was "
                 "edited in place; the edit is lost with its slot: keep that tensor in a buffer"
@@ -191,13 +204,11 @@ class BlockSwapper:
         check_slot(name, [entry.path for entry in streamed], views, self._store.slabs[block])
 
     def _apply(self, step: Step) -> None:
+        self._transfer.follow()
         if step.released is not None:
-            self._transfer.release(step.released)
+            self._copies.release(step.released)
         for onload in step.onloads:
-            self._transfer.start(onload.slot, self._store.slabs[onload.block], block=onload.block)
-
-    def _mark(self) -> Any:
-        return None if self.trace is None else self._transfer.mark()
+            self._copies.start(onload.slot, self._store.slabs[onload.block], block=onload.block)
 
     def _place(self) -> None:
         """The window, small tensors, residents and slabs; every tensor at its master or its copy on the device."""
@@ -207,7 +218,7 @@ class BlockSwapper:
         for entry in everything:
             if entry.placement is Placement.FIXED:
                 self._move(entry)
-        self._tell_placed(0)
+        self._report_placed(0)
         for block, entries in enumerate(self._model.entries):
             streamed = [entry for entry in entries if entry.placement is Placement.STREAMED]
             if self._plan.swapped[block]:
@@ -216,10 +227,10 @@ class BlockSwapper:
                 self._store.drop(block)
                 self._copy_to_device(streamed)
             if block + 1 == len(self._model.entries):
-                self._store.finish_locking()  # what is told at the end is all there is
-            self._tell_placed(block + 1)
+                self._store.finish_locking()  # so that the last progress update includes the final lock
+            self._report_placed(block + 1)
 
-    def _tell_placed(self, count: int) -> None:
+    def _report_placed(self, count: int) -> None:
         if self._listeners.on_placed is not None:
             self._listeners.on_placed(self._plan, count, self._store.pinned_bytes)
 

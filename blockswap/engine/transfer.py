@@ -23,11 +23,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from ..device.streams import Streams
 from ..device.worker import Job
 from ..host.slabs import Slab
 from ..host.staging import Staging
+from ..plan.swap_plan import HostTier
 from ..spans import COPY
 from .trace import Trace
 
@@ -47,6 +49,7 @@ class Slot:
         consumed: C waits for `pending`, so that `free`, recorded behind that wait, covers them.
         filling: The staging job that fills the slot, while the worker may not have recorded `pending` yet.
         filled_bytes: Bytes of the present content.
+        block: The block of the present content, for labels.
         chunks: Views of the slot and of what it was filled from, made once for each block and source.
     """
 
@@ -57,6 +60,7 @@ class Slot:
     consumed: bool = True
     filling: Job | None = None
     filled_bytes: int = 0
+    block: int = -1
     chunks: dict[tuple[int, int], list[tuple[Any, torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
 
 
@@ -79,6 +83,9 @@ class Counters:
 
 class Transfer:
     """A window of slots on one device, filled from slabs. See [Note: happens-before].
+
+    For each block, in this order and inside the streams' guard: `computed` for the block before, `follow`, `release`
+    and `start` as the ring says, `wait`.
 
     Args:
         streams: The device's primitives.
@@ -149,58 +156,60 @@ class Transfer:
         with self.streams.guard():  # Rule 8
             return self.streams.mark(self.streams.current())
 
-    def computed(self, block: int) -> None:
-        """The kernels of `block` have been queued in full, on the stream that was current when it began."""
+    def computed(self, block: int, index: int | None) -> None:
+        """The kernels of `block`, which read slot `index` if there is one, have been queued in full."""
+        if index is not None:
+            slot = self._slots[index]
+            self.streams.reads(slot.memory, slot.filled_bytes, self._compute)
         self.streams.computed(block, self._compute)
+
+    def follow(self) -> None:
+        """A block is about to begin, or a forward has ended: the compute stream is the one that is current now. If that
+        is another than before, it waits for the old one.
+        """
+        before, self._compute = self._compute, self.streams.current()
+        if before is not None and self._compute != before:
+            self._wait_for(self._compute, before)  # Rule 3
+
+    def release(self, index: int) -> None:
+        """The block in slot `index` is over: the slot may be overwritten."""
+        self.streams.record(self._slots[index].free, self._compute)  # Rule 4
 
     def start(self, index: int, slab: Slab, *, block: int) -> None:
         """Starts to copy `slab`, that of `block`, into slot `index`; returns at once, except from pageable memory."""
         slot = self._slots[index]
-        with self.streams.guard():  # Rule 8
+        if slot.filling is not None:
             self._await_worker(slot)
-            if slab.is_staged:
-                assert self.staging is not None, "a staged slab needs a transfer with staging"
-                slot.filling = self.staging.submit(
-                    slab, lambda source: self._copy_chunks(slot, source, slab.used_bytes, block)
-                )
-            else:
-                slab.pages.in_flight = self._copy_chunks(slot, slab.memory, slab.used_bytes, block)
-        slot.filled_bytes = slab.used_bytes
+        nbytes = slab.used_bytes
+        if slab.tier is HostTier.STAGED:
+            assert self.staging is not None, "a staged slab needs a transfer with staging"
+            slot.filling = self.staging.submit(slab, lambda source: self._copy_chunks(slot, source, nbytes, block))
+        else:
+            slab.pages.in_flight[:] = self._copy_chunks(slot, slab.pages.tensor, nbytes, block)
+        slot.block, slot.filled_bytes = block, nbytes
         self.counters.onloads += 1
-        self.counters.onloaded_bytes += slab.used_bytes
+        self.counters.onloaded_bytes += nbytes
 
     def wait(self, index: int) -> None:
         """What is queued on the compute stream from now on finds slot `index` filled."""
         slot = self._slots[index]
-        with self.streams.guard():  # Rule 8
+        if slot.filling is not None:
             self._await_worker(slot)  # Rule 7
-            compute = self.streams.current()
-            self._follow(compute)
-            for event in slot.pending:
-                self.streams.wait(compute, event)  # Rule 3
-            slot.consumed = True
-            self.streams.reads(slot.memory, slot.filled_bytes, compute)
+        for event in slot.pending:
+            self.streams.wait(self._compute, event)  # Rule 3
+        slot.consumed = True
+        self.streams.reads(slot.memory, slot.filled_bytes, self._compute)
 
-    def follow(self) -> None:
-        """A block without a slot is about to be queued; if the compute stream has changed, it waits for the old one."""
-        with self.streams.guard():  # Rule 8
-            self._follow(self.streams.current())
-
-    def release(self, index: int) -> None:
-        """The block in slot `index` has been queued on the compute stream in full: its slot may be overwritten."""
-        slot = self._slots[index]
-        with self.streams.guard():  # Rule 8
-            compute = self.streams.current()
-            self.streams.reads(slot.memory, slot.filled_bytes, self._compute)
-            self._follow(compute)
-            self.streams.record(slot.free, compute)  # Rule 4
+    def block_in(self, index: int) -> int:
+        """The block that slot `index` was filled with last."""
+        return self._slots[index].block
 
     def _drain_to_compute(self) -> list[Any]:
         """The compute stream waits for all that is queued on the copy streams, and the home stream for both: what they
         use may be given up then. Returns the events behind the copies.
         """
-        compute = self.streams.current()
-        self._follow(compute)
+        self.follow()
+        compute = self._compute
         events = [self._wait_for(compute, copies) for copies in self.streams.copy_streams]  # Rule 5
         if self._home is not None and self._home != compute:
             self._wait_for(self._home, compute)  # Rule 5
@@ -268,9 +277,9 @@ class Transfer:
 
     def _await_worker(self, slot: Slot) -> None:
         """Until the worker has recorded the slot's ready events, nobody may wait for them. Raises what it raised."""
-        if slot.filling is not None:
-            slot.filling.wait()
-            slot.filling = None  # only now: `reset` joins the job whose wait was interrupted
+        assert slot.filling is not None
+        slot.filling.wait()
+        slot.filling = None  # only now: `reset` joins the job whose wait was interrupted
 
     def _join_worker(self) -> bool:
         """Until the worker is done, it may queue copies; whether all ended well. What it raised no longer matters."""
@@ -281,7 +290,24 @@ class Transfer:
                 ended_well = job.join() and ended_well
         return ended_well
 
-    def _follow(self, compute: Any) -> None:
-        before, self._compute = self._compute, compute
-        if before is not None and compute != before:
-            self._wait_for(compute, before)  # Rule 3
+
+class LabelledTransfer:
+    """A transfer whose steps have names in a profiler's trace, each with its block's index."""
+
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+
+    def start(self, index: int, slab: Slab, *, block: int) -> None:
+        """As the transfer's."""
+        with record_function(f"blockswap::onload ({block})"):
+            self._transfer.start(index, slab, block=block)
+
+    def wait(self, index: int) -> None:
+        """As the transfer's."""
+        with record_function(f"blockswap::wait ({self._transfer.block_in(index)})"):
+            self._transfer.wait(index)
+
+    def release(self, index: int) -> None:
+        """As the transfer's."""
+        with record_function(f"blockswap::release ({self._transfer.block_in(index)})"):
+            self._transfer.release(index)

@@ -49,6 +49,11 @@ class PageMemory:
 
     Parameters point into the pages, so they may outlive this object; what must happen before they go (no copy reads
     them, no lock is left) is theirs to keep.
+
+    Attributes:
+        size: Bytes, in whole pages.
+        tensor: The bytes.
+        in_flight: Events behind the last copies that read the pages.
     """
 
     def __init__(self, nbytes: int, streams: Streams) -> None:
@@ -64,20 +69,12 @@ class PageMemory:
             self.tensor = torch.frombuffer(self._pages, dtype=torch.uint8)
         self._use = _Use(self.tensor.data_ptr(), self.size, streams)
         self._pages.before_unmap = self._use.end
+        self.in_flight = self._use.in_flight
 
     @property
     def is_pinned(self) -> bool:
         """Whether the pages are locked."""
         return self._use.lock is not None
-
-    @property
-    def in_flight(self) -> tuple[Any, ...]:
-        """Events behind the last copies that read the pages."""
-        return self._use.in_flight
-
-    @in_flight.setter
-    def in_flight(self, events: tuple[Any, ...]) -> None:
-        self._use.in_flight = events
 
     def use(self, streams: Streams) -> None:
         """From here on `streams` read the pages; call `settle` first."""
@@ -111,7 +108,7 @@ class _Use:
     """What the device knows of some pages: the copies that read them, and their lock."""
 
     def __init__(self, pointer: int, size: int, streams: Streams) -> None:
-        self.in_flight: tuple[Any, ...] = ()
+        self.in_flight: list[Any] = []
         self.lock: tuple[Registrar, PinBudget] | None = None
         self._pointer = pointer
         self._size = size
@@ -120,7 +117,7 @@ class _Use:
     def settle(self) -> None:
         for event in self.in_flight:
             self.streams.host_wait(event)  # Rule 6
-        self.in_flight = ()
+        self.in_flight.clear()
         self.streams.host_writes(self._pointer, self._size)
 
     def unlock(self) -> None:

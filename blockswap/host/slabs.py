@@ -1,4 +1,4 @@
-"""HostStore: one host copy of every block's streamed tensors, page-locked if it may be, and the tiers below that."""
+"""HostStore: one host copy of every swapped block's streamed tensors, page-locked where the plan and the host allow."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Slab:
         tier: How the bytes travel.
         sources: Where each tensor's bytes came from; empty once they were edited.
         bound: The tensors that point at the masters, held weakly, and the in-place edits each had counted.
-        checksums: Of the masters as they were filled; None until debug mode asks.
+        checksums: Of the masters as they were filled; None until debug mode needs them.
     """
 
     pages: PageMemory
@@ -57,16 +57,16 @@ class Slab:
         return self.tier is HostTier.STAGED
 
     def unlock(self) -> None:
-        """Not page-locked any more, after its last copy."""
+        """Waits for the last copy, then unlocks the pages."""
         self.tier = HostTier.PAGEABLE
         self.pages.unpin()
 
     def settle(self) -> None:
-        """Waits on the host until no copy reads the slab any more. The worker has ended: it goes with the window."""
+        """Waits on the host until no copy reads the slab any more. The worker has ended by then, with the window."""
         self.pages.settle()
 
     def fill(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Writes the tensors' bytes into their masters, unless they are these masters already."""
+        """Copies the tensors' bytes into their masters, except for tensors that point at them already."""
         self.settle()
         for view, tensor in zip(self.views, tensors, strict=True):
             if tensor.data_ptr() != view.data_ptr():
@@ -79,7 +79,7 @@ class Slab:
         self.bound = tuple((weakref.ref(tensor), version_of(tensor)) for tensor in tensors)
 
     def notice_edits(self) -> None:
-        """Forgets where the bytes came from if a tensor that points at them was edited since."""
+        """Forgets where the bytes came from if a watched tensor was edited since."""
         for reference, version in self.bound:
             tensor = reference()
             if tensor is not None and version_of(tensor) != version:
@@ -97,182 +97,15 @@ class Slab:
         return len(tensors) == len(self.views) and all(map(same_layout, tensors, self.views))
 
     def is_only_ours(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether nobody but the slab and `tensors` holds its bytes: no weight kept aside, state dict, other block."""
+        """Whether only the slab and `tensors` refer to its bytes: no weight kept aside, state dict or other block."""
         own = sum(tensor.data_ptr() == view.data_ptr() for tensor, view in zip(tensors, self.views, strict=True))
-        # The views, `memory`, and the storage object that asks.
+        # The views, `memory`, and the storage object of this very call.
         return torch._C._storage_Use_Count(storage_key(self.memory)) <= len(self.views) + own + 2
 
 
-@dataclass(slots=True)
-class HostStore:
-    """Slabs of one transformer, block by block, in the tiers of a plan.
-
-    Attributes:
-        streams: The device that reads the slabs.
-        registrar: Page-locks for it; None where nothing can be locked.
-        budget: Shared by all stores of the process.
-        slabs: Slab of each swapped block.
-        refusals: What kept a block from its planned tier at this adopt.
-    """
-
-    streams: Streams
-    registrar: Registrar | None
-    budget: PinBudget
-    slabs: dict[int, Slab] = field(default_factory=dict)
-    refusals: list[str] = field(default_factory=list)
-    _said: set[str] = field(default_factory=set)
-    _locking: tuple[Slab, Locking] | None = None
-
-    @property
-    def pinned_bytes(self) -> int:
-        """Page-locked bytes of the slabs."""
-        return sum(slab.pages.size for slab in self.slabs.values() if slab.pages.is_pinned)
-
-    def put(self, block: int, tensors: Sequence[torch.Tensor], *, tier: HostTier) -> Slab:
-        """The slab that holds the tensors of `block`, made or filled if need be, in `tier` or the best below it. It may
-        still be being locked then, until `finish_locking`, which comes before the first copy.
-
-        Args:
-            block: Index of the block.
-            tensors: Its streamed tensors.
-            tier: Where they should be.
-
-        Raises:
-            HostMemoryError: The system has no memory for it.
-        """
-        slab = self.slabs.get(block)
-        if slab is not None:
-            slab.notice_edits()
-        if slab is None or not slab.holds(tensors):
-            if slab is None or not (slab.fits(tensors) and slab.is_only_ours(tensors)):
-                self.drop(block)
-                slab = self.slabs[block] = self._make(tensors)
-            slab.fill(tensors)
-        self._move(slab, tier)
-        return slab
-
-    def drop(self, block: int) -> None:
-        """`block` has no need of a slab any more; its masters live on as long as parameters point at them."""
-        slab = self.slabs.pop(block, None)
-        if slab is not None:
-            with contextlib.ExitStack() as stack:
-                stack.callback(slab.pages.unpin)
-                stack.callback(slab.settle)
-                self.finish_locking()  # a lock that comes after all would stay
-
-    def unlock(self) -> None:
-        """Unlocks everything after its last copy; slabs stay, for their next tier to be found at the next adopt."""
-        with contextlib.ExitStack() as stack:
-            for slab in self.slabs.values():
-                stack.callback(slab.unlock)  # each of them, whatever fails with another
-            self.finish_locking()
-
-    def release(self) -> None:
-        """Unlocks everything after its last copy. Masters live on as long as parameters point at them."""
-        with contextlib.ExitStack() as stack:
-            for block in list(self.slabs):
-                stack.callback(self.drop, block)  # each of them, whatever fails with another
-
-    def use(self, streams: Streams) -> None:
-        """A new adopt: `streams` read the slabs from here on; copies of others are waited for first."""
-        self.refusals.clear()
-        if streams is not self.streams:
-            for slab in self.slabs.values():
-                slab.settle()
-                slab.pages.use(streams)
-            self.streams = streams
-
-    def make_staging(self) -> list[PageMemory]:
-        """Page-locked staging slabs for the staged blocks; none if there are no such blocks, or if the pages cannot be
-        locked: the blocks are pageable then. A lock refused before is tried once more with as many slabs unlocked.
-        Waits for the last slab to be locked.
-        """
-        self.finish_locking()
-        staged = [slab for slab in self.slabs.values() if slab.is_staged]
-        if not staged:
-            return []
-        if self.refusals:
-            pinned = [slab for slab in self.slabs.values() if slab.tier is HostTier.PINNED]
-            for slab in pinned[-STAGING_SLABS:]:
-                slab.pages.unpin()
-                slab.tier = HostTier.STAGED
-                staged.append(slab)
-        size = max(slab.used_bytes for slab in staged)
-        pages = [PageMemory(size, self.streams) for _ in range(STAGING_SLABS)]
-        with contextlib.ExitStack() as stack:
-            for page in pages:
-                stack.callback(page.unpin)
-            if all(self.lock(page, "a staging slab", again=True) for page in pages):
-                stack.pop_all()
-                return pages
-        for slab in staged:
-            slab.tier = HostTier.PAGEABLE
-        return []
-
-    def lock(self, pages: PageMemory, what: str, *, again: bool = False) -> bool:
-        """Page-locks, with one retry; a refusal is said, and ends the trying unless `again`."""
-        if not self._may_lock(pages, what, again=again):
-            return False
-        assert self.registrar is not None
-        return self._is_locked(lock(pages, self.registrar, self.budget), pages, what)
-
-    def _may_lock(self, pages: PageMemory, what: str, *, again: bool) -> bool:
-        if self.registrar is None or (self.refusals and not again):
-            return False
-        if pages.size <= self.budget.left_bytes:
-            return True
-        self._refuse(f"{what} expects {pages.size:,} bytes of the pin budget but {self.budget.left_bytes:,} are left")
-        return False
-
-    def _is_locked(self, code: int, pages: PageMemory, what: str) -> bool:
-        if code:
-            self._refuse(f"{what} of {pages.size:,} bytes could not be page-locked: {register_result(code)}")
-        return not code
-
-    def finish_locking(self) -> None:
-        """Waits for the slab that is being locked; what cannot be locked keeps the tier below."""
-        if self._locking is None:
-            return
-        slab, locking = self._locking
-        try:
-            code = locking.result()
-        finally:
-            if locking.is_over:
-                self._locking = None
-        if self._is_locked(code, slab.pages, "a slab"):
-            slab.tier = HostTier.PINNED
-
-    def _refuse(self, why: str) -> None:
-        self.refusals.append(why)
-        if why not in self._said:
-            self._said.add(why)
-            logger.warning("%s; what is left stays pageable, and its copies are slower", why)
-
-    def _make(self, tensors: Sequence[torch.Tensor]) -> Slab:
-        offsets, used_bytes = slab_offsets(map(span_bytes, tensors))
-        pages = PageMemory(used_bytes, self.streams)
-        views = tuple(
-            element_view(pages.tensor, tensor, offset=offset) for tensor, offset in zip(tensors, offsets, strict=True)
-        )
-        return Slab(pages, used_bytes, views, HostTier.PAGEABLE)
-
-    def _move(self, slab: Slab, tier: HostTier) -> None:
-        """Changes the tier of a filled slab; what cannot be locked falls to the planned tier's next."""
-        self.finish_locking()  # one at a time: the first refusal ends the trying
-        if tier is not HostTier.PINNED:
-            slab.pages.unpin()
-        elif not slab.pages.is_pinned:
-            tier = HostTier.STAGED
-            if self._may_lock(slab.pages, "a slab", again=False):
-                assert self.registrar is not None
-                self._locking = slab, Locking(slab.pages, self.registrar, self.budget)
-                self._locking[1].start()  # only now: what is under way must be known to whoever gives up
-        slab.tier = tier
-
-
 SAMPLED_ELEMENTS = 4096
-"""Elements by which an inference tensor is compared with what was read from it before. It counts no edits; one that
-changes weights as a LoRA does changes nearly all of them."""
+"""Elements of an inference tensor, which counts no edits, that are compared with those read before. An edit as a LoRA
+makes it changes nearly all elements."""
 
 
 @dataclass(slots=True)
@@ -309,15 +142,15 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 class Locking:
-    """Pages that are locked in a thread, which ends with that.
+    """One thread that locks one slab's pages, beside the host thread that fills the next slab.
 
-    The driver walks every page, and lets Python's other threads run meanwhile. Whoever comes first does the work, the
-    thread or who asks for the result: a thread that an interrupt has kept from being started is not waited for.
+    The driver walks every page, and lets Python's other threads run meanwhile. The first of two does the work, the
+    thread or the caller of `result`: where an interrupt has kept the thread from being started, nothing waits for it.
 
     Args:
-        pages: What is locked, once it has been filled; a refusal is followed by one more try.
-        registrar: Locks it.
-        budget: What is locked counts there.
+        pages: Filled pages.
+        registrar: Locks them; a refusal is followed by one more try.
+        budget: Counts the locked bytes.
     """
 
     def __init__(self, pages: PageMemory, registrar: Registrar, budget: PinBudget) -> None:
@@ -330,24 +163,24 @@ class Locking:
         self._over = threading.Event()
 
     def start(self) -> None:
-        """Begins; where the system gives no thread, `result` does the work."""
+        """Starts the thread; where the system has none left, `result` does the work."""
         try:
-            _thread.start_new_thread(self._lock, ())  # unlike Thread.start, it waits for nothing
+            _thread.start_new_thread(self._lock, ())  # Thread.start would wait for the thread to run
         except RuntimeError:
             return
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is under way any more."""
+        """Whether the work is done, or failed."""
         return self._over.is_set()
 
     def result(self) -> int:
-        """Waits until it is over, interrupted or not; 0, or the driver's error code. Raises what locking raised."""
+        """Waits for the end, through interrupts; 0, or the driver's error code. Raises what locking raised."""
         try:
             self._lock()
             self._over.wait()
         except BaseException:
-            self._over.wait()  # an interrupt has ended the wait, and not the lock
+            self._over.wait()  # an interrupt ends the wait, but not the driver's work
             raise
         failure, self._failure = self._failure, None
         if failure is None:
@@ -355,7 +188,7 @@ class Locking:
         try:
             raise failure
         finally:
-            del failure  # its traceback, which has this frame, would hold the pages
+            del failure  # its traceback holds this frame: a cycle that would hold the pages
 
     def _lock(self) -> None:
         if not self._claim.acquire(blocking=False):
@@ -371,3 +204,170 @@ class Locking:
 def lock(pages: PageMemory, registrar: Registrar, budget: PinBudget) -> int:
     """Locks pages, with one retry; 0, or the driver's error code."""
     return pages.pin(registrar, budget) and pages.pin(registrar, budget)
+
+
+@dataclass(slots=True)
+class HostStore:
+    """Slabs of one transformer, block by block, in the tiers of a plan.
+
+    Attributes:
+        streams: The device that reads the slabs.
+        registrar: Page-locks host memory for the device; None where nothing can be locked.
+        budget: Shared by all stores of the process.
+        slabs: Slab of each swapped block.
+        refusals: Why blocks are in a tier below the planned one, since the last adopt.
+    """
+
+    streams: Streams
+    registrar: Registrar | None
+    budget: PinBudget
+    slabs: dict[int, Slab] = field(default_factory=dict)
+    refusals: list[str] = field(default_factory=list)
+    _logged: set[str] = field(default_factory=set)
+    _locking: tuple[Slab, Locking] | None = None
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Page-locked bytes of the slabs."""
+        return sum(slab.pages.size for slab in self.slabs.values() if slab.pages.is_pinned)
+
+    def put(self, block: int, tensors: Sequence[torch.Tensor], *, tier: HostTier) -> Slab:
+        """The slab that holds the tensors of `block`, made or filled if need be, in `tier` or the best below it. A
+        thread may still be locking it; `finish_locking` waits for that, before the first copy.
+
+        Args:
+            block: Index of the block.
+            tensors: Its streamed tensors. The caller binds them to the slab's views, then calls `Slab.watch`.
+            tier: The planned tier.
+
+        Raises:
+            HostMemoryError: The system has no memory for it.
+        """
+        slab = self.slabs.get(block)
+        if slab is not None:
+            slab.notice_edits()
+        if slab is None or not slab.holds(tensors):
+            if slab is None or not (slab.fits(tensors) and slab.is_only_ours(tensors)):
+                self.drop(block)
+                slab = self.slabs[block] = self._make(tensors)
+            slab.fill(tensors)
+        self._move(slab, tier)
+        return slab
+
+    def drop(self, block: int) -> None:
+        """Gives up the slab of `block`, if there is one; masters live on as long as parameters point at them."""
+        slab = self.slabs.pop(block, None)
+        if slab is not None:
+            with contextlib.ExitStack() as stack:
+                stack.callback(slab.pages.unpin)
+                stack.callback(slab.settle)
+                self.finish_locking()  # a lock that succeeds after the unlocking would stay
+
+    def unlock(self) -> None:
+        """Unlocks everything after its last copy; slabs stay, and the next adopt chooses their tiers anew."""
+        with contextlib.ExitStack() as stack:
+            for slab in self.slabs.values():
+                stack.callback(slab.unlock)  # each of them, even if another fails
+            self.finish_locking()
+
+    def release(self) -> None:
+        """Unlocks everything after its last copy. Masters live on as long as parameters point at them."""
+        with contextlib.ExitStack() as stack:
+            for block in list(self.slabs):
+                stack.callback(self.drop, block)  # each of them, even if another fails
+
+    def use(self, streams: Streams) -> None:
+        """A new adopt: `streams` read the slabs from here on, once the copies of other streams are over."""
+        self.refusals.clear()
+        if streams is not self.streams:
+            for slab in self.slabs.values():
+                slab.settle()
+                slab.pages.use(streams)
+            self.streams = streams
+
+    def make_staging(self) -> list[PageMemory]:
+        """Page-locked staging slabs for the staged blocks; none if there are no such blocks, or if the pages cannot be
+        locked: then the blocks become pageable. After a refusal, as many pinned slabs are unlocked to make room first.
+        Waits for the last slab to be locked.
+        """
+        self.finish_locking()
+        staged = [slab for slab in self.slabs.values() if slab.is_staged]
+        if not staged:
+            return []
+        if self.refusals:
+            pinned = [slab for slab in self.slabs.values() if slab.tier is HostTier.PINNED]
+            for slab in pinned[-STAGING_SLABS:]:
+                slab.pages.unpin()
+                slab.tier = HostTier.STAGED
+                staged.append(slab)
+        size = max(slab.used_bytes for slab in staged)
+        pages = [PageMemory(size, self.streams) for _ in range(STAGING_SLABS)]
+        with contextlib.ExitStack() as stack:
+            for page in pages:
+                stack.callback(page.unpin)
+            if all(self.lock(page, "a staging slab", again=True) for page in pages):
+                stack.pop_all()
+                return pages
+        for slab in staged:
+            slab.tier = HostTier.PAGEABLE
+        return []
+
+    def lock(self, pages: PageMemory, what: str, *, again: bool = False) -> bool:
+        """Page-locks, with one retry; after a refusal, which is logged, only `again` makes it try another."""
+        if not self._may_lock(pages, what, again=again):
+            return False
+        assert self.registrar is not None
+        return self._is_locked(lock(pages, self.registrar, self.budget), pages, what)
+
+    def _may_lock(self, pages: PageMemory, what: str, *, again: bool) -> bool:
+        if self.registrar is None or (self.refusals and not again):
+            return False
+        if pages.size <= self.budget.left_bytes:
+            return True
+        self._refuse(f"{what} expects {pages.size:,} bytes of the pin budget but {self.budget.left_bytes:,} are left")
+        return False
+
+    def _is_locked(self, code: int, pages: PageMemory, what: str) -> bool:
+        if code:
+            self._refuse(f"{what} of {pages.size:,} bytes could not be page-locked: {register_result(code)}")
+        return not code
+
+    def finish_locking(self) -> None:
+        """Waits for the slab that is being locked; one that cannot be locked keeps the tier below."""
+        if self._locking is None:
+            return
+        slab, locking = self._locking
+        try:
+            code = locking.result()
+        finally:
+            if locking.is_over:
+                self._locking = None
+        if self._is_locked(code, slab.pages, "a slab"):
+            slab.tier = HostTier.PINNED
+
+    def _refuse(self, why: str) -> None:
+        self.refusals.append(why)
+        if why not in self._logged:
+            self._logged.add(why)
+            logger.warning("%s; what is left stays pageable, and its copies are slower", why)
+
+    def _make(self, tensors: Sequence[torch.Tensor]) -> Slab:
+        offsets, used_bytes = slab_offsets(map(span_bytes, tensors))
+        pages = PageMemory(used_bytes, self.streams)
+        views = tuple(
+            element_view(pages.tensor, tensor, offset=offset) for tensor, offset in zip(tensors, offsets, strict=True)
+        )
+        return Slab(pages, used_bytes, views, HostTier.PAGEABLE)
+
+    def _move(self, slab: Slab, tier: HostTier) -> None:
+        """Moves a filled slab to a tier; one that cannot be locked goes to the tier below pinned."""
+        self.finish_locking()  # one at a time: after the first refusal no other lock is tried
+        if tier is not HostTier.PINNED:
+            slab.pages.unpin()
+        elif not slab.pages.is_pinned:
+            tier = HostTier.STAGED
+            if self._may_lock(slab.pages, "a slab", again=False):
+                assert self.registrar is not None
+                self._locking = slab, Locking(slab.pages, self.registrar, self.budget)
+                self._locking[1].start()  # only now: what gives slabs up must know of the lock
+        slab.tier = tier

@@ -44,7 +44,7 @@ class Staging:
                 staging.settle()  # Rule 7
                 nbytes = slab.used_bytes
                 self._streams.host_copy(staging.tensor[:nbytes], slab.memory[:nbytes])
-                staging.in_flight = copy(staging.tensor)
+                staging.in_flight[:] = copy(staging.tensor)
 
         return self._worker.submit(work)
 
