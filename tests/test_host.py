@@ -326,5 +326,5 @@ def test_a_system_without_memory_is_said_with_the_bytes(monkeypatch: pytest.Monk
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(pages, "_Pages", refuse)
-    with pytest.raises(HostMemoryError, match=r"20,480 free bytes.*close other programs"):
+    with pytest.raises(HostMemoryError, match=r"refused 20,480 bytes.*close other programs"):
         PageMemory(5000 * 4, InlineStreams(torch.device("cpu")))

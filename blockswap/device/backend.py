@@ -1,4 +1,4 @@
-"""Backend: what a session needs of one device, chosen once: streams, page-locking, a worker, memory readings."""
+"""Backend: what a session needs of one device, chosen once: streams, page-locking, a worker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Backend:
         device: Where blocks run.
         open_streams: Makes the device's primitives from the number of copy streams and whether copies overlap compute.
         registrar: Page-locks host memory for the device; None where nothing can be locked.
-        pin_budget: What all sessions may lock together: give every backend of a process the same one.
+        pin_budget: What all sessions may lock together; every backend of a process shares it.
         make_worker: Makes the worker of the staged tier.
         has_streams: Copies can have streams of their own.
     """
@@ -50,7 +50,7 @@ def backend_for(device: torch.device, *, pin_budget: PinBudget) -> Backend:
 
     index = torch.cuda.current_device() if device.index is None else device.index
     device = torch.device(device.type, index)
-    # Kept: torch hands streams out of a pool of 32 for each device, and new ones at each adopt would soon be others'.
+    # Kept: torch takes streams from a pool of 32 per device, so that new ones at each adopt would soon be shared.
     opened: dict[int, Streams] = {}
 
     def open_streams(count: int, overlap: bool) -> Streams:  # noqa: FBT001 - called through Backend.open_streams

@@ -1,4 +1,4 @@
-"""Work beside the host thread, in order: a job and the thread that does it."""
+"""Jobs that run beside the host thread, in order, and the thread that runs them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Job(Protocol):
 
 
 class Worker(Protocol):
-    """Does jobs in the order they came, beside the host thread."""
+    """Runs jobs in the order of `submit`, beside the host thread."""
 
     def submit(self, work: Callable[[], None]) -> Job:
         """Queues `work`."""
@@ -38,7 +38,7 @@ class _ThreadJob:
         self._failure: BaseException | None = None
 
     def run(self) -> None:
-        # Work that is done must not keep the slot it filled alive: device memory is to be free at release.
+        # Finished work must not keep the slot it filled alive: device memory must be free at release.
         work, self._work = self._work, None
         assert work is not None, "a job runs once"
         try:

@@ -54,7 +54,7 @@ class TensorBinding:
         return self.master.nbytes
 
     def restore_master(self, inside: Container[int]) -> int:
-        """Points at the master again, with what a forward has changed; returns how many bytes that were.
+        """Points at the master again, after writing back what a forward has changed; returns how many bytes that were.
 
         Args:
             inside: Keys of the storage that is about to be given up; a tensor that points elsewhere is left alone.
@@ -70,14 +70,14 @@ class TensorBinding:
         return edited
 
     def fetch_replacement(self) -> None:
-        """A buffer that a forward has assigned anew goes to where the one before was found."""
+        """Moves a buffer that a forward has assigned anew to the device of the one it replaced."""
         now = self.entry.holder.get(self.entry.name)
         if self.entry.is_buffer and now is not None and now is not self.tensor:
             self.entry.holder[self.entry.name] = now.to(self.master.device)
 
 
 def bring_back(entry: TensorEntry, original: torch.Tensor, moved: torch.Tensor) -> None:
-    """A tensor that was replaced by a moved one is in its place again, unless somebody has replaced that since."""
+    """Puts a tensor that was replaced by a moved one in its place again, unless the moved one was replaced since."""
     if entry.holder.get(entry.name) is moved:
         entry.holder[entry.name] = original
 
@@ -118,7 +118,7 @@ class BlockBinding:
     slots: list[list[torch.Tensor]] = field(default_factory=list)
 
     def is_unchanged(self) -> bool:
-        """Whether nobody has replaced or moved a tensor of the block."""
+        """Whether each tensor of the block is still the one that was placed, where it was placed."""
         with torch._C.DisableTorchFunctionSubclass():
             if list(map(torch.Tensor.data_ptr, self.watched)) != self.addresses:
                 return False

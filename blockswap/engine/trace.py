@@ -11,7 +11,7 @@ from ..device.streams import Streams
 from ..spans import FORWARD, Span
 
 MOST_SPANS = 200_000
-"""Spans kept: 40 blocks of 14B with two copy streams in some 1,000 forwards. What comes after is not recorded."""
+"""Spans kept: 40 blocks of 14B with two copy streams in some 1,000 forwards. Later ones are not recorded."""
 
 
 @dataclass(slots=True)

@@ -46,7 +46,7 @@ class Slot:
         free: Recorded on C when the block that used the slot is over.
         ready: One per copy stream, recorded behind its chunk.
         pending: The ready events of the present content.
-        consumed: C waits for `pending`, so that `free`, recorded behind that wait, covers them.
+        consumed: Whether C waits for `pending`, so that `free`, recorded behind that wait, covers them.
         filling: The staging job that fills the slot, while the worker may not have recorded `pending` yet.
         filled_bytes: Bytes of the present content.
         block: The block of the present content, for labels.
@@ -205,8 +205,8 @@ class Transfer:
         return self._slots[index].block
 
     def _drain_to_compute(self) -> list[Any]:
-        """The compute stream waits for all that is queued on the copy streams, and the home stream for both: what they
-        use may be given up then. Returns the events behind the copies.
+        """Makes the compute stream wait for the copy streams, and the home stream for both, so that what they use may
+        be given up. Returns the events behind the copies.
         """
         self.follow()
         compute = self._compute
@@ -223,7 +223,7 @@ class Transfer:
         return event
 
     def reset(self) -> None:
-        """After an exception, wherever it struck: waits for all copies on the host; every slot is empty and free."""
+        """After an exception at any point: waits for all copies on the host; every slot is empty and free."""
         with self.streams.guard():  # Rule 8
             self._join_worker()
             for event in self._drain_to_compute():
@@ -276,13 +276,13 @@ class Transfer:
             return [(stream, slot.memory[part], source[part]) for stream, part in zip(copies, parts, strict=False)]
 
     def _await_worker(self, slot: Slot) -> None:
-        """Until the worker has recorded the slot's ready events, nobody may wait for them. Raises what it raised."""
+        """Waits until the worker has recorded the slot's ready events; raises what the worker raised."""
         assert slot.filling is not None
         slot.filling.wait()
         slot.filling = None  # only now: `reset` joins the job whose wait was interrupted
 
     def _join_worker(self) -> bool:
-        """Until the worker is done, it may queue copies; whether all ended well. What it raised no longer matters."""
+        """Waits for the worker, which may queue copies until then; whether all ended well. Drops what it raised."""
         ended_well = True
         for slot in self._slots:
             job, slot.filling = slot.filling, None

@@ -48,7 +48,7 @@ class PageMemory:
     """Whole pages of anonymous host memory as a uint8 tensor; can be page-locked.
 
     Parameters point into the pages, so they may outlive this object; what must happen before they go (no copy reads
-    them, no lock is left) is theirs to keep.
+    them, no lock is left) is done by the pages themselves.
 
     Attributes:
         size: Bytes, in whole pages.
@@ -62,7 +62,7 @@ class PageMemory:
             self._pages = _anonymous_pages(self.size)
         except OSError as cause:
             raise HostMemoryError(
-                f"the host expects {self.size:,} free bytes for a block's weights but the system refused them; "
+                f"not enough host memory: the system refused {self.size:,} bytes for a block's weights; "
                 "close other programs or take a quantised model"
             ) from cause
         with torch.inference_mode(mode=False):
@@ -89,7 +89,7 @@ class PageMemory:
         try:
             result = registrar.register(self.tensor.data_ptr(), self.size)
         except BaseException:
-            registrar.unregister(self.tensor.data_ptr())  # an interrupt may have come after it was done
+            registrar.unregister(self.tensor.data_ptr())  # an interrupt may have come after the registration
             registrar.consume_error()
             raise
         if result != 0:
@@ -105,7 +105,7 @@ class PageMemory:
 
 
 class _Use:
-    """What the device knows of some pages: the copies that read them, and their lock."""
+    """How the device uses some pages: the copies that read them, and their lock."""
 
     def __init__(self, pointer: int, size: int, streams: Streams) -> None:
         self.in_flight: list[Any] = []
@@ -126,8 +126,8 @@ class _Use:
         try:
             self.settle()
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # a device that fails at waiting twice has nothing under way
-                self.settle()  # an interrupt has ended the wait, and not the copy
+            with contextlib.suppress(RuntimeError):  # a device that cannot be waited for twice runs no copy any more
+                self.settle()  # an interrupt ends the wait, but not the copy
             raise
         finally:
             self._unregister()
@@ -138,7 +138,7 @@ class _Use:
         try:
             result = registrar.unregister(self._pointer)
         except BaseException:
-            registrar.unregister(self._pointer)  # an interrupt may have come before; that it is done already harms not
+            registrar.unregister(self._pointer)  # an interrupt may have come first; unregistering twice is harmless
             raise
         finally:
             budget.give_back(self._size)

@@ -37,7 +37,7 @@ class _SimulatedJob:
     def wait(self) -> None:
         self.join()
         if isinstance(self._failure, TransferError):
-            raise self._failure  # a broken rule is told as it is
+            raise self._failure  # a broken rule keeps its own message
         if self._failure is not None:
             raise staged_failure(self._failure) from self._failure
 
@@ -104,7 +104,7 @@ class SimulatedRegistrar:
         return 0
 
     def consume_error(self) -> None:
-        """Nothing is pending."""
+        """No error stays pending here."""
 
 
 def simulated_backend(

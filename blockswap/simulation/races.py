@@ -76,8 +76,8 @@ class RaceDetector:
                 continue
             if (is_write or earlier.is_write) and mine.get(earlier.actor, 0) < earlier.time:
                 raise TransferError(
-                    f"{_said(access)} expects the earlier {_said(earlier)} of the same bytes to be over but nothing "
-                    "orders them: a wait for its event is missing"
+                    f"{_described(access)} is not ordered behind the earlier {_described(earlier)} of the same bytes: "
+                    "a wait for its event is missing"
                 )
             # A covered access is no longer needed: what would race with it races with the new one too.
             if not (access.covers(earlier) and (is_write or (not earlier.is_write and earlier.actor == actor))):
@@ -85,6 +85,6 @@ class RaceDetector:
         self._accesses = [*kept, access]
 
 
-def _said(access: _Access) -> str:
+def _described(access: _Access) -> str:
     kind = "write" if access.is_write else "read"
     return f"{kind} of {access.end - access.begin:,} bytes on {access.actor} ({access.what})"

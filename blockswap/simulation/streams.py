@@ -266,7 +266,7 @@ class SimulatedStreams(Streams):
 
     def _recorded(self, event: SimulatedEvent) -> tuple[SimulatedStream, int]:
         if event.stream is None:
-            raise TransferError("a wait expects an event that has been recorded but got one that has not")
+            raise TransferError("a stream waits for an event that has not been recorded")
         return event.stream, event.position
 
     def _check_device(self, what: str) -> None:
