@@ -192,8 +192,8 @@ MUTANTS = [
     Mutant(
         "wrap-around: nothing is onloaded at the end of a forward",
         "plan/schedule.py",
-        "return Step(self._release(), self._fill(0), None)",
-        "return Step(self._release(), (), None)",
+        "        return self._step(0, is_running=False)\n",
+        "        released, self._in_use = self._in_use, None\n        return Step(released, (), None)\n",
         "test_wrap_around_copies_the_next_forwards_first_blocks_before_it_begins",
     ),
 ]

@@ -126,7 +126,8 @@ class BlockSwapper:
                 self._store.slabs[block].sources, self._store.slabs[block].checksums = (), None
             step = self._ring.enter(block)
             before = None if self.trace is None else self._transfer.mark()  # copies may block the host as they start
-            self._apply(step)
+            if step.onloads or step.released is not None:
+                self._apply(step)
             slot = step.slot
             if slot is not None:
                 self._copies.wait(slot)

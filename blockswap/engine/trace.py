@@ -70,4 +70,4 @@ class Trace:
         span = Span(lane, block, read(self._origin, begin), read(self._origin, end))
         self._spans.append(span)
         if lane == FORWARD:
-            self.forward_ms.append(span.duration_ms)
+            self.forward_ms.append(span.end_ms - span.begin_ms)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
-MOVES_KEPT = 512
-"""Moves worked out once and kept: a model's blocks times the few patterns in which its forwards alternate."""
+STEPS_KEPT = 512
+"""Steps worked out once and kept: a model's blocks times the few patterns in which its forwards alternate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class Ring:
         self._content: tuple[int | None, ...] = (None,) * min(slots, len(self._order))
         self._in_use: int | None = None
         self._expected = Expectation(self._count)
-        self._moves: dict[tuple[object, ...], tuple[tuple[Onload, ...], tuple[int | None, ...]]] = {}
+        self._steps: dict[tuple[object, ...], tuple[Step, tuple[int | None, ...]]] = {}
 
     @property
     def content(self) -> tuple[int | None, ...]:
@@ -111,17 +111,12 @@ class Ring:
     def enter(self, block: int) -> Step:
         """Block `block` is about to run, whatever ran before it."""
         self._expected.runs(block)
-        released = self._release()
-        onloads = self._fill(block)
-        if not self._swapped[block]:
-            return Step(released, onloads, None)
-        self._in_use = self._content.index(block)
-        return Step(released, onloads, self._in_use)
+        return self._step(block, is_running=True)
 
     def leave(self) -> Step:
         """The forward has ended: give back the last slot and prefetch for the next forward."""
         self._expected.ends()
-        return Step(self._release(), self._fill(0), None)
+        return self._step(0, is_running=False)
 
     def forget(self, block: int) -> None:
         """The bytes of `block` have changed on the host: a slot that holds it holds nothing of use."""
@@ -133,19 +128,22 @@ class Ring:
         self._in_use = None
         self._expected = Expectation(self._count)
 
-    def _release(self) -> int | None:
-        released, self._in_use = self._in_use, None
-        return released
-
-    def _fill(self, position: int) -> tuple[Onload, ...]:
-        key = position, self._expected.this_forward, self._expected.next_forward, self._content
-        move = self._moves.get(key)
-        if move is None:
-            if len(self._moves) >= MOVES_KEPT:
-                self._moves.clear()
-            move = self._moves[key] = self._move(position)
-        onloads, self._content = move
-        return onloads
+    def _step(self, position: int, *, is_running: bool) -> Step:
+        """Gives the slot in use back and onloads what is due when the block at `position` runs. Steps repeat with the
+        forwards, so each is worked out once.
+        """
+        expected = self._expected
+        key = position, is_running, self._in_use, self._content, expected.this_forward, expected.next_forward
+        found = self._steps.get(key)
+        if found is None:
+            if len(self._steps) >= STEPS_KEPT:
+                self._steps.clear()
+            onloads, content = self._move(position)
+            slot = content.index(position) if is_running and self._swapped[position] else None
+            found = self._steps[key] = Step(self._in_use, onloads, slot), content
+        step, self._content = found
+        self._in_use = step.slot
+        return step
 
     def _move(self, position: int) -> tuple[tuple[Onload, ...], tuple[int | None, ...]]:
         """The onloads that are due when the block at `position` runs, and what the slots hold with them."""

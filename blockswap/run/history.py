@@ -58,13 +58,17 @@ class WorkloadHistory:
 
     def of(self, workload: Workload | None) -> WorkloadStats:
         """What forwards of this workload have shown; to be added to."""
-        return self._seen.setdefault(workload, WorkloadStats())
+        stats = self._seen.get(workload)
+        if stats is None:
+            stats = self._seen[workload] = WorkloadStats()
+        return stats
 
     def start(self, workload: Workload | None) -> bool:
         """A forward with this workload comes next; whether the run has had none like it."""
-        is_new = workload not in self._in_this_run
+        if workload in self._in_this_run:
+            return False
         self._in_this_run.add(workload)
-        return is_new
+        return True
 
     def withdraw(self, workload: Workload | None) -> None:
         """This workload will not come after all: its memory does not count."""

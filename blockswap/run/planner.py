@@ -53,7 +53,8 @@ class Planner:
         self.link: LinkSpeed | None = None
         self.once: SwapPlan | None = None
         self._inputs: PlanInputs | None = None
-        self._seen: tuple[int, int | None] = (0, None)
+        self._room_bytes = 0
+        self._may_take_other = False  # forwards may take other than when the budget was last worked out
         self._over_bytes = 0
 
     def __call__(self, profile: ModelProfile, held: HeldMemory) -> SwapPlan:
@@ -110,11 +111,9 @@ class Planner:
         """
         if plan.over_ceiling or self._inputs is None:
             return False
-        memory, cache, activations = self.machine.memory(), self.machine.unused_cache_bytes(), self.activations
+        memory, cache = self.machine.memory(), self.machine.unused_cache_bytes()
         tolerance = OVER_BUDGET * memory.total_bytes
-        room, taken = self._seen
-        needs_look = taken != (None if activations is None else activations.nbytes)
-        if not needs_look and memory.free_bytes + cache + own_bytes >= room - tolerance:
+        if not self._may_take_other and memory.free_bytes + cache + own_bytes >= self._room_bytes - tolerance:
             return False
         now = replace(
             self._inputs,
@@ -122,7 +121,7 @@ class Planner:
             device_free_bytes=memory.free_bytes,
             unused_cache_bytes=cache,
             own_bytes=own_bytes,
-            activations=activations,
+            activations=self.activations,
         )
         self._notice(now)
         over = plan.device_bytes - make_budget(now).weight_bytes
@@ -151,11 +150,14 @@ class Planner:
     def start(self, workload: Workload | None) -> bool:
         """A forward with this workload comes next; whether the run has had none like it."""
         self.workload = workload
-        return self.history.start(workload)
+        is_new = self.history.start(workload)
+        self._may_take_other |= is_new
+        return is_new
 
     def withdraw(self, workload: Workload | None) -> None:
         """This workload will not come after all: its memory does not count."""
         self.history.withdraw(workload)
+        self._may_take_other = True
 
     def learn(self, observation: Observation, plan: SwapPlan, *, is_pinned: bool) -> None:
         """Keeps what traced forwards of the present workload have shown.
@@ -181,6 +183,7 @@ class Planner:
 
     def learn_activations(self, nbytes: int) -> None:
         """A forward took this much above the weights at its peak."""
+        self._may_take_other = True
         self.history.learn_activations(self.workload, nbytes, is_automatic=self.settings.auto_hardware_tuning)
 
     def shrink(self) -> bool:
@@ -227,8 +230,7 @@ class Planner:
         return compute_ms if compute_ms is not None and len(compute_ms) == len(profile.blocks) else None
 
     def _notice(self, inputs: PlanInputs) -> None:
-        activations = inputs.activations
-        self._seen = _room(inputs), None if activations is None else activations.nbytes
+        self._room_bytes, self._may_take_other = _room(inputs), False
 
 
 def _room(inputs: PlanInputs) -> int:

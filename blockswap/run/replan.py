@@ -135,7 +135,7 @@ def usual_ms(durations: Sequence[float]) -> float | None:
     """What a forward took before the last one, if the last took several times that; None if it did not, or too few are
     known.
     """
-    if len(durations) <= FEW_FORWARDS or durations[-1] < SLOW * min(durations):
+    if len(durations) <= FEW_FORWARDS:
         return None
     usual = statistics.median(durations[:-1])
     return usual if durations[-1] >= SLOW * usual else None

@@ -27,6 +27,7 @@ from .planner import Planner
 from .progress import ProgressFeed, Watcher
 from .replan import (
     MOST_REPLANS,
+    SLOW,
     kept_over_budget,
     slow_link,
     spill,
@@ -138,7 +139,8 @@ class SwapRun:
         with self.session.forward(blocks):
             yield
         self._learn()
-        self._feed.ran(self._present, self._stats)
+        if self._feed.watcher is not None:
+            self._feed.ran(self._present, self._stats)
 
     def prepare(self, workload: Workload | None = None) -> SwapPlan:
         """What `forward` does first, once: a plan for this workload, in place. Returns the plan.
@@ -345,6 +347,8 @@ class SwapRun:
         if trace is None or self._stats.is_slow:
             return
         durations = trace.forward_ms[self._timed.start :]
+        if not durations or durations[-1] < SLOW * min(durations):
+            return
         usual = usual_ms(durations)
         if usual is None:
             return
