@@ -84,7 +84,7 @@ def test_every_module_of_the_package_is_imported():
     assert {NAME, *(f"{NAME}.{name}" for name in ("nodes", "cli", "__main__", "commands.plan", "commands.demo"))} <= {
         *MODULES
     }
-    assert len(MODULES) == len(set(MODULES)) > 90
+    assert len(MODULES) == len(set(MODULES)) > 60
 
 
 def test_importing_opens_no_gpu(imported):
