@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from wanvideo_enhanced_blockswap.blockswap import PinBudget
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
-from wanvideo_enhanced_blockswap.blockswap.engine.session import HeldMemory, SwapSession
+from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
 from wanvideo_enhanced_blockswap.blockswap.model.layout import BlockProfile, ModelProfile, Placement, align
-from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, SwapPlan
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HeldMemory, HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedRegistrar, simulated_backend
 from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware, SimulatedStreams
 

@@ -7,7 +7,6 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -21,31 +20,13 @@ from ..host.slabs import HostStore, Slab
 from ..host.staging import Staging
 from ..model.layout import ModelProfile
 from ..model.profile import ProfiledModel, profile_model, refuse_grad
-from ..plan.swap_plan import HostTier, SwapPlan
+from ..plan.swap_plan import HeldMemory, HostTier, SwapPlan
 from ..spans import FORWARD
 from .swapper import BlockSwapper, Listeners
 from .trace import Trace
 from .transfer import Counters, Transfer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class HeldMemory:
-    """What a session holds at one moment, in bytes.
-
-    Attributes:
-        device_bytes: Device memory of residents, small tensors and window.
-        slab_bytes: Host memory that holds the streamed tensors of the swapped blocks.
-        staging_bytes: Host memory of the staging slabs.
-        pinned_bytes: Host memory that is page-locked.
-    """
-
-    device_bytes: int = 0
-    slab_bytes: int = 0
-    staging_bytes: int = 0
-    pinned_bytes: int = 0
-
 
 Planner = Callable[[ModelProfile, HeldMemory], SwapPlan]
 """Makes the plan at each adopt, from the blocks of that moment and from what is held of them already."""

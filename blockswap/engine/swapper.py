@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..device.failures import translate_device_errors
+from ..device.failures import device_error
 from ..device.streams import to_device
-from ..errors import TransferError, UnsupportedModelError
+from ..errors import BlockSwapError, TransferError, UnsupportedModelError
 from ..host.slabs import HostStore, Slab
 from ..model.layout import Placement, device_bytes, slab_offsets
 from ..model.profile import ProfiledModel, TensorEntry
@@ -107,7 +107,6 @@ class BlockSwapper:
         is_profiled = torch._C._autograd._profiler_enabled()
         self._copies = LabelledTransfer(self._transfer) if is_profiled else self._transfer
 
-    @translate_device_errors("a block was beginning")
     def enter(self, block: int) -> bool:
         """Block `block` is about to run: the one before gives its slot back, the next ones are prefetched, and this
         one's tensors point at the device. Copies are issued first: they are under way while the host re-points.
@@ -115,31 +114,35 @@ class BlockSwapper:
         Returns:
             False if a tensor of the block was replaced or moved: the swapper must be made anew.
         """
-        binding = self._blocks[block]
-        with self._transfer.streams.guard():  # Rule 8
-            self._finish()
-            if not binding.is_unchanged():
-                return False
-            self.entered += 1
-            if binding.counting and binding.was_edited():
-                self._ring.forget(block)
-                self._store.slabs[block].sources, self._store.slabs[block].checksums = (), None
-            step = self._ring.enter(block)
-            before = None if self.trace is None else self._transfer.mark()  # copies may block the host as they start
-            if step.onloads or step.released is not None:
+        try:
+            binding = self._blocks[block]
+            with self._transfer.streams.guard():  # Rule 8
+                self._finish()
+                if not binding.is_unchanged():
+                    return False
+                self.entered += 1
+                if binding.counting and binding.was_edited():
+                    self._ring.forget(block)
+                    self._store.slabs[block].sources, self._store.slabs[block].checksums = (), None
+                step = self._ring.enter(block)
+                before = None if self.trace is None else self._transfer.mark()  # copies may block as they start
                 self._apply(step)
-            slot = step.slot
-            if slot is not None:
-                self._copies.wait(slot)
-            after = None if self.trace is None else self._transfer.mark()
-            self._running = block, slot, after
-            if slot is None:
-                return True
-            bind(binding.streamed, binding.slots[slot])
-            if self._checks:
-                self._check(block)
-        if self.trace is not None:
-            self.trace.add(STALL, block, before, after)
+                slot = step.slot
+                if slot is not None:
+                    self._copies.wait(slot)
+                after = None if self.trace is None else self._transfer.mark()
+                self._running = block, slot, after
+                if slot is None:
+                    return True
+                bind(binding.streamed, binding.slots[slot])
+                if self._checks:
+                    self._check(block)
+            if self.trace is not None:
+                self.trace.add(STALL, block, before, after)
+        except RuntimeError as failure:  # not by the decorator: this is called for every block
+            if isinstance(failure, BlockSwapError):
+                raise
+            raise device_error(failure, "a block was beginning") from failure
         return True
 
     def leave(self) -> None:

@@ -73,6 +73,23 @@ class Activations:
     is_measured: bool
 
 
+@dataclass(frozen=True, slots=True)
+class HeldMemory:
+    """What is held of a model's blocks at one moment, in bytes.
+
+    Attributes:
+        device_bytes: Device memory of residents, small tensors and window.
+        slab_bytes: Host memory that holds the streamed tensors of the swapped blocks.
+        staging_bytes: Host memory of the staging slabs.
+        pinned_bytes: Host memory that is page-locked.
+    """
+
+    device_bytes: int = 0
+    slab_bytes: int = 0
+    staging_bytes: int = 0
+    pinned_bytes: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanInputs:
     """Everything that a plan is made from, at one moment: what is asked, what was read, what is known. Bytes are ints.

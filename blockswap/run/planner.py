@@ -7,12 +7,11 @@ from dataclasses import replace
 
 from ...hardware import LinkSpeed, contradicts, tier_for
 from ...hardware.pinning import PinBudget
-from ..engine.session import HeldMemory
 from ..model.layout import ModelProfile
 from ..plan.budget import make_budget
 from ..plan.make_plan import RAN_OUT, Limits, Readings, make_plan, plan_inputs, predict, swapping_all, timing_of
 from ..plan.schedule import ForwardTime
-from ..plan.swap_plan import Activations, PlanInputs, SwapPlan
+from ..plan.swap_plan import Activations, HeldMemory, PlanInputs, SwapPlan
 from ..settings import SwapSettings
 from .history import Workload, WorkloadHistory
 from .machine import LastKnownReadings

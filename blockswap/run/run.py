@@ -148,9 +148,9 @@ class SwapRun:
         Raises:
             PlanError: No plan fits.
         """
-        state = self.session.state
-        if self._prepared and workload == self._workload and state is SessionState.ADOPTED:
-            return self._present
+        state, plan = self.session.state, self.session.plan
+        if plan is not None and self._prepared and workload == self._workload and state is SessionState.ADOPTED:
+            return plan
         if state not in (SessionState.IDLE, SessionState.ADOPTED):
             raise BlockSwapError(
                 f"a forward can start only between two others, but the session is {state.value}; end the forward that "
@@ -322,7 +322,8 @@ class SwapRun:
         taken = self._peak.taken_bytes()
         if taken is not None:
             self.planner.learn_activations(taken)
-        self._notice_adoption()
+        if self._adoptions != self.session.adoptions:
+            self._notice_adoption()
         if not self._stats.is_timed and self.session.log.forwards >= self._timed.stop:
             self._wants_look |= self._learn_times()
         self._notice_slowness()
@@ -343,7 +344,7 @@ class SwapRun:
 
     def _notice_slowness(self) -> None:
         """Once in a run: a forward that takes several times what is usual is timed anew."""
-        trace = self.session.trace
+        trace = self.session.log.trace
         if trace is None or self._stats.is_slow:
             return
         durations = trace.forward_ms[self._timed.start :]
@@ -358,9 +359,8 @@ class SwapRun:
 
     def _notice_adoption(self) -> None:
         """The session has adopted, by itself too where weights were replaced: what was seen belongs to another plan."""
-        if self._adoptions != self.session.adoptions:
-            self._adoptions = self.session.adoptions
-            self._time_again()
+        self._adoptions = self.session.adoptions
+        self._time_again()
 
     def _time_again(self, *, keep: bool = False) -> None:
         """Durations are taken anew, after one forward that warms up; those of the same plan and video are kept."""

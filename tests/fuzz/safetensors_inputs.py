@@ -185,24 +185,3 @@ LIES = (
     *(lie_in_a_value, lie_in_a_value, lie_in_a_value, lie_in_offsets, lie_in_offsets, lie_in_fields),
     *(lie_in_names, lie_in_metadata, lie_in_length),
 )
-
-
-def giant_safetensors(rng: random.Random) -> tuple[bytes, int]:
-    """Headers of millions of bytes, each made to cost as much time or memory as it can."""
-    size = rng.choice((2**20, 2**23 - 64, 2**23 + 64, 2**24))
-    zero = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
-    unit = rng.choice(
-        (
-            *(" ", "[", '{"":', "[],", "{},", "9", "\\", '\\"', '"",', "[0],", "\x00", "0,", "-", "1e5,"),
-            f'"{rng.choice("abc") * 250}":{zero},',
-            f'"":{zero},',
-        )
-    )
-    text = unit * (size // len(unit))
-    count = rng.choice((2**14, 2**14 + 1, 10**5))
-    named = ",".join(f'"blocks.{i % 300}.{i}":{zero}' for i in range(count))
-    start = rng.choice(("", "{", '{"__metadata__":{"x":"', '{"x":', '{"x":{"dtype":"U8","shape":[', f'{{"a":{zero},'))
-    text = rng.choice((start + text, start + text + '"}}', "{" + named + "}"))
-    header = text.encode()
-    content = len(header).to_bytes(8, "little") + header
-    return content, len(content)
