@@ -81,7 +81,15 @@ def imported(request, tmp_path_factory):
 
 
 def test_every_module_of_the_package_is_imported():
-    named = ("nodes", "cli", "__main__", "commands.plan", "commands.demo", "blockswap.engine.session", "hardware.probe")
+    named = (
+        "nodes",
+        "cli",
+        "__main__",
+        "commands.plan",
+        "commands.demo",
+        "blockswap.engine.session",
+        "hardware.device",
+    )
     assert {NAME, *(f"{NAME}.{name}" for name in named)} <= {*MODULES}
     assert len(MODULES) == len(set(MODULES)) > 60
 

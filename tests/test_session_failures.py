@@ -86,7 +86,7 @@ def test_a_plan_that_cannot_be_made_leaves_the_session_usable() -> None:
     model, simulation = toy(3), Simulation()
     truth = truth_of(model)
 
-    def impossible(profile: object) -> None:
+    def impossible(profile: object, held: object) -> None:
         raise PlanError("no plan fits")
 
     with simulation.session(model, fixed_plan([True] * 3)) as session:
