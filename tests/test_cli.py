@@ -181,7 +181,7 @@ def test_an_interrupt_ends_with_one_line(capsys: pytest.CaptureFixture[str], mon
 def test_a_preset_that_the_host_cannot_hold_is_refused_with_numbers(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = HostMemory(8 << 30, 6 << 30, None, None, HostPlatform.LINUX, False)
+    small = HostMemory(8 << 30, 6 << 30, None, None, HostPlatform.LINUX)
     monkeypatch.setattr("wanvideo_enhanced_blockswap.commands.demo.read_host_memory", lambda: small)
     code, shown = run_json(capsys, "demo", "--preset", "14b")
     assert code == 1

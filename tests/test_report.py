@@ -324,7 +324,7 @@ def mib(count: float) -> int:
 
 
 def host(physical: int, available: int, *, limit: int | None = None) -> HostMemory:
-    return HostMemory(physical, available, limit, None, HostPlatform.LINUX, limit is not None)
+    return HostMemory(physical, available, limit, None, HostPlatform.LINUX)
 
 
 ROOMY = host(64 * GIB, 32 * GIB)
