@@ -43,8 +43,8 @@ SIMULATED_RATIO = 0.67
 832x480, 17 frames, on an RTX 4090 over PCIe 4.0 x16 (28 ms over 42 ms, from assumed rates). With the speed of a real
 link, copies would be invisible beside the compute time of a CPU."""
 
-VIRTUAL = """no GPU here: the device is simulated, and its times are predictions: each block computes for as long as it \
-took on this CPU, and copies run at the speed of the assumed link"""
+VIRTUAL = """no GPU here: the device is simulated, and its times are predictions: each block computes for as long as \
+it took on this CPU, and copies run at the speed of the assumed link"""
 
 
 def demo(options: Namespace) -> Result:

@@ -47,7 +47,7 @@ class OpenDevice:
     Attributes:
         module: torch's module for its type, such as torch.cuda.
         device: the device, with its index.
-        properties: what the module tells of it; None where the module has no such function.
+        properties: what the module reports of it; None where the module has no such function.
     """
 
     module: Any
@@ -77,7 +77,7 @@ class OpenDevice:
 
     @property
     def is_integrated(self) -> bool | None:
-        """Whether it shares the host's memory: as torch says, or by its name where this torch does not say."""
+        """Whether it shares the host's memory: as torch reports it, or by its name where this torch does not."""
         reported = self.number("is_integrated")
         if self.device.type == "cuda" and _DISCRETE.search(self.name):
             return False
@@ -119,15 +119,15 @@ def open_device(device: torch.device) -> OpenDevice:
     try:
         module = torch.get_device_module(device)
     except RuntimeError as exc:
-        message = f"{device} expects a torch with {device.type} support but torch {torch.__version__} has none"
+        message = f"{device} cannot be used: torch {torch.__version__} has no support for {device.type}"
         raise HardwareUnavailableError(f"{message}; import the vendor's plugin first, or use cpu") from exc
     if not module.is_available():
-        message = f"{device} expects a {device.type} device but torch {torch.__version__} finds none, only cpu"
+        message = f"{device} cannot be used: torch {torch.__version__} finds no {device.type} device"
         raise HardwareUnavailableError(f"{message}; check the driver and that torch is built for it, or use cpu")
     count = int(module.device_count())
     if device.index is not None and device.index >= count:
         existing = ", ".join(f"{device.type}:{index}" for index in range(count))
-        message = f"{device} expects {device.index + 1} {device.type} devices but torch finds {count} ({existing})"
+        message = f"{device} does not exist: torch finds {count} {device.type} devices ({existing})"
         raise HardwareUnavailableError(f"{message}; choose one of them, or check the *_VISIBLE_DEVICES variables")
     try:
         # the module of another vendor may lack current_device()
@@ -214,7 +214,7 @@ def _ask_nvml(opened: OpenDevice) -> tuple[str | None, str | None, PcieLink | No
             driver = nvml.driver()
             handle = nvml.find(uuid=uuid, pci_bus_id=address, name=opened.name)
             if handle is None:
-                if uuid is not None or address is not None:  # of a mere name, the search has said what it found
+                if uuid is not None or address is not None:  # a search by name has logged its own warning
                     logger.warning("NVML shows no device with UUID %s (PCI %s); its link stays unknown", uuid, address)
                 return uuid, driver, None
             return nvml.uuid(handle) or uuid, driver, nvml.pcie(handle)
@@ -224,10 +224,10 @@ def _ask_nvml(opened: OpenDevice) -> tuple[str | None, str | None, PcieLink | No
 
 
 def _ask_rocm(opened: OpenDevice) -> tuple[str | None, PcieLink | None]:
-    """(driver, link) of an AMD card; None for what nobody tells."""
+    """(driver, link) of an AMD card; None for what is unknown."""
     with Rocm() as rocm:
         if opened.pci_bus_id is None:
-            logger.warning("torch tells no PCI address of %s; its link stays unknown", opened.device)
+            logger.warning("torch reports no PCI address of %s; its link stays unknown", opened.device)
             return rocm.driver(), None
         return rocm.driver(), rocm.pcie(opened.pci_bus_id)
 
@@ -248,7 +248,7 @@ def _probe_cpu() -> DeviceSpec:
 
 
 def _cpu_name() -> str:
-    """Model of the CPU where Linux tells it, otherwise the architecture."""
+    """Model of the CPU where Linux reports it, otherwise the architecture."""
     try:
         match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:

@@ -92,7 +92,7 @@ def _warn_once(folder: Path, limit: int) -> None:
 def _memory_groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
     """Folders of this process's memory control groups, innermost first.
 
-    With each come the names of its limit, its usage, and the line of memory.stat that tells reclaimable page cache.
+    With each come the names of its limit, its usage, and the line of memory.stat with its reclaimable page cache.
     """
     version1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     version2 = ("memory.max", "memory.current", "inactive_file")

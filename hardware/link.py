@@ -35,7 +35,7 @@ _SECONDS_PER_COPY = 0.010
 # A figure whose copies take longer however small they are is made of fewer.
 _SECONDS_PER_FIGURE = 0.1
 CONTRADICTION = 0.20
-"""Share by which a speed seen in a run may differ from the measured one: beyond it, the measurement is not believed."""
+"""Share by which a speed seen in a run may differ from the measured one: beyond it, the link is measured again."""
 
 
 def measure_link(
@@ -66,9 +66,7 @@ def measure_link(
     """
     counts = tuple(sorted(set(stream_counts)))
     if not counts or counts[0] < 1 or nbytes < counts[-1]:
-        raise ValueError(
-            f"measure_link expects stream counts from 1 to nbytes ({nbytes}) but got {list(stream_counts)}"
-        )
+        raise ValueError(f"stream_counts: expected numbers from 1 to nbytes ({nbytes}), got {list(stream_counts)}")
     spec = probe_device(device)
     device = torch.device(spec.torch_device)
     key = MeasurementKey(spec.name, spec.uuid, spec.pci_bus_id, spec.driver, torch.__version__, counts, nbytes)
@@ -104,7 +102,7 @@ def _measure(device: torch.device, counts: tuple[int, ...], nbytes: int) -> Link
     except (RuntimeError, OSError, MemoryError) as exc:
         if isinstance(exc, RuntimeError) and not is_out_of_memory(exc):
             raise
-        logger.warning("the link to %s expects %d free bytes on both sides to be measured: %s", device, nbytes, exc)
+        logger.warning("measuring the link to %s takes %d free bytes on both sides: %s", device, nbytes, exc)
         return LinkSpeed((), None)
     return LinkSpeed(pinned, pageable, host_copy)
 

@@ -42,7 +42,7 @@ def is_out_of_memory(failure: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """What torch tells, believed or not; `free_bytes` is None where it does not tell."""
+    """What torch reports, true or not; `free_bytes` is None where it does not."""
 
     total_bytes: int
     free_bytes: int | None
@@ -64,7 +64,7 @@ def read_device_memory(device: torch.device) -> DeviceMemory | None:
         device: any torch device; without an index, the current one of its type.
 
     Raises:
-        HardwareUnavailableError: there is no such device, or its torch module tells nothing about memory.
+        HardwareUnavailableError: there is no such device, or its torch module reports no memory.
     """
     if device.type == "cpu":
         return None
@@ -80,17 +80,17 @@ def read_device_memory(device: torch.device) -> DeviceMemory | None:
         return DeviceMemory(reading.total_bytes, free, source, is_estimate=True)
     if reading.is_possible and reading.free_bytes is not None:
         return DeviceMemory(reading.total_bytes, reading.free_bytes, reading.source, not reading.sees_others)
-    told = "no free memory" if reading.free_bytes is None else f"{format_bytes(reading.free_bytes)} free"
-    why = f"{reading.source} tells {told} of {format_bytes(reading.total_bytes)}"
-    logger.warning("%s of %s, which cannot be; asking the driver", why, opened.device)
+    figure = "no free memory" if reading.free_bytes is None else f"{format_bytes(reading.free_bytes)} free"
+    why = f"{reading.source} reports {figure} of {format_bytes(reading.total_bytes)}"
+    logger.warning("%s: %s, which cannot be true; asking the driver", opened.device, why)
     return _ask_vendor(opened, reading.total_bytes) or _estimate(opened, reading.total_bytes, why)
 
 
 def _ask_torch(opened: OpenDevice) -> _Reading:
-    """What the device's torch module tells, through whichever memory functions it has.
+    """What the device's torch module reports, through whichever memory functions it has.
 
     Raises:
-        HardwareUnavailableError: it does not tell the total either.
+        HardwareUnavailableError: it does not report the total either.
     """
     module, name = opened.module, f"torch.{opened.device.type}"
     total, source = opened.number("total_memory"), f"{name}.mem_get_info"
@@ -102,13 +102,13 @@ def _ask_torch(opened: OpenDevice) -> _Reading:
         raise HardwareUnavailableError(f"memory of {opened.device} cannot be read: {exc}; check the driver") from exc
     if total is None or used is None:
         wanted = f"{source}, or its total memory and memory_allocated"
-        message = f"the memory of {opened.device} expects {wanted}, but torch {torch.__version__} has neither"
+        message = f"the memory of {opened.device} cannot be read: torch {torch.__version__} lacks {wanted}"
         raise HardwareUnavailableError(f"{message}; update torch or the vendor's plugin, or use another device")
     return _Reading(total, max(0, total - int(used)), f"{name}, which sees this process alone", sees_others=False)
 
 
 def _mem_get_info(opened: OpenDevice, source: str, total: int | None) -> _Reading:
-    """The reading of the whole device; without its free figure where the driver refuses to tell it.
+    """The reading of the whole device; without its free figure where the driver refuses to give it.
 
     HIP answers "invalid argument" where the kernel driver keeps the figure from the process, as in some containers.
     """
@@ -126,7 +126,7 @@ def _shared_memory(opened: OpenDevice, reading: _Reading) -> DeviceMemory:
     """Memory of a device that takes it from the host: what the host has available.
 
     The device's own figure counts page cache as used (CUDA), or more as free than there is (HIP). What a device has
-    beyond all of the host's RAM, its firmware has set aside for it; nothing tells what others use of that part.
+    beyond all of the host's RAM, its firmware has set aside for it; what others use of that part is unknown.
     """
     host = read_host_memory()
     own = max(0, reading.total_bytes - host.physical_bytes)
@@ -141,7 +141,7 @@ def _shared_memory(opened: OpenDevice, reading: _Reading) -> DeviceMemory:
 
 
 def _ask_vendor(opened: OpenDevice, total_bytes: int) -> DeviceMemory | None:
-    """The vendor's reading, for when torch's cannot be believed; None without one.
+    """The vendor's reading, for when torch's cannot be true; None without one.
 
     A reading whose total is far from torch's is of something else: of the GPU that holds a MIG instance.
     """
@@ -160,7 +160,7 @@ def _ask_vendor(opened: OpenDevice, total_bytes: int) -> DeviceMemory | None:
 
 
 def is_of_device(reading: DeviceMemory, total_bytes: int) -> bool:
-    """Whether a vendor's reading is of the device whose total torch tells."""
+    """Whether a vendor's reading is of the device whose total torch reports."""
     return abs(reading.total_bytes - total_bytes) * 100 <= _SAME_DEVICE_PERCENT * total_bytes
 
 
@@ -171,5 +171,5 @@ def _estimate(opened: OpenDevice, total_bytes: int, why: str) -> DeviceMemory:
 
 
 def _reserved(opened: OpenDevice) -> int:
-    """What torch's allocator holds of the device in this process; 0 where the module does not tell."""
+    """What torch's allocator holds of the device in this process; 0 where the module does not report it."""
     return int(call(opened.module, "memory_reserved", opened.device) or 0)

@@ -44,16 +44,16 @@ class Nvml:
         try:
             import pynvml  # type: ignore[import-untyped, unused-ignore]
         except _IMPORT_FAILURES as exc:
-            message = f"NVML expects the Python package nvidia-ml-py but importing pynvml raised {exc!r}"
+            message = f"NVML cannot be used: importing pynvml raised {exc!r}"
             raise HardwareUnavailableError(f"{message}; pip install nvidia-ml-py") from exc
         if not hasattr(pynvml, "nvmlInit") or not hasattr(pynvml, "NVMLError"):
             where = getattr(pynvml, "__file__", "a module without a file")
-            message = f"NVML expects the Python package nvidia-ml-py but pynvml is another one ({where})"
+            message = f"NVML cannot be used: pynvml is not that of nvidia-ml-py but another package's ({where})"
             raise HardwareUnavailableError(f"{message}; remove that, then pip install --force-reinstall nvidia-ml-py")
         try:
             pynvml.nvmlInit()
         except (pynvml.NVMLError, *_SHAPE_FAILURES) as exc:
-            message = f"NVML expects an NVIDIA driver but nvmlInit failed: {exc}"
+            message = f"NVML cannot be used, usually because the NVIDIA driver is missing: nvmlInit failed: {exc}"
             raise HardwareUnavailableError(f"{message}; check that nvidia-smi runs") from exc
         self._library = pynvml
         return self
@@ -68,8 +68,8 @@ class Nvml:
         """The device with this identity, or None if NVML does not show it.
 
         The PCI address is asked only without a UUID: a MIG instance has the address of the GPU that holds it, whose
-        readings are not its own and may be forbidden. The name is asked only without either, as of a torch that tells
-        neither, and only a name that one device bears is an answer.
+        readings are not its own and may be forbidden. The name is asked only without either, as of a torch that has
+        neither, and only a name that one device alone has is an answer.
 
         Args:
             uuid: with or without its prefix "GPU-" or "MIG-"; torch gives it without. None if unknown.
@@ -90,7 +90,7 @@ class Nvml:
         return None
 
     def _find_by_name(self, name: str) -> NvmlHandle | None:
-        """The one device of this name; which of several is meant, nothing tells."""
+        """The one device of this name; None for several, which cannot be told apart."""
         count = self._query("nvmlDeviceGetCount") or 0
         shown = (self._query("nvmlDeviceGetHandleByIndex", index) for index in range(count))
         bearers = [handle for handle in shown if handle is not None and self.name(handle) == name]
@@ -98,7 +98,7 @@ class Nvml:
             return NvmlHandle(bearers[0])
         if name not in self._warned:
             self._warned.add(name)
-            logger.warning("NVML shows %d devices named %s, and torch tells only the name", len(bearers), name)
+            logger.warning("NVML shows %d devices named %s, and torch gives only the name", len(bearers), name)
         return None
 
     def driver(self) -> str | None:
@@ -149,14 +149,14 @@ class Nvml:
         """
         library = self._library
         if library is None:
-            raise RuntimeError(f"Nvml expects to be used inside its with block but {function} was called outside")
+            raise RuntimeError(f"{function} was called outside the with block of Nvml; call it inside")
         try:
             return getattr(library, function)(*arguments)
         except (library.NVMLError, *_SHAPE_FAILURES) as exc:
             if type(exc).__name__ not in missing and (reading or function) not in self._warned:
                 self._warned.add(reading or function)
-                said = f"its part of the {reading}" if reading else "this reading"
-                logger.warning("NVML cannot answer %s (%s); %s stays unknown", function, exc, said)
+                figure = f"its part of the {reading}" if reading else "this reading"
+                logger.warning("NVML cannot answer %s (%s); %s stays unknown", function, exc, figure)
             return None
 
 

@@ -88,13 +88,13 @@ class DeviceSpec:
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Memory of a device at one moment, whoever uses it.
+    """Total and free memory of a device at one moment, counting all processes.
 
     Attributes:
         total_bytes: all of it.
-        free_bytes: what nobody uses, between 0 and total_bytes.
+        free_bytes: what no process uses, between 0 and total_bytes.
         source: who read it, and what was corrected.
-        is_estimate: whether free_bytes is an estimate, because no reading of it could be believed.
+        is_estimate: whether free_bytes is an estimate, because no reading of it could be true.
     """
 
     total_bytes: int
@@ -104,7 +104,7 @@ class DeviceMemory:
 
     def __post_init__(self) -> None:
         if not 0 <= self.free_bytes <= self.total_bytes:
-            message = f"DeviceMemory expects 0 <= free <= total but got {self.free_bytes} of {self.total_bytes} bytes"
+            message = f"free memory: expected 0 to {self.total_bytes} bytes, got {self.free_bytes}"
             raise ValueError(f"{message} ({self.source})")
 
 
@@ -127,7 +127,7 @@ class HostMemory:
         physical_bytes: RAM of the machine.
         available_bytes: what can be taken without swapping, already limited by the control group.
         cgroup_limit_bytes: the tightest memory limit of the control groups above this process; None without one.
-        memlock_bytes: RLIMIT_MEMLOCK; None where it is unlimited or the platform has none. GPU drivers do not obey it.
+        memlock_bytes: RLIMIT_MEMLOCK; None where it is unlimited or the platform has none. GPU drivers ignore it.
         platform: the operating system.
     """
 
@@ -142,7 +142,7 @@ class HostMemory:
         """The most host memory to page-lock, bytes.
 
         40 % of RAM on Windows; elsewhere 90 %, and always 4 GiB less than all of it. RAM is the control group's limit
-        where that is lower. On WSL2 the true cap belongs to the Windows driver, which does not tell it and which varies
+        where that is lower. On WSL2 the true cap belongs to the Windows driver, which does not report it, and varies
         from below 1 GiB upwards: there the figure is the Linux one, to be tried until the driver refuses.
         """
         ram = self.physical_bytes
@@ -171,11 +171,11 @@ class LinkSpeed:
     def __post_init__(self) -> None:
         counts = [count for count, _ in self.pinned]
         if counts != sorted(set(counts)) or any(count < 1 for count in counts):
-            raise ValueError(f"LinkSpeed expects rising stream counts from 1 but got {counts}")
+            raise ValueError(f"stream counts of a link: expected rising numbers from 1, got {counts}")
         others = [speed for speed in (self.pageable, self.host_copy) if speed is not None]
         speeds = [speed for _, speed in self.pinned] + others
         if not all(math.isfinite(speed) and speed > 0 for speed in speeds):
-            raise ValueError(f"LinkSpeed expects positive finite speeds in bytes per second but got {speeds}")
+            raise ValueError(f"speeds of a link: expected positive bytes per second, got {speeds}")
 
     def best(self, tolerance: float = 0.02, *, max_streams: int | None = None) -> tuple[int, float]:
         """The smallest stream count whose pinned speed is within a share of the best, and that speed.
@@ -190,8 +190,8 @@ class LinkSpeed:
                 or the driver refused to page-lock.
         """
         if not self.pinned:
-            message = "LinkSpeed.best expects a pinned figure but none was measured"
-            raise HardwareUnavailableError(f"{message}; use the pageable one ({self.pageable} bytes per second)")
+            message = "no speed from page-locked memory was measured"
+            raise HardwareUnavailableError(f"{message}; use the one from pageable memory, {self.pageable} bytes/s")
         fewest = self.pinned[0][0]
         allowed = [pair for pair in self.pinned if max_streams is None or pair[0] <= max(max_streams, fewest)]
         floor = (1 - tolerance) * max(speed for _, speed in allowed)
@@ -200,13 +200,13 @@ class LinkSpeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """Figures over the readings of a run; None for what no reading told. What happens between two readings is not seen.
+    """Figures over the readings of a run; None for what no reading gave. What happens between two readings is missed.
 
     Attributes:
         count: how many times everything was read.
         gpu_percent_mean: share of the time in which at least one kernel ran, 0 to 100; the mean of the readings.
         gpu_percent_max: the highest of them.
-        vram_used_peak_bytes: device memory in use at most, whoever used it.
+        vram_used_peak_bytes: device memory in use at most, counting all processes.
         rss_peak_bytes: host memory of this process at most, pages of files that it has mapped included.
         host_available_least_bytes: host memory that was available at least, within the control group.
     """

@@ -22,7 +22,7 @@ _IMPORT_FAILURES = (ImportError, OSError, KeyError, AttributeError, SystemExit)
 _SHAPE_FAILURES = (AttributeError, KeyError, TypeError, OSError)
 # Transfer rate of one lane, as sysfs writes it in GT/s, by PCI Express generation.
 _GENERATIONS = {"2.5": 1, "5": 2, "8": 3, "16": 4, "32": 5, "64": 6}
-# The kernel writes width 0 or 255 where a link is down or its width cannot be told.
+# The kernel writes width 0 or 255 where a link is down or its width is unknown.
 _MAX_WIDTH = 32
 
 
@@ -61,7 +61,7 @@ class Rocm:
         self._library = None
 
     def memory(self, pci_bus_id: str) -> DeviceMemory | None:
-        """VRAM of the device, used by whomever.
+        """VRAM of the device, counting all processes.
 
         Args:
             pci_bus_id: domain:bus:device.function in hexadecimal, such as "0000:03:00.0".
@@ -152,7 +152,7 @@ class Rocm:
     def _warn(self, query: str, pci_bus_id: str) -> None:
         if query not in self._warned:
             self._warned.add(query)
-            logger.warning("neither amdsmi nor sysfs tells the %s of %s; this reading stays unknown", query, pci_bus_id)
+            logger.warning("neither amdsmi nor sysfs has the %s of %s; this reading stays unknown", query, pci_bus_id)
 
 
 def _failures(library: Any) -> tuple[type[BaseException], ...]:
@@ -172,7 +172,7 @@ def _read_text(path: Path) -> str | None:
 def _number(answer: Any, key: str) -> int | float | None:
     """A number out of a dict of amdsmi, which writes "N/A" where it knows none.
 
-    Stand-ins for the package, which some ROCm images carry, give objects instead; those tell nothing.
+    Stand-ins for the package, which some ROCm images carry, give objects instead; those count as unknown.
     """
     value = answer.get(key) if isinstance(answer, dict) else None
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None

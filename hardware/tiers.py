@@ -126,7 +126,7 @@ def tier_for(spec: DeviceSpec, *, vram_threshold_percent: float) -> GpuTier:
         ValueError: the threshold is outside 0 to 100 or not a number.
     """
     if not 0 <= vram_threshold_percent <= _FULL_PERCENT:
-        raise ValueError(f"vram_threshold_percent expects 0 to 100 but got {vram_threshold_percent}")
+        raise ValueError(f"vram_threshold_percent: expected 0 to 100, got {vram_threshold_percent}")
     words = _words(spec.name)
     for row in _TIERS:
         if any(words == _words(model) for model in row.models):
@@ -207,8 +207,8 @@ def find_gpu(name: str) -> KnownGpu:
     known = ", ".join(gpu.name for gpu in _KNOWN_GPUS)
     if fits:
         which = f"which could be {' or '.join(gpu.name for gpu in fits)} or a model that is not known"
-        raise ValueError(f"the name of a GPU expects one model but got {name!r}, {which}; known are {known}")
-    raise ValueError(f"the name of a GPU expects a known model but got {name!r}; known are {known}")
+        raise ValueError(f"name of a GPU: expected one model, got {name!r}, {which}; known are {known}")
+    raise ValueError(f"name of a GPU: expected a known model, got {name!r}; known are {known}")
 
 
 def _words(name: str) -> frozenset[str]:

@@ -23,7 +23,7 @@ _FACTORS = {
 }
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
 _STEP = 1024
-# The largest size that is accepted: 1 EiB, far above any machine, so that a slip of the keyboard is told at once.
+# The largest size that is accepted: 1 EiB, far above any machine, so that a slip of the keyboard is an error at once.
 _MAX_BYTES = 1 << 60
 
 
@@ -62,8 +62,8 @@ def parse_bytes(text: str) -> int:
     factor = _FACTORS.get(match.group(2).lower()) if match else None
     if match is None or factor is None:
         expected = "a positive number and a unit (B, KB, MB, GB, TB: powers of ten; KiB, MiB, GiB, TiB: powers of two)"
-        raise ValueError(f"a memory size expects {expected} but got {text!r}; write it like 12GiB")
+        raise ValueError(f"memory size: expected {expected}, got {text!r}; write it like 12GiB")
     size = Decimal(match.group(1)) * factor
     if size > _MAX_BYTES:
-        raise ValueError(f"a memory size expects at most {_MAX_BYTES} bytes (1 EiB) but got {text!r}")
+        raise ValueError(f"memory size: expected at most {_MAX_BYTES} bytes (1 EiB), got {text!r}")
     return int(size)

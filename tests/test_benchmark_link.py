@@ -110,9 +110,9 @@ def test_tables_are_printed_and_written(capsys: pytest.CaptureFixture[str], tmp_
     [
         (["--device", "nonsense"], "--device: expected auto, cpu, cuda or cuda:N, got 'nonsense'"),
         (["--device", "meta"], "--device: expected auto, cpu, cuda or cuda:N, got 'meta'"),
-        (["--sizes", "1MiB,12G"], "a memory size expects"),
+        (["--sizes", "1MiB,12G"], "memory size: expected"),
         (["--sizes", "0"], "expects sizes of at least 1 byte but got '0'"),
-        (["--sizes", ""], "a memory size expects"),
+        (["--sizes", ""], "memory size: expected"),
         (["--streams", "1,0"], "expects whole numbers from 1 to 32, such as 1,2,4, but got '1,0'"),
         (["--streams", "33"], "but got '33'"),
         (["--streams", "two"], "but got 'two'"),

@@ -164,8 +164,8 @@ MUTANTS = [
     Mutant(
         "rule 8: a block begins with another device current",
         "engine/swapper.py",
-        "            with self._transfer.streams.guard():  # Rule 8\n                self._finish()\n                if not",
-        "            if True:\n                self._finish()\n                if not",
+        "            with self._transfer.streams.guard():  # Rule 8\n                self._finish()\n",
+        "            if True:\n                self._finish()\n",
         "test_rule_8_calls_run_with_the_windows_device_current",
     ),
     Mutant(

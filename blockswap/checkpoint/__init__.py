@@ -1,1 +1,1 @@
-"""What a model file's header says, without loading a weight."""
+"""What is read from a model file's header, without loading a weight."""

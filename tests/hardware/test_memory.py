@@ -151,7 +151,7 @@ def test_without_any_reading_that_can_be_believed_free_memory_is_an_estimate(
     memory = read_device_memory(CUDA)
     assert (memory.total_bytes, memory.free_bytes, memory.is_estimate) == (1000, free, True)
     assert "85 % of the total less what this process has reserved" in memory.source
-    assert "tells 2.0 KiB free of 1000 B" in memory.source
+    assert "reports 2.0 KiB free of 1000 B" in memory.source
 
 
 @pytest.mark.usefixtures("no_amdsmi")
@@ -193,7 +193,9 @@ def test_a_device_module_that_counts_only_its_own_says_so(install_hpu):
 
 
 def test_a_device_module_without_memory_functions_is_unavailable(install_hpu):
-    with pytest.raises(HardwareUnavailableError, match=r"hpu:0 expects torch\.hpu\.mem_get_info"):
+    with pytest.raises(
+        HardwareUnavailableError, match=r"memory of hpu:0 cannot be read: torch .* lacks torch\.hpu\.mem_get_info"
+    ):
         read_device_memory(install_hpu())
 
 

@@ -125,7 +125,7 @@ def test_what_no_reading_tells_is_none_without_a_warning(caplog):
         OSError(24, "Too many open files"),
         RuntimeError("CUDA error: an illegal memory access was encountered"),
         HardwareUnavailableError("gone"),
-        ValueError("DeviceMemory expects 0 <= free <= total"),
+        ValueError("free memory: expected 0 to 10 bytes, got 11"),
         psutil.AccessDenied(),
     ],
     ids=lambda error: type(error).__name__,
@@ -366,7 +366,7 @@ def test_a_free_figure_above_the_total_is_not_believed(sysfs, install_cuda, capl
     install_cuda(hip="7.0", free=2000)
     (sysfs / "mem_info_vram_total").unlink()
     assert once(spec(Vendor.AMD)).vram_used_peak_bytes is None
-    assert any("2000 of 1000 bytes" in warning for warning in warnings_in(caplog))
+    assert any("expected 0 to 1000 bytes, got 2000" in warning for warning in warnings_in(caplog))
 
 
 def test_a_gpu_that_shares_the_hosts_memory_is_told_by_the_hosts_figures(install_nvml):

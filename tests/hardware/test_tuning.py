@@ -157,7 +157,7 @@ def test_the_reason_names_the_gpu_and_its_compute_units():
 
 @pytest.mark.parametrize("threshold", [-1.0, 100.5, float("nan")])
 def test_a_threshold_that_is_no_percentage_is_refused(threshold):
-    with pytest.raises(ValueError, match="expects 0 to 100"):
+    with pytest.raises(ValueError, match="expected 0 to 100"):
         tier("NVIDIA GeForce RTX 4090", threshold=threshold)
 
 
@@ -184,14 +184,14 @@ def test_a_known_gpu_is_found_whatever_case_vendor_and_series(name, found):
     "name", ["RTX 4090 Laptop", "RTX 3080 Ti", "RTX 3090 Ti", "RTX 3060 8GB", "RX 7900 GRE", "", "NVIDIA", "banana"]
 )
 def test_a_gpu_without_figures_is_refused_with_the_known_names(name):
-    with pytest.raises(ValueError, match="expects a known model") as caught:
+    with pytest.raises(ValueError, match="expected a known model") as caught:
         find_gpu(name)
     assert "RTX 3060 12GB, RTX 3090, RTX 4090, RTX 5090, RX 7900 XTX, H200" in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "option"), [("rtx", "RTX 3090 or RTX 4090"), ("rx 7900", "RX 7900 XTX")])
 def test_a_name_that_several_models_share_is_refused_with_what_it_could_be(name, option):
-    with pytest.raises(ValueError, match="expects one model") as caught:
+    with pytest.raises(ValueError, match="expected one model") as caught:
         find_gpu(name)
     assert option in str(caught.value)
 
