@@ -12,7 +12,7 @@
     |-- DeviceMemoryError       the device could not hold what the plan promised to place there
     `-- TransferError           a copy, or the order of copies, went wrong
 
-Each message says what was expected, what came, with numbers and names, and what to do.
+Each message says what happened, with numbers and names, and what to do.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SHOWN_LETTERS = 80
 
 
 def printable(text: str, *, longest: int | None = None) -> str:
-    """Text of a stranger on one line: no control characters, which a terminal would obey, and no more than `longest`
+    """Text from a file on one line: no control characters, which a terminal would act on, and no more than `longest`
     letters; None leaves its length.
     """
     if longest is not None and len(text) > longest:

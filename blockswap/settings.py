@@ -40,7 +40,8 @@ class SwapSettings:
     """What the user asked for; one field per widget, in the order that saved workflows store.
 
     Attributes:
-        blocks_to_swap: Blocks to swap when `auto_hardware_tuning` is off; a count above the model's is cut, and said.
+        blocks_to_swap: Blocks to swap when `auto_hardware_tuning` is off; a count above the model's is cut, which the
+            plan says.
         enable_cuda_optimization: Copies overlap compute on streams of their own; off: copies on the compute stream.
         enable_dram_optimization: Streamed weights are page-locked; off: pageable host memory, which a copy blocks on.
         auto_hardware_tuning: Count, streams and share of VRAM come from the budget, the link and the GPU.
@@ -106,7 +107,7 @@ class SwapSettings:
             return None
         if not isinstance(stored, Mapping):
             raise SettingsError(
-                f"BLOCKSWAPARGS[{SETTINGS_KEY!r}] expects a mapping of settings but got {type(stored).__name__}; "
+                f"BLOCKSWAPARGS[{SETTINGS_KEY!r}]: expected a mapping of settings, got {type(stored).__name__}; "
                 "connect the WanVideo Enhanced BlockSwap node itself"
             )
         known = {field.name for field in fields(cls)}
@@ -119,7 +120,7 @@ def is_ours(arguments: object) -> bool:
 
 
 def node_of(arguments: object) -> str | None:
-    """The id of the node that gave BLOCKSWAPARGS; None if it is not told."""
+    """The id of the node that gave BLOCKSWAPARGS; None if they name none."""
     node = arguments.get(NODE_KEY) if isinstance(arguments, Mapping) else None
     return node if isinstance(node, str) else None
 
@@ -127,11 +128,13 @@ def node_of(arguments: object) -> str | None:
 def _check(name: str, kind: str, value: object) -> None:
     if kind == "bool":
         if not isinstance(value, bool):
-            raise SettingsError(f"{name} expects True or False but got {value!r}; set the widget again")
+            raise SettingsError(f"{name}: expected True or False, got {value!r}; set the widget again")
         return
     allowed = RANGES[name]
-    expected = f"{name} expects a {'whole ' if kind == 'int' else ''}number from {allowed.lowest} to {allowed.highest}"
+    expected = (
+        f"{name}: expected a {'whole ' if kind == 'int' else ''}number from {allowed.lowest} to {allowed.highest}"
+    )
     if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
-        raise SettingsError(f"{expected} but got {value!r}; set the widget again")
+        raise SettingsError(f"{expected}, got {value!r}; set the widget again")
     if not allowed.lowest <= value <= allowed.highest:
-        raise SettingsError(f"{expected} but got {value}; change the widget to a value in that range")
+        raise SettingsError(f"{expected}, got {value}; change the widget to a value in that range")

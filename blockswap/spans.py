@@ -18,8 +18,8 @@ class Span:
     Attributes:
         lane: `forward`, `compute`, `stall`, or `copy 0`, `copy 1`, … for the copy streams.
         block: The block that ran, was waited for, or was copied; of a forward, its number.
-        begin_ms: From the begin of the trace.
-        end_ms: From the begin of the trace.
+        begin_ms: From the start of the trace.
+        end_ms: From the start of the trace.
     """
 
     lane: str

@@ -231,15 +231,15 @@ INCOMPLETE: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         r"expects blocks 0 to 39 but lacks 1 of them: blocks\.17;",
     ),
     "a VACE block": (drop(wan_shapes(vace=3), "vace_blocks.0."), "expects vace_blocks 0 to 2 but lacks 1 of them"),
-    "all blocks": (drop(wan_shapes(), "blocks."), r"expects transformer blocks but has none named blocks\.0"),
-    "all but VACE blocks": (drop(wan_shapes(vace=1), "blocks."), r"has none named blocks\.0"),
+    "all blocks": (drop(wan_shapes(), "blocks."), r"has no transformer block named blocks\.0"),
+    "all but VACE blocks": (drop(wan_shapes(vace=1), "blocks."), r"no transformer block named blocks\.0"),
     "the matrices of a block": (
         drop(wan_shapes(), "blocks.1.self"),
         r"expects the matrices .* in blocks\.1 but it has",
     ),
-    "the head": (drop(wan_shapes(), "head."), "expects an output layer .* join the parts of a split model"),
-    "the patch embedding": (drop(wan_shapes(), "patch_embedding."), r"expects patch_embedding\.weight"),
-    "the patch's shape": (wan_shapes() | {"patch_embedding.weight": (128, 64)}, r"5 dimensions but .* \(128, 64\)"),
+    "the head": (drop(wan_shapes(), "head."), "has no output layer .* join the parts of a split model"),
+    "the patch embedding": (drop(wan_shapes(), "patch_embedding."), r"patch_embedding\.weight"),
+    "the patch's shape": (wan_shapes() | {"patch_embedding.weight": (128, 64)}, r"5 dimensions, got .* \(128, 64\)"),
 }
 
 

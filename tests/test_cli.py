@@ -126,7 +126,7 @@ def test_the_demo_says_it_all_to_a_person(capsys: pytest.CaptureFixture[str], tm
         (["demo", "--vram", "12"], r"--vram: expected a memory size such as 12GiB, got '12'"),
         (["demo", "--shape", "32x"], r"WxHxF.*'32x'"),
         (["demo", "--shape", f"{'9' * 180}x16x1"], r"at most 100000 for each"),
-        (["demo", "--shape", "17x16x1"], r"width expects a multiple of 16 but got 17"),
+        (["demo", "--shape", "17x16x1"], r"width: expected a multiple of 16, got 17"),
         (["simulate", "--blocks", "4", "--swapped", "101%", "--ratio", "1"], r"--swapped: expected"),
         (["plan", "missing.safetensors", "--vram", "12GiB"], r"missing\.safetensors"),
         (["simulate", "--blocks", "4", "--swapped", "5", "--ratio", "1"], r"0 to 4.*got 5"),

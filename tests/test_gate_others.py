@@ -223,9 +223,9 @@ def test_a_failed_notice_does_not_cost_the_wrappers_own_offload(
 @pytest.mark.parametrize(
     ("ours", "said"),
     [
-        ({"blocks_to_swap": 99}, "blocks_to_swap expects a whole number from 0 to 48 but got 99"),
-        ({"debug_mode": 1}, "debug_mode expects True or False but got 1; set the widget again"),
-        ([1, 2], "expects a mapping of settings but got list"),
+        ({"blocks_to_swap": 99}, "blocks_to_swap: expected a whole number from 0 to 48, got 99"),
+        ({"debug_mode": 1}, "debug_mode: expected True or False, got 1; set the widget again"),
+        ([1, 2], "expected a mapping of settings, got list"),
     ],
 )
 @pytest.mark.parametrize("variant", ["fp32", "gguf", "lora_merged"])

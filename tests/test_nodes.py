@@ -124,12 +124,12 @@ def test_the_text_nodes_pass_their_first_input_on(name: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"blocks_to_swap": 99}, "blocks_to_swap expects a whole number from 0 to 48 but got 99"),
-        ({"blocks_to_swap": -1}, "blocks_to_swap expects a whole number from 0 to 48 but got -1"),
-        ({"vram_threshold_percent": 95.0}, "vram_threshold_percent expects a number from 30.0 to 90.0 but got 95.0"),
-        ({"bandwidth_target": float("nan")}, "bandwidth_target expects a number from 0.1 to 1.0 but got nan"),
-        ({"num_cuda_streams": "8"}, "num_cuda_streams expects a whole number from 1 to 16 but got '8'"),
-        ({"vace_blocks_to_swap": 16}, "vace_blocks_to_swap expects a whole number from 0 to 15 but got 16"),
+        ({"blocks_to_swap": 99}, "blocks_to_swap: expected a whole number from 0 to 48, got 99"),
+        ({"blocks_to_swap": -1}, "blocks_to_swap: expected a whole number from 0 to 48, got -1"),
+        ({"vram_threshold_percent": 95.0}, "vram_threshold_percent: expected a number from 30.0 to 90.0, got 95.0"),
+        ({"bandwidth_target": float("nan")}, "bandwidth_target: expected a number from 0.1 to 1.0, got nan"),
+        ({"num_cuda_streams": "8"}, "num_cuda_streams: expected a whole number from 1 to 16, got '8'"),
+        ({"vace_blocks_to_swap": 16}, "vace_blocks_to_swap: expected a whole number from 0 to 15, got 16"),
     ],
 )
 def test_a_value_out_of_range_that_passes_comfyuis_own_check_is_told_before_anything_runs(
@@ -190,7 +190,7 @@ def test_the_plan_node_says_what_is_wrong_instead_of_failing_the_prompt(comfy: S
     workflow = Workflow("fp32", device=HPU)
     workflow.load(arguments)
     plan = NODES["WanVideoBlockSwapPlan"]()
-    assert "width expects a multiple of 16 but got 130" in plan.preview(workflow.patchers[0], arguments, 130, 128, 9)[2]
+    assert "width: expected a multiple of 16, got 130" in plan.preview(workflow.patchers[0], arguments, 130, 128, 9)[2]
     said = plan.preview(workflow.patchers[0], {"blocks_to_swap": 3})[2]
     assert said.startswith("nothing is planned: the block_swap_args are another node's; connect those of WanVideo")
 

@@ -240,7 +240,7 @@ def test_streams_that_were_not_chosen_by_the_link_have_no_line_on_tuning() -> No
 
 
 def test_times_of_some_blocks_alone_are_refused() -> None:
-    with pytest.raises(ValueError, match="times of all 40 blocks of its plan or of none but got 39"):
+    with pytest.raises(ValueError, match="times of all 40 blocks of the plan or of none, got 39"):
         changed(blocks=MEASURED.blocks[1:])
 
 

@@ -190,7 +190,7 @@ def test_a_ring_that_was_reset_is_as_new(events: list[int | str]) -> None:
 
 @pytest.mark.parametrize("slots", [0, -1])
 def test_a_ring_without_a_slot_for_swapped_blocks_is_refused_with_numbers(slots: int) -> None:
-    with pytest.raises(ValueError, match=f"at least 1 slot for 2 swapped blocks but got {slots}"):
+    with pytest.raises(ValueError, match=f"at least 1 slot for 2 swapped blocks, got {slots}"):
         Ring(mask("x.x"), slots=slots)
 
 

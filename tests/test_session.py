@@ -174,12 +174,12 @@ def do(session: SwapSession, act: str) -> None:
 @pytest.mark.parametrize(
     ("bring", "act", "sentence"),
     [
-        ([], "enter", "enter expects a session that is running but got one that is idle"),
-        (["adopt"], "adopt", "adopt expects a session that is idle but got one that is adopted"),
-        (["adopt"], "enter", "enter expects a session that is running but got one that is adopted"),
-        (["close"], "adopt", "adopt expects a session that is idle but got one that is closed"),
-        (["close"], "release", "release expects a session that is idle or adopted but got one that is closed"),
-        (["close"], "forward", "forward expects a session that is idle or adopted but got one that is closed"),
+        ([], "enter", "enter needs a session that is running, this one is idle"),
+        (["adopt"], "adopt", "adopt needs a session that is idle, this one is adopted"),
+        (["adopt"], "enter", "enter needs a session that is running, this one is adopted"),
+        (["close"], "adopt", "adopt needs a session that is idle, this one is closed"),
+        (["close"], "release", "release needs a session that is idle or adopted, this one is closed"),
+        (["close"], "forward", "forward needs a session that is idle or adopted, this one is closed"),
     ],
 )
 def test_an_illegal_transition_names_both_states(bring: list[str], act: str, sentence: str) -> None:
@@ -201,7 +201,7 @@ def test_an_illegal_transition_inside_a_forward_is_refused_and_the_next_forward_
             do(session, act)
 
         handle = model.blocks[3].register_forward_hook(misuse)
-        with pytest.raises(BlockSwapError, match="got one that is running"):
+        with pytest.raises(BlockSwapError, match="this one is running"):
             run(session, model)
         handle.remove()
         assert torch.equal(run(session, model), truth)
@@ -244,7 +244,7 @@ def test_grad_on_weights_that_require_it_is_refused_before_anything_changes() ->
 def test_a_forward_over_another_number_of_blocks_is_refused() -> None:
     model = toy(4)
     with Simulation().session(model, fixed_plan([True] * 4)) as session:
-        with pytest.raises(UnsupportedModelError, match="the 4 blocks the session was made with but got 3"):
+        with pytest.raises(UnsupportedModelError, match="made with 4 blocks, the forward has 3"):
             session.forward(blocks=list(model.blocks)[:3]).__enter__()
         assert session.state is SessionState.IDLE
 

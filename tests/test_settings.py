@@ -68,21 +68,21 @@ def test_settings_cannot_be_changed_once_made() -> None:
 @pytest.mark.parametrize("value", [0, 1, 1.0, "True", None, [], math.nan])
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_flag_takes_nothing_but_true_and_false(name: str, value: Any) -> None:
-    with pytest.raises(SettingsError, match=f"{name} expects True or False but got"):
+    with pytest.raises(SettingsError, match=f"{name}: expected True or False, got"):
         SwapSettings(**{name: value})
 
 
 @pytest.mark.parametrize("value", ["8", None, [], {}, 8 + 0j, 8.0, 8.5, math.nan, math.inf, True, False])
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_count_takes_nothing_but_whole_numbers(name: str, value: Any) -> None:
-    with pytest.raises(SettingsError, match=f"{name} expects a whole number from"):
+    with pytest.raises(SettingsError, match=f"{name}: expected a whole number from"):
         SwapSettings(**{name: value})
 
 
 @pytest.mark.parametrize("value", ["0.8", None, [], {}, 1 + 0j, True, False, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", FRACTIONS)
 def test_a_share_takes_nothing_but_finite_numbers(name: str, value: Any) -> None:
-    with pytest.raises(SettingsError, match=f"{name} expects a number from"):
+    with pytest.raises(SettingsError, match=f"{name}: expected a number from"):
         SwapSettings(**{name: value})
 
 
@@ -166,7 +166,7 @@ def test_arguments_of_another_node_are_not_ours(arguments: dict[str, object]) ->
 
 @pytest.mark.parametrize("stored", [[], "blocks_to_swap", 5, True])
 def test_our_key_with_anything_but_a_mapping_is_refused(stored: object) -> None:
-    with pytest.raises(SettingsError, match="expects a mapping of settings"):
+    with pytest.raises(SettingsError, match="expected a mapping of settings"):
         SwapSettings.from_blockswapargs({SETTINGS_KEY: stored})
 
 

@@ -171,7 +171,7 @@ def test_an_interrupt_amid_the_write_leaves_no_draft(tmp_path: Path, monkeypatch
 
 def test_a_folder_that_is_a_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(BlockSwapError, match="expects a path that can be written"):
+    with pytest.raises(BlockSwapError, match="could not be written"):
         write_trace(tmp_path / "file" / "trace.json", {})
 
 

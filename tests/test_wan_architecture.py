@@ -46,11 +46,11 @@ def test_without_the_channels_that_leave_those_that_enter_decide() -> None:
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ((832, 480, 80), "frames expects a multiple of 4 plus 1 but got 80: use 77 or 81"),
-        ((832, 480, 0), "frames expects a multiple of 4 plus 1 but got 0: use 1"),
-        ((830, 480, 81), "width expects a multiple of 16 but got 830: use 816 or 832"),
-        ((832, 8, 81), "height expects a multiple of 16 but got 8: use 16"),
-        ((-16, 480, 81), "width expects a multiple of 16 but got -16: use 16"),
+        ((832, 480, 80), "frames: expected a multiple of 4 plus 1, got 80; use 77 or 81"),
+        ((832, 480, 0), "frames: expected a multiple of 4 plus 1, got 0; use 1"),
+        ((830, 480, 81), "width: expected a multiple of 16, got 830; use 816 or 832"),
+        ((832, 8, 81), "height: expected a multiple of 16, got 8; use 16"),
+        ((-16, 480, 81), "width: expected a multiple of 16, got -16; use 16"),
     ],
 )
 def test_sizes_that_no_video_has_are_refused_with_the_nearest_that_one_has(
@@ -61,5 +61,5 @@ def test_sizes_that_no_video_has_are_refused_with_the_nearest_that_one_has(
 
 
 def test_5b_wants_sides_in_multiples_of_32() -> None:
-    with pytest.raises(SettingsError, match="height expects a multiple of 32 but got 720: use 704 or 736"):
+    with pytest.raises(SettingsError, match="height: expected a multiple of 32, got 720; use 704 or 736"):
         tokens_for(WAN_5B, 1280, 720, 121)

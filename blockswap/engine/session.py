@@ -231,7 +231,7 @@ class SwapSession:
     def _expect(self, what: str, *states: SessionState) -> None:
         if self.state not in states:
             expected = " or ".join(state.value for state in states)
-            raise BlockSwapError(f"{what} expects a session that is {expected} but got one that is {self.state.value}")
+            raise BlockSwapError(f"{what} needs a session that is {expected}, this one is {self.state.value}")
 
     # -------------------------------------------------------------------------------------------------------- forward
 
@@ -246,7 +246,7 @@ class SwapSession:
         modules = [module for _, module in self._named] if blocks is None else blocks
         if len(modules) != len(self._named):
             raise UnsupportedModelError(
-                f"a forward expects the {len(self._named)} blocks the session was made with but got {len(modules)}; "
+                f"the session was made with {len(self._named)} blocks, the forward has {len(modules)}; "
                 "make a new session for another model"
             )
         self._expect("forward", SessionState.IDLE, SessionState.ADOPTED)

@@ -352,7 +352,7 @@ def check_slot(name: str, paths: Sequence[str], views: Sequence[torch.Tensor], s
         found = checksum(view)
         if found != expected:
             raise TransferError(
-                f"{name}.{path} expects the bytes it was adopted with (checksum {expected:x}) on the device but got "
-                f"others ({found:x}); it was edited through .data by another node, or a copy went wrong: remove other "
-                "nodes that patch the model, and report it if it stays"
+                f"{name}.{path} has other bytes on the device than it was adopted with (checksum {found:x}, "
+                f"{expected:x} expected): it was edited through .data by another node, or a copy went wrong; remove "
+                "other nodes that patch the model, and report it if it stays"
             )

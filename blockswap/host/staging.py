@@ -52,5 +52,5 @@ class Staging:
         """Ends the worker, then gives the staging slabs up."""
         with contextlib.ExitStack() as stack:
             for staging in self.slabs:
-                stack.callback(staging.unpin)  # each of them, whatever fails with another
+                stack.callback(staging.unpin)  # each of them, even if another fails
             self._worker.stop()

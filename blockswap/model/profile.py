@@ -98,8 +98,7 @@ def profile_model(blocks: Sequence[tuple[str, nn.Module]], *, root: nn.Module | 
     """
     if not blocks:
         raise UnsupportedModelError(
-            "block swapping expects a model with a list of blocks but got none; "
-            "give the transformer's blocks, for example model.blocks"
+            "the model has no list of blocks to swap; give the transformer's blocks, for example model.blocks"
         )
     entries = tuple(tuple(_entries(name, module)) for name, module in blocks)
     for (name, _), block in zip(blocks, entries, strict=True):

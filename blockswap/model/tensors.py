@@ -59,6 +59,6 @@ def copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """What tensors that share storage have in common; unlike an address, it tells empty tensors apart."""
+    """What tensors that share storage have in common; unlike an address, it differs between empty tensors."""
     with torch._C.DisableTorchFunctionSubclass():
         return int(tensor.untyped_storage()._cdata)

@@ -106,7 +106,7 @@ def _check_step(name: str, value: int, *, first: int, step: int) -> None:
         return
     valid = " or ".join(str(number) for number in (below, below + step) if number >= first) or str(first)
     rule = f"a multiple of {step}" if first == step else f"a multiple of {step} plus {first}"
-    raise SettingsError(f"{name} expects {rule} but got {value}: use {valid}")
+    raise SettingsError(f"{name}: expected {rule}, got {value}; use {valid}")
 
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
@@ -203,11 +203,11 @@ def _group_blocks(source: str, tensors: Mapping[str, TensorInfo]) -> dict[tuple[
                 "join the parts of a split model, or download it again"
             )
     if not any(kind == "blocks" for kind, _ in found):
-        raise CheckpointError(
-            f"{source} expects transformer blocks but has none named blocks.0; name a whole Wan model"
-        )
+        raise CheckpointError(f"{source} has no transformer block named blocks.0; name a whole Wan model")
     if len(found) > MOST_BLOCKS:
-        raise CheckpointError(f"{source} expects up to {MOST_BLOCKS} blocks but has {len(found)}; name a Wan model")
+        raise CheckpointError(
+            f"{source} has {len(found)} blocks, more than the {MOST_BLOCKS} of any Wan model; name a Wan model"
+        )
     return {key: found[key] for key in sorted(found, key=lambda key: (key[0] == "blocks", key[1]))}
 
 
@@ -217,13 +217,13 @@ def _architecture(
     head = _first(tensors, "head.head.weight", "proj_out.weight")
     if head is None or not _is_filled(head):
         raise CheckpointError(
-            f"{source} expects an output layer head.head.weight (diffusers: proj_out.weight) but has none; join the "
+            f"{source} has no output layer head.head.weight (diffusers: proj_out.weight); join the "
             "parts of a split model"
         )
     patch = tensors["patch_embedding.weight"].shape
     if len(patch) != PATCH_DIMENSIONS or 0 in patch:
         raise CheckpointError(
-            f"{source} expects patch_embedding.weight with {PATCH_DIMENSIONS} dimensions but its shape is {patch}; "
+            f"{source}: expected patch_embedding.weight with {PATCH_DIMENSIONS} dimensions, got shape {patch}; "
             "convert the model again"
         )
     matrices = [_matrices(source, f"{kind}.{number}", block) for (kind, number), block in blocks.items()]

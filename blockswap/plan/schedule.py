@@ -1,6 +1,6 @@
 """The ring of slots as a state machine, and the virtual time that a forward takes with it; pure, no torch.
 
-The swapper obeys `Ring`; `VirtualTime` drives the very same `Ring` with durations in place of copies. What the plan
+The swapper follows `Ring`; `VirtualTime` drives the very same `Ring` with durations in place of copies. What the plan
 predicts, what `simulate` prints and what runs on the GPU are therefore one schedule.
 """
 
@@ -23,7 +23,7 @@ class Onload:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What to do at the begin of a block or at the end of a forward, in this order: release, onload, use.
+    """What to do at the start of a block or at the end of a forward, in this order: release, onload, use.
 
     Attributes:
         released: Slot of the block that ran before, given back now; None if that block was resident.
@@ -95,7 +95,7 @@ class Ring:
     def __init__(self, swapped: Sequence[bool], *, slots: int) -> None:
         self._order = tuple(i for i, is_swapped in enumerate(swapped) if is_swapped)
         if self._order and slots < 1:
-            raise ValueError(f"a ring expects at least 1 slot for {len(self._order)} swapped blocks but got {slots}")
+            raise ValueError(f"expected at least 1 slot for {len(self._order)} swapped blocks, got {slots}")
         self._count = len(swapped)
         self._swapped = tuple(swapped)
         self._content: tuple[int | None, ...] = (None,) * min(slots, len(self._order))

@@ -103,7 +103,7 @@ class PlanInputs:
         is_unified: The card's memory is the host's.
         host_available_bytes: Host memory that can be had, within the cgroup's limit.
         pin_budget_bytes: Host memory that may be page-locked by all models together, less what others have locked.
-        host_held_bytes: Bytes of the blocks that are in host memory already, whoever holds them.
+        host_held_bytes: Bytes of the blocks that are in host memory already, in slabs of ours or elsewhere.
         slab_bytes: The part of them that is in slabs of ours.
         staging_bytes: Staging slabs of ours that are there, beside the blocks' bytes.
         originals_stay: Somebody else keeps the blocks' weights, so that slabs are copies and not the only ones.
@@ -190,7 +190,7 @@ class SwapPlan:
         predicted: One forward of all blocks in virtual time, in ms; None where a speed is unknown.
         over_ceiling: The weights do not fit under the budget even so.
         reasons: Why, in sentences.
-        tuning: Those of them that tell what the GPU's tier allows and what was chosen below it; empty if the streams
+        tuning: Those of them about the GPU's tier and what was chosen below it; empty if the streams
             were given, or nothing is copied.
     """
 

@@ -97,7 +97,7 @@ class WorkloadHistory:
         """A forward took this much above the weights at its peak.
 
         Automatic plans are made from it: a first refusal, which came before it was known, is made good by that. A
-        second shows what no figure tells, such as fragmentation, and the plan stays small.
+        second shows what no figure does, such as fragmentation, and the plan stays small.
         """
         seen = self.of(workload)
         seen.activation_bytes = max(nbytes, seen.activation_bytes or 0)

@@ -64,7 +64,7 @@ class TorchMachine:
         cache_dir: Where measurements of the link are kept; None keeps them nowhere.
 
     Raises:
-        HardwareUnavailableError: There is no such device, or nothing tells its memory.
+        HardwareUnavailableError: There is no such device, or its memory cannot be read.
     """
 
     def __init__(self, device: torch.device, *, cache_dir: Path | None = None) -> None:

@@ -36,7 +36,7 @@ class Planner:
         readings: The machine as it was for the last plan.
         made: The plan that was made last, followed or not.
         link: The link as measured, or as a run has shown it to be; None if no plan has needed it.
-        once: The next plan, whatever would be planned; used up by it.
+        once: The next plan, in place of one that would be made; used up by it.
     """
 
     def __init__(self, settings: SwapSettings, machine: LastKnownReadings, pins: PinBudget, limits: Limits) -> None:

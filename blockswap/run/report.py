@@ -100,7 +100,7 @@ class RunReport:
         activation_bytes: Device memory that forwards were expected to take above the weights.
         link_bytes_per_s: Speed of the link that the prediction holds for.
         measured: What happened.
-        notes: What no figure tells, as sentences: where the trace is, what was left to others.
+        notes: What no figure shows, as sentences: where the trace is, what else slowed the run.
     """
 
     title: str
@@ -114,7 +114,7 @@ class RunReport:
     def __post_init__(self) -> None:
         timed, planned = len(self.measured.blocks), len(self.plan.swapped)
         if timed not in (0, planned):
-            raise ValueError(f"a report expects times of all {planned} blocks of its plan or of none but got {timed}")
+            raise ValueError(f"expected times of all {planned} blocks of the plan or of none, got {timed}")
 
 
 def host_tiers(plan: SwapPlan) -> dict[str, int]:
@@ -250,7 +250,7 @@ class RunStats:
 
 
 def _since(spans: Sequence[Span], timed: range) -> Sequence[Span]:
-    """The spans from the begin of the first timed forward on."""
+    """The spans from the start of the first timed forward on."""
     begin = next((s.begin_ms for s in spans if s.lane == FORWARD and s.block == timed.start), None)
     return () if begin is None else [span for span in spans if span.begin_ms >= begin]
 

@@ -13,7 +13,7 @@ from .history import Workload
 from .report import Measured, RunReport, host_tiers
 
 MOST_TEXTS = 3
-"""Refusals, plans and notes that one line names; of those beyond it tells the number."""
+"""Refusals, plans and notes that one line names; beyond them it gives the number."""
 
 FEW_MS = 100
 """Durations below it are shown to a tenth."""
@@ -196,7 +196,7 @@ def _stall(report: RunReport) -> str:
 
 
 def _copies(report: RunReport) -> str:
-    """Bytes to the device, and back: that weights are not is a promise, and said each time."""
+    """Bytes to the device, and back: that no weights come back is a promise, so each report has it."""
     plan, measured = report.plan, report.measured
     line = f"copied to the device: {_decimal(measured.placed_bytes)} once"
     if measured.onloads:

@@ -57,7 +57,7 @@ def write_trace(path: Path, trace: Mapping[str, object]) -> None:
         write_json(path, trace)
     except OSError as cause:
         raise BlockSwapError(
-            f"the trace expects a path that can be written but got {path}: {cause}; free some space or choose another"
+            f"the trace could not be written to {path}: {cause}; free some space or choose another folder"
         ) from cause
 
 

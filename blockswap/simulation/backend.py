@@ -110,7 +110,7 @@ class SimulatedRegistrar:
 def simulated_backend(
     streams: SimulatedStreams, *, pin_budget: PinBudget | None = None, registrar: Registrar | None = None
 ) -> Backend:
-    """A backend whose device is `streams`, whatever a plan asks for."""
+    """A backend whose device is `streams`, for any plan."""
 
     def open_streams(count: int, overlap: bool) -> Streams:  # noqa: FBT001 - called through Backend.open_streams
         return streams

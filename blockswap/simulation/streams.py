@@ -178,7 +178,7 @@ class SimulatedStreams(Streams):
         first, last = target.data_ptr(), target.data_ptr() + target.nbytes
         if not any(start <= first and last <= start + nbytes for start, nbytes, _ in self._homes.values()):
             raise TransferError(
-                f"a copy expects allocated device memory but its {target.nbytes:,} bytes are not (any more)"
+                f"a copy writes {target.nbytes:,} bytes of device memory that is not allocated (any more)"
             )
         self.log.read(stream.name, source.data_ptr(), source.nbytes, "copy to the device")
         self.log.write(stream.name, target.data_ptr(), target.nbytes, "copy to the device")
