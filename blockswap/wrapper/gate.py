@@ -24,7 +24,6 @@ from ..run.text import not_again
 from ..settings import SwapSettings, is_ours
 from .loader import offload_state_dict, replace_in
 from .patch import Forward, Watched
-from .retry import Inputs, retry_blocker
 from .wanvideo import (
     BEGIN,
     END,
@@ -42,6 +41,7 @@ from .wanvideo import (
     refuse_cuda_graphs,
     refuse_vram_management,
     reset_counters,
+    retry_blocker,
     unwrapped,
     vace_blocks_entered,
     vace_blocks_of,
@@ -244,11 +244,9 @@ class Gate:
 
     def _with_memory(self, transformer: Any, guest: Guest, original: Any, arguments: Any, keywords: Any) -> Any:
         """One forward; where device memory runs out, again with a smaller plan, if that cannot change the result."""
-        inputs: Inputs | None = None
         while True:
             has_begun = False
             try:
-                inputs = inputs or Inputs.of(arguments, keywords)
                 workload = self._prepared(transformer, guest, arguments[0] if arguments else keywords.get("x"))
                 has_begun = True
                 with contextlib.ExitStack() as stack:
@@ -265,8 +263,7 @@ class Gate:
             guest.run.shrink(said)
             if not has_begun:
                 continue
-            assert inputs is not None, "it is there before a forward begins"
-            why_not = retry_blocker(transformer, original, inputs, arguments, keywords)
+            why_not = retry_blocker(transformer, original, step=keywords.get("current_step", 0))
             if why_not is not None:
                 raise DeviceMemoryError(not_again(why_not, said=said))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +49,11 @@ ATTRIBUTES = ("blocks", "main_device", "offload_device", "patched_linear", *COUN
 
 HINTS_TO_HOST = 0.5
 """As `vace_blocks_to_swap`: above 0, so that hints go to the host, and below 1, so that no VACE block is moved."""
+
+CACHES = {"teacache": "TeaCache", "magcache": "MagCache", "easycache": "EasyCache"}
+"""Step caches: with one of these a forward changes what it keeps for later ones before its blocks run. A transformer
+has a switch, a first and a last step of each.
+"""
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 """Modes of torch.compile that replay kernels at fixed addresses, which a block in changing slots does not have."""
@@ -247,6 +253,34 @@ def vace_blocks_entered(transformer: nn.Module, enter: Callable[[int], None]) ->
     finally:
         for handle in handles:
             handle.remove()
+
+
+def retry_blocker(transformer: Any, original: Any, *, step: int) -> str | None:
+    """Why a forward that has begun cannot be repeated with the same result, as a clause; None if it can.
+
+    The wrapper's own forward leaves its arguments alone and keeps nothing that a second call would meet, except in its
+    step caches. What other packs put in its place, or behind its blocks, may keep anything.
+
+    Args:
+        transformer: The model.
+        original: Its forward, as found when ours was put in front of it.
+        step: The sampling step that the forward belongs to.
+    """
+    caches = [name for cache, name in CACHES.items() if _cache_acts(transformer, cache, step)]
+    if caches:
+        return f"{' and '.join(caches)} keeps state from one forward to the next"
+    function = original.func if isinstance(original, functools.partial) else original
+    if function is not type(transformer).forward or function.__module__ != type(transformer).__module__:
+        return "another pack has changed the model's forward"
+    if any(unwrapped(block)._forward_hooks for _, block in blocks_of(transformer) if isinstance(block, nn.Module)):
+        return "another pack has hooks on the model's blocks"
+    return None
+
+
+def _cache_acts(transformer: Any, cache: str, step: int) -> bool:
+    """Whether a step cache changes what it keeps in a forward of this step."""
+    first, last = getattr(transformer, f"{cache}_start_step", 0), getattr(transformer, f"{cache}_end_step", -1)
+    return getattr(transformer, f"enable_{cache}", False) and first <= step and (last < 0 or step <= last)
 
 
 def workload_of(transformer: Any, latents: Any, *, hints_to_host: bool) -> Workload | None:
