@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import standin
 import torch
+from call_arguments import arguments_compared
 from gate_bench import BLOCKS, GateBench, allocated, arguments, truth
 from standin import Fault, InterruptProcessingException, Workflow
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState
@@ -201,37 +203,29 @@ def test_a_forward_with_a_step_cache_is_not_repeated_and_the_next_run_has_the_sm
     assert swapped(bench, workflow) == BLOCKS
 
 
-def test_the_wrappers_forward_leaves_its_arguments_as_they_are(bench: GateBench) -> None:
-    """A forward that ran out of memory may therefore be called again with the same ones."""
-    workflow = bench.workflow("fp32", arguments(2))
-    seen: list[bool] = []
-
-    def keep(model: Any, arguments: Any, keywords: Any) -> None:
-        kept.append((tensors_in((arguments, keywords)), [one.clone() for one in tensors_in((arguments, keywords))]))
-
-    def compare(model: Any, arguments: Any, keywords: Any, output: Any) -> None:
-        given, copies = kept.pop()
-        now = tensors_in((arguments, keywords))
-        seen.append(len(now) == len(given) > 2 and all(map(torch.equal, now, copies)))
-
-    kept: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
-    handles = [
-        workflow.transformer.register_forward_pre_hook(keep, with_kwargs=True),
-        workflow.transformer.register_forward_hook(compare, with_kwargs=True),
-    ]
-    workflow.sample()
-    for handle in handles:
-        handle.remove()
-    assert len(seen) >= 2
-    assert all(seen)
+@pytest.mark.parametrize("count", [None, 2])
+@pytest.mark.parametrize("variant", standin.VARIANTS)
+def test_a_forward_leaves_its_arguments_alone_so_that_it_can_be_repeated(
+    bench: GateBench, variant: str, count: int | None
+) -> None:
+    workflow = bench.workflow(variant, arguments(count))
+    with arguments_compared(workflow.transformer) as kept:
+        workflow.sample()
+    assert kept
+    assert all(kept)
 
 
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors of nested arguments, in order."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in tensors_in(part)]
+def test_an_argument_that_is_edited_in_a_forward_would_be_seen(bench: GateBench) -> None:
+    workflow = bench.workflow("fp32", None)
+    given: list[Any] = []
+    with arguments_compared(workflow.transformer) as kept:
+        workflow.transformer.register_forward_pre_hook(
+            lambda model, arguments, keywords: given.append(keywords["x"][0]), with_kwargs=True
+        )
+        workflow.transformer.blocks[0].register_forward_pre_hook(lambda *_: given[-1].add_(1) is None or None)
+        workflow.sample()
+    assert kept
+    assert not any(kept)
 
 
 def test_an_error_that_is_none_of_memory_is_not_swallowed(bench: GateBench) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -14,6 +15,7 @@ from typing import Any
 import comfy_watch
 import tiny_wan
 import torch
+from call_arguments import arguments_compared
 from comfy_loading import DEVICE
 
 import nodes
@@ -81,6 +83,7 @@ class Cases:
             nodes: Nodes that give further inputs of the sampler.
             limit_bytes: Memory of the device.
             fault: See comfy_watch.watched.
+            arguments: `kept_arguments` has, of each forward of the first model, whether it left its arguments alone.
             texts: What the package's other two nodes say: `plan_text` before sampling, `report_text` after it.
         """
         torch.hpu.set_memory_limit(case.get("limit_bytes"))
@@ -99,8 +102,9 @@ class Cases:
             found["load_s"] = time.perf_counter() - began
             if case.get("texts"):
                 found["plan_text"] = _plan_text(case, models[-1])
-            with comfy_watch.watched(_transformers(models), case.get("fault")) as seen:
+            with comfy_watch.watched(_transformers(models), case.get("fault")) as seen, _compared(case, models) as kept:
                 samples = self._sample_all(case, models)
+            found["kept_arguments"] = kept
             found["latents"] = _digest(samples["samples"])
             if case.get("texts"):
                 found["report_text"] = outputs("WanVideoBlockSwapReport", samples=samples, model=models[-1])[-1]
@@ -166,6 +170,12 @@ class Cases:
         inputs["image_embeds"] = _vace_context(**size) if case.get("vace") else call("WanVideoEmptyEmbeds", **size)
         inputs |= {key: _output_of(node) for key, node in case.get("nodes", {}).items()}
         return call(name, model=model, **inputs)
+
+
+def _compared(case: Mapping[str, Any], models: list[Any]) -> contextlib.AbstractContextManager[list[bool] | None]:
+    if not case.get("arguments"):
+        return contextlib.nullcontext()
+    return arguments_compared(_transformers(models)[0])
 
 
 def _plan_text(case: Mapping[str, Any], model: Any) -> str:

@@ -24,6 +24,7 @@ def main(comfyui: Path, scratch: Path) -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     sys.path.insert(0, str(HERE.parent / "pretend"))
+    sys.path.append(str(HERE.parent))  # last: ComfyUI's modules win
     import pretend_accelerator
 
     if not Path("/proc/self/smaps_rollup").exists():

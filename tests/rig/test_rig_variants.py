@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from comfy_client import Comfy
 from rig_figures import streams, swapped_bytes, to_device, to_host
 from rig_runs import COUNTS, HALF, Runs
 from rig_variants import BLOCKS, SLG_SKIPS, VACE_BLOCKS, VARIANTS
@@ -21,6 +22,14 @@ every_count = pytest.mark.parametrize("count", COUNTS)
 @every_variant
 def test_latents_are_those_of_the_unswapped_model(runs: Runs, variant: str, count: object) -> None:
     assert runs.of(variant, count).latents == runs.unswapped(variant).latents
+
+
+@every_variant
+def test_the_wrappers_forward_leaves_its_arguments_alone(comfy: Comfy, variant: str) -> None:
+    outcome = comfy.run(VARIANTS[variant], arguments=True)
+    assert not hasattr(outcome, "error"), outcome.error
+    assert outcome.kept_arguments
+    assert all(outcome.kept_arguments)
 
 
 @every_count
