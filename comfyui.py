@@ -98,7 +98,7 @@ class ComfyUI:
             self._gate = Gate(
                 find_wrapper(nodes.NODE_CLASS_MAPPINGS),
                 self._make_run,
-                on_begin=self._on_begin,
+                on_start=self._on_start,
                 on_set=self._on_set,
                 keeps_slabs=lambda: self._preferences().keep_host_slabs,
             )
@@ -187,7 +187,7 @@ class ComfyUI:
             workflow=_running_workflow(server),
         )
 
-    def _on_begin(self, run: SwapRun, arguments: Mapping[str, Any]) -> None:
+    def _on_start(self, run: SwapRun, arguments: Mapping[str, Any]) -> None:
         self._pin_budget()
         node = node_of(arguments)
         run.teller.tell = None if node is None else self.progress_on(node)
@@ -196,10 +196,10 @@ class ComfyUI:
         wrong = wrong_with_setting(patcher, arguments)
         if wrong is None:
             return
-        if wrong.in_vain is None:
+        if wrong.lost is None:
             self.say_once(wrong.why)
         else:
-            self.say_off(wrong.why, node=node_of(wrong.in_vain))
+            self.say_off(wrong.why, node=node_of(wrong.lost))
 
     def _pin_budget(self) -> PinBudget:
         """What may be page-locked by the user's present settings."""
