@@ -1,4 +1,4 @@
-"""What this package asks of ComfyUI: its flags, folders and devices, and the wrapper that is loaded in it."""
+"""What this package asks of ComfyUI: the user's settings, flags, folders, the device, and the wrapper loaded in it."""
 
 from __future__ import annotations
 
@@ -49,8 +49,60 @@ NO_SWAPPING = {
 """Devices on which nothing is swapped, and why."""
 
 
+MOST_GIB = 1024
+"""The largest pin budget that the dialog accepts."""
+
+KEEP_HOST_SLABS = "WanVideoEnhancedBlockSwap.KeepHostSlabs"
+PIN_BUDGET_GIB = "WanVideoEnhancedBlockSwap.PinBudgetGiB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preferences:
+    """The user's settings in ComfyUI's dialog, each at its default if it was never set.
+
+    Attributes:
+        keep_host_slabs: The page-locked copies are kept from one run to the next, while memory allows.
+        pin_budget_bytes: The most host memory that may be page-locked; None for the host's own limit.
+    """
+
+    keep_host_slabs: bool = True
+    pin_budget_bytes: int | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Preferences:
+        """Reads ComfyUI's file of settings; without a file, everything is at its default.
+
+        Raises:
+            SettingsError: The file cannot be read, or has a value of ours that the dialog cannot have written.
+        """
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return cls()
+        except (OSError, ValueError, RecursionError) as exc:
+            raise SettingsError(f"{path.name} cannot be read as JSON: {exc}") from exc
+        if not isinstance(stored, Mapping):
+            raise SettingsError(f"{path.name} expects a JSON object but got {type(stored).__name__}")
+        return cls(
+            keep_host_slabs=_checked_switch(stored.get(KEEP_HOST_SLABS, True)),
+            pin_budget_bytes=_checked_gib(stored.get(PIN_BUDGET_GIB, 0)),
+        )
+
+
+def _checked_switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise SettingsError(f"{KEEP_HOST_SLABS} expects true or false but got {value!r}; set it again")
+    return value
+
+
+def _checked_gib(value: object) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST_GIB:
+        raise SettingsError(f"{PIN_BUDGET_GIB} expects 0 to {MOST_GIB} GiB but got {value!r}; set it again")
+    return int(value * GIB) or None
+
+
 class ComfyMachine(TorchMachine):
-    """The machine, with ComfyUI's own figures for a device whose torch module tells nothing of its memory."""
+    """The machine, with ComfyUI's own figures for a device whose torch module does not report its memory."""
 
     def memory(self) -> DeviceMemory:
         try:
@@ -65,12 +117,12 @@ class ComfyMachine(TorchMachine):
 
 
 class ComfyUI:
-    """The ComfyUI of this process. Holds what all nodes share: the gate, and what may be page-locked."""
+    """The ComfyUI of this process. Holds what all nodes share: the gate, and the limit of page-locked memory."""
 
     def __init__(self) -> None:
         self._gate: Gate | None = None
         self._pins: PinBudget | None = None
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     @property
     def gate(self) -> Gate | None:
@@ -78,7 +130,7 @@ class ComfyUI:
         return self._gate
 
     def install_gate(self) -> Gate:
-        """The gate, installed.
+        """Installs the gate, unless it is installed and whole, and returns it.
 
         Raises:
             WrapperMissingError: The wrapper is absent.
@@ -112,13 +164,14 @@ class ComfyUI:
         if not settings.auto_hardware_tuning:
             return None
         if probe_device(device).is_integrated:
-            return f"{device} shares the host's memory, so that swapping frees nothing; a count by hand is obeyed"
+            why_not = f"{device} shares the host's memory, so that swapping frees nothing"
+            return f"{why_not}; a manual blocks_to_swap still works"
         if args.gpu_only or args.highvram:
             return f"ComfyUI runs with {'--gpu-only' if args.gpu_only else '--highvram'}, which keeps models on the GPU"
         return None
 
     def preview(self, patcher: Any, settings: SwapSettings, shape: tuple[int, int, int]) -> tuple[SwapPlan, str]:
-        """What would be planned if the sampler ran now, and on what.
+        """The plan that would be made if the sampler ran now, and the name of the device.
 
         Args:
             patcher: The wrapper's loaded model.
@@ -126,8 +179,8 @@ class ComfyUI:
             shape: Width, height and frames of the video.
 
         Raises:
-            BlockSwapError: The model or the shape is none, or no plan fits.
-            HardwareUnavailableError: The device tells nothing of its memory.
+            BlockSwapError: The model or the shape is not valid, or no plan fits.
+            HardwareUnavailableError: The device does not report its memory.
         """
         import comfy.model_management
 
@@ -152,21 +205,21 @@ class ComfyUI:
         )
         return make_plan(found.model, inputs), machine.spec.name
 
-    def say_once(self, message: str) -> None:
-        """Logs a warning that is the same at every run."""
-        if message not in self._said:
-            self._said.add(message)
+    def warn_once(self, message: str) -> None:
+        """Logs a warning, once for each text."""
+        if message not in self._warned:
+            self._warned.add(message)
             logger.warning("%s", message)
 
-    def say_off(self, why: str, *, node: str | None) -> None:
-        """Nothing is swapped by us: in the log, and on the node with this id."""
-        self.say_once(why)
+    def report_off(self, why: str, *, node: str | None) -> None:
+        """Reports why we swap nothing: in the log, and on the node with this id."""
+        self.warn_once(why)
         progress = None if node is None else self.progress_on(node)
         if progress is not None:
             progress(Progress(phase=Phase.OFF, why=why))
 
     def progress_on(self, node: str) -> NodeProgress | None:
-        """Where progress of the node with this id is shown; None where nobody looks, as in a script."""
+        """The progress display of the node with this id; None without a server, as in a script."""
         from server import PromptServer
 
         server = getattr(PromptServer, "instance", None)
@@ -188,26 +241,26 @@ class ComfyUI:
         wrong = wrong_with_setting(patcher, arguments)
         if wrong is None:
             return
-        if wrong.in_vain is None:
-            self.say_once(wrong.why)
+        if wrong.lost is None:
+            self.warn_once(wrong.why)
         else:
-            self.say_off(wrong.why, node=node_of(wrong.in_vain))
+            self.report_off(wrong.why, node=node_of(wrong.lost))
 
     def _pin_budget(self) -> PinBudget:
-        """What may be page-locked by the user's present settings."""
+        """The limit of page-locked memory under the user's present settings."""
         if self._pins is None:
             self._pins = PinBudget(0)
         try:
             limit = read_host_memory().pin_budget_bytes
         except READING_FAILURES as failure:
-            self.say_once(f"host memory cannot be read: {failure}; what may be page-locked stays as it is")
+            self.warn_once(f"host memory cannot be read: {failure}; the limit of page-locked memory stays as it is")
             return self._pins
         asked = self._preferences().pin_budget_bytes
         self._pins.limit_bytes = limit if asked is None else min(limit, asked)
         return self._pins
 
     def _preferences(self) -> Preferences:
-        """The user's; with --multi-user, where each has a file, nobody's: memory is the machine's."""
+        """The user's settings; defaults with --multi-user, where each user has a file but memory is shared."""
         import folder_paths
         from comfy.cli_args import args
 
@@ -217,14 +270,14 @@ class ComfyUI:
         try:
             return Preferences.read(path)
         except SettingsError as failure:
-            self.say_once(f"{failure}; the settings of block swapping are at their defaults until then")
+            self.warn_once(f"{failure}; the settings of block swapping are at their defaults until then")
             return Preferences()
 
     def _make_run(self, transformer: Any, blocks: Sequence[tuple[str, Any]], settings: SwapSettings) -> SwapRun | None:
         try:
             machine = ComfyMachine(transformer.main_device, cache_dir=_user_folder())
         except HardwareUnavailableError as failure:
-            self.say_once(f"blocks are not swapped by us: {failure}")
+            self.warn_once(f"blocks are not swapped by us: {failure}")
             return None
         return SwapRun(
             blocks,
@@ -239,17 +292,17 @@ class ComfyUI:
 
 
 def _running_workflow(server: Any) -> str | None:
-    """The id of the workflow that ComfyUI executes now; None for prompts that came without one, as through the API."""
+    """The id of the workflow that ComfyUI executes now; None for prompts without one, as through the API."""
     running = getattr(getattr(server, "prompt_queue", None), "currently_running", None) or {}
     for item in list(running.values()):  # of one executor, at most one: number, id, prompt, extra data, outputs
-        extra = item[3] if len(item) > 3 and isinstance(item[3], dict) else {}  # noqa: PLR2004 - as told above
+        extra = item[3] if len(item) > 3 and isinstance(item[3], dict) else {}  # noqa: PLR2004 - as listed above
         found = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
         return found.get("id") if isinstance(found.get("id"), str) else None
     return None
 
 
 def _limits() -> Limits:
-    """ComfyUI's flags."""
+    """The limits that ComfyUI's flags set."""
     from comfy.cli_args import args
 
     reserve = getattr(args, "reserve_vram", None)
@@ -271,55 +324,3 @@ def _temp_folder() -> Path:
     import folder_paths
 
     return Path(folder_paths.get_temp_directory()) / FOLDER
-
-
-MOST_GIB = 1024
-"""As the dialog's own limit."""
-
-KEEP_HOST_SLABS = "WanVideoEnhancedBlockSwap.KeepHostSlabs"
-PIN_BUDGET_GIB = "WanVideoEnhancedBlockSwap.PinBudgetGiB"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preferences:
-    """The user's, each at its default where it was never touched.
-
-    Attributes:
-        keep_host_slabs: The page-locked copies are kept from one run to the next, while memory allows.
-        pin_budget_bytes: Host memory that may be page-locked at most; None leaves it to the host's own figure.
-    """
-
-    keep_host_slabs: bool = True
-    pin_budget_bytes: int | None = None
-
-    @classmethod
-    def read(cls, path: Path) -> Preferences:
-        """From ComfyUI's file of settings; one that is not there has only defaults.
-
-        Raises:
-            SettingsError: It cannot be read, or one of our values is none that the dialog could have written.
-        """
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return cls()
-        except (OSError, ValueError, RecursionError) as exc:
-            raise SettingsError(f"{path.name} expects ComfyUI's settings as JSON but it cannot be read: {exc}") from exc
-        if not isinstance(stored, Mapping):
-            raise SettingsError(f"{path.name} expects a JSON object but got {type(stored).__name__}")
-        return cls(
-            keep_host_slabs=_switch(stored.get(KEEP_HOST_SLABS, True)),
-            pin_budget_bytes=_gib(stored.get(PIN_BUDGET_GIB, 0)),
-        )
-
-
-def _switch(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise SettingsError(f"{KEEP_HOST_SLABS} expects true or false but got {value!r}; set it again")
-    return value
-
-
-def _gib(value: object) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST_GIB:
-        raise SettingsError(f"{PIN_BUDGET_GIB} expects 0 to {MOST_GIB} GiB but got {value!r}; set it again")
-    return int(value * GIB) or None

@@ -13,18 +13,18 @@ logger = logging.getLogger(__name__)
 EVENT = "wanvideo_enhanced_blockswap.progress"
 
 INTERVAL_S = 0.1
-"""Between two events of one phase: what ComfyUI keeps to for its own progress (comfy.utils.ProgressBar's sender)."""
+"""Least time between two events of one phase, as for ComfyUI's own progress (comfy.utils.ProgressBar's sender)."""
 
 SendEvent = Callable[[str, dict[str, object]], None]
 SendText = Callable[[str, str], None]
 
 
 class NodeProgress:
-    """Sends what a run is doing to the browsers that show its node. A failure to send is no failure of the run.
+    """Sends what a run is doing to the browsers that show its node. If sending fails, the run goes on.
 
     Args:
         node: The node's id, as ComfyUI executes it ("7:12" inside a subgraph).
-        workflow: The id of its workflow, in whose file the node is; None if that is not known.
+        workflow: The id of its workflow; None if that is not known.
         send_event: Sends an event by name with its data.
         send_text: Sends a text for a node by its id.
         clock: In seconds.
@@ -49,7 +49,7 @@ class NodeProgress:
         self._works = True
 
     def __call__(self, progress: Progress) -> None:
-        """Sends it, unless one of the same phase has just been sent."""
+        """Sends the progress, unless one of the same phase has just been sent."""
         now = self._clock()
         if not self._works or (progress.phase is self._phase and now - self._sent_at < INTERVAL_S):
             return
@@ -57,6 +57,6 @@ class NodeProgress:
         try:
             self._send_event(EVENT, {"node": self._node, "workflow": self._workflow, **progress.as_json()})
             self._send_text(progress.text.replace("\n", ".\n"), self._node)  # some renderers drop line ends
-        except Exception:  # a server that is shutting down, or another's that has changed: the video matters more
+        except Exception:  # a server that shuts down or has changed: the run matters more
             self._works = False
             logger.exception("progress is not shown on the node any more; please report this")

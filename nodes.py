@@ -1,4 +1,4 @@
-"""ComfyUI's view of the package: node classes, from widgets to settings and back to text; no arithmetic."""
+"""The nodes as ComfyUI sees them: their widgets, the node classes, and what these say when nothing is swapped."""
 
 from __future__ import annotations
 
@@ -15,19 +15,131 @@ from .hardware import HardwareUnavailableError
 logger = logging.getLogger(__name__)
 
 COMFYUI = ComfyUI()
-"""Of this process. Nothing is asked of it before a node runs."""
+"""The ComfyUI of this process. Nothing is asked of it before a node runs."""
 
 CATEGORY = "WanVideoWrapper/Enhanced"
 
 NOT_FOLLOWED = (
     "the model here has another node's block_swap_args, with which the wrapper swaps by itself: this plan is followed "
-    "only if WanVideo Set BlockSwap gives it ours behind this node"
+    "only if WanVideo Set BlockSwap gives it ours after this node"
 )
-"""Below a plan for a model that has come with other arguments."""
+"""Added to a plan for a model that has other arguments."""
+
+
+Widget = tuple[str, dict[str, Any]]
+"""ComfyUI's type of an input, and its options."""
+
+DEFAULTS = SwapSettings()
+
+
+def _widget(name: str, tooltip: str, *, step: float = 1, advanced: bool = False) -> tuple[str, Widget]:
+    """A widget of the swap node: type and default come from SwapSettings, the range from RANGES."""
+    default = getattr(DEFAULTS, name)
+    options: dict[str, Any] = {"default": default}
+    if isinstance(default, bool):
+        kind = "BOOLEAN"
+    else:
+        kind, number = ("INT", int) if isinstance(default, int) else ("FLOAT", float)
+        options |= {"min": number(RANGES[name].lowest), "max": number(RANGES[name].highest), "step": step}
+    options["tooltip"] = tooltip
+    if advanced:
+        options["advanced"] = True
+    return name, (kind, options)
+
+
+_WIDGETS = (
+    _widget(
+        "blocks_to_swap",
+        "How many transformer blocks live in host memory and stream to the GPU. Read only when auto_hardware_tuning "
+        "is off. Wan 14B has 40 blocks, 1.3B and 5B have 30; a larger number is cut, and said in the log.",
+    ),
+    _widget(
+        "enable_cuda_optimization",
+        "On: copies run on streams of their own, beside the computation (NVIDIA and AMD). Off: each copy waits its "
+        "turn, which is slower and only useful to look for faults.",
+        advanced=True,
+    ),
+    _widget(
+        "enable_dram_optimization",
+        "On: streamed weights are page-locked in host memory, at their exact size, so that copies overlap "
+        "computation. Off: ordinary memory; try it if page-locking causes trouble on your system.",
+        advanced=True,
+    ),
+    _widget(
+        "auto_hardware_tuning",
+        "On (recommended): the number of swapped blocks, the streams and the share of VRAM follow from the memory "
+        "that is free, the measured link and your GPU. Off: blocks_to_swap, vace_blocks_to_swap, num_cuda_streams "
+        "and bandwidth_target are used.",
+    ),
+    _widget(
+        "vram_threshold_percent",
+        "Ceiling on the whole card's use, in percent, once the weights are in place. What other programs use counts; "
+        "the rest is for activations. Raise it to keep more blocks on the GPU, lower it if VRAM overflows.",
+        step=5.0,
+    ),
+    _widget(
+        "num_cuda_streams",
+        "Copy streams that share each transfer. Read only when auto_hardware_tuning is off.",
+        advanced=True,
+    ),
+    _widget(
+        "bandwidth_target",
+        "Share of the available VRAM that block weights and the streaming window may fill. Read only when "
+        "auto_hardware_tuning is off.",
+        step=0.05,
+        advanced=True,
+    ),
+    _widget(
+        "offload_txt_emb",
+        "Move the text embedding layers to host memory after use. Saves little.",
+        advanced=True,
+    ),
+    _widget(
+        "offload_img_emb",
+        "Move the image embedding layers to host memory after use. Saves little.",
+        advanced=True,
+    ),
+    _widget(
+        "vace_blocks_to_swap",
+        "How many VACE blocks (a VACE 14B model has 8, 1.3B has 15) live in host memory. Read only when "
+        "auto_hardware_tuning is off.",
+        advanced=True,
+    ),
+    _widget(
+        "debug_mode",
+        "Log the configuration and the times of each block, check each copy of weights against its source (slow), "
+        "and write a trace file for ui.perfetto.dev into ComfyUI's temp folder.",
+        advanced=True,
+    ),
+)
+
+SWAP_WIDGETS: dict[str, Widget] = dict(_WIDGETS)
+"""Widgets of the swap node by input name. Saved workflows store values by position: new ones go to the end."""
+
+MODEL = (
+    "WANVIDEOMODEL",
+    {
+        "tooltip": "The model from WanVideo Model Loader or a node after it. A native MODEL does not fit: ComfyUI "
+        "offloads its own Wan models by itself."
+    },
+)
+
+SHAPE_WIDGETS: dict[str, Widget] = {
+    "width": ("INT", {"default": 832, "min": 64, "max": 8192, "step": 16, "tooltip": "Width of the video in pixels."}),
+    "height": (
+        "INT",
+        {"default": 480, "min": 64, "max": 8192, "step": 16, "tooltip": "Height of the video in pixels."},
+    ),
+    "num_frames": (
+        "INT",
+        {"default": 81, "min": 1, "max": 10001, "step": 4, "tooltip": "Frames of the video: 4 n + 1."},
+    ),
+}
+"""Widgets of the plan node beside its connections."""
 
 
 class WanVideoEnhancedBlockSwap:
-    """Gives the arguments with which the wrapper hands its blocks over to us."""
+    """Makes the arguments with which the wrapper leaves its blocks to us."""
 
     CATEGORY = CATEGORY
     FUNCTION = "setargs"
@@ -53,20 +165,20 @@ class WanVideoEnhancedBlockSwap:
         settings = SwapSettings(**widgets)
         why_not = COMFYUI.why_not_swapped(settings)
         if why_not is not None:
-            COMFYUI.say_off(f"WanVideo Enhanced BlockSwap passes through: {why_not}", node=unique_id)
+            COMFYUI.report_off(f"WanVideo Enhanced BlockSwap passes through: {why_not}", node=unique_id)
             return (None,)
         try:
             COMFYUI.install_gate()
         except WrapperError as failure:
-            is_there = not isinstance(failure, WrapperMissingError)
-            meanwhile = f"; until then {_native_swapping(settings)}" if is_there else ""
-            COMFYUI.say_off(f"{failure}{meanwhile}", node=unique_id)
+            is_missing = isinstance(failure, WrapperMissingError)
+            meanwhile = "" if is_missing else f"; until then {_native_swapping(settings)}"
+            COMFYUI.report_off(f"{failure}{meanwhile}", node=unique_id)
             return (native_arguments(settings, node=unique_id),)
         return (settings.to_blockswapargs(node=unique_id),)
 
 
 class WanVideoBlockSwapPlan:
-    """What would be swapped, before anything is sampled."""
+    """Shows what would be swapped, before anything is sampled."""
 
     CATEGORY = CATEGORY
     FUNCTION = "preview"
@@ -104,7 +216,7 @@ class WanVideoBlockSwapPlan:
 
 
 class WanVideoBlockSwapReport:
-    """What came of a run, as text."""
+    """Shows the report of a run."""
 
     CATEGORY = CATEGORY
     FUNCTION = "report"
@@ -139,7 +251,7 @@ class WanVideoBlockSwapReport:
 def _why_not_ours(arguments: Any) -> str:
     """Why nothing is swapped by us for a model with these BLOCKSWAPARGS."""
     if arguments is None:
-        # Our node gives None where device or flags forbid what the defaults ask for; some of them obey a count by hand.
+        # Our node gives None if device or flags rule out the defaults; a manual blocks_to_swap may still work.
         why_not = COMFYUI.why_not_swapped(SwapSettings())
         if why_not is None:
             return "no arguments are connected; connect those of WanVideo Enhanced BlockSwap"
@@ -152,7 +264,7 @@ def _why_not_ours(arguments: Any) -> str:
 
 
 def _native_swapping(settings: SwapSettings) -> str:
-    """What comes of `native_arguments`."""
+    """What the wrapper does with `native_arguments`, as a clause."""
     if settings.auto_hardware_tuning:
         return "the wrapper's own, slower swapping is used, with every block"
     if not settings.blocks_to_swap:
@@ -161,7 +273,7 @@ def _native_swapping(settings: SwapSettings) -> str:
 
 
 def native_arguments(settings: SwapSettings, *, node: str | None) -> dict[str, object]:
-    """Arguments for the wrapper's own swapping: the user's counts, or every block where they were left to us.
+    """Arguments for the wrapper's own swapping: the user's counts, or every block with automatic tuning.
 
     Args:
         settings: What the user asked for.
@@ -190,107 +302,3 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "WanVideoBlockSwapReport": "WanVideo BlockSwap Report",
     "WanVideoEnhancedBlockSwap": "WanVideo Enhanced BlockSwap (CUDA Optimized)",
 }
-
-
-Widget = tuple[str, dict[str, Any]]
-
-_DEFAULTS = SwapSettings()
-
-SWAP_WIDGETS: dict[str, Widget] = {}
-"""Widgets of the swap node by input name. Saved workflows store values by position: new ones go to the end."""
-
-
-def _whole(name: str, tooltip: str, *, advanced: bool = False) -> None:
-    bounds = {"min": int(RANGES[name].lowest), "max": int(RANGES[name].highest), "step": 1}
-    SWAP_WIDGETS[name] = ("INT", {"default": getattr(_DEFAULTS, name), **bounds, **_said(tooltip, advanced=advanced)})
-
-
-def _share(name: str, tooltip: str, *, step: float, advanced: bool = False) -> None:
-    bounds = {"min": RANGES[name].lowest, "max": RANGES[name].highest, "step": step}
-    SWAP_WIDGETS[name] = ("FLOAT", {"default": getattr(_DEFAULTS, name), **bounds, **_said(tooltip, advanced=advanced)})
-
-
-def _switch(name: str, tooltip: str, *, advanced: bool = False) -> None:
-    SWAP_WIDGETS[name] = ("BOOLEAN", {"default": getattr(_DEFAULTS, name), **_said(tooltip, advanced=advanced)})
-
-
-def _said(tooltip: str, *, advanced: bool) -> dict[str, Any]:
-    return {"tooltip": tooltip, "advanced": True} if advanced else {"tooltip": tooltip}
-
-
-_whole(
-    "blocks_to_swap",
-    "How many transformer blocks live in host memory and stream to the GPU. Read only when auto_hardware_tuning is "
-    "off. Wan 14B has 40 blocks, 1.3B and 5B have 30; a larger number is cut, and said in the log.",
-)
-_switch(
-    "enable_cuda_optimization",
-    "On: copies run on streams of their own, beside the computation (NVIDIA and AMD). Off: each copy waits its turn, "
-    "which is slower and only useful to look for faults.",
-    advanced=True,
-)
-_switch(
-    "enable_dram_optimization",
-    "On: streamed weights are page-locked in host memory, at their exact size, so that copies overlap computation. "
-    "Off: ordinary memory; try it if page-locking causes trouble on your system.",
-    advanced=True,
-)
-_switch(
-    "auto_hardware_tuning",
-    "On (recommended): the number of swapped blocks, the streams and the share of VRAM follow from the memory that is "
-    "free, the measured link and your GPU. Off: blocks_to_swap, "
-    "vace_blocks_to_swap, num_cuda_streams and bandwidth_target are used.",
-)
-_share(
-    "vram_threshold_percent",
-    "Ceiling on the whole card's use, in percent, once the weights are in place. What other programs use counts; the "
-    "rest is for activations. Raise it to keep more blocks on the GPU, lower it if VRAM overflows.",
-    step=5.0,
-)
-_whole(
-    "num_cuda_streams",
-    "Copy streams that share each transfer. Read only when auto_hardware_tuning is off.",
-    advanced=True,
-)
-_share(
-    "bandwidth_target",
-    "Share of the available VRAM that block weights and the streaming window may fill. Read only when "
-    "auto_hardware_tuning is off.",
-    step=0.05,
-    advanced=True,
-)
-_switch("offload_txt_emb", "Move the text embedding layers to host memory after use. Saves little.", advanced=True)
-_switch("offload_img_emb", "Move the image embedding layers to host memory after use. Saves little.", advanced=True)
-_whole(
-    "vace_blocks_to_swap",
-    "How many VACE blocks (a VACE 14B model has 8, 1.3B has 15) live in host memory. Read only when "
-    "auto_hardware_tuning is off.",
-    advanced=True,
-)
-_switch(
-    "debug_mode",
-    "Log the configuration and the times of each block, check each copy of weights against its source (slow), and "
-    "write a trace file for ui.perfetto.dev into ComfyUI's temp folder.",
-    advanced=True,
-)
-
-MODEL = (
-    "WANVIDEOMODEL",
-    {
-        "tooltip": "The model from WanVideo Model Loader or a node after it. A native MODEL does not fit: ComfyUI "
-        "offloads its own Wan models by itself."
-    },
-)
-
-SHAPE_WIDGETS: dict[str, Widget] = {
-    "width": ("INT", {"default": 832, "min": 64, "max": 8192, "step": 16, "tooltip": "Width of the video in pixels."}),
-    "height": (
-        "INT",
-        {"default": 480, "min": 64, "max": 8192, "step": 16, "tooltip": "Height of the video in pixels."},
-    ),
-    "num_frames": (
-        "INT",
-        {"default": 81, "min": 1, "max": 10001, "step": 4, "tooltip": "Frames of the video: 4 n + 1."},
-    ),
-}
-"""Widgets of the plan node beside its connections."""

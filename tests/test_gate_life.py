@@ -285,7 +285,7 @@ def test_a_wrapper_that_is_not_there_is_told_with_what_to_do() -> None:
     ],
 )
 def test_compile_modes_with_cuda_graphs_are_refused_with_a_way_out(compile_args: dict[str, str], said: str) -> None:
-    with pytest.raises(WrapperError, match=rf"got {said}; choose mode max-autotune-no-cudagraphs"):
+    with pytest.raises(WrapperError, match=rf"torch.compile has {said}; choose mode max-autotune-no-cudagraphs"):
         refuse_cuda_graphs(compile_args)
     refuse_cuda_graphs({"mode": "max-autotune-no-cudagraphs", "backend": "inductor"})
     refuse_cuda_graphs(None)

@@ -39,8 +39,8 @@ def test_what_the_dialog_wrote_is_read(file: Path, stored: dict[str, object], re
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "comfy.settings.json expects ComfyUI's settings as JSON but it cannot be read"),
-        ("[" * 100_000, "comfy.settings.json expects ComfyUI's settings as JSON but it cannot be read"),
+        ("{", "comfy.settings.json cannot be read as JSON"),
+        ("[" * 100_000, "comfy.settings.json cannot be read as JSON"),
         ("[]", "comfy.settings.json expects a JSON object but got list"),
         (json.dumps({KEEP_HOST_SLABS: 1}), f"{KEEP_HOST_SLABS} expects true or false but got 1"),
         (json.dumps({PIN_BUDGET_GIB: "16"}), f"{PIN_BUDGET_GIB} expects 0 to 1024 GiB but got '16'"),

@@ -317,3 +317,16 @@ def _advice(workload: Workload | None, room: int) -> str:
     # The VAE makes 4 n + 1 frames of n + 1 latent ones.
     fewer = max(1, int(frames * share))
     return f"take about {4 * (fewer - 1) + 1} of the {4 * (frames - 1) + 1} frames, or {smaller}, "
+
+
+def not_again(why: str, *, said: str) -> str:
+    """A forward that ran out of memory and cannot be repeated.
+
+    Args:
+        why: What keeps it from that.
+        said: What the device reported.
+    """
+    return (
+        f"a forward ran out of device memory and cannot be repeated, since {why}; a smaller plan is remembered for "
+        f"this video size: queue the prompt again (the device reported: {said})"
+    )

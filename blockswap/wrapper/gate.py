@@ -1,45 +1,46 @@
-"""Gate: where block swapping enters the wrapper, for transformers whose arguments are ours, and leaves it.
+"""Gate: where block swapping enters the wrapper and leaves it, for transformers that carry our arguments.
 
-Three functions of the wrapper mark when a run loads its weights, starts and ends; they are wrapped in every module that
-holds them. Between start and end the transformer's own `forward` is ours, on that object alone: no code of this package
-runs for a model without our arguments, compiled or not.
+Three functions of the wrapper mark a run: one loads its weights, one starts it, one ends it. The gate wraps them in
+every module that holds them. Between start and end the transformer's own attribute `forward` is ours, on that object
+alone: a model without our arguments, compiled or not, runs no line of this package.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from ...hardware import is_out_of_memory
 from ..engine.session import SessionState
+from ..errors import DeviceMemoryError
 from ..run.history import Workload
 from ..run.run import SwapRun
+from ..run.text import not_again
 from ..settings import SwapSettings, is_ours
 from .loader import offload_state_dict, replace_in
 from .patch import Forward, Watched
-from .retry import retry_blocker, within_memory
 from .wanvideo import (
-    BEGIN,
     END,
     LOAD,
     SET,
+    START,
     Wrapper,
-    blocks_as_they_stand,
     check_transformer,
+    current_blocks,
+    discard_packed_weights,
     entry,
-    forget_our_count,
-    forget_packed,
-    host_bytes,
+    host_weight_bytes,
     named_blocks,
     native_swapping_disabled,
     refuse_cuda_graphs,
     refuse_vram_management,
     reset_counters,
+    reset_our_count,
+    retry_blocker,
     unwrapped,
     vace_blocks_entered,
     vace_blocks_of,
@@ -49,51 +50,23 @@ from .wanvideo import (
 logger = logging.getLogger(__name__)
 
 SCARCE_HOST_SHARE = 0.05
-"""Part of the host's memory below which nothing is kept for a next run: there the system begins to swap."""
+"""Share of the host's memory below which no slabs are kept for the next run: there the system begins to swap."""
 
-OnStart = Callable[["SwapRun", Mapping[str, Any]], None]
-"""Called with a run and our arguments each time it starts, before anything is planned."""
+OnStart = Callable[[SwapRun, Mapping[str, Any]], None]
+"""Called with a run and our arguments each time the run starts, before anything is planned."""
 
 OnSet = Callable[[Any, Any], None]
-"""Called with a loaded model, and the arguments that WanVideoSetBlockSwap is about to give it."""
+"""Called with a loaded model and the arguments that WanVideoSetBlockSwap is about to give it."""
 
 MakeRun = Callable[[nn.Module, Any, SwapSettings], "SwapRun | None"]
-"""Makes the run of a transformer with its blocks and settings; None where its device cannot be swapped on."""
-
-
-@dataclass(slots=True)
-class GatedModel:
-    """The run of a transformer that has our arguments; no reference to it, whose lifetime belongs to the wrapper.
-
-    Attributes:
-        run: Its run.
-        patched: What is set as `forward` on its modules now; the modules hold it, this only refers to it.
-        hints_to_host: VACE hints go to the host.
-    """
-
-    run: SwapRun
-    patched: list[weakref.ref[Forward]]
-    hints_to_host: bool = False
-
-    def disarm(self) -> None:
-        """Every `forward` as it was."""
-        patched, self.patched = self.patched, []
-        for reference in patched:
-            forward = reference()
-            if forward is not None:
-                forward.disarm()
-
-    def release(self, failure: BaseException | None = None) -> None:
-        """The run is over, if one is under way; what has ended it, if it has not ended well."""
-        if self.run.session.state in (SessionState.IDLE, SessionState.ADOPTED):
-            self.run.release(failure)
+"""Makes the run of a transformer from its blocks and settings; None where its device cannot be swapped on."""
 
 
 class Gate:
-    """Starts and ends runs with the wrapper's.
+    """Starts and ends our runs together with the wrapper's.
 
     Args:
-        wrapper: The wrapper as found and checked.
+        wrapper: The wrapper, found and checked.
         make_run: Makes the run of a transformer.
         on_start: Called when a run starts.
         on_set: Called when a loaded model gets other arguments.
@@ -119,74 +92,68 @@ class Gate:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the wrapper's functions are ours now, in every module: a reload has put others there."""
+        """Whether every module still holds our functions; false once the wrapper has been loaded again."""
         return bool(self._watched) and all(watched.is_whole for watched in self._watched)
 
     def install(self) -> None:
-        """Watches the wrapper's functions wherever they are held; idempotent."""
+        """Wraps the wrapper's functions wherever they are held; idempotent."""
         if self._watched:
             return
         holders = self._wrapper.holders
         self._watched = [
             Watched(LOAD, holders[LOAD], self._before_load),
-            Watched(BEGIN, holders[BEGIN], self._before_start, self._without_counts),
+            Watched(START, holders[START], self._before_start, self._after),
             # Always run the wrapper's own offload, even if ours fails.
-            Watched(END, holders[END], self._before_end, self._without_counts, always=True),
+            Watched(END, holders[END], self._before_end, self._after, always=True),
             Watched(SET, holders[SET], self._before_set),
         ]
 
     def restore(self) -> None:
-        """Everything as if it had never been installed; runs are closed, weights are in ordinary host memory."""
+        """Removes everything of ours: runs are closed, weights are in ordinary host memory."""
         for transformer in list(self._gated):
-            self._dismiss(transformer)
+            self._remove(transformer)
         for watched in self._watched:
             watched.restore()
         self._watched = []
 
     def run_of(self, transformer: Any) -> SwapRun | None:
-        """The run of a transformer, under way or over; None if it has never had our arguments, or no longer has."""
+        """The run of a transformer, in progress or over; None if the transformer does not carry our arguments."""
         gated = self._gated.get(unwrapped(transformer))
         return None if gated is None else gated.run
 
     def _before_set(self, _: Any, arguments: Mapping[str, Any]) -> None:
-        """A loaded model gets other arguments: only here can arguments that lose their effect be reported."""
+        """Only here can arguments that lose their effect be reported: the model still has those that are replaced."""
         if self._on_set is not None:
             self._on_set(arguments.get("model"), arguments.get("block_swap_args"))
 
     def _before_load(self, transformer: Any, arguments: Mapping[str, Any]) -> None:
-        """Old residents go before new weights come. What cannot run is refused before any weight is moved."""
+        """Refuses what cannot run before any weight moves, and frees the device before new weights arrive on it."""
         transformer, swap_args = unwrapped(transformer), arguments.get("block_swap_args")
-        gated = self._gated.get(transformer)
-        if swap_args is not None and is_ours(swap_args):
-            SwapSettings.from_blockswapargs(swap_args)
-            refuse_cuda_graphs(arguments.get("compile_args"))
-            refuse_vram_management(transformer)
-            if gated is not None:
-                gated.disarm()
-                gated.release()
+        if swap_args is None or not is_ours(swap_args):
+            if self._remove(transformer) and arguments.get("gguf"):
+                discard_packed_weights(transformer)
             return
-        forget_our_count(transformer)
+        SwapSettings.from_blockswapargs(swap_args)
+        refuse_cuda_graphs(arguments.get("compile_args"))
+        refuse_vram_management(transformer)
+        gated = self._gated.get(transformer)
         if gated is not None:
-            self._dismiss(transformer)
-            if arguments.get("gguf"):
-                forget_packed(transformer)
+            gated.end()
 
     def _before_start(self, transformer: Any, arguments: Mapping[str, Any]) -> None:
-        """The run starts: every tensor at its master before the wrapper moves blocks; settings from its arguments."""
-        outer, transformer = transformer, unwrapped(transformer)
-        swap_args, model = arguments.get("block_swap_args"), arguments.get("model")
+        """Starts our run; every tensor is at its master before the wrapper moves blocks."""
+        swap_args = arguments.get("block_swap_args")
         if not is_ours(swap_args):
-            forget_our_count(transformer)
-            if transformer in self._gated:
-                self._dismiss(transformer)
+            self._remove(unwrapped(transformer))
             return
         try:
-            self._start(outer, transformer, swap_args, model)
+            self._start(transformer, swap_args, arguments.get("model"))
         except BaseException:
-            reset_counters(transformer)
+            reset_counters(unwrapped(transformer))
             raise
 
-    def _start(self, outer: Any, transformer: Any, swap_args: Any, model: Any) -> None:
+    def _start(self, outer: Any, swap_args: Any, model: Any) -> None:
+        transformer = unwrapped(outer)
         check_transformer(transformer)
         refuse_cuda_graphs(entry(model, "compile_args"))
         refuse_vram_management(transformer, model)
@@ -197,107 +164,168 @@ class Gate:
             run = self._make_run(transformer, named_blocks(transformer), settings)
             if run is None:
                 return
-            gated = self._gated[transformer] = GatedModel(run, [])
+            gated = self._gated[transformer] = GatedModel(run)
         offload_state_dict(transformer, model)
         gated.run.use(settings)
         gated.run.session.listeners.on_master = replace_in(model)
         if self._on_start is not None:
             self._on_start(gated.run, swap_args)
-        self._make_room(transformer, gated)
-        gated.hints_to_host = not settings.auto_hardware_tuning and settings.vace_blocks_to_swap > 0
-        gated.release()
-        gated.disarm()
-        gated.patched = [weakref.ref(Forward.on(transformer, self._forward))]
-        if outer is not transformer:
-            logger.info("a model compiled as a whole runs uncompiled with swapped blocks; compile the blocks alone")
-            gated.patched.append(weakref.ref(Forward.on(outer, _past_compiling)))
+        self._make_room(gated, host_weight_bytes(transformer))
+        gated.start(outer, hints_to_host=not settings.auto_hardware_tuning and settings.vace_blocks_to_swap > 0)
 
-    def _make_room(self, transformer: nn.Module, gated: GatedModel) -> None:
-        """Models whose run is over give up what this one needs: locks first, then slabs."""
-        need = host_bytes(transformer)
-        others = [other for other in self._gated.values() if other is not gated]
-        for other in others:
-            session = other.run.session
+    def _make_room(self, gated: GatedModel, need: int) -> None:
+        """Models whose run is over give up host memory that this one needs: their locks first, then their slabs.
+
+        Args:
+            gated: The model that is about to run.
+            need: Bytes of its blocks' weights.
+        """
+        planner = gated.run.planner
+        fresh = max(0, need - gated.run.session.slab_bytes)  # its own slabs are there already
+        sessions = [other.run.session for other in self._gated.values() if other is not gated]
+        for session in sessions:
             if session.state is not SessionState.IDLE:
                 continue
-            if session.pinned_bytes and gated.run.planner.pins.left_bytes < need:
+            if session.pinned_bytes and planner.pins.left_bytes < need:
                 session.unlock()
-            # What the last run of this model left in slabs needs no room again.
-            fresh = max(0, need - gated.run.session.slab_bytes)
-            if session.slab_bytes and gated.run.planner.machine.host().available_bytes < fresh:
+            if session.slab_bytes and planner.machine.host().available_bytes < fresh:
                 logger.info("host memory is short: a model whose run is over gives up its slabs")
                 session.give_up_slabs()
 
-    def _without_counts(self, transformer: Any) -> None:
-        """The counters that our arguments have raised do not outlive the run, however it ends."""
+    def _after(self, transformer: Any) -> None:
+        """The wrapper's function has set its own block counts, which must not outlive the run."""
         if unwrapped(transformer) in self._gated:
             reset_counters(unwrapped(transformer))
 
     def _before_end(self, transformer: Any, arguments: Mapping[str, Any]) -> None:
-        """The run ends: every tensor is at its master before the wrapper offloads, so that it copies no block."""
+        """Ends our run: every tensor is at its master before the wrapper offloads, so that it copies no block."""
         gated = self._gated.get(unwrapped(transformer))
         if gated is not None:
-            gated.disarm()
-            gated.release()
-            self._relieve(gated)
+            gated.end()
+            self._limit_slabs(gated.run)
 
-    def _relieve(self, gated: GatedModel) -> None:
-        """Slabs are kept for the next run if host memory and the user's settings allow."""
+    def _limit_slabs(self, run: SwapRun) -> None:
+        """Slabs are kept for the next run only while the user and the host's memory allow."""
+        session = run.session
         if not self._keeps_slabs():
-            gated.run.session.give_up_slabs()
+            session.give_up_slabs()
             return
-        host = gated.run.planner.machine.host()
-        if host.available_bytes < SCARCE_HOST_SHARE * host.physical_bytes and gated.run.session.slab_bytes:
+        host = run.planner.machine.host()
+        if session.slab_bytes and host.available_bytes < SCARCE_HOST_SHARE * host.physical_bytes:
             logger.info("host memory is nearly full: slabs are not kept for the next run")
-            gated.run.session.give_up_slabs()
+            session.give_up_slabs()
 
-    def _dismiss(self, transformer: nn.Module) -> None:
-        """Our arguments are gone: the transformer is as if it had never had them."""
-        gated = self._gated.pop(transformer)
+    def _remove(self, transformer: nn.Module) -> bool:
+        """Leaves the transformer as if it had never carried our arguments. Returns whether it did."""
+        reset_our_count(transformer)  # no other count: the sampler may just have set one for the wrapper's own swapping
+        gated = self._gated.pop(transformer, None)
+        if gated is None:
+            return False
         gated.disarm()
         gated.run.close()
-        forget_our_count(transformer)  # not any other: the sampler may just have set the wrapper's own
+        return True
+
+
+class GatedModel:
+    """A transformer that carries our arguments: its run, and its `forward` while a run is in progress.
+
+    Holds no reference to the transformer, whose lifetime belongs to the wrapper.
+
+    Args:
+        run: Its run.
+
+    Attributes:
+        hints_to_host: Whether VACE hints go to the host.
+    """
+
+    def __init__(self, run: SwapRun) -> None:
+        self.run = run
+        self.hints_to_host = False
+        # Weak, since a Forward may hold the module's former `forward`, and with it the module.
+        self._armed: list[weakref.ref[Forward]] = []
+
+    def start(self, outer: Any, *, hints_to_host: bool) -> None:
+        """Puts our `forward` in place.
+
+        Args:
+            outer: The transformer, or the module that torch.compile has made of it.
+            hints_to_host: Whether VACE hints go to the host from the first forward on.
+        """
+        self.end()
+        self.hints_to_host = hints_to_host
+        transformer = unwrapped(outer)
+        self._armed = [weakref.ref(Forward.on(transformer, self._forward))]
+        if outer is not transformer:
+            logger.info("a model compiled as a whole runs uncompiled with swapped blocks; compile the blocks alone")
+            self._armed.append(weakref.ref(Forward.on(outer, _call_uncompiled)))
+
+    def end(self) -> None:
+        """Puts every `forward` back and ends the run."""
+        self.disarm()
+        self._release()
+
+    def disarm(self) -> None:
+        """Puts every `forward` back."""
+        armed, self._armed = self._armed, []
+        for reference in armed:
+            forward = reference()
+            if forward is not None:
+                forward.disarm()
+
+    def _release(self, failure: BaseException | None = None) -> None:
+        if self.run.session.state in (SessionState.IDLE, SessionState.ADOPTED):
+            self.run.release(failure)
 
     def _forward(self, transformer: Any, original: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
-        gated = self._gated.get(transformer)
-        if gated is None:
-            return original(*arguments, **keywords)
         try:
-            return self._with_memory(transformer, gated, original, arguments, keywords)
+            return self._forward_or_retry(transformer, original, arguments, keywords)
         except BaseException as failure:
-            gated.release(failure)  # not every caller offloads after a failure
+            self._release(failure)  # not every caller offloads after a failure
             raise
 
-    def _with_memory(self, transformer: Any, gated: GatedModel, original: Any, arguments: Any, keywords: Any) -> Any:
-        def prepare() -> Workload | None:
-            return self._prepared(transformer, gated, arguments[0] if arguments else keywords.get("x"))
+    def _forward_or_retry(self, transformer: Any, original: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
+        """One forward. If device memory runs out it is called again with a smaller plan, unless that could change its
+        result.
+        """
+        latents = arguments[0] if arguments else keywords.get("x")
+        while True:
+            has_begun = False
+            try:
+                workload = self._prepare(transformer, latents)
+                has_begun = True
+                with (
+                    native_swapping_disabled(transformer, hints_to_host=self.hints_to_host),
+                    self.run.forward(workload, current_blocks(transformer)),
+                    vace_blocks_entered(transformer, self.run.session.enter),
+                ):
+                    return original(*arguments, **keywords)
+            except RuntimeError as failure:
+                if not (isinstance(failure, DeviceMemoryError) or is_out_of_memory(failure)):
+                    raise
+                reason = str(failure).partition("\n")[0]
+            # Outside the handler: the failure's traceback holds what the forward had allocated.
+            logger.warning("%s; trying a smaller plan", reason)
+            self.run.shrink(reason)
+            step = keywords.get("current_step", 0)
+            blocker = retry_blocker(transformer, original, step=step) if has_begun else None
+            if blocker is not None:
+                raise DeviceMemoryError(not_again(blocker, said=reason))
 
-        def forward(workload: Workload | None) -> Any:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(native_swapping_disabled(transformer, hints_to_host=gated.hints_to_host))
-                stack.enter_context(gated.run.forward(workload, blocks_as_they_stand(transformer)))
-                stack.enter_context(vace_blocks_entered(transformer, gated.run.session.enter))
-                return original(*arguments, **keywords)
-
-        def blocker() -> str | None:
-            return retry_blocker(transformer, original, step=keywords.get("current_step", 0))
-
-        return within_memory(prepare, forward, shrink=gated.run.shrink, blocker=blocker)
-
-    def _prepared(self, transformer: Any, gated: GatedModel, latents: Any) -> Workload | None:
-        """What the forward does, and a plan for it; VACE hints go to the host where the plan has no room for them."""
-        workload = workload_of(transformer, latents, hints_to_host=gated.hints_to_host)
-        plan = gated.run.prepare(workload)
+    def _prepare(self, transformer: Any, latents: Any) -> Workload | None:
+        """Plans the forward and returns its workload. VACE hints go to the host if the plan has no room for them."""
+        workload = workload_of(transformer, latents, hints_to_host=self.hints_to_host)
+        plan = self.run.prepare(workload)
         vace = len(vace_blocks_of(transformer))
-        if vace and not gated.hints_to_host and plan.over_ceiling:
-            gated.hints_to_host = True
-            gated.run.planner.withdraw(workload)
-            workload = workload_of(transformer, latents, hints_to_host=True)
-            gated.run.prepare(workload)
-            logger.info("the hints of %d VACE blocks go to the host: the device has no room for them", vace)
+        if self.hints_to_host or not vace or not plan.over_ceiling:
+            return workload
+        self.hints_to_host = True
+        self.run.planner.withdraw(workload)
+        workload = workload_of(transformer, latents, hints_to_host=True)
+        self.run.prepare(workload)
+        logger.info("the hints of %d VACE blocks go to the host: the device has no room for them", vace)
         return workload
 
 
-def _past_compiling(outer: Any, original: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
-    """Calls the transformer itself in place of the module that torch.compile has made of it."""
+def _call_uncompiled(outer: Any, original: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
+    """Calls the transformer inside the module that torch.compile has made of it."""
     return unwrapped(outer)(*arguments, **keywords)

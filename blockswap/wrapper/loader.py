@@ -1,4 +1,4 @@
-"""What the wrapper's loader keeps beside the transformer: its arguments, and a state dict of the same weights."""
+"""The state dict that the wrapper's loader keeps beside the transformer: the same weights, before they are loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def stored_tensors(model: Any, patches: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    """What a loaded model's transformer will have on the host once a run loads its weights.
+    """The tensors that a loaded model's transformer will have on the host once a run loads its weights.
 
     Args:
         model: The wrapper's model.
@@ -39,7 +39,7 @@ def stored_tensors(model: Any, patches: Mapping[str, Any]) -> dict[str, TensorIn
 
 
 def _tensors_of_gguf(reader: Any) -> dict[str, TensorInfo]:
-    """The tensor table of the open GGUFReader that the wrapper has loaded the model from."""
+    """The tensor table of the GGUFReader from which the wrapper has loaded the model."""
     tensors = {}
     for tensor in reader.tensors:
         # ComfyUI's converters flatten tensors that GGML's quantisation cannot hold and note their shape here.
@@ -50,7 +50,7 @@ def _tensors_of_gguf(reader: Any) -> dict[str, TensorInfo]:
 
 
 def _as_loaded(name: str, tensor: torch.Tensor, dtype: Any, weights: Mapping[str, Any]) -> TensorInfo:
-    """A tensor as the wrapper will load it: matrices of blocks in the model's weight type, unless they have a scale."""
+    """A tensor as the wrapper will load it: in the model's weight type if it is a matrix of a block without a scale."""
     is_matrix = "blocks." in name and name.endswith(".weight") and tensor.dim() > 1
     has_scale = name.replace(".weight", ".scale_weight") in weights
     kind = dtype if is_matrix and not has_scale and isinstance(dtype, torch.dtype) else tensor.dtype
@@ -67,8 +67,9 @@ def _bytes_in(value: Any) -> int:
 
 
 def offload_state_dict(transformer: nn.Module, model: Any) -> None:
-    """With load_device=main_device the loader keeps its state dict on the GPU, so that swapping would free nothing: its
-    entries for blocks give way to the copies that the wrapper has just made on the host.
+    """Replaces entries for blocks on the GPU by the copies that the wrapper has just made on the host.
+
+    With load_device=main_device the loader keeps its state dict on the GPU, so that swapping would free nothing.
     """
     stored = entry(model, "sd")
     if not isinstance(stored, dict):
@@ -88,8 +89,9 @@ def offload_state_dict(transformer: nn.Module, model: Any) -> None:
 
 
 def replace_in(model: Any) -> Callable[[str, int, torch.Tensor], None] | None:
-    """Puts masters into the loader's state dict in place of the very bytes they were filled from: the host then holds
-    each weight once, and the next run finds it in its slab. Not for GGUF, which reads its file anew.
+    """Makes a function that puts masters into the loader's state dict in place of the very bytes they were filled from.
+
+    The host then holds each weight once, and the next run finds it in its slab. None for GGUF, whose file is read anew.
     """
     if entry(model, "gguf_reader") is not None or not isinstance(entry(model, "sd"), dict):
         return None
@@ -105,7 +107,7 @@ def replace_in(model: Any) -> Callable[[str, int, torch.Tensor], None] | None:
             and held.data_ptr() == address
             and (held.dtype, held.shape, held.stride()) == (master.dtype, master.shape, master.stride())
         ):
-            # A tensor of its own over the slab's bytes: so their storage knows of one more who holds them.
+            # A tensor of its own over the slab's bytes, so that their storage counts one more owner.
             stored[name] = master.detach()
 
     return replace

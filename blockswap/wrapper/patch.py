@@ -1,4 +1,4 @@
-"""Wrapped functions in the modules that hold them, and `forward` on one object: put there, and taken away exactly."""
+"""Replaces functions in the modules that hold them, and `forward` on one object, and restores both exactly."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import torch
 from torch import nn
 
 Notice = Callable[[Any, Mapping[str, Any]], None]
-"""Told the transformer (None where none is among the arguments) and all arguments by name."""
+"""Called with the transformer (None where none is among the arguments) and all arguments by name."""
 
 RunForward = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""Runs a forward of the transformer by its original function, with these arguments."""
+"""Runs a forward: called with the module, its original function, and the arguments."""
 
 
 class Watched:
-    """One function of the wrapper, watched wherever a module holds it, or holds what another pack has made of it.
+    """One function of the wrapper, wrapped wherever a module holds it, or holds what another pack has made of it.
 
     Args:
         name: Its name in the modules.
         modules: Those that hold something callable of that name; a class holds a method.
-        before: Told before it runs. What it raises goes out, unless `always`.
-        after: Told the transformer after it has run, however that ended; None tells nobody.
-        always: The function runs even if `before` raises.
+        before: Called before the function. If it raises, the function does not run, unless `always`.
+        after: Called with the transformer after the function, even if that failed; None for no call.
+        always: The function runs even if `before` raises, whose error is then raised.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Watched:
         return all(vars(module).get(self._name) is wrapped for module, _, wrapped in self._held)
 
     def restore(self) -> None:
-        """Every module that still holds ours holds its own again."""
+        """Puts the original back in every module that still holds ours; idempotent."""
         for module, original, wrapped in self._held:
             if vars(module).get(self._name) is wrapped:
                 setattr(module, self._name, original)
@@ -69,7 +69,7 @@ class Watched:
 
         @functools.wraps(function)
         def watched(*arguments: Any, **keywords: Any) -> Any:
-            if self._is_inside:  # one pack's wrapper calls another module's function, which is ours too
+            if self._is_inside:  # another pack's wrapper calls the function of a second module, which is ours too
                 return function(*arguments, **keywords)
             self._is_inside = True
             try:
@@ -96,10 +96,10 @@ class Watched:
 
 
 class Forward:
-    """What stands as `forward` in the attributes of one module, between the begin and the end of a run.
+    """Our `forward` in the attributes of one module, between the start and the end of a run.
 
-    Once `disarm`ed, it passes straight on to what stood there, for whoever has kept it. It holds what stood there and
-    nobody else does, so that a module that goes takes it along; a deep copy of the module gets its own original.
+    Once disarmed, it calls what it has replaced, for other packs that have kept it. Nothing else holds what it has
+    replaced, so that both go with the module. A deep copy of the module gets its own original.
 
     Args:
         module: The module.
@@ -108,7 +108,7 @@ class Forward:
 
     def __init__(self, module: nn.Module, run: RunForward) -> None:
         found = vars(module).get("forward")
-        self._before = found.before if isinstance(found, Forward) else found
+        self._replaced = found.replaced if isinstance(found, Forward) else found
         self._module = weakref.ref(module)
         self._run: RunForward | None = run
         # Not when the class is made: it imports the compiler, which is slow and sets environment variables.
@@ -116,25 +116,25 @@ class Forward:
 
     @classmethod
     def on(cls, module: nn.Module, run: RunForward) -> Forward:
-        """A new one, in place."""
+        """Puts a new one in place."""
         forward = vars(module)["forward"] = cls(module, run)
         return forward
 
     @property
-    def before(self) -> Any:
-        """What stood in the module's attributes; None for nothing, which leaves it to the class."""
-        return self._before
+    def replaced(self) -> Any:
+        """What the module's own attributes held before; None if nothing, so that the class's method counts."""
+        return self._replaced
 
     def disarm(self) -> None:
-        """The module has what it had before, unless somebody has put something else there since."""
+        """Puts back what it has replaced, unless another pack has put something else there since; idempotent."""
         self._run = None
         module = self._module()
         if module is None or vars(module).get("forward") is not self:
             return
-        if self._before is None:
+        if self._replaced is None:
             del vars(module)["forward"]
         else:
-            vars(module)["forward"] = self._before
+            vars(module)["forward"] = self._replaced
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self._uncompiled(self, *arguments, **keywords)
@@ -143,9 +143,9 @@ class Forward:
         module = self._module()
         assert module is not None, "its own attribute is being called"
         original = self._original(module)
-        return (
-            original(*arguments, **keywords) if self._run is None else self._run(module, original, arguments, keywords)
-        )
+        if self._run is None:
+            return original(*arguments, **keywords)
+        return self._run(module, original, arguments, keywords)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self._module()))
@@ -153,4 +153,4 @@ class Forward:
 
     def _original(self, module: nn.Module) -> Callable[..., Any]:
         # The class is looked up now: others may have patched it since.
-        return functools.partial(type(module).forward, module) if self._before is None else self._before
+        return functools.partial(type(module).forward, module) if self._replaced is None else self._replaced

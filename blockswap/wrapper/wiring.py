@@ -1,4 +1,4 @@
-"""Wiring: what is wrong with the nodes that are connected to a model, each with its cause and cure; pure."""
+"""Wiring: nodes that do not go together on one model, each case with its cause and remedy; pure."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from ..settings import NODE_KEY, is_ours
 
 MARK = "blocks_to_swap"
-"""Attribute that the wrapper's transformers have had since they swap blocks, and ComfyUI's own have not."""
+"""Attribute that the wrapper's transformers have and ComfyUI's own have not."""
 
 THEIRS_WIN = (
-    "WanVideo Set BlockSwap replaces the block_swap_args of WanVideo Enhanced BlockSwap, which the model has, by "
-    "another node's: those hold, and the wrapper's own, slower swapping is used; disconnect one of the two nodes"
+    "WanVideo Set BlockSwap replaces the model's block_swap_args from WanVideo Enhanced BlockSwap by those of another "
+    "node, so that the wrapper's own, slower swapping is used; disconnect one of the two nodes"
 )
 OURS_WIN = (
-    "WanVideo Set BlockSwap replaces another node's block_swap_args, which the model has, by those of WanVideo "
-    "Enhanced BlockSwap: these hold, and the other node's settings count for nothing; disconnect one of the two nodes"
+    "WanVideo Set BlockSwap replaces the model's block_swap_args from another node by those of WanVideo Enhanced "
+    "BlockSwap, so that the other node's settings have no effect; disconnect one of the two nodes"
 )
 
 
@@ -26,12 +26,12 @@ class Miswired:
     """Two nodes that do not go together.
 
     Attributes:
-        why: Cause and cure.
-        in_vain: Our arguments, if it is them that come to nothing; None if they hold.
+        why: Cause and remedy.
+        lost: Our arguments, if they have no effect; None if they have.
     """
 
     why: str
-    in_vain: Mapping[str, Any] | None = None
+    lost: Mapping[str, Any] | None = None
 
 
 def arguments_of(patcher: Any) -> Any:
@@ -42,29 +42,30 @@ def arguments_of(patcher: Any) -> Any:
 
 
 def is_theirs(arguments: Any) -> bool:
-    """Whether BLOCKSWAPARGS come from another node: ours marks those for the wrapper's own swapping as well."""
+    """Whether BLOCKSWAPARGS come from another node. Ours puts its id into those for the wrapper's own swapping, too."""
     return isinstance(arguments, Mapping) and NODE_KEY not in arguments and not is_ours(arguments)
 
 
 def wrong_with_setting(patcher: Any, given: Any) -> Miswired | None:
-    """What is wrong with giving a loaded model these arguments in place of those that it has; None if nothing is.
+    """What is wrong with replacing a loaded model's arguments by these; None if nothing is.
 
     Args:
         patcher: The model that comes to WanVideo Set BlockSwap.
-        given: The arguments that it is given; None leaves it as it is.
+        given: The new arguments; None leaves the model as it is.
     """
     present = arguments_of(patcher)
     if not is_ours(given):
-        return Miswired(THEIRS_WIN, in_vain=present) if is_theirs(given) and is_ours(present) else None
+        return Miswired(THEIRS_WIN, lost=present) if is_theirs(given) and is_ours(present) else None
     why_not = why_not_the_wrappers(patcher)
     if why_not is not None:
-        return Miswired(why_not, in_vain=given)
+        return Miswired(why_not, lost=given)
     return Miswired(OURS_WIN) if is_theirs(present) else None
 
 
 def why_not_the_wrappers(patcher: Any) -> str | None:
-    """Why this is no model of the wrapper's loader; None if it is one. ComfyUI checks the types of links, but not
-    behind nodes that pass anything on, such as switches.
+    """Why this is no model of the wrapper's loader; None if it is one.
+
+    ComfyUI checks the types of links, but not behind nodes that pass anything on, such as switches.
     """
     model = getattr(patcher, "model", patcher)
     if hasattr(getattr(model, "diffusion_model", None), MARK):

@@ -78,7 +78,7 @@ def test_behind_vram_management_we_refuse_in_one_line_what_the_wrapper_cannot_ru
     """With a merged LoRA: of other models the weights are on meta when its loader manages them, and that fails."""
     load = VARIANTS["lora_merged"]["load"] | {"vram_management_args": {"offload_percent": 1.0}}
     refused = comfy.run(VARIANTS["lora_merged"], load=load, swap=ours(HALF), swap_at="set")
-    assert refused.error.startswith("WrapperError: swapped blocks expect a model without vram_management_args")
+    assert refused.error.startswith("WrapperError: swapped blocks cannot run with vram_management_args")
     assert refused.forwards == []
     assert comfy.latents(VARIANTS["lora_merged"], swap=ours(HALF)) == runs.unswapped("lora_merged").latents
 
