@@ -111,7 +111,7 @@ class Ours:
 
     def place(self, model: nn.Module, device: torch.device, *, swapped: int) -> None:
         backend = self._testbed.backend(overlap=self._overlap)
-        if self._overlap and not backend.has_streams:
+        if self._overlap and not backend.overlap:
             raise NotOfferedError(f"{device} has no streams: copies cannot overlap compute there")
         for module in rest_of(model):
             self._testbed.place(module)

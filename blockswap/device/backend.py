@@ -22,7 +22,7 @@ class Backend:
         registrar: Page-locks host memory for the device; None where nothing can be locked.
         pin_budget: What all sessions may lock together; every backend of a process shares it.
         make_worker: Makes the worker of the staged tier.
-        has_streams: Copies can have streams of their own.
+        overlap: Copies can overlap compute, on streams of their own.
     """
 
     device: torch.device
@@ -30,7 +30,7 @@ class Backend:
     registrar: Registrar | None
     pin_budget: PinBudget
     make_worker: Callable[[Streams], Worker]
-    has_streams: bool = True
+    overlap: bool = True
 
 
 def backend_for(device: torch.device, *, pin_budget: PinBudget) -> Backend:
@@ -45,7 +45,7 @@ def backend_for(device: torch.device, *, pin_budget: PinBudget) -> Backend:
             registrar=None,
             pin_budget=pin_budget,
             make_worker=lambda _: ThreadWorker(),
-            has_streams=False,
+            overlap=False,
         )
 
     index = torch.cuda.current_device() if device.index is None else device.index

@@ -425,7 +425,7 @@ def limits_within(limits: Limits, backend: Backend) -> Limits:
     """The limits, and what the device itself cannot do."""
     return replace(
         limits,
-        overlap=limits.overlap and backend.has_streams,
+        overlap=limits.overlap and backend.overlap,
         pin=limits.pin and backend.registrar is not None,
     )
 
