@@ -82,7 +82,7 @@ class Preferences:
         except (OSError, ValueError, RecursionError) as exc:
             raise SettingsError(f"{path.name} cannot be read as JSON: {exc}") from exc
         if not isinstance(stored, Mapping):
-            raise SettingsError(f"{path.name} expects a JSON object but got {type(stored).__name__}")
+            raise SettingsError(f"{path.name}: expected a JSON object, got {type(stored).__name__}")
         return cls(
             keep_host_slabs=_checked_switch(stored.get(KEEP_HOST_SLABS, True)),
             pin_budget_bytes=_checked_gib(stored.get(PIN_BUDGET_GIB, 0)),
@@ -91,13 +91,13 @@ class Preferences:
 
 def _checked_switch(value: object) -> bool:
     if not isinstance(value, bool):
-        raise SettingsError(f"{KEEP_HOST_SLABS} expects true or false but got {value!r}; set it again")
+        raise SettingsError(f"{KEEP_HOST_SLABS}: expected true or false, got {value!r}; set it again")
     return value
 
 
 def _checked_gib(value: object) -> int | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST_GIB:
-        raise SettingsError(f"{PIN_BUDGET_GIB} expects 0 to {MOST_GIB} GiB but got {value!r}; set it again")
+        raise SettingsError(f"{PIN_BUDGET_GIB}: expected 0 to {MOST_GIB} GiB, got {value!r}; set it again")
     return int(value * GIB) or None
 
 

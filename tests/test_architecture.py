@@ -46,7 +46,7 @@ core's root: errors, settings and spans, and the names that README uses."""
 
 MOST_FILES = 12
 MOST_LINES = 450
-"""A question to whoever goes beyond it, whether this is still one idea; never a reason to cut one in two."""
+"""Beyond it the question is whether the file is still one idea; it is never a reason to cut an idea in two."""
 
 FEW_LINES = 80
 """A file as short as this that one other imports belongs into that, unless it is a real boundary."""

@@ -391,4 +391,4 @@ def test_a_settings_file_that_cannot_be_read_is_said_once_and_costs_nothing_else
     workflow.sample()
     assert torch.equal(latents, unswapped("fp32", HPU).latents)
     said = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert len([message for message in said if "PinBudgetGiB expects 0 to 1024 GiB" in message]) == 1
+    assert len([message for message in said if "PinBudgetGiB: expected 0 to 1024 GiB" in message]) == 1
