@@ -33,14 +33,14 @@ def test_predictions_come_true_on_the_simulated_device(capsys: pytest.CaptureFix
 def test_a_prediction_that_does_not_come_true_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = predictions.plan_swap
+    real = predictions.make_plan
 
     def optimistic(*arguments):
         plan = real(*arguments)
         object.__setattr__(plan, "device_bytes", plan.device_bytes * 9 // 10)
         return plan
 
-    monkeypatch.setattr(predictions, "plan_swap", optimistic)
+    monkeypatch.setattr(predictions, "make_plan", optimistic)
     assert predictions.main(["--device", "cpu", "--shapes", "32x32x5", "--counts", "half", "--steps", "2"]) == 1
     assert "limit 1%" in capsys.readouterr().out
 

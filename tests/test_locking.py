@@ -131,6 +131,14 @@ def test_what_locking_raises_is_raised_in_the_host_thread_and_leaves_nothing(fai
 
 
 def test_an_interrupt_ends_the_wait_only_when_the_lock_is_over() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    try:
+        interrupted_while_locking()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupted_while_locking() -> None:
     registrar = Held()
     store = store_with(registrar)
     store.put(0, weights(10), tier=PINNED)

@@ -154,7 +154,7 @@ class Locking:
     """
 
     def __init__(self, pages: PageMemory, registrar: Registrar, budget: PinBudget) -> None:
-        self._pages = pages
+        self._pages = [pages]  # taken out when they are locked: a thread that is ending must not hold them
         self._registrar = registrar
         self._budget = budget
         self._code = -1
@@ -194,7 +194,7 @@ class Locking:
         if not self._claim.acquire(blocking=False):
             return
         try:
-            self._code = lock(self._pages, self._registrar, self._budget)
+            self._code = lock(self._pages.pop(), self._registrar, self._budget)
         except BaseException as failure:  # noqa: BLE001 - the host thread raises it in `result`
             self._failure = failure
         finally:

@@ -104,7 +104,7 @@ def test_what_a_swap_node_shows_can_follow_from_what_it_asks_for(scene: Scene) -
         assert plan is not None
         assert memory.ceiling == memory.total * ceiling / 100
         assert memory.other + memory.residents + memory.window <= memory.ceiling
-        assert is_auto or plan.swapped == blocks
+        assert is_auto or plan.swapped_count == blocks
 
 
 LANGUAGES = [Variant("newest", "vue", language) for language in HELP_PICTURES]

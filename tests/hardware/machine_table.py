@@ -216,7 +216,7 @@ def _cell(plan: Plan, model: Model) -> str:
     if plan is None:
         return "-"
     if isinstance(plan, PlanError):
-        return "refused: host" if str(plan).startswith("the host") else "refused: device"
+        return "refused: host" if str(plan).startswith("not enough RAM") else "refused: device"
     blocks = f"{plan.swapped_count}/{len(plan.swapped)}"
     mark = " !" if plan.over_ceiling else ""
     if not plan.swapped_count:

@@ -105,7 +105,7 @@ def test_the_plans_of_a_machine_keep_to_what_they_may_take(machine, every_plan, 
 @every_machine
 def test_a_refusal_on_a_machine_says_what_is_wanted_and_what_there_is(machine, every_plan):
     refusals = [str(plan) for plan in every_plan[machine.label].values() if isinstance(plan, PlanError)]
-    numbers = re.compile(r"expects? [\d.]+ [MG]iB .* but got [\d.]+ ([MG]i)?B .*; .*close other programs")
+    numbers = re.compile(r"not enough V?RAM: [\d.]+ [MG]iB .*needed .*, [\d.]+ ([MG]i)?B .*; .*close other programs")
     assert [text for text in refusals if not numbers.search(text)] == []
 
 
@@ -113,7 +113,7 @@ def test_every_host_tier_and_both_refusals_occur(every_plan):
     found = [plan for of_a_machine in every_plan.values() for plan in of_a_machine.values()]
     assert {tier for plan in found if isinstance(plan, SwapPlan) for tier in plan.tiers if tier} == set(TIERS)
     refusals = {" ".join(str(plan).split()[:3]) for plan in found if isinstance(plan, PlanError)}
-    assert refusals == {"the host expects", "the block weights"}
+    assert refusals == {"not enough RAM:", "not enough VRAM:"}
 
 
 @pytest.mark.parametrize(("device", "link"), [("cuda:0", (1, 4, 3, 16)), ("cuda:1", (1, 16, 4, 16))])
