@@ -21,7 +21,7 @@ class Workload:
     Attributes:
         tokens: Length of all sequences of a batch together.
         expected_activation_bytes: Device memory it is expected to take above the weights, from
-            `architecture.activation_bytes`; None if it is not known.
+            `activation_bytes` in model/wan.py; None if it is not known.
         latent_frames: Frames of the latents; None if it is not known.
     """
 

@@ -53,7 +53,7 @@ class Planner:
         self.once: SwapPlan | None = None
         self._inputs: PlanInputs | None = None
         self._room_bytes = 0
-        self._may_take_other = False  # forwards may take other than when the budget was last worked out
+        self._may_take_other = False  # activations may have changed since the budget was last worked out
         self._over_bytes = 0
 
     def __call__(self, profile: ModelProfile, held: HeldMemory) -> SwapPlan:
@@ -99,7 +99,7 @@ class Planner:
         return predict(self.profile, plan.swapped, plan.slots, plan.tiers, timing)
 
     def is_over_budget(self, plan: SwapPlan, *, own_bytes: int) -> bool:
-        """Whether the weights stand above what memory leaves for them now, and otherwise than when that was last seen.
+        """Whether the weights exceed the present budget by an amount that has not been seen before.
 
         Takes one reading of the card; the budget is worked out only if there is less room than when it last was, or
         forwards have taken more.

@@ -19,7 +19,7 @@ from ..engine.session import EVERY_FORWARD, SessionState, SwapSession
 from ..engine.swapper import Listeners
 from ..errors import BlockSwapError, DeviceMemoryError, HostMemoryError, PlanError
 from ..plan.make_plan import Limits
-from ..plan.swap_plan import SwapPlan
+from ..plan.swap_plan import HostTier, SwapPlan
 from ..settings import SwapSettings
 from .history import Workload
 from .machine import LastKnownReadings, Machine, PeakMeter
@@ -167,6 +167,11 @@ class SwapRun:
         self._prepared = True
         return self._present
 
+    def withdraw(self, workload: Workload | None) -> None:
+        """The forward that was prepared for this workload does another: its memory does not count."""
+        self.planner.withdraw(workload)
+        self._prepared = False
+
     def use(self, settings: SwapSettings) -> None:
         """The settings from the next forward on."""
         self.planner.use(settings)
@@ -310,7 +315,10 @@ class SwapRun:
         except (PlanError, DeviceMemoryError, HostMemoryError) as failure:
             self._stats.note(f"planning again failed, so that the plan before goes on: {failure}")
             self.planner.once = present
-            self._adopt()
+            try:
+                self._adopt()
+            finally:
+                self.planner.once = None
             return
         self._stats.replans.append(why)
 
@@ -334,11 +342,12 @@ class SwapRun:
         stats.observe(self._timed)
         if stats.observation is None or not stats.is_timed:
             return False
-        is_pinned = plan.pinned_bytes > 0 and not plan.staging_bytes
+        tiers = self.session.tiers.values()  # a refusal may have made them other than planned
+        is_pinned = bool(tiers) and all(tier is HostTier.PINNED for tier in tiers)
         if is_pinned:
             speed = stats.observation.copied_bytes_per_s
             stats.note(slow_link(self.planner.link, streams=plan.streams, seen_bytes_per_s=speed))
-        self.planner.learn(stats.observation, plan, is_pinned=is_pinned and not self.session.refusals)
+        self.planner.learn(stats.observation, plan, is_pinned=is_pinned)
         stats.prediction = self.planner.predict(plan)
         return True
 

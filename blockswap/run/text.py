@@ -283,7 +283,7 @@ def _sum(durations: Iterable[float | None]) -> float | None:
 
 MORE_THAN_THERE_WAS = 1.25
 """What a forward is taken to need, over what it had, where it ran out with more than it was expected to take: the
-factor that `architecture.activation_bytes` adds to the widest place, once more."""
+factor that `activation_bytes` in model/wan.py adds to the widest place, once more."""
 
 
 def oom_message(workload: Workload | None, plan: SwapPlan, *, said: str) -> str:

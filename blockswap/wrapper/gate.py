@@ -319,7 +319,7 @@ class GatedModel:
         if self.hints_to_host or not vace or not plan.over_ceiling:
             return workload
         self.hints_to_host = True
-        self.run.planner.withdraw(workload)
+        self.run.withdraw(workload)
         workload = workload_of(transformer, latents, hints_to_host=True)
         self.run.prepare(workload)
         logger.info("the hints of %d VACE blocks go to the host: the device has no room for them", vace)
