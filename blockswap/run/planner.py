@@ -69,12 +69,14 @@ class Planner:
         self.profile = profile
         plan, self.once = self.once, None
         if plan is None:
-            self._inputs = self._read(profile, held)
+            self.readings = self.machine.read(self.link)
+            self._inputs = self._inputs_from(self.readings, profile, held)
             plan = make_plan(profile, self._inputs)
             # Copies in place have no streams to choose, and cost what they cost.
             if plan.swapped_count and plan.overlap and self.link is None:
                 self.link = self.machine.link()
-                self._inputs = self._read(profile, held)
+                self.readings = replace(self.readings, link=self.link)
+                self._inputs = self._inputs_from(self.readings, profile, held)
                 plan = make_plan(profile, self._inputs)
             self._notice(self._inputs)
             self._over_bytes = 0
@@ -88,7 +90,7 @@ class Planner:
             PlanError: None fits.
         """
         assert self.profile is not None, "it follows a plan"
-        return make_plan(self.profile, self._read(self.profile, held))
+        return make_plan(self.profile, self._inputs_from(self.machine.read(self.link), self.profile, held))
 
     def predict(self, plan: SwapPlan) -> ForwardTime | None:
         """A forward of the present workload with `plan` in virtual time, from what is known; reads nothing. None where
@@ -203,9 +205,8 @@ class Planner:
             self.history.forgive()
         self.settings = settings
 
-    def _read(self, profile: ModelProfile, held: HeldMemory) -> PlanInputs:
-        """Readings of this moment, with what is known of the blocks; our own memory counts as free."""
-        readings = self.readings = self.machine.read(self.link)
+    def _inputs_from(self, readings: Readings, profile: ModelProfile, held: HeldMemory) -> PlanInputs:
+        """Readings, with what is known of the blocks; our own memory counts as free."""
         inputs = plan_inputs(profile, self.settings, readings, self.limits)
         locked_elsewhere = max(0, self.pins.used_bytes - held.pinned_bytes)
         inputs = replace(
