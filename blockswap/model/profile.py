@@ -101,8 +101,8 @@ def profile_model(blocks: Sequence[tuple[str, nn.Module]], *, root: nn.Module | 
             "the model has no list of blocks to swap; give the transformer's blocks, for example model.blocks"
         )
     entries = tuple(tuple(_entries(name, module)) for name, module in blocks)
-    for (name, _), block in zip(blocks, entries, strict=True):
-        _place(name, block)
+    for block in entries:
+        _place(block)
     _tie([entry for block in entries for entry in block])
     inside = {id(entry.tensor) for block in entries for entry in block}
     other = _bytes_outside(root, inside) if root is not None else 0
@@ -161,7 +161,7 @@ def _refuse_other_layouts(name: str, tensor: torch.Tensor) -> None:
     )
 
 
-def _place(block_name: str, block: Sequence[TensorEntry]) -> None:
+def _place(block: Sequence[TensorEntry]) -> None:
     """Sets each entry's placement from the tensor itself."""
     for entry in block:
         entry.extent = _bytes(entry.tensor)
