@@ -52,7 +52,7 @@ def ran(
         onloaded_bytes=streamed,
         placed_bytes=0,
         returned_bytes=0,
-        peak_weight_bytes=None,
+        weight_bytes=None,
         slab_bytes=0,
         pinned_bytes=0,
     )

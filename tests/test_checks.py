@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from run_bench import BLOCK, Bench, X
 from toys import window_of
 from wanvideo_enhanced_blockswap.blockswap import SwapSettings
+from wanvideo_enhanced_blockswap.blockswap.engine.binding import BlockBinding
 from wanvideo_enhanced_blockswap.blockswap.engine.swapper import checksum
-from wanvideo_enhanced_blockswap.blockswap.errors import TransferError
+from wanvideo_enhanced_blockswap.blockswap.errors import TransferError, UnsupportedModelError
 
 DEBUG = SwapSettings(debug_mode=True)
 
@@ -41,7 +44,7 @@ def test_debug_mode_finds_weights_that_another_node_has_edited_through_data() ->
     block = swapped_block(bench)
     bench.model.blocks[block].up.data.view(-1)[3] += 1.0
     with pytest.raises(
-        TransferError, match=rf"blocks\.{block}\.up has other bytes on the device than it was adopted with"
+        TransferError, match=rf"blocks\.{block}\.up has other bytes on the device than when it was adopted"
     ):
         bench.forward(times=2)
 
@@ -62,8 +65,47 @@ def test_debug_mode_finds_a_slot_that_does_not_hold_what_it_should(monkeypatch: 
         window[0][0] ^= 1
 
     monkeypatch.setattr(type(bench.simulation.streams), "reads", spoil)
-    with pytest.raises(TransferError, match="has other bytes on the device than it was adopted with"):
+    with pytest.raises(TransferError, match="has other bytes on the device than when it was adopted"):
         bench.forward(times=2)
+
+
+def replaces_a_weight_inside(bench: Bench, block: int) -> Callable[..., None]:
+    """A hook on a block that puts an equal weight in the place of a later block's, once."""
+    done: list[bool] = []
+
+    def replace(*_: object) -> None:
+        if not done:
+            done.append(True)
+            later = bench.model.blocks[block]
+            later.up = torch.nn.Parameter(later.up.detach().clone(), requires_grad=False)
+
+    return replace
+
+
+def test_debug_mode_compares_also_after_weights_were_replaced_inside_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(room=5, settings=DEBUG)
+    bench.forward(times=2)
+    first = swapped_block(bench)
+    handle = bench.model.blocks[0].register_forward_hook(replaces_a_weight_inside(bench, first))
+    compared: list[str] = []
+    monkeypatch.setattr(
+        "wanvideo_enhanced_blockswap.blockswap.engine.swapper.check_slot", lambda name, *_: compared.append(name)
+    )
+    bench.forward()
+    handle.remove()
+    assert bench.run.session.adoptions == 2
+    expected = [f"blocks.{block}" for block in bench.run.plan.swapped_indices if block >= first]  # type: ignore[union-attr]
+    assert compared[-len(expected) :] == expected
+
+
+def test_a_weight_that_is_replaced_again_while_it_is_placed_ends_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(room=5)
+    bench.forward(times=2)
+    monkeypatch.setattr(BlockBinding, "is_unchanged", lambda _: False)
+    with pytest.raises(UnsupportedModelError, match=r"a weight of blocks\.0 was replaced again while"):
+        bench.forward()
+    monkeypatch.undo()
+    bench.forward(times=2)
 
 
 def test_debug_mode_gives_the_same_outputs_and_an_edit_in_place_is_followed() -> None:

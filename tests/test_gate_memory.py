@@ -12,9 +12,11 @@ import torch
 from call_arguments import arguments_compared
 from gate_bench import BLOCKS, GateBench, allocated, arguments, truth
 from standin import Fault, InterruptProcessingException, Workflow
+from wanvideo_enhanced_blockswap.blockswap.engine import session as session_module
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState
+from wanvideo_enhanced_blockswap.blockswap.engine.swapper import BlockSwapper
 from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError
-from wanvideo_enhanced_blockswap.blockswap.run.progress import Progress, stopped
+from wanvideo_enhanced_blockswap.blockswap.run.progress import Phase, Progress, stopped
 
 pytestmark = pytest.mark.usefixtures("pretend_device")
 
@@ -95,7 +97,7 @@ def test_where_even_the_smallest_plan_fails_it_says_what_would_fit_and_the_next_
     with pytest.raises(DeviceMemoryError) as failure:
         workflow.sample(fault=once(1, times=2))
     said = str(failure.value)
-    assert "tokens expects about" in said
+    assert "tokens needs about" in said
     assert f"({BLOCKS} of {BLOCKS} blocks swapped through 1 slot)" in said
     assert "frames, or" in said
     assert "(the device reported: block 1 fails)" in said
@@ -133,6 +135,65 @@ def test_the_node_is_told_the_error_that_the_run_has_ended_with(bench: GateBench
     with pytest.raises(DeviceMemoryError) as failure:
         workflow.sample(fault=once(1, forward=2 if how == "not again" else 0, times=2))
     assert told[-1] == stopped(str(failure.value))
+
+
+def refuse_device_memory(monkeypatch: pytest.MonkeyPatch, *, times: int) -> None:
+    """The next adopts get no device memory."""
+    place, left = BlockSwapper._place, [True] * times
+
+    def refuse(swapper: BlockSwapper) -> None:
+        if left:
+            left.pop()
+            raise torch.OutOfMemoryError("no room")
+        place(swapper)
+
+    monkeypatch.setattr(BlockSwapper, "_place", refuse)
+
+
+def test_memory_that_runs_out_while_blocks_are_placed_is_in_the_report_and_the_run_never_stopped(
+    bench: GateBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow = bench.workflow("fp32", arguments(2))
+    workflow.sample()
+    told: list[Progress] = []
+    bench.run_of(workflow).watcher = told.append
+    refuse_device_memory(monkeypatch, times=1)
+    assert torch.equal(workflow.sample(), truth("fp32"))
+    report = bench.run_of(workflow).report()
+    assert report is not None
+    assert report.measured.replans == ("the device ran out of memory",)
+    assert Phase.STOPPED not in {progress.phase for progress in told}
+
+
+def test_a_run_that_cannot_place_its_blocks_is_stopped_once(bench: GateBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    workflow = bench.workflow("fp32", arguments(2))
+    workflow.sample()
+    told: list[Progress] = []
+    bench.run_of(workflow).watcher = told.append
+    with monkeypatch.context() as patch:
+        refuse_device_memory(patch, times=9)
+        with pytest.raises(DeviceMemoryError) as failure:
+            workflow.sample()
+    assert [one for one in told if one.phase is Phase.STOPPED] == [stopped(str(failure.value))]
+    assert torch.equal(workflow.sample(frames=2), workflow.sample(frames=2))
+    report = bench.run_of(workflow).report()
+    assert report is not None
+    assert report.measured.replans == ()
+
+
+def test_memory_that_runs_out_before_anything_is_planned_has_its_own_sentence(
+    bench: GateBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow = bench.workflow("fp32", arguments(2))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session_module, "profile_model", refuse)
+        with pytest.raises(DeviceMemoryError, match="ran out before any block was placed; close other programs"):
+            workflow.sample()
+    assert torch.equal(workflow.sample(), truth("fp32"))
 
 
 @pytest.mark.parametrize("error", [InterruptProcessingException, RuntimeError])

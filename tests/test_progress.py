@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from run_bench import BLOCK, COUNT, LARGE_VIDEO, SMALL_VIDEO, Bench
 from shown import planned, predicted, ran
-from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
+from wanvideo_enhanced_blockswap.blockswap.engine.session import Holdings
+from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError, PlanError
 from wanvideo_enhanced_blockswap.blockswap.host.slabs import Locking
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Limits
 from wanvideo_enhanced_blockswap.blockswap.run.progress import (
@@ -195,13 +196,31 @@ def test_each_run_counts_from_its_own_begin() -> None:
     assert [progress.run.forwards for progress in watcher.of(Phase.DONE) if progress.run] == [3, 3]
 
 
-def test_a_plan_that_cannot_be_is_told_in_the_error_s_words() -> None:
+def test_a_plan_that_cannot_be_is_told_once_in_the_error_s_words() -> None:
     bench = Bench(4.5, limits=Limits(originals_stay=True))
     watcher = Watcher(bench)
     bench.machine.host_available_bytes = BLOCK // 4
     with pytest.raises(PlanError) as failure:
         bench.forward()
-    assert watcher.told[-1] == stopped(str(failure.value))
+    assert watcher.told == []
+    bench.run.release(failure.value)
+    assert watcher.told == [stopped(str(failure.value))]
+
+
+def test_a_release_that_fails_is_told_in_the_error_s_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(4.5)
+    watcher = Watcher(bench)
+    bench.forward(times=3)
+
+    def fail(_: object) -> None:
+        raise DeviceMemoryError("the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Holdings, "drop_device", fail)
+        with pytest.raises(DeviceMemoryError):
+            bench.run.release()
+    assert watcher.phases() == [Phase.ADOPTING, Phase.SAMPLING, Phase.STOPPED]
+    assert watcher.told[-1] == stopped("the device is gone")
 
 
 def test_a_run_without_a_forward_is_told_as_stopped() -> None:

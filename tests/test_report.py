@@ -13,7 +13,7 @@ from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import plan_within
 from wanvideo_enhanced_blockswap.blockswap.plan.schedule import ForwardTime
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.run.report import BlockTimes, Measured, RunReport
-from wanvideo_enhanced_blockswap.blockswap.run.text import ModelSize, block_table, brief_lines, summary
+from wanvideo_enhanced_blockswap.blockswap.run.text import ModelSize, block_table, configuration_lines, summary
 from wanvideo_enhanced_blockswap.hardware import DeviceMemory, HostMemory, HostPlatform, Samples
 from wanvideo_enhanced_blockswap.hardware.units import GIB, MIB
 
@@ -79,7 +79,7 @@ MEASURED = Measured(
     placed_bytes=6_900_000_000,
     returned_bytes=0,
     copy_bytes_per_s=24.1e9,
-    peak_weight_bytes=7 * GIB,
+    weight_bytes=7 * GIB,
     activation_bytes=2 * GIB,
     slab_bytes=14 * GIB,
     pinned_bytes=13 * GIB,
@@ -107,7 +107,7 @@ BARE = RunReport(
         onloaded_bytes=0,
         placed_bytes=32 * MIB,
         returned_bytes=0,
-        peak_weight_bytes=None,
+        weight_bytes=None,
         slab_bytes=0,
         pinned_bytes=0,
     ),
@@ -130,7 +130,7 @@ def test_a_summary_puts_what_was_predicted_beside_what_was_measured() -> None:
     assert summary(FULL) == (
         "WanModel on NVIDIA GeForce RTX 4090: 20 of 40 blocks swapped (18 pinned, 2 staged), "
         "2 slots of 333.0 MiB, 4 copy streams\n"
-        "weights on the device: 7.0 GiB planned; 7.0 GiB at most measured\n"
+        "weights on the device: 7.0 GiB planned; 7.0 GiB measured\n"
         "activations: 3.0 GiB expected; 2.0 GiB measured\n"
         "forwards: 40, and 4 that ran no block; 1,200 ms predicted; 1,250 ms measured (median)\n"
         "stall per forward: 6.0 ms (0.5%) predicted; 12.5 ms (1.0%) measured in 2 timed forwards\n"
@@ -175,7 +175,7 @@ def test_a_summary_never_says_unknown_or_none() -> None:
             forward_ms=None,
             stall_ms=None,
             copy_bytes_per_s=None,
-            peak_weight_bytes=None,
+            weight_bytes=None,
             activation_bytes=None,
             samples=replace(
                 SAMPLES,
@@ -192,7 +192,7 @@ def test_a_summary_never_says_unknown_or_none() -> None:
 
 
 def test_weights_above_the_plan_are_told_to_the_byte() -> None:
-    report = changed(peak_weight_bytes=7 * GIB + 1536)
+    report = changed(weight_bytes=7 * GIB + 1536)
     assert line(report, "weights").endswith("1,536 bytes more than planned")
 
 
@@ -301,7 +301,7 @@ def brief(decided: SwapPlan, **changes: Any) -> tuple[str, ...]:
         "ratio": 0.9,
     }
     model = ModelSize(parameters=1_234_567_890, nbytes=mib(4610.4), layers=24)
-    return brief_lines(decided, model, **(facts | changes))
+    return configuration_lines(decided, model, **(facts | changes))
 
 
 def test_the_log_of_debug_mode_is_the_briefs() -> None:
@@ -322,7 +322,7 @@ def test_a_model_that_only_the_user_wants_in_vram_is_not_said_to_fit() -> None:
 
 def test_figures_that_are_not_known_are_left_out_of_the_log() -> None:
     model = ModelSize(parameters=None, nbytes=GIB, layers=24)
-    lines = brief_lines(plan(24, 0), model, memory=None, host=ROOMY, ratio=0.75)
+    lines = configuration_lines(plan(24, 0), model, memory=None, host=ROOMY, ratio=0.75)
     assert lines[1] == "   Model: 1024.0MB, 24 layers"
     assert not any("VRAM:" in text for text in lines)
     assert "ratio=75%" in lines[3]

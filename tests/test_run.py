@@ -230,7 +230,7 @@ def test_a_link_that_a_run_contradicts_counts_as_that_run_has_shown_it(caplog: p
         bench.run.release()
         bench.forward(times=5)
     assert bench.machine.measured == 1
-    assert sum("plans use the speed seen" in record.message for record in caplog.records) == 1
+    assert sum("plans use the new speed" in record.message for record in caplog.records) == 1
 
 
 def test_an_interrupted_forward_teaches_nothing_and_the_next_is_right() -> None:

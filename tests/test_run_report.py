@@ -24,7 +24,7 @@ def test_the_report_sets_what_came_beside_what_was_predicted() -> None:
     assert report is not None
     plan, measured = report.plan, report.measured
     assert (measured.forwards, measured.empty_forwards, measured.timed_forwards) == (5, 0, 2)
-    assert measured.peak_weight_bytes == plan.device_bytes
+    assert measured.weight_bytes == plan.device_bytes
     assert measured.returned_bytes == 0
     # Five forwards, and the window that was prefetched for a sixth.
     assert measured.onloaded_bytes == BLOCK * (5 * plan.swapped_count + plan.slots)

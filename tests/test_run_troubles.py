@@ -187,7 +187,7 @@ def test_after_a_smaller_plan_has_taken_over_the_report_is_of_that_plan() -> Non
     report = bench.run.last_report
     assert report is not None
     assert len(report.measured.replans) == 1
-    assert report.measured.peak_weight_bytes == report.plan.device_bytes
+    assert report.measured.weight_bytes == report.plan.device_bytes
 
 
 def test_tiers_in_the_report_are_those_that_the_slabs_are_in() -> None:

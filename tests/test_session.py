@@ -174,12 +174,12 @@ def do(session: SwapSession, act: str) -> None:
 @pytest.mark.parametrize(
     ("bring", "act", "sentence"),
     [
-        ([], "enter", "enter needs a session that is running, this one is idle"),
-        (["adopt"], "adopt", "adopt needs a session that is idle, this one is adopted"),
-        (["adopt"], "enter", "enter needs a session that is running, this one is adopted"),
-        (["close"], "adopt", "adopt needs a session that is idle, this one is closed"),
-        (["close"], "release", "release needs a session that is idle or adopted, this one is closed"),
-        (["close"], "forward", "forward needs a session that is idle or adopted, this one is closed"),
+        ([], "enter", "enter needs a session that is running, but this one is idle"),
+        (["adopt"], "adopt", "adopt needs a session that is idle, but this one is adopted"),
+        (["adopt"], "enter", "enter needs a session that is running, but this one is adopted"),
+        (["close"], "adopt", "adopt needs a session that is idle, but this one is closed"),
+        (["close"], "release", "release needs a session that is idle or adopted, but this one is closed"),
+        (["close"], "forward", "forward needs a session that is idle or adopted, but this one is closed"),
     ],
 )
 def test_an_illegal_transition_names_both_states(bring: list[str], act: str, sentence: str) -> None:

@@ -41,9 +41,9 @@ def test_forwards_that_take_three_times_as_long_on_a_full_card_are_told_with_wha
     filled(bench)
     bench.forward(times=4)
     (note,) = [note for note in notes(bench) if "moving video memory" in note]
-    assert "32 ms, 8 ms are usual" in note
+    assert "32 ms instead of the usual 8 ms" in note
     assert "0 B of" in note
-    assert "lower vram_threshold_percent, by hand swap 2 more blocks, or close" in note
+    assert "lower vram_threshold_percent, raise blocks_to_swap by 2, or close" in note
     assert sum("moving video memory" in record.message for record in caplog.records) == 1
 
 
@@ -72,7 +72,7 @@ def test_copies_at_less_than_half_of_the_measured_speed_are_told() -> None:
     paced(bench, link_ms=3.0)
     bench.forward(times=5)
     (note,) = [note for note in notes(bench) if "copies run at" in note]
-    assert "GB/s, 0.0 GB/s had been measured" in note  # a toy's link
+    assert "GB/s, but 0.0 GB/s were measured before" in note  # a toy's link
     assert "fewer lanes" in note
 
 

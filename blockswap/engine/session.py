@@ -1,4 +1,4 @@
-"""SwapSession: one transformer's life with swapped blocks: adopt, run, release; close."""
+"""SwapSession: the life of one transformer with swapped blocks: adopt, run, release; close."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from .transfer import Counters, Transfer
 
 logger = logging.getLogger(__name__)
 
-Planner = Callable[[ModelProfile, HeldMemory], SwapPlan]
-"""Makes the plan at each adopt, from the blocks of that moment and from what is held of them already."""
+MakePlan = Callable[[ModelProfile, HeldMemory], SwapPlan]
+"""Makes the plan at each adopt, from the blocks and from the memory that is held for them already."""
 
 EVERY_FORWARD = range(sys.maxsize)
-"""For `traced`."""
+"""For `traced`: all forwards."""
 
 
 class SessionState(Enum):
-    """Where a session is in its life."""
+    """The state of a session."""
 
     IDLE = "idle"
-    """From the start, or a release, until the next adopt: the session holds no device memory."""
+    """From the start or a release until the next adopt: the session holds no device memory."""
     ADOPTED = "adopted"
-    """From adopt until a forward begins, and between forwards."""
+    """From adopt until a forward starts, and between forwards."""
     RUNNING = "running"
     """From the start of a forward until its end."""
     CLOSED = "closed"
@@ -56,33 +56,33 @@ class SwapSession:
                 with session.forward():
                     model(...)
 
-    Inside `forward()` the blocks may be called in any order, some, several times or not at all. Between forwards every
-    parameter points at its true bytes, on the host or at its resident copy. The session leaves the rest of the model
-    alone.
+    Inside `forward()` the blocks may be called in any order, several times or not at all. Between forwards every
+    parameter points at its true bytes: at its master on the host, or at its resident copy. The session does not touch
+    the rest of the model.
 
     Args:
         blocks: Name and module of each block, in execution order.
         planner: Makes the plan.
         backend: The device and what it offers.
         root: The whole model, for the bytes outside the blocks; held weakly. None if there is nothing else.
-        traced: Numbers of the forwards, from 0 at each adopt and without those that ran no block, of which compute,
-            stall and copies are recorded; of the others only how long they take. None records nothing.
+        traced: Numbers of the forwards of which compute, stall and copies are recorded; of the others only their
+            duration is. They count from 0 at each adopt, without forwards that ran no block. None records nothing.
         listeners: Called during an adopt.
 
     Attributes:
-        state: Where the session is in its life.
+        state: The state.
         plan: The plan of the last adopt; None before the first.
         log: Counts and times the forwards.
-        counters: What has been copied since the session was made.
+        counters: Copies since the session was made.
         adoptions: How often blocks were placed.
-        listeners: Notified while blocks are placed.
-        checks: Each slot is compared with its slab before a block uses it; read at the start of each forward.
+        listeners: Called during an adopt.
+        checks: Compare each slot with its slab before a block uses it; read at the start of each forward.
     """
 
     def __init__(
         self,
         blocks: Sequence[tuple[str, nn.Module]],
-        planner: Planner,
+        planner: MakePlan,
         backend: Backend,
         *,
         root: nn.Module | None = None,
@@ -114,38 +114,38 @@ class SwapSession:
 
     @property
     def trace(self) -> Trace | None:
-        """What happened when, since the last adopt; None if nothing is traced, or before the first."""
+        """The trace since the last adopt; None before the first, or if nothing is traced."""
         return self.log.trace
 
     @property
     def device_bytes(self) -> int:
-        """Device memory of residents, small tensors and window now."""
+        """Device memory of residents, small tensors and window."""
         return 0 if self._holds.swapper is None or self.plan is None else self.plan.device_bytes
 
     @property
     def slab_bytes(self) -> int:
-        """Host memory that holds the streamed tensors of the swapped blocks now."""
+        """Host memory of the slabs, which hold the streamed tensors of swapped blocks."""
         return sum(slab.pages.size for slab in self._holds.slabs.values())
 
     @property
     def staging_bytes(self) -> int:
-        """Host memory of the staging slabs now."""
+        """Host memory of the staging slabs."""
         return self._holds.staging_bytes
 
     @property
     def pinned_bytes(self) -> int:
-        """Host memory that this session has page-locked now: slabs, and staging, which exists only page-locked."""
+        """Host memory that this session has page-locked: slabs, and staging, which is always page-locked."""
         locked = [slab.pages.size for slab in self._holds.slabs.values() if slab.pages.is_pinned]
         return sum(locked) + self._holds.staging_bytes
 
     @property
     def held(self) -> HeldMemory:
-        """What the session holds now."""
+        """All of these."""
         return HeldMemory(self.device_bytes, self.slab_bytes, self.staging_bytes, self.pinned_bytes)
 
     @property
     def tiers(self) -> dict[int, HostTier]:
-        """The tier of each swapped block's slab now; below the planned one where page-locking was refused."""
+        """The tier of each swapped block's slab; below the planned one where page-locking was refused."""
         return {block: slab.tier for block, slab in self._holds.slabs.items()}
 
     @property
@@ -163,8 +163,8 @@ class SwapSession:
             UnsupportedModelError: The blocks cannot be swapped.
             PlanError: No plan fits.
             HostMemoryError: The host refused memory.
-            DeviceMemoryError: The device refused memory. In each case the weights are where they were, or in ordinary
-                host memory, and nothing is left registered.
+            DeviceMemoryError: The device refused memory. After each error the weights are where they were, or in
+                ordinary host memory, and nothing stays page-locked.
         """
         self._expect("adopt", SessionState.IDLE)
         model = profile_model(self._named, root=None if self._root is None else self._root())
@@ -197,7 +197,7 @@ class SwapSession:
 
     @translate_device_errors("device memory was being given back")
     def release(self) -> None:
-        """Every tensor points at its master, and the device memory is free at once. Slabs stay for the next adopt."""
+        """Points every tensor at its master and frees the device memory. Slabs stay for the next adopt."""
         self._expect("release", SessionState.IDLE, SessionState.ADOPTED)
         try:
             self._holds.drop_device()
@@ -206,20 +206,20 @@ class SwapSession:
 
     @translate_device_errors("host memory was being unlocked")
     def unlock(self) -> None:
-        """No slab is page-locked any more; they stay, and are locked again at the next adopt."""
+        """Unlocks the slabs; they stay, and are locked again at the next adopt."""
         self._expect("unlock", SessionState.IDLE)
         if self._holds.store is not None:
             self._holds.store.unlock()
 
     @translate_device_errors("host memory was being given up")
     def give_up_slabs(self) -> None:
-        """No slab is kept for the next run; weights that are nowhere else stay, in ordinary memory."""
+        """Keeps no slab for the next run; weights that are nowhere else stay in ordinary memory."""
         self._expect("give_up_slabs", SessionState.IDLE)
         self._holds.drop()
 
     @translate_device_errors("a session was being closed")
     def close(self) -> None:
-        """Releases, unlocks the slabs and ends; idempotent. Weights stay in ordinary host memory."""
+        """Releases, unlocks the slabs and ends the session; idempotent. Weights stay in ordinary host memory."""
         try:
             self._end(finished=False)
         finally:
@@ -231,7 +231,7 @@ class SwapSession:
     def _expect(self, what: str, *states: SessionState) -> None:
         if self.state not in states:
             expected = " or ".join(state.value for state in states)
-            raise BlockSwapError(f"{what} needs a session that is {expected}, this one is {self.state.value}")
+            raise BlockSwapError(f"{what} needs a session that is {expected}, but this one is {self.state.value}")
 
     # -------------------------------------------------------------------------------------------------------- forward
 
@@ -240,8 +240,8 @@ class SwapSession:
         """One forward of the model; adopts before the first.
 
         Args:
-            blocks: The modules that will be called, where they are others than the session was made with (compiling
-                wraps each block anew). They are hooked for this forward only.
+            blocks: The modules that will be called, if they differ from the session's own (compiling wraps each block
+                again). They are hooked for this forward only.
         """
         modules = [module for _, module in self._named] if blocks is None else blocks
         if len(modules) != len(self._named):
@@ -263,23 +263,29 @@ class SwapSession:
             self._end(finished=finished)
 
     def enter(self, block: int) -> None:
-        """Block `block` is about to run. The hooks call it; a caller of a block's `forward` itself must do so too."""
+        """Prepares block `block` to run. The hooks call it; who calls a block's `forward` directly must call it too."""
         self._expect("enter", SessionState.RUNNING)
         assert self._holds.swapper is not None
-        if not self._holds.swapper.enter(block):
-            self._adopt_again()
-            self._holds.swapper.enter(block)
+        if not self._holds.swapper.enter(block) and not self._adopt_again().enter(block):
+            raise UnsupportedModelError(
+                f"a weight of {self._named[block][0]} was replaced again while the weights were being placed; remove "
+                "other nodes that move or patch the model during a forward"
+            )
 
-    @translate_device_errors("a forward was beginning")
+    @translate_device_errors("a forward was starting")
     def _begin(self, modules: Sequence[nn.Module]) -> None:
         self.state = SessionState.RUNNING
+        self._begin_swapper()
+        for module, hook in zip(modules, self._hooks, strict=True):
+            self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
+
+    def _begin_swapper(self) -> BlockSwapper:
         swapper, transfer = self._holds.swapper, self._holds.transfer
         assert swapper is not None
         assert transfer is not None
         self.log.begin(swapper, transfer)
         swapper.begin(checks=self.checks)
-        for module, hook in zip(modules, self._hooks, strict=True):
-            self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
+        return swapper
 
     def _end(self, *, finished: bool) -> None:
         handles, self._handles = self._handles, []
@@ -287,7 +293,7 @@ class SwapSession:
             for handle in handles:
                 handle.remove()
         finally:
-            # Closed inside the forward, or failed to adopt inside it, there is nothing to end.
+            # If the forward closed the session, or an adopt inside it failed, there is nothing to end.
             if self.state is SessionState.RUNNING:
                 self.state = SessionState.ADOPTED
                 self._leave(finished=finished)
@@ -312,18 +318,19 @@ class SwapSession:
                     swapper.abort()  # a second interrupt has ended it half way
                     raise
 
-    def _adopt_again(self) -> None:
-        """A tensor of a block was replaced or moved: all weights are read and placed anew."""
+    def _adopt_again(self) -> BlockSwapper:
+        """Places all weights again, after a tensor of a block was replaced or moved inside a forward."""
         logger.info("a block's weights were replaced: adopting again")
         self.state = SessionState.IDLE  # first: where dropping fails, no forward is left to end
         self._holds.drop_device()
         self.adopt()
         self.state = SessionState.RUNNING
+        return self._begin_swapper()
 
 
 class Holdings:
-    """What a session holds on the device and in page-locked memory. It has no reference to the session, so that a
-    finalizer can give it up when a session is dropped without `close`.
+    """The device memory and page-locked memory of a session. Holds no reference to the session, so that a finalizer can
+    free it when a session is dropped without `close`.
     """
 
     def __init__(self) -> None:
@@ -343,7 +350,7 @@ class Holdings:
         return 0 if transfer is None or transfer.staging is None else sum(p.size for p in transfer.staging.slabs)
 
     def drop_device(self) -> None:
-        """Masters back; window, residents and staging freed, even if a step fails."""
+        """Points tensors at their masters and frees window, residents and staging, even if a step fails."""
         swapper, transfer = self.swapper, self.transfer
         self.swapper = self.transfer = None
         try:
@@ -354,7 +361,7 @@ class Holdings:
                 transfer.close()
 
     def drop(self) -> None:
-        """The same, and no slab stays locked. The host waits for all copies, also for those an exception cut short."""
+        """The same, and unlocks the slabs. Waits for all copies, also for those that an exception cut short."""
         store, self.store = self.store, None
         try:
             if self.transfer is not None:
@@ -370,12 +377,12 @@ class Holdings:
 def block_hook(
     holds: Holdings, enter: Callable[[], Callable[[int], None] | None], block: int
 ) -> Callable[[nn.Module, object], None]:
-    """The hook in front of a block.
+    """The hook that runs before a block.
 
     Args:
-        holds: What runs the blocks.
-        enter: Gives the session's method, None once the session is gone: a hook that held the session would keep a
-            dropped one alive until the garbage collector runs.
+        holds: The session's swapper.
+        enter: Returns the session's `enter`, None once the session is gone. A hook that held the session itself would
+            keep a dropped session alive until the garbage collector runs.
         block: Index of the block.
     """
 
@@ -399,7 +406,7 @@ class ForwardLog:
 
     Attributes:
         traced: The same; may be set between forwards.
-        trace: What was recorded; None if nothing is.
+        trace: The trace; None before the first adopt, or if nothing is traced.
         forwards: Forwards that ended well and ran a block.
         empty_forwards: Forwards that ended well and ran none.
         all_forwards: `forwards` of all adopts together.
@@ -414,7 +421,7 @@ class ForwardLog:
         self.empty_forwards = self.all_empty_forwards = 0
 
     def start(self, transfer: Transfer) -> None:
-        """An adopt: everything counts from here; what it prefetches belongs to the first forward."""
+        """Counts from here on, at an adopt; the copies that it prefetches belong to the first forward."""
         self.forwards = self.empty_forwards = 0
         if self.traced is not None:
             self.trace = Trace(transfer.streams)
@@ -422,19 +429,19 @@ class ForwardLog:
             transfer.trace = self.trace if 0 in self.traced else None
 
     def begin(self, swapper: BlockSwapper, transfer: Transfer) -> None:
-        """A forward begins: its time is taken, and its blocks are recorded if it is one of those that are traced."""
+        """Starts a forward's time, and records its blocks if it is one of those that are traced."""
         if self.trace is not None and self.traced is not None:
             swapper.trace = transfer.trace = self.trace if self.forwards in self.traced else None
             self._began = transfer.mark()
 
     def end(self, swapper: BlockSwapper, transfer: Transfer) -> None:
-        """A forward has ended well."""
+        """Counts a forward that ended well."""
         if not swapper.entered:
             self.empty_forwards += 1
             self.all_empty_forwards += 1
             return
         if self.trace is not None:
             self.trace.add(FORWARD, self.forwards, self._began, transfer.mark())
-            self.trace.read_reached()  # or the events of a long run would pile up
+            self.trace.read_reached()  # so that the events of a long run do not pile up
         self.forwards += 1
         self.all_forwards += 1

@@ -1,4 +1,4 @@
-"""BlockSwapper: what each block's tensors point at, and when; carries out the ring's steps, block by block."""
+"""BlockSwapper: points a block's tensors at a slot before it runs and at their masters after it; follows the ring."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .trace import Trace
 from .transfer import LabelledTransfer, Transfer
 
 OnMaster = Callable[[str, int, torch.Tensor], None]
-"""Receives the full name of a streamed tensor, the address of its bytes before the adopt, and their master."""
+"""Receives a streamed tensor's full name, its address before the adopt, and its master."""
 
 OnPlaced = Callable[[SwapPlan, int, int], None]
-"""Receives the plan, the number of blocks that are placed by now, and how many bytes of slabs are page-locked."""
+"""Receives the plan, the number of blocks placed so far, and the bytes of slabs page-locked so far."""
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class Listeners:
 
     Attributes:
         on_master: Called for each streamed tensor of a swapped block, once its bytes are in the slab.
-        on_placed: Called at the start, and for each block once its weights are placed.
+        on_placed: Called at the start, and after each block.
     """
 
     on_master: OnMaster | None = None
@@ -45,21 +45,21 @@ class Listeners:
 
 
 class BlockSwapper:
-    """Places a model's blocks as the plan says and runs them; made at adopt, gone at release.
+    """Places a model's blocks as planned and runs them; made at adopt, dropped at release.
 
     Args:
-        model: The profiled blocks, their weights in host memory (or on the device already).
-        plan: Which blocks are swapped, and through what.
+        model: The profiled blocks, with their weights in host memory (or on the device already).
+        plan: The plan.
         store: Holds the slab of every swapped block.
         transfer: The device's copies.
         listeners: Called while blocks are placed.
 
     Attributes:
         trace: Receives spans of time; None records nothing. May be switched between forwards.
-        entered: Blocks that have run in this forward.
+        entered: Number of blocks entered in this forward.
 
     Raises:
-        DeviceMemoryError: The device cannot hold the plan; every tensor is as it was before.
+        DeviceMemoryError: The device cannot hold the plan; every tensor is as it was before the call.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class BlockSwapper:
         self._bound: list[TensorBinding] = []
         self._fixed: list[tuple[TensorEntry, torch.Tensor, torch.Tensor]] = []
         self._memories: list[torch.Tensor] = []
-        self._running: tuple[int, int | None, Any] | None = None  # block, its slot, when it began
+        self._running: tuple[int, int | None, Any] | None = None  # block, slot, mark at its start
         self._copies: Transfer | LabelledTransfer = transfer
         try:
             with torch.no_grad():
@@ -93,12 +93,12 @@ class BlockSwapper:
             raise
 
     def prefetch(self) -> None:
-        """Fills the window with the first blocks, before any forward."""
+        """Starts to fill the window with the first blocks, before any forward."""
         with self._transfer.streams.guard():  # Rule 8
             self._apply(self._ring.leave())
 
     def begin(self, *, checks: bool) -> None:
-        """A forward begins; a profiler that runs now sees labels in it.
+        """Starts a forward, with labels if a profiler is running.
 
         Args:
             checks: Compare each slot with its slab before a block uses it.
@@ -108,11 +108,11 @@ class BlockSwapper:
         self._copies = LabelledTransfer(self._transfer) if is_profiled else self._transfer
 
     def enter(self, block: int) -> bool:
-        """Block `block` is about to run: the one before gives its slot back, the next ones are prefetched, and this
-        one's tensors point at the device. Copies are issued first: they are under way while the host re-points.
+        """Prepares block `block` to run: releases the slot of the block before, starts prefetches, and points this
+        block's tensors at the device. Copies are issued first, so that they run while the host points the tensors.
 
         Returns:
-            False if a tensor of the block was replaced or moved: the swapper must be made anew.
+            False if a tensor of the block was replaced or moved, so that a new swapper must be made.
         """
         try:
             binding = self._blocks[block]
@@ -125,7 +125,7 @@ class BlockSwapper:
                     self._ring.forget(block)
                     self._store.slabs[block].sources, self._store.slabs[block].checksums = (), None
                 step = self._ring.enter(block)
-                before = None if self.trace is None else self._transfer.mark()  # copies may block as they start
+                before = None if self.trace is None else self._transfer.mark()  # here, since starting a copy may block
                 self._apply(step)
                 slot = step.slot
                 if slot is not None:
@@ -139,21 +139,21 @@ class BlockSwapper:
                     self._check(block)
             if self.trace is not None:
                 self.trace.add(STALL, block, before, after)
-        except RuntimeError as failure:  # not by the decorator: this is called for every block
+        except RuntimeError as failure:  # not by the decorator, which would cost time in every block
             if isinstance(failure, BlockSwapError):
                 raise
-            raise device_error(failure, "a block was beginning") from failure
+            raise device_error(failure, "a block was starting") from failure
         return True
 
     def leave(self) -> None:
-        """The forward has ended well: the last slot is given back, the next forward's first blocks are prefetched."""
+        """Ends a forward that went well: releases the last slot and prefetches the next forward's first blocks."""
         with self._transfer.streams.guard():  # Rule 8
             self._finish()
             self._apply(self._ring.leave())
 
     def abort(self) -> None:
-        """After an exception at any point of the forward: every tensor points at its master, no copy is under way, no
-        slot holds anything. May be called again.
+        """Cleans up after an exception anywhere in a forward: every tensor points at its master, no copy is in
+        progress, all slots are empty. May be called again.
         """
         if self._running is not None:
             binding = self._blocks[self._running[0]]
@@ -164,12 +164,12 @@ class BlockSwapper:
         self._ring.reset()
 
     def release(self) -> None:
-        """Every tensor points at its master; residents, small tensors and window are given up. Idempotent."""
+        """Points every tensor at its master; frees residents, small tensors and window. Idempotent."""
         inside = {storage_key(memory) for memory in (*self._memories, *self._transfer.window)}
         bound, self._bound = self._bound, []
         fixed, self._fixed = self._fixed, []
         memories, self._memories, self._running = self._memories, [], None
-        with contextlib.ExitStack() as stack:  # every step, even if another fails; from the last to the first
+        with contextlib.ExitStack() as stack:  # runs every step, even if another fails, from the last to the first
             for memory in memories:
                 stack.callback(self._transfer.free, memory)
             stack.callback(self._transfer.close_window)
@@ -184,7 +184,7 @@ class BlockSwapper:
         self._transfer.counters.returned_bytes += bound.restore_master(inside)
 
     def _finish(self) -> None:
-        """The block that ran has been queued in full: its tensors point at their masters again."""
+        """Points the tensors of the block that ran at their masters again; all its kernels have been queued."""
         if self._running is None:
             return
         block, slot, began = self._running
@@ -197,8 +197,8 @@ class BlockSwapper:
         self._running = None  # only now: `abort` binds the masters of the block that an exception left in its slot
         if binding.counting and binding.was_edited():
             raise UnsupportedModelError(
-                f"{self._model.profile.blocks[block].name} expects weights that its forward only reads but one was "
-                "edited in place; the edit is lost with its slot: keep that tensor in a buffer"
+                f"the forward of {self._model.profile.blocks[block].name} edited one of its weights in place, and the "
+                "edit is lost with the slot; keep that tensor in a buffer"
             )
 
     def _check(self, block: int) -> None:
@@ -215,7 +215,7 @@ class BlockSwapper:
             self._copies.start(onload.slot, self._store.slabs[onload.block], block=onload.block)
 
     def _place(self) -> None:
-        """The window, small tensors, residents and slabs; every tensor at its master or its copy on the device."""
+        """Makes window and slabs, copies small tensors and residents, and points every tensor at its place."""
         self._transfer.open_window(slots=self._plan.slots, slot_bytes=self._plan.slot_bytes)
         everything = [entry for entries in self._model.entries for entry in entries]
         self._copy_to_device([entry for entry in everything if entry.placement is Placement.SMALL])
@@ -254,7 +254,7 @@ class BlockSwapper:
                 self._listeners.on_master(f"{name}.{entry.path}", address, master)
 
     def _copy_to_device(self, entries: Sequence[TensorEntry]) -> None:
-        """Copies tensors into one new device buffer and points them there; those on the device already stay."""
+        """Copies tensors into one new device buffer and points them there; tensors on the device already stay."""
         device = self._transfer.streams.device
         entries = [e for e in entries if e.tensor.device != device or device.type == "cpu"]
         offsets, end = slab_offsets(entry.extent for entry in entries)
@@ -275,7 +275,7 @@ class BlockSwapper:
             bind((tensor,), (copy,))
 
     def _move(self, entry: TensorEntry) -> None:
-        """A tensor that cannot be re-pointed is replaced by a moved one, and comes back at release."""
+        """Replaces a tensor that cannot be pointed elsewhere by a copy on the device; release brings it back."""
         original = entry.tensor
         moved = to_device(original.detach(), self._transfer.streams.device)
         if isinstance(original, nn.Parameter):
@@ -321,12 +321,12 @@ WORD = 8
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """The sum of a strided tensor's bytes, taken as 64-bit integers that wrap around, and of those that are left over.
+    """The sum of a strided tensor's bytes as 64-bit integers that wrap around, and of the bytes left over.
 
-    A copy that has lost, moved or kept from before whole words is found; swapped words are not.
+    It finds words that were lost, moved or left from an earlier copy, but not words that changed places.
 
     Args:
-        tensor: Its first byte lies at a multiple of eight, as in slabs and slots.
+        tensor: Starts at a multiple of eight bytes, as in slabs and slots.
     """
     with torch.inference_mode():
         data = flat(tensor).view(torch.uint8)
@@ -335,13 +335,13 @@ def checksum(tensor: torch.Tensor) -> int:
 
 
 def check_slot(name: str, paths: Sequence[str], views: Sequence[torch.Tensor], slab: Slab) -> None:
-    """Compares what a block is about to use with what its slab was filled with.
+    """Compares the tensors that a block is about to use with those that its slab was filled with.
 
     Args:
-        name: The block's.
-        paths: Of its streamed tensors.
-        views: These in the slot; the compute stream waits for the copy already.
-        slab: Where they were copied from.
+        name: The block's name.
+        paths: Names of its streamed tensors within the block.
+        views: The tensors in the slot; the compute stream already waits for their copy.
+        slab: The slab that they were copied from.
 
     Raises:
         TransferError: A tensor differs.
@@ -352,7 +352,7 @@ def check_slot(name: str, paths: Sequence[str], views: Sequence[torch.Tensor], s
         found = checksum(view)
         if found != expected:
             raise TransferError(
-                f"{name}.{path} has other bytes on the device than it was adopted with (checksum {found:x}, "
-                f"{expected:x} expected): it was edited through .data by another node, or a copy went wrong; remove "
-                "other nodes that patch the model, and report it if it stays"
+                f"{name}.{path} has other bytes on the device than when it was adopted (checksum {found:x} instead of "
+                f"{expected:x}): another node edited it through .data, or a copy went wrong; remove other nodes that "
+                "patch the model, and report this if it happens again"
             )

@@ -1,4 +1,4 @@
-"""Machine: what is read of the device, the host and the link; and the last known readings where one fails."""
+"""Machine: readings of the device, the host and the link; the last known ones where a reading fails."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ logger = logging.getLogger(__name__)
 
 
 class Machine(Protocol):
-    """Readings of one device and its host. Each is taken when it is asked for."""
+    """Readings of one device and its host, each taken when its method is called."""
 
     @property
     def spec(self) -> DeviceSpec:
-        """What the device is."""
+        """The device's fixed properties."""
 
     def memory(self) -> DeviceMemory:
         """Total and free memory now, counting all processes."""
 
     def unused_cache_bytes(self) -> int:
-        """What torch has reserved there and does not use."""
+        """Device memory that torch has reserved and does not use."""
 
     def allocated_bytes(self) -> int:
-        """What tensors of this process take there."""
+        """Device memory of this process's tensors."""
 
     def peak_bytes(self) -> int:
-        """The most that they have taken since somebody last reset the figure."""
+        """The highest `allocated_bytes` since the peak was last reset, by whomever."""
 
     def reset_peak(self) -> bool:
-        """The peak counts from here; False where it cannot be reset."""
+        """Resets the peak; False where it cannot be reset."""
 
     def host(self) -> HostMemory:
         """Host memory now."""
 
     def link(self) -> LinkSpeed | None:
-        """The measured link; None where it cannot be measured."""
+        """The link's measured speed; None where it cannot be measured."""
 
 
 class TorchMachine:
@@ -61,7 +61,7 @@ class TorchMachine:
 
     Args:
         device: A device with memory of its own.
-        cache_dir: Where measurements of the link are kept; None keeps them nowhere.
+        cache_dir: Folder that keeps measurements of the link; None keeps none.
 
     Raises:
         HardwareUnavailableError: There is no such device, or its memory cannot be read.
@@ -114,11 +114,11 @@ T = TypeVar("T")
 
 
 class LastKnownReadings:
-    """A machine for a run that is under way: a reading that fails is the one before, or unknown, with one warning of
-    each kind. Planning fails only if memory has never been read.
+    """A machine for a run in progress: a reading that fails is replaced by the last one, or by None, with one warning
+    per kind. Planning fails only if memory has never been read.
 
     Args:
-        inner: Where readings come from.
+        inner: Takes the readings.
     """
 
     def __init__(self, inner: Machine) -> None:
@@ -129,7 +129,7 @@ class LastKnownReadings:
 
     @property
     def spec(self) -> DeviceSpec:
-        """What the device is."""
+        """The device's fixed properties."""
         return self._inner.spec
 
     def memory(self) -> DeviceMemory:
@@ -151,27 +151,27 @@ class LastKnownReadings:
         return self._host
 
     def unused_cache_bytes(self) -> int:
-        """0 if it cannot be read: less is counted as free then."""
+        """Memory that torch has reserved and does not use; 0 if it cannot be read, so that less counts as free."""
         return self._ask("torch's cache", self._inner.unused_cache_bytes) or 0
 
     def allocated_bytes(self) -> int | None:
-        """What tensors of this process take on the device; None if it cannot be read."""
+        """Device memory of this process's tensors; None if it cannot be read."""
         return self._ask("allocated device memory", self._inner.allocated_bytes)
 
     def peak_bytes(self) -> int | None:
-        """The most that they have taken; None if it cannot be read."""
+        """The highest `allocated_bytes`; None if it cannot be read."""
         return self._ask("the peak of device memory", self._inner.peak_bytes)
 
     def reset_peak(self) -> bool:
-        """Whether the peak counts from here."""
+        """Resets the peak. Returns whether that worked."""
         return bool(self._ask("the peak of device memory", self._inner.reset_peak))
 
     def link(self) -> LinkSpeed | None:
-        """The measured link; None where it cannot be measured."""
+        """The link's measured speed; None where it cannot be measured."""
         return self._ask("the speed of the link", self._inner.link)
 
     def read(self, link: LinkSpeed | None) -> Readings:
-        """All that a plan is made from, read now or last, beside the link as it is known.
+        """All readings that a plan needs, now or last, with the link's speed as given.
 
         Raises:
             PlanError: Device or host memory has never been read.
@@ -190,7 +190,7 @@ class LastKnownReadings:
             return found
         if before is not None:
             return before
-        raise PlanError(f"{what} has never been read, so that nothing can be planned; see the warning above")
+        raise PlanError(f"{what} could not be read, so that nothing can be planned; the warning above says why")
 
     def _ask(self, what: str, read: Callable[[], T]) -> T | None:
         try:
@@ -198,15 +198,15 @@ class LastKnownReadings:
         except READING_FAILURES as failure:
             if what not in self._warned:
                 self._warned.add(what)
-                logger.warning("%s cannot be read: %s; what was known before is used", what, failure)
+                logger.warning("%s cannot be read: %s; the last known value is used", what, failure)
             return None
 
 
 class PeakMeter:
-    """What a forward takes on the device above what is there before it.
+    """Measures the device memory that a forward takes above what was allocated before it.
 
     Args:
-        machine: Where readings come from.
+        machine: Takes the readings.
     """
 
     def __init__(self, machine: LastKnownReadings) -> None:
@@ -219,14 +219,14 @@ class PeakMeter:
         """A forward starts.
 
         Args:
-            anew: The peak counts from here, if the device lets it.
+            anew: Reset the peak first, where the device can.
         """
         self._was_reset = anew and self._machine.reset_peak()
         self._before, self._peak = self._machine.allocated_bytes(), self._machine.peak_bytes()
 
     def taken_bytes(self) -> int | None:
-        """What it has taken by its end; None if that is not to be known: a peak that was not reset and has not grown
-        may be an earlier one, of something else.
+        """Device memory that the forward took, at its end; None if unknown: a peak that was not reset and has not
+        grown may be older than the forward.
         """
         now = self._machine.peak_bytes()
         if now is None or self._before is None or self._peak is None or not (self._was_reset or now > self._peak):

@@ -1,4 +1,4 @@
-"""Planner: makes a transformer's plan at each adopt from fresh readings and from what earlier forwards have shown."""
+"""Planner: plans for one transformer at each adopt, from fresh readings and what earlier forwards measured."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Planner:
     """Plans for one transformer.
 
     Args:
-        settings: What the user asked for.
-        machine: Where readings come from.
-        pins: What all models of the process may page-lock.
-        limits: What is set from outside of the settings.
+        settings: The user's settings.
+        machine: Reads the device and the host.
+        pins: Host memory that all models of the process together may page-lock.
+        limits: Limits from outside the settings, such as ComfyUI's flags.
 
     Attributes:
-        history: What forwards have shown.
-        workload: What the coming forwards do; None if it is not known.
-        profile: What was planned for last.
-        readings: The machine as it was for the last plan.
-        made: The plan that was made last, followed or not.
-        link: The link as measured, or as a run has shown it to be; None if no plan has needed it.
-        once: The next plan, in place of one that would be made; used up by it.
+        history: What forwards of each workload measured.
+        workload: The workload of the coming forwards; None if unknown.
+        profile: The blocks of the last plan.
+        readings: The readings of the last plan.
+        made: The last plan that was made, applied or not.
+        link: The link's speed, as measured or as copies in a run showed it; None if no plan has needed it.
+        next_plan: Returned once, instead of a new plan; None to make one.
     """
 
     def __init__(self, settings: SwapSettings, machine: LastKnownReadings, pins: PinBudget, limits: Limits) -> None:
@@ -50,71 +50,69 @@ class Planner:
         self.readings: Readings | None = None
         self.made: SwapPlan | None = None
         self.link: LinkSpeed | None = None
-        self.once: SwapPlan | None = None
+        self.next_plan: SwapPlan | None = None
         self._inputs: PlanInputs | None = None
         self._room_bytes = 0
-        self._may_take_other = False  # activations may have changed since the budget was last worked out
+        self._activations_changed = False  # since the budget was last computed
         self._over_bytes = 0
 
     def __call__(self, profile: ModelProfile, held: HeldMemory) -> SwapPlan:
-        """The plan for this moment; measures the link if copies have streams and it is not known.
+        """The plan for this moment. Measures the link if copies run on streams and its speed is unknown.
 
         Args:
             profile: The blocks and their bytes.
-            held: What of them is placed already; it counts as free.
+            held: Memory that they hold already; it counts as free.
 
         Raises:
             PlanError: None fits.
         """
         self.profile = profile
-        plan, self.once = self.once, None
+        plan, self.next_plan = self.next_plan, None
         if plan is None:
             self.readings = self.machine.read(self.link)
             self._inputs = self._inputs_from(self.readings, profile, held)
             plan = make_plan(profile, self._inputs)
-            # Copies in place have no streams to choose, and cost what they cost.
+            # Without overlap there are no streams to choose, so that the link's speed decides nothing.
             if plan.swapped_count and plan.overlap and self.link is None:
                 self.link = self.machine.link()
                 self.readings = replace(self.readings, link=self.link)
                 self._inputs = self._inputs_from(self.readings, profile, held)
                 plan = make_plan(profile, self._inputs)
-            self._notice(self._inputs)
+            self._keep_room(self._inputs)
             self._over_bytes = 0
         self.made = plan
         return plan
 
     def consider(self, held: HeldMemory) -> SwapPlan:
-        """What would be planned now for the same blocks, while they are on the device; measures nothing.
+        """The plan that would be made now for the same blocks, while they are placed; does not measure the link.
 
         Raises:
             PlanError: None fits.
         """
-        assert self.profile is not None, "it follows a plan"
+        assert self.profile is not None, "a plan comes first"
         return make_plan(self.profile, self._inputs_from(self.machine.read(self.link), self.profile, held))
 
     def predict(self, plan: SwapPlan) -> ForwardTime | None:
-        """A forward of the present workload with `plan` in virtual time, from what is known; reads nothing. None where
-        a speed or a duration is unknown.
-        """
-        assert self.profile is not None, "forwards follow a plan"
+        """A forward of the present workload with `plan`, in virtual time; None where a speed or time is unknown."""
+        assert self.profile is not None, "a plan comes first"
         timing = timing_of(self.link, streams=plan.streams, compute_ms=self._compute_ms(self.profile))
         return predict(self.profile, plan.swapped, plan.slots, plan.tiers, timing)
 
     def is_over_budget(self, plan: SwapPlan, *, own_bytes: int) -> bool:
-        """Whether the weights exceed the present budget by an amount that has not been seen before.
+        """Whether the weights exceed the present budget, by another amount than when this was last true.
 
-        Takes one reading of the card; the budget is worked out only if there is less room than when it last was, or
-        forwards have taken more.
+        Reads the card's memory once. Computes the budget only if there is less room than the last time, or if
+        activations changed.
 
         Args:
-            plan: The plan that is followed.
+            plan: The present plan.
             own_bytes: Device memory that its weights take now.
         """
         if plan.over_ceiling or self._inputs is None:
             return False
         memory, cache = self.machine.memory(), self.machine.unused_cache_bytes()
         tolerance = OVER_BUDGET * memory.total_bytes
-        if not self._may_take_other and memory.free_bytes + cache + own_bytes >= self._room_bytes - tolerance:
+        if not self._activations_changed and memory.free_bytes + cache + own_bytes >= self._room_bytes - tolerance:
             return False
         now = replace(
             self._inputs,
@@ -124,7 +122,7 @@ class Planner:
             own_bytes=own_bytes,
             activations=self.activations,
         )
-        self._notice(now)
+        self._keep_room(now)
         over = plan.device_bytes - make_budget(now).weight_bytes
         if over <= tolerance or abs(over - self._over_bytes) <= tolerance:
             return False
@@ -140,33 +138,33 @@ class Planner:
 
     @property
     def activations(self) -> Activations | None:
-        """What the forwards of this run take above the weights at most: measured, else expected."""
+        """Device memory that the largest workload of this run needs above the weights; None if unknown."""
         return self.history.activations(self.history.largest_workload)
 
     @property
     def is_peak_known(self) -> bool:
-        """Whether a forward of the present workload has shown its peak."""
+        """Whether the peak of the present workload has been measured."""
         return self.history.of(self.workload).activation_bytes is not None
 
     def start(self, workload: Workload | None) -> bool:
-        """A forward with this workload comes next; whether the run has had none like it."""
+        """Sets the workload of the next forward. Returns whether it is the run's first of this workload."""
         self.workload = workload
         is_new = self.history.start(workload)
-        self._may_take_other |= is_new
+        self._activations_changed |= is_new
         return is_new
 
     def withdraw(self, workload: Workload | None) -> None:
-        """This workload will not come after all: its memory does not count."""
+        """Forgets a workload that was started: the forward will have another one."""
         self.history.withdraw(workload)
-        self._may_take_other = True
+        self._activations_changed = True
 
     def learn(self, observation: Observation, plan: SwapPlan, *, is_pinned: bool) -> None:
-        """Keeps what traced forwards of the present workload have shown.
+        """Keeps what timed forwards of the present workload measured.
 
         Args:
-            observation: What they have shown.
-            plan: What they followed.
-            is_pinned: All their copies came from page-locked memory.
+            observation: Their times and speeds.
+            plan: The plan that was in place.
+            is_pinned: Whether all their copies came from page-locked memory.
         """
         if observation.compute_ms is not None:
             self.history.of(self.workload).compute_ms = observation.compute_ms
@@ -176,37 +174,36 @@ class Planner:
         if contradicts(self.link, streams=plan.streams, seen_bytes_per_second=speed):
             measured = self.link.best(max_streams=plan.streams)[1]
             logger.info(
-                "copies ran at %.1f GB/s, %.1f GB/s had been measured: plans use the speed seen from here on",
+                "copies ran at %.1f GB/s, not at the %.1f GB/s measured before; plans use the new speed from now on",
                 speed / 1e9,
                 measured / 1e9,
             )
             self.link = replace(self.link, pinned=((plan.streams, speed),))
 
     def learn_activations(self, nbytes: int) -> None:
-        """A forward took this much above the weights at its peak."""
-        self._may_take_other = True
+        """Keeps the peak of a forward of the present workload, in bytes above the weights."""
+        self._activations_changed = True
         self.history.learn_activations(self.workload, nbytes, is_automatic=self.settings.auto_hardware_tuning)
 
     def shrink(self) -> bool:
-        """Memory has run out under the plan made last, in its adopt or in a forward: the next one is smaller.
+        """Makes the next plan smaller, after memory ran out under the last one, in its adopt or in a forward.
 
         Returns:
-            Whether it can be. Where card and host share one memory, swapping frees nothing.
+            Whether there is a smaller plan. Where card and host share one memory, swapping frees nothing.
         """
-        assert self.made is not None, "memory runs out under a plan"
-        if self.machine.spec.is_integrated:
+        if self.made is None or self.machine.spec.is_integrated:
             return False
         slots = self.made.slots if all(self.made.swapped) else None
         return self.history.shrink(self.workload, slots=slots, room_bytes=self.made.limit_bytes)
 
     def use(self, settings: SwapSettings) -> None:
-        """The settings of the coming plans."""
+        """Sets the settings of the coming plans."""
         if settings.of_the_plan != self.settings.of_the_plan:
             self.history.forgive()
         self.settings = settings
 
     def _inputs_from(self, readings: Readings, profile: ModelProfile, held: HeldMemory) -> PlanInputs:
-        """Readings, with what is known of the blocks; our own memory counts as free."""
+        """The inputs of a plan: readings, our own memory as free, and what is known of the blocks."""
         inputs = plan_inputs(profile, self.settings, readings, self.limits)
         locked_elsewhere = max(0, self.pins.used_bytes - held.pinned_bytes)
         inputs = replace(
@@ -225,14 +222,14 @@ class Planner:
         return replace(swapping_all(inputs, profile), slots=most_slots if inputs.overlap else 1, why=RAN_OUT)
 
     def _compute_ms(self, profile: ModelProfile) -> tuple[float, ...] | None:
-        """Duration of each block; another LoRA or another VACE model has other blocks."""
+        """Duration of each block; None if unknown, or if there are other blocks now, as with another VACE model."""
         compute_ms = self.history.of(self.workload).compute_ms
         return compute_ms if compute_ms is not None and len(compute_ms) == len(profile.blocks) else None
 
-    def _notice(self, inputs: PlanInputs) -> None:
-        self._room_bytes, self._may_take_other = _room(inputs), False
+    def _keep_room(self, inputs: PlanInputs) -> None:
+        self._room_bytes, self._activations_changed = _room(inputs), False
 
 
 def _room(inputs: PlanInputs) -> int:
-    """Device memory that there is for all of ours."""
+    """Device memory for all of ours: weights and activations."""
     return inputs.device_free_bytes + inputs.unused_cache_bytes + inputs.own_bytes

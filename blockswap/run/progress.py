@@ -1,4 +1,4 @@
-"""Progress: what a run is doing, for browser and node: its plan and report in figures and one sentence; pure."""
+"""Progress: where a run stands, in figures and in a sentence, for the browser; pure."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from .planner import Planner
 
 NO_STALL = 0.0005
-"""Part of a forward below which a stall is none: it would be shown as 0.0 %."""
+"""Share of a forward below which "no stall" is shown instead of 0.0 %."""
 
 
 class Phase(Enum):
     """Where a run stands."""
 
     ADOPTING = "adopting"
-    """From its plan until every block is in its place."""
+    """From the plan until every block is placed."""
     SAMPLING = "sampling"
-    """From the first forward that is over until the release."""
+    """From then until the release."""
     DONE = "done"
-    """From the release on, if a forward was through."""
+    """After the release, if a forward had finished."""
     STOPPED = "stopped"
-    """From the release on, if none was."""
+    """After the release, if none had finished, or if the run failed."""
     OFF = "off"
-    """Nothing is swapped by us."""
+    """Our node swaps nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +43,10 @@ class MemoryUse:
     Attributes:
         total: All of it.
         other: In use by anything but the block weights.
-        residents: Blocks that stay, and the small tensors of all.
+        residents: Blocks that stay, and the small tensors of all blocks.
         window: The slots.
-        ceiling: What may be in use once the weights are placed; 0 where no ceiling applies.
-        activations: What forwards take above the weights, expected or measured; None is unknown.
+        ceiling: Memory that may be in use once the weights are placed; 0 where no ceiling applies.
+        activations: Memory that forwards need above the weights, expected or measured; None is unknown.
     """
 
     total: int
@@ -59,7 +59,7 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdoptFigures:
-    """How far the weights are placed, in bytes: of all blocks, and page-locked so far."""
+    """Bytes of weights placed so far, of all blocks, and page-locked so far."""
 
     placed: int
     all: int
@@ -71,13 +71,13 @@ class Progress:
     """One moment of a run; what does not belong to its phase is None.
 
     Attributes:
-        phase: Where it stands.
+        phase: The phase.
         memory: The device's memory under the plan.
         plan: The plan.
         predicted: A forward with it in virtual time, from what is known now.
         adopt: How far the weights are placed.
-        run: What forwards have done.
-        why: Why it was stopped, or is off.
+        run: What was measured so far.
+        why: Why the run was stopped, or why nothing is swapped.
     """
 
     phase: Phase
@@ -90,12 +90,12 @@ class Progress:
 
     @property
     def text(self) -> str:
-        """The plan in a sentence, and below it what is going on, or what came of it."""
+        """The plan in a sentence, and below it the present state or the result."""
         plan = "" if self.plan is None else _plan(self.plan, self.predicted)
         return "\n".join(line for line in (plan, _adopting(self.adopt), self._running(), self.why) if line)
 
     def as_json(self) -> dict[str, object]:
-        """The browser's event: plain data, with the text."""
+        """The browser's event: plain data, and the text."""
         return {
             "phase": self.phase.value,
             "text": self.text,
@@ -145,17 +145,17 @@ class Progress:
 
 
 Watcher = Callable[[Progress], None]
-"""Watches a run. Called in the thread that runs the model, during adopts and after each forward: it must be quick."""
+"""Receives progress, in the thread that runs the model, during adopts and after each forward: it must be quick."""
 
 
 class ProgressFeed:
-    """Makes Progress of what one run does. Nobody watches until `watcher` is set.
+    """Reports one run's progress to a watcher.
 
     Args:
         planner: Makes the run's plans.
 
     Attributes:
-        watcher: Gets the progress; None for nobody.
+        watcher: Receives the progress; None for nobody.
     """
 
     def __init__(self, planner: Planner) -> None:
@@ -164,7 +164,7 @@ class ProgressFeed:
         self._placed_bytes: list[int] = []
 
     def placed(self, plan: SwapPlan, count: int, pinned_bytes: int) -> None:
-        """So many blocks are in their place by now; called during an adopt."""
+        """Reports during an adopt that `count` blocks are placed."""
         profile = self._planner.profile
         if self.watcher is None or profile is None:
             return
@@ -175,18 +175,18 @@ class ProgressFeed:
         self.watcher(Progress(phase=Phase.ADOPTING, memory=memory, plan=plan, predicted=plan.predicted, adopt=adopt))
 
     def ran(self, plan: SwapPlan, stats: RunStats) -> None:
-        """A forward is over on the host, or the weights are placed."""
+        """Reports that the weights are placed, or that a forward has returned."""
         if self.watcher is not None:
             predicted, memory = stats.prediction or plan.predicted, self._memory(plan)
             run = stats.measured()
             self.watcher(Progress(phase=Phase.SAMPLING, memory=memory, plan=plan, predicted=predicted, run=run))
 
     def over(self, report: RunReport | None, failure: BaseException | None = None) -> None:
-        """The run is over.
+        """Reports the end of the run.
 
         Args:
-            report: What came of it; None if there is none.
-            failure: What has ended it; None if it has ended well.
+            report: Its report; None if there is none.
+            failure: What ended it; None if it ended well.
         """
         if self.watcher is None:
             return
@@ -220,7 +220,7 @@ class ProgressFeed:
 
 
 def stopped(why: str = "the run ended before its first forward finished") -> Progress:
-    """A run that has come to nothing."""
+    """The progress of a run that ended without a result."""
     return Progress(phase=Phase.STOPPED, why=why)
 
 
@@ -256,7 +256,7 @@ def _streaming(run: Measured, *, is_over: bool) -> list[str]:
 
 
 def _stall(stall_ms: float | None, forward_ms: float | None) -> str:
-    """As a part of the forward; empty if unknown."""
+    """As a share of the forward; empty if unknown."""
     if stall_ms is None or not forward_ms:
         return ""
     share = stall_ms / forward_ms

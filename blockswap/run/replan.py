@@ -1,4 +1,4 @@
-"""What traced forwards show, when another plan should take the present one's place, and what has become slow; pure."""
+"""What timed forwards show, when a new plan should replace the present one, and what has become slow; pure."""
 
 from __future__ import annotations
 
@@ -8,48 +8,47 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from ...hardware.records import DeviceMemory, LinkSpeed
-from ...hardware.units import format_bytes, format_count
+from ...hardware.units import format_bytes
 from ..plan.schedule import ForwardTime
 from ..plan.swap_plan import SwapPlan
 from ..spans import COMPUTE, COPY, FORWARD, STALL, Span, busy_ms, total_ms
 
 WORTH_A_REPLAN = 0.05
-"""Part of a forward that another plan must save. To adopt it costs a copy of all residents: the time of a few forwards
-where transfer rules, and of one where compute does, so that 5 % is earned back within a run of 20 to 50 forwards."""
+"""Share of a forward that a new plan must save. The change costs a copy of all residents, which takes as long as one
+forward where compute dominates and a few where transfer does; a run of 20 to 50 forwards earns that back at 5 %."""
 
 OVER_BUDGET = 0.01
-"""Part of the card by which the weights may stand above a budget that has shrunk since: what other programs take and
-give back all the time. The safety reserve, ten times that, is there for it."""
-
+"""Share of the card by which the weights may exceed a budget that has shrunk since: other programs take and free as
+much all the time, and the safety reserve is ten times that."""
 
 MOST_REPLANS = 3
-"""Plans that may follow the first of a run: for what the first step shows, for another shape, for memory that others
-take. Beyond them, what changes all the time is better left alone until the next run."""
+"""Plans that may follow the first of a run: after the first step's measurements, for another shape, for memory that
+others take. If more is needed, memory changes all the time, and plans that follow it would cost more than they save."""
 
 SLOW = 3.0
-"""Times the median of the forwards before: what spilled video memory costs at least (7 minutes became an hour, 5
-minutes in all became 6 a step), and more than a forward varies by otherwise."""
+"""Times the median of the earlier forwards. Spilled video memory costs more than that (7 minutes became an hour; 5
+minutes in all became 6 per step), and a forward varies by less otherwise."""
 
 FEW_FORWARDS = 3
-"""Before them no forward is called usual."""
+"""Forwards that must be known before a median is called usual."""
 
 FULL = 0.05
-"""Part of the card below which it counts as full: where the driver keeps that free itself, it begins to spill."""
+"""Share of the card that is free below which it counts as full: the driver keeps about as much free when it spills."""
 
 SLOW_LINK = 0.5
-"""Part of the measured speed below which copies are called slow: fewer lanes, or another program's copies."""
+"""Share of the measured speed below which copies are called slow: fewer lanes, or another program's copies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """What the traced forwards show.
+    """What timed forwards show.
 
     Attributes:
-        forwards: How many were traced.
-        compute_ms: Duration of each block; None if one of them did not run.
-        forward_ms: Duration of a forward, the median of all.
-        stall_ms: What compute waited for copies in a forward.
-        copied_bytes_per_s: Bytes over the time in which copies were under way; None if none were.
+        forwards: How many were timed.
+        compute_ms: Duration of each block; None if a block did not run.
+        forward_ms: Duration of a forward, the median.
+        stall_ms: Time per forward that compute waited for copies.
+        copied_bytes_per_s: Bytes over the time in which copies were under way; None without copies.
     """
 
     forwards: int
@@ -62,12 +61,12 @@ class Observation:
 def observe(
     spans: Sequence[Span], *, slab_bytes: Sequence[int], timed: range, traced: Container[int]
 ) -> Observation | None:
-    """What a trace shows; None while it lacks the end of the forwards that were timed.
+    """Evaluates a trace; None while the end of the timed forwards is missing.
 
     Args:
-        spans: Of forwards, and of what happened in those that were traced.
-        slab_bytes: What an onload of each block copies.
-        timed: Numbers of the forwards that must be there; earlier ones warm up and do not count.
+        spans: Of forwards, and of blocks and copies in those that were traced.
+        slab_bytes: Bytes that an onload of each block copies.
+        timed: Numbers of the timed forwards; earlier ones are left out, since they warm up.
         traced: Numbers of the forwards that were traced in detail.
     """
     forwards = {span.block: span for span in spans if span.lane == FORWARD and span.block >= timed.start}
@@ -92,22 +91,22 @@ def observe(
 
 
 def why_replace(present: SwapPlan, other: SwapPlan, *, total_bytes: int, predicted: ForwardTime | None) -> str | None:
-    """Why `other`, made from what is known now, should take the place of `present`, as a sentence; None to go on.
+    """Why `other` should replace `present`, as a sentence; None to keep `present`.
 
     Args:
-        present: The plan that is followed.
-        other: What would be planned now.
+        present: The present plan.
+        other: The plan that would be made now.
         total_bytes: The card's memory.
-        predicted: A forward with `present`, in virtual time, from what is known now; None where a speed is unknown.
+        predicted: A forward with `present` in virtual time, from what is known now; None where a speed is unknown.
     """
     if (present.swapped, present.slots, present.streams) == (other.swapped, other.slots, other.streams):
         return None
     over = present.device_bytes - other.budget_bytes
     if over > OVER_BUDGET * total_bytes and other.device_bytes < present.device_bytes:
         weights, left = format_bytes(present.device_bytes), format_bytes(other.budget_bytes)
-        return f"the weights take {weights}, {left} are left for them now"
+        return f"the weights take {weights}, but only {left} are left for them now"
     if other.over_ceiling and not present.over_ceiling:
-        return None  # it would save time at the price of the ceiling
+        return None  # it would be faster, but break the ceiling
     if present.over_ceiling and not other.over_ceiling:
         return f"the weights fit now: {format_bytes(other.device_bytes)} of {format_bytes(other.budget_bytes)}"
     if predicted is None or other.predicted is None:
@@ -119,21 +118,21 @@ def why_replace(present: SwapPlan, other: SwapPlan, *, total_bytes: int, predict
 
 
 def slow_link(link: LinkSpeed | None, *, streams: int, seen_bytes_per_s: float | None) -> str | None:
-    """A note where copies from page-locked memory are far slower than the link; None where they are not."""
+    """A note if copies from page-locked memory are far slower than the link; None otherwise."""
     if link is None or not link.pinned or seen_bytes_per_s is None:
         return None
     measured = link.best(max_streams=streams)[1]
     if seen_bytes_per_s >= SLOW_LINK * measured:
         return None
     return (
-        f"copies run at {seen_bytes_per_s / 1e9:.1f} GB/s, {measured / 1e9:.1f} GB/s had been measured: something else "
-        "uses the link, or it has fallen back to fewer lanes; close other programs, or look at the slot of the card"
+        f"copies run at {seen_bytes_per_s / 1e9:.1f} GB/s, but {measured / 1e9:.1f} GB/s were measured before: another "
+        "program uses the link, or it has fallen back to fewer lanes; close other programs, or check the card's slot"
     )
 
 
 def usual_ms(durations: Sequence[float]) -> float | None:
-    """What a forward took before the last one, if the last took several times that; None if it did not, or too few are
-    known.
+    """The median of the forwards before the last one, if the last took several times that; None otherwise, or if too
+    few are known.
     """
     if len(durations) <= FEW_FORWARDS:
         return None
@@ -142,24 +141,24 @@ def usual_ms(durations: Sequence[float]) -> float | None:
 
 
 def spill(plan: SwapPlan, memory: DeviceMemory, *, took_ms: float, usual: float) -> str | None:
-    """A note for a forward that has become slow while the card is full: the driver moves what does not fit to host
-    memory without a word. None where the card is not full.
+    """A note if a forward has become slow while the card is full, since the driver then moves video memory to the host
+    and reports nothing; None if the card is not full.
     """
     if memory.free_bytes >= FULL * memory.total_bytes:
         return None
     largest = max(plan.slot_bytes, plan.resident_bytes // len(plan.swapped), 1)
     more = max(1, math.ceil(2 * FULL * memory.total_bytes / largest))
     return (
-        f"a forward took {took_ms:,.0f} ms, {usual:,.0f} ms are usual, with "
+        f"a forward took {took_ms:,.0f} ms instead of the usual {usual:,.0f} ms, with "
         f"{format_bytes(memory.free_bytes)} of {format_bytes(memory.total_bytes)} free: the driver is probably "
-        f"moving video memory to the host; lower vram_threshold_percent, by hand swap "
-        f"{format_count(more, 'more block')}, or close other programs on the GPU"
+        f"moving video memory to the host; lower vram_threshold_percent, raise "
+        f"blocks_to_swap by {more}, or close other programs on the GPU"
     )
 
 
 def kept_over_budget(present: SwapPlan, other: SwapPlan, *, total_bytes: int) -> str | None:
-    """A note where the weights stand above their budget and no smaller plan is to be had; None where they do not."""
+    """A note if the weights exceed their budget and there is no smaller plan; None otherwise."""
     if present.device_bytes - other.budget_bytes <= OVER_BUDGET * total_bytes:
         return None
     weights, left = format_bytes(present.device_bytes), format_bytes(other.budget_bytes)
-    return f"the weights take {weights}, {left} are left for them now, and no smaller plan fits"
+    return f"the weights take {weights}, but only {left} are left for them now, and no smaller plan fits"

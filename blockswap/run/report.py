@@ -1,4 +1,4 @@
-"""RunReport: one record of a run, its plan beside what came of it, for log, node and browser; pure."""
+"""RunReport: one record of a run, planned beside measured, for log, node and browser; pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..plan.swap_plan import SwapPlan
 from ..spans import COMPUTE, COPY, FORWARD, STALL, Span
 from .replan import Observation, observe
 
-if TYPE_CHECKING:  # values come from these; none is made here
+if TYPE_CHECKING:  # this module only reads them
     from ..engine.session import SwapSession
     from .planner import Planner
 
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockTimes:
-    """One block, the mean over the timed forwards in which it ran; None is unknown.
+    """Times of one block, the mean over the timed forwards in which it ran; None is unknown.
 
     Attributes:
         name: Its name in the model.
         swapped: Whether it is swapped.
         compute_ms: How long its kernels took.
-        copy_ms: How long its copy was under way.
+        copy_ms: How long its copy took.
         stall_ms: How long compute waited for its copy.
     """
 
@@ -44,28 +44,28 @@ class BlockTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What happened in a run; None is unknown.
+    """What was measured in a run; None is unknown.
 
     Attributes:
         forwards: Forwards that ran blocks.
         empty_forwards: Forwards that ran none.
         timed_forwards: Forwards of which every block was timed.
         forward_ms: Duration of a forward that ran blocks, the median.
-        stall_ms: What compute waited for copies in a forward, the mean over the timed ones.
+        stall_ms: Time per forward that compute waited for copies, the mean over the timed ones.
         onloads: Copies of a slab into a slot.
         onloaded_bytes: Bytes of these.
         placed_bytes: Bytes of residents and small tensors that were copied to the device.
-        returned_bytes: Bytes copied back to the host: of buffers that a forward has changed, never of weights.
+        returned_bytes: Bytes copied back to the host: buffers that a forward changed, never weights.
         copy_bytes_per_s: Bytes over the time in which copies were under way.
-        peak_weight_bytes: Device memory that block weights took at most.
-        activation_bytes: Device memory that forwards took above the weights at most.
+        weight_bytes: Device memory of the block weights under the last plan.
+        activation_bytes: Device memory that forwards took above the weights, the highest peak.
         slab_bytes: Host memory of the slabs.
-        pinned_bytes: The part of the host's memory that we have page-locked.
+        pinned_bytes: Host memory that we have page-locked.
         original_bytes: Host memory that the loader keeps for the same weights, beside the slabs.
-        refusals: What kept slabs from being page-locked as planned.
-        replans: Why another plan took the first one's place, each time.
-        blocks: Times of each block in execution order; empty if none were taken.
-        samples: Of the device and the host while the run lasted.
+        refusals: Why slabs could not be page-locked as planned.
+        replans: Why the plan was changed, each time.
+        blocks: Times of each block in execution order; empty if none were measured.
+        samples: Of the device and the host during the run.
     """
 
     forwards: int
@@ -78,7 +78,7 @@ class Measured:
     placed_bytes: int
     returned_bytes: int
     copy_bytes_per_s: float | None = None
-    peak_weight_bytes: int | None
+    weight_bytes: int | None
     activation_bytes: int | None = None
     slab_bytes: int
     pinned_bytes: int
@@ -95,12 +95,12 @@ class RunReport:
 
     Attributes:
         title: What ran on what, such as "WanModel on NVIDIA GeForce RTX 4090".
-        plan: The plan that was followed last.
+        plan: The last plan.
         prediction: A forward with it in virtual time, in ms.
         activation_bytes: Device memory that forwards were expected to take above the weights.
-        link_bytes_per_s: Speed of the link that the prediction holds for.
-        measured: What happened.
-        notes: What no figure shows, as sentences: where the trace is, what else slowed the run.
+        link_bytes_per_s: Speed of the link that the prediction is based on.
+        measured: What was measured.
+        notes: Sentences on what no figure shows: where the trace is, what else slowed the run.
     """
 
     title: str
@@ -123,7 +123,7 @@ def host_tiers(plan: SwapPlan) -> dict[str, int]:
 
 
 class _Counts(NamedTuple):
-    """Where a session's counters stand at one moment."""
+    """A session's counters at one moment."""
 
     forwards: int
     empty_forwards: int
@@ -140,23 +140,23 @@ class _Counts(NamedTuple):
 
 
 class RunStats:
-    """What a run finds out until it is over, and the report that comes of it.
+    """What is known of a run while it lasts; makes its report.
 
     Args:
-        title: What runs on what.
+        title: Model and device.
         session: Runs the blocks.
         planner: Makes the plans.
 
     Attributes:
-        observation: What the forwards that were timed last have shown.
+        observation: What the forwards that were timed last show.
         timed: Numbers of these forwards.
-        is_timed: Those of the present plan and workload are among them.
+        is_timed: Whether they ran under the present plan and workload.
         prediction: A forward with the present plan in virtual time.
-        weight_bytes: Device memory that block weights took under the present plan.
-        is_slow: Forwards have become much slower than those before them, and that has been looked into.
-        looks: How often another plan has taken the place of the one before by itself.
-        replans: Why other plans took the first one's place.
-        notes: What no figure shows.
+        weight_bytes: Device memory of the block weights under the present plan.
+        is_slow: Whether a forward took several times the usual in this run.
+        changes: How often the plan was changed by automatic tuning.
+        replans: Why the plan was changed, each time.
+        notes: Sentences on what no figure shows.
     """
 
     def __init__(self, title: str, session: SwapSession, planner: Planner) -> None:
@@ -170,16 +170,16 @@ class RunStats:
         self.prediction: ForwardTime | None = None
         self.weight_bytes: int | None = None
         self.is_slow = False
-        self.looks = 0
+        self.changes = 0
         self.replans: list[str] = []
         self.notes: list[str] = []
 
     def count(self) -> None:
-        """A forward has ended well: what one that fails copies belongs to no forward."""
+        """Takes the counters after a forward that ended well; copies of a forward that fails are not counted."""
         self._now = _Counts.of(self._session)
 
     def observe(self, timed: range) -> None:
-        """Takes what the trace shows of the forwards that were timed, if the device is through with them by now."""
+        """Evaluates the trace of the timed forwards, if the device has finished them."""
         trace, profile, traced = self._session.trace, self._planner.profile, self._session.log.traced
         if trace is None or profile is None or traced is None:
             return
@@ -189,16 +189,16 @@ class RunStats:
             self.observation, self.timed, self.is_timed = observation, timed, True
 
     def note(self, text: str | None) -> None:
-        """Something that no figure shows: logged once, and kept for the report."""
+        """Logs a sentence on what no figure shows, once, and keeps it for the report."""
         if text is not None and text not in self.notes:
             self.notes.append(text)
             logger.warning("%s", text)
 
     def report(self, samples: Samples | None) -> RunReport:
-        """The report of the run, before its release: slabs, their tiers and staging are counted as they stand.
+        """The report of the run so far. Made before the release, which frees staging memory.
 
         Args:
-            samples: Of the device; None if it was not watched.
+            samples: Of the device; None if it was not sampled.
         """
         plan, profile, session = self._session.plan, self._planner.profile, self._session
         assert plan is not None, "a run is reported after its first plan"
@@ -228,7 +228,7 @@ class RunStats:
         )
 
     def measured(self) -> Measured:
-        """What the run has done so far, without what takes time to find out: host memory, blocks, samples."""
+        """What was measured so far, without what takes long to collect: host memory, times of blocks, samples."""
         seen, activations = self.observation, self._planner.activations
         counters, before, now = self._session.counters, self._before, self._now
         return Measured(
@@ -242,7 +242,7 @@ class RunStats:
             placed_bytes=counters.placed_bytes - before.placed_bytes,
             returned_bytes=counters.returned_bytes - before.returned_bytes,
             copy_bytes_per_s=None if seen is None else seen.copied_bytes_per_s,
-            peak_weight_bytes=self.weight_bytes,
+            weight_bytes=self.weight_bytes,
             activation_bytes=activations.nbytes if activations is not None and activations.is_measured else None,
             slab_bytes=0,
             pinned_bytes=0,

@@ -1,4 +1,4 @@
-"""SwapRun: plans, runs, compares what came with what was predicted, plans again where they part, and reports."""
+"""SwapRun: plans a transformer's runs, measures them, plans again where prediction and measurement differ, reports."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from .replan import (
     why_replace,
 )
 from .report import RunReport, RunStats
-from .text import ModelSize, block_table, brief_lines, oom_message, summary
+from .text import ModelSize, block_table, configuration_lines, oom_message, summary
 from .trace_file import chrome_trace, trace_name, write_trace
 
 logger = logging.getLogger(__name__)
 
 TIMED_FORWARDS = range(1, 3)
-"""Forwards of which every block is timed: the first full step after one that warms up, compiles, fills the window."""
+"""Forwards of which every block is timed. The first forward is left out: it warms up, compiles and fills the window."""
 
 
 class SwapRun:
@@ -52,25 +52,26 @@ class SwapRun:
             model(...)
         run.release()
 
-    With automatic tuning a plan is looked at again before a forward whose workload is new to the run, when memory on
-    the card has shrunk, and once the first full step has shown durations and peak; another takes its place if the
-    present one does not fit any more, or if it saves more than it costs. By hand, settings and refused memory count.
+    With automatic tuning the plan is reviewed before a forward whose workload is new to the run, when free memory on
+    the card has shrunk, and once the first full step has shown durations and peak. A new plan replaces it if it no
+    longer fits, or if the new plan saves more than the change costs. Without automatic tuning only new settings and a
+    refusal of memory change the plan.
 
     Args:
         blocks: Name and module of each block, in execution order.
-        settings: What the user asked for.
-        machine: Where readings come from.
+        settings: The user's settings.
+        machine: Reads the device and the host.
         backend: The device.
         root: The whole model, for the bytes outside the blocks; held weakly.
-        limits: What is set from outside of the settings.
-        sampler: Watches the device from the first forward of a run to its release; None watches nothing.
-        trace_dir: Where debug mode writes a trace file for each run; None writes none.
+        limits: Limits from outside the settings, such as ComfyUI's flags.
+        sampler: Samples the device from the first forward of a run to its release; None for no samples.
+        trace_dir: Folder where debug mode writes a trace file for each run; None for no files.
 
     Attributes:
-        planner: Makes its plans.
-        session: Runs its blocks.
-        watcher: Gets the run's progress; None for nobody. May be set between runs.
-        last_report: Of the last run that was released.
+        planner: Makes the plans.
+        session: Runs the blocks.
+        watcher: Receives the run's progress; None for nobody. May be set between runs.
+        last_report: The report of the last run that was released.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class SwapRun:
         self._adoptions = 0
         self._adopted_settings = settings
         self._has_other_settings = False
-        self._wants_look = False
+        self._review_due = False
         self._sampler = sampler
         self._trace_dir = trace_dir
         self._sampling = contextlib.ExitStack()
@@ -110,12 +111,12 @@ class SwapRun:
 
     @property
     def plan(self) -> SwapPlan | None:
-        """The plan that is followed, or was last."""
+        """The present plan, or the last one; None before the first."""
         return self.session.plan
 
     @property
     def watcher(self) -> Watcher | None:
-        """Gets the run's progress; None for nobody."""
+        """Receives the run's progress; None for nobody."""
         return self._feed.watcher
 
     @watcher.setter
@@ -127,11 +128,11 @@ class SwapRun:
         """One forward of the model.
 
         Args:
-            workload: What it does; None if that is not known.
+            workload: What determines its memory and time; None if unknown.
             blocks: As for `SwapSession.forward`.
 
         Raises:
-            PlanError: No plan fits; the forward has not begun.
+            PlanError: No plan fits; the forward has not started.
         """
         self.prepare(workload)
         self._prepared = False
@@ -143,7 +144,7 @@ class SwapRun:
             self._feed.ran(self._present, self._stats)
 
     def prepare(self, workload: Workload | None = None) -> SwapPlan:
-        """What `forward` does first, once: a plan for this workload, in place. Returns the plan.
+        """Makes and applies a plan for this workload, once per forward; `forward` calls it first. Returns the plan.
 
         Raises:
             PlanError: No plan fits.
@@ -168,22 +169,22 @@ class SwapRun:
         return self._present
 
     def withdraw(self, workload: Workload | None) -> None:
-        """The forward that was prepared for this workload does another: its memory does not count."""
+        """Forgets the workload of the last `prepare`: the forward will have another one."""
         self.planner.withdraw(workload)
         self._prepared = False
 
     def use(self, settings: SwapSettings) -> None:
-        """The settings from the next forward on."""
+        """Sets the settings for the coming forwards."""
         self.planner.use(settings)
         self._has_other_settings = settings.of_the_plan != self._adopted_settings.of_the_plan
         self._prepared = False
         self._trace_what_is_asked()
 
-    def shrink(self, said: str) -> None:
-        """Device memory ran out, in `prepare` or in a forward: ours is given back, and the next plan is smaller.
+    def shrink(self, reported: str) -> None:
+        """Frees our device memory after it ran out, in `prepare` or in a forward, and makes the next plan smaller.
 
         Args:
-            said: The device's own message.
+            reported: The device's own message.
 
         Raises:
             DeviceMemoryError: There is no smaller plan; the message says what would fit.
@@ -191,36 +192,38 @@ class SwapRun:
         if self.session.state is SessionState.ADOPTED:
             self.session.release()
         if not self.planner.shrink():
-            assert self.planner.made is not None
-            raise DeviceMemoryError(oom_message(self._workload, self.planner.made, said=said))
+            raise DeviceMemoryError(oom_message(self._workload, self.planner.made, reported=reported))
         self._stats.replans.append("the device ran out of memory")
 
     def report(self) -> RunReport | None:
-        """Of the run so far; of the last one if none has begun since; None before the first."""
+        """The report of the run so far, or of the last run if none has started since; None before the first."""
         if not self._in_run:
             return self.last_report
         self._stats.observe(self._timed)
         return self._stats.report(self._samples)
 
     def release(self, failure: BaseException | None = None) -> None:
-        """The run is over: every tensor points at its master, the device memory is free, slabs stay for the next.
+        """Ends the run: every tensor points at its master, the device memory is free, slabs stay for the next run.
 
         Args:
-            failure: What has ended it; None if it has ended well.
+            failure: What ended the run; None if it ended well.
         """
         was_in_run, report = self._in_run, self._report_or_none() if self._in_run else None
         try:
             self.session.release()
+        except BaseException as raised:
+            failure = failure or raised
+            raise
         finally:
             self._end_run()
-        if report and report.measured.forwards:
-            report = replace(report, measured=replace(report.measured, samples=self._samples))
-            self.last_report = self._log(report)
-        if was_in_run or failure is not None:
-            self._feed.over(report, failure)
+            if report and report.measured.forwards:
+                report = replace(report, measured=replace(report.measured, samples=self._samples))
+                self.last_report = self._log(report)
+            if was_in_run or failure is not None:
+                self._feed.over(report, failure)
 
     def close(self) -> None:
-        """Releases, unlocks the slabs and ends; idempotent."""
+        """Releases, unlocks the slabs and ends the session; idempotent."""
         try:
             if self.session.state is SessionState.ADOPTED:
                 self.release()
@@ -240,22 +243,20 @@ class SwapRun:
     # ------------------------------------------------------------------------------------------------------- planning
 
     def _start_run(self) -> None:
-        if not self._in_run:
-            self._stats = RunStats(self._title, self.session, self.planner)
         self._sampling.close()
         if self._sampler is not None:
             self._sampling.enter_context(self._sampler)
         try:
             self._adopt()
-        except BaseException as failure:
+        except BaseException:  # what follows is a smaller plan, or `release`, which reports the failure
             self._sampling.close()
-            self._feed.over(None, failure)
             raise
         self._in_run = True
 
     def _end_run(self) -> None:
-        self._in_run = self._wants_look = self._prepared = False
+        self._in_run = self._review_due = self._prepared = False
         self.planner.history.end_run()
+        self._stats = RunStats(self._title, self.session, self.planner)
         self._sampling.close()
 
     def _plan_again_if_needed(self, *, is_new: bool) -> None:
@@ -265,23 +266,19 @@ class SwapRun:
             self._adopt()
         elif self.planner.settings.auto_hardware_tuning and (
             is_new
-            or self._wants_look
+            or self._review_due
             or self.planner.is_over_budget(self._present, own_bytes=self.session.device_bytes)
         ):
-            self._look_again()
-
-    def _look_again(self) -> None:
-        """Another plan takes the present one's place, if there is reason to."""
-        self._wants_look = False
-        why = self._why_change(self._present)
-        if why is not None:
-            self._stats.looks += 1
-            self._adopt_anew(why, self._present)
+            self._review_due = False
+            why = self._why_change(self._present)
+            if why is not None:
+                self._stats.changes += 1
+                self._adopt_anew(why, self._present)
 
     def _why_change(self, present: SwapPlan) -> str | None:
-        """Why another plan should take `present`'s place; None to go on, with a note where that hurts."""
+        """Why another plan should replace `present`; None to keep it, with a note where keeping it has a cost."""
         stats = self._stats
-        if stats.looks >= MOST_REPLANS:
+        if stats.changes >= MOST_REPLANS:
             stats.note(f"the plan has been changed {MOST_REPLANS} times in this run and is kept now")
             return None
         try:
@@ -314,18 +311,18 @@ class SwapRun:
             self._adopt()
         except (PlanError, DeviceMemoryError, HostMemoryError) as failure:
             self._stats.note(f"planning again failed, so that the plan before goes on: {failure}")
-            self.planner.once = present
+            self.planner.next_plan = present
             try:
                 self._adopt()
             finally:
-                self.planner.once = None
+                self.planner.next_plan = None
             return
         self._stats.replans.append(why)
 
     # ------------------------------------------------------------------------------------------------------- learning
 
     def _learn(self) -> None:
-        """A forward has ended well: what it has shown. What follows is done before the next forward, which may fail."""
+        """Learns from a forward that ended well. A change of plan waits for the next forward's start."""
         self._stats.count()
         taken = self._peak.taken_bytes()
         if taken is not None:
@@ -333,11 +330,11 @@ class SwapRun:
         if self._adoptions != self.session.adoptions:
             self._notice_adoption()
         if not self._stats.is_timed and self.session.log.forwards >= self._timed.stop:
-            self._wants_look |= self._learn_times()
+            self._review_due |= self._learn_times()
         self._notice_slowness()
 
     def _learn_times(self) -> bool:
-        """Once the device is through with the forwards that were timed; whether it is, and they have shown times."""
+        """Learns from the timed forwards once the device has finished them. Returns whether it has."""
         stats, plan = self._stats, self._present
         stats.observe(self._timed)
         if stats.observation is None or not stats.is_timed:
@@ -352,8 +349,8 @@ class SwapRun:
         return True
 
     def _notice_slowness(self) -> None:
-        """Once in a run: a forward that takes several times what is usual is timed anew."""
-        trace = self.session.log.trace
+        """Notes, once in a run, that a forward took several times the usual, and times the next ones again."""
+        trace = self.session.trace
         if trace is None or self._stats.is_slow:
             return
         durations = trace.forward_ms[self._timed.start :]
@@ -367,12 +364,12 @@ class SwapRun:
         self._time_again(keep=True)
 
     def _notice_adoption(self) -> None:
-        """The session has adopted, by itself too where weights were replaced: what was seen belongs to another plan."""
+        """Starts timing again after an adopt; the session adopts by itself where weights were replaced."""
         self._adoptions = self.session.adoptions
         self._time_again()
 
     def _time_again(self, *, keep: bool = False) -> None:
-        """Durations are taken anew, after one forward that warms up; those of the same plan and video are kept."""
+        """Times the forwards after the next one; `keep`: the earlier times stay valid until then."""
         start = self.session.log.forwards + TIMED_FORWARDS.start
         self._timed = range(start, start + len(TIMED_FORWARDS))
         self._trace_what_is_asked()
@@ -389,17 +386,18 @@ class SwapRun:
     def _report_or_none(self) -> RunReport | None:
         try:
             return self.report()
-        except Exception:  # whatever it stumbles over, the run's memory must go
+        except Exception:  # a fault in the report must not keep the run's memory from being freed
             logger.exception("the run has no report; please report this")
             return None
 
     def _log_configuration(self, plan: SwapPlan) -> None:
-        """Debug mode's lines when a plan has been made, in the brief's words."""
+        """Logs debug mode's lines about a plan, in the documented form."""
         profile, readings = self.planner.profile, self.planner.readings
         assert profile is not None
         assert readings is not None
         size = ModelSize(parameters=self._parameters, nbytes=profile.nbytes, layers=len(profile.blocks))
-        for line in brief_lines(plan, size, memory=readings.memory, host=readings.host, ratio=self.planner.ratio):
+        ratio = self.planner.ratio
+        for line in configuration_lines(plan, size, memory=readings.memory, host=readings.host, ratio=ratio):
             logger.info("%s", line)
 
     def _log(self, report: RunReport) -> RunReport:
@@ -413,7 +411,7 @@ class SwapRun:
                 logger.info("%s", block_table(report))
                 report = replace(report, notes=(*report.notes, *self._write_trace()))
             logger.info("%s", summary(report))
-        except Exception:  # whatever it stumbles over, the run itself has succeeded
+        except Exception:  # a fault in the report must not fail a run that has succeeded
             logger.exception("the run's report could not be written; please report this")
         return report
 

@@ -1,4 +1,4 @@
-"""A plan, a RunReport and what would fit, in words for people; pure."""
+"""Texts for people: a plan, a RunReport, why memory ran out and what would fit; pure."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .history import Workload
 from .report import Measured, RunReport, host_tiers
 
 MOST_TEXTS = 3
-"""Refusals, plans and notes that one line names; beyond them it gives the number."""
+"""Refusals, plans and notes that one line lists; of the rest it gives the number."""
 
 FEW_MS = 100
-"""Durations below it are shown to a tenth."""
+"""Durations below it, in ms, are shown to a tenth."""
 
 GIGA = 1e9
 
@@ -37,7 +37,7 @@ class ModelSize:
 
 
 def summary(report: RunReport) -> str:
-    """At most 12 lines, predicted beside measured; what did not happen, or is not known, has none."""
+    """At most 12 lines, predicted beside measured; what did not happen or is unknown is left out."""
     measured = report.measured
     lines = [
         f"{_one_line(report.title)}: {_swapped(report.plan)}",
@@ -60,9 +60,9 @@ def plan_text(plan: SwapPlan, *, card: str, budget_bytes: int) -> str:
     """A plan before its run: what stays, what streams, what it costs, and why.
 
     Args:
-        plan: What is planned.
+        plan: The plan.
         card: The device's name.
-        budget_bytes: What block weights may take there.
+        budget_bytes: Device memory that block weights may take.
     """
     count, total = plan.swapped_count, len(plan.swapped)
     free = format_bytes(budget_bytes)
@@ -87,7 +87,7 @@ def _weights_planned(plan: SwapPlan) -> str:
 
 
 def block_table(report: RunReport) -> str:
-    """A line for each block, where it is and its times, and their sums; empty if no block was timed."""
+    """A table with one row per block, its place and its times, and their sums; empty if no block was timed."""
     blocks = report.measured.blocks
     if not blocks:
         return ""
@@ -104,15 +104,15 @@ def block_table(report: RunReport) -> str:
     )
 
 
-def brief_lines(
+def configuration_lines(
     plan: SwapPlan, model: ModelSize, *, memory: DeviceMemory | None, host: HostMemory, ratio: float
 ) -> tuple[str, ...]:
-    """The log of debug mode in the brief's own form. Its MB are MiB; what is in use stands before the total.
+    """Debug mode's log lines about a plan, in the documented form: its MB are MiB, used stands before total.
 
     Args:
-        plan: What was decided.
-        model: What it was decided for.
-        memory: Of the device before that; None leaves the line out.
+        plan: The plan.
+        model: The model's size.
+        memory: Device memory before the plan was applied; None leaves the line out.
         host: Host memory at the same moment, within the control group.
         ratio: Share of the available device memory that weights may fill, 0 to 1.
     """
@@ -153,14 +153,14 @@ def _swapped(plan: SwapPlan) -> str:
 
 
 def _weights(report: RunReport) -> str:
-    plan, peak = report.plan, report.measured.peak_weight_bytes
+    plan, found = report.plan, report.measured.weight_bytes
     line = f"weights on the device: {format_bytes(plan.device_bytes)} planned"
     if plan.over_ceiling:
         line += f", over the budget of {format_bytes(plan.budget_bytes)}"
-    if peak is not None:
-        line += f"; {format_bytes(peak)} at most measured"
-        if peak > plan.device_bytes:
-            line += f", {peak - plan.device_bytes:,} bytes more than planned"
+    if found is not None:
+        line += f"; {format_bytes(found)} measured"
+        if found > plan.device_bytes:
+            line += f", {found - plan.device_bytes:,} bytes more than planned"
     return line
 
 
@@ -196,7 +196,7 @@ def _stall(report: RunReport) -> str:
 
 
 def _copies(report: RunReport) -> str:
-    """Bytes to the device, and back: that no weights come back is a promise, so each report has it."""
+    """Bytes to the device and back. That no weight is copied back is a promise, so every report shows it."""
     plan, measured = report.plan, report.measured
     line = f"copied to the device: {_decimal(measured.placed_bytes)} once"
     if measured.onloads:
@@ -212,7 +212,7 @@ def _copies(report: RunReport) -> str:
 
 
 def _tuning(plan: SwapPlan) -> str:
-    """What the GPU's tier allows, and what the link has chosen below it."""
+    """What the GPU's tier allows, and what was chosen within it for the measured link."""
     return f"tuning: {'; '.join(map(_one_line, plan.tuning))}" if plan.tuning else ""
 
 
@@ -223,7 +223,7 @@ def _host(measured: Measured) -> str:
 
 
 def _loader(measured: Measured) -> str:
-    """A line of its own: this memory is not ours."""
+    """In its own line, since this memory is not ours."""
     kept = measured.original_bytes
     return f"the loader keeps {format_bytes(kept)} of the same weights beside the slabs" if kept else ""
 
@@ -245,7 +245,7 @@ def _sampled(samples: Samples | None) -> str:
 
 
 def _named(what: str, texts: Sequence[str]) -> str:
-    """One line for several texts, each once, with how often it came."""
+    """One line that lists each text once, with the number of times it occurred."""
     times = Counter(map(_one_line, texts))
     named = [text if count == 1 else f"{text} ({count} times)" for text, count in times.items()]
     if len(named) > MOST_TEXTS:
@@ -282,27 +282,32 @@ def _sum(durations: Iterable[float | None]) -> float | None:
 
 
 MORE_THAN_THERE_WAS = 1.25
-"""What a forward is taken to need, over what it had, where it ran out with more than it was expected to take: the
-factor that `activation_bytes` in model/wan.py adds to the widest place, once more."""
+"""Where a forward ran out with more memory than it was expected to need, it is assumed to need this many times what
+it had: the factor of safety in `activation_bytes` (model/wan.py), once more."""
 
 
-def oom_message(workload: Workload | None, plan: SwapPlan, *, said: str) -> str:
-    """Why a forward ran out of memory under the smallest plan there is, and what would fit.
+def oom_message(workload: Workload | None, plan: SwapPlan | None, *, reported: str) -> str:
+    """Why a forward ran out of memory under the smallest plan, and what would fit.
 
     Args:
-        workload: What it did; None if that is not known.
-        plan: The plan.
-        said: The device's own message.
+        workload: The forward's workload; None if unknown.
+        plan: The plan; None if memory ran out before there was one.
+        reported: The device's own message.
     """
+    if plan is None:
+        return (
+            "device memory ran out before any block was placed; close other programs on the GPU (the device reported: "
+            f"{reported})"
+        )
     room = max(0, plan.limit_bytes - plan.device_bytes)
     slots = format_count(plan.slots, "slot")
     swapped = f"{plan.swapped_count} of {len(plan.swapped)} blocks swapped through {slots}"
     weights = f"{format_bytes(plan.device_bytes)} of weights"
     what = "a forward" if workload is None else f"a forward of {workload.tokens:,} tokens"
     expected = None if workload is None else workload.expected_activation_bytes
-    needs = "" if expected is None else f"expects about {format_bytes(expected)} for activations but "
+    needs = "" if expected is None else f"needs about {format_bytes(expected)} for activations and "
     head = f"{what} {needs}ran out of the {format_bytes(room)} that were left beside {weights} ({swapped})"
-    return f"{head}; {_advice(workload, room)}or close other programs on the GPU (the device reported: {said})"
+    return f"{head}; {_advice(workload, room)}or close other programs on the GPU (the device reported: {reported})"
 
 
 def _advice(workload: Workload | None, room: int) -> str:
@@ -319,14 +324,14 @@ def _advice(workload: Workload | None, room: int) -> str:
     return f"take about {4 * (fewer - 1) + 1} of the {4 * (frames - 1) + 1} frames, or {smaller}, "
 
 
-def not_again(why: str, *, said: str) -> str:
-    """A forward that ran out of memory and cannot be repeated.
+def not_again(why: str, *, reported: str) -> str:
+    """A forward ran out of memory and cannot be repeated.
 
     Args:
-        why: What keeps it from that.
-        said: What the device reported.
+        why: Why it cannot be repeated.
+        reported: The device's own message.
     """
     return (
         f"a forward ran out of device memory and cannot be repeated, since {why}; a smaller plan is remembered for "
-        f"this video size: queue the prompt again (the device reported: {said})"
+        f"this video size: queue the prompt again (the device reported: {reported})"
     )

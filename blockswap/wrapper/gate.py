@@ -1,8 +1,8 @@
-"""Gate: where block swapping enters the wrapper and leaves it, for transformers that carry our arguments.
+"""Gate: starts and ends our runs together with the wrapper's, for transformers that carry our arguments.
 
-Three functions of the wrapper mark a run: one loads its weights, one starts it, one ends it. The gate wraps them in
-every module that holds them. Between start and end the transformer's own attribute `forward` is ours, on that object
-alone: a model without our arguments, compiled or not, runs no line of this package.
+Three functions of the wrapper mark a run: one loads the weights, one starts the run, one ends it. The gate wraps them
+in every module that holds them. Between start and end, the transformer's own attribute `forward` is ours, on that
+object alone: a model without our arguments, compiled or not, executes no line of this package.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ from .wanvideo import (
 logger = logging.getLogger(__name__)
 
 SCARCE_HOST_SHARE = 0.05
-"""Share of the host's memory below which no slabs are kept for the next run: there the system begins to swap."""
+"""Share of the host's memory that is available below which slabs are not kept for the next run: there the system would
+begin to swap."""
 
 OnStart = Callable[[SwapRun, Mapping[str, Any]], None]
 """Called with a run and our arguments each time the run starts, before anything is planned."""
@@ -63,14 +64,14 @@ MakeRun = Callable[[nn.Module, Any, SwapSettings], "SwapRun | None"]
 
 
 class Gate:
-    """Starts and ends our runs together with the wrapper's.
+    """Wraps the wrapper's functions, and keeps the run of each transformer that carries our arguments.
 
     Args:
         wrapper: The wrapper, found and checked.
         make_run: Makes the run of a transformer.
         on_start: Called when a run starts.
         on_set: Called when a loaded model gets other arguments.
-        keeps_slabs: Whether slabs are kept for the next run, as far as memory allows.
+        keeps_slabs: Whether the user wants slabs kept for the next run.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Gate:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every module still holds our functions; false once the wrapper has been loaded again."""
+        """Whether every module still holds our functions; false once the wrapper was loaded again."""
         return bool(self._watched) and all(watched.is_whole for watched in self._watched)
 
     def install(self) -> None:
@@ -109,7 +110,7 @@ class Gate:
         ]
 
     def restore(self) -> None:
-        """Removes everything of ours: runs are closed, weights are in ordinary host memory."""
+        """Removes our functions and closes all runs, so that weights are in ordinary host memory."""
         for transformer in list(self._gated):
             self._remove(transformer)
         for watched in self._watched:
@@ -122,12 +123,12 @@ class Gate:
         return None if gated is None else gated.run
 
     def _before_set(self, _: Any, arguments: Mapping[str, Any]) -> None:
-        """Only here can arguments that lose their effect be reported: the model still has those that are replaced."""
+        """Reports arguments that lose their effect: only here does the model still have those that are replaced."""
         if self._on_set is not None:
             self._on_set(arguments.get("model"), arguments.get("block_swap_args"))
 
     def _before_load(self, transformer: Any, arguments: Mapping[str, Any]) -> None:
-        """Refuses what cannot run before any weight moves, and frees the device before new weights arrive on it."""
+        """Refuses what cannot run, before any weight moves, and frees the device before new weights arrive there."""
         transformer, swap_args = unwrapped(transformer), arguments.get("block_swap_args")
         if swap_args is None or not is_ours(swap_args):
             if self._remove(transformer) and arguments.get("gguf"):
@@ -174,11 +175,11 @@ class Gate:
         gated.start(outer, hints_to_host=not settings.auto_hardware_tuning and settings.vace_blocks_to_swap > 0)
 
     def _make_room(self, gated: GatedModel, need: int) -> None:
-        """Models whose run is over give up host memory that this one needs: their locks first, then their slabs.
+        """Makes models whose run has ended give up host memory that this one needs: first locks, then slabs.
 
         Args:
             gated: The model that is about to run.
-            need: Bytes of its blocks' weights.
+            need: Bytes of its block weights.
         """
         planner = gated.run.planner
         fresh = max(0, need - gated.run.session.slab_bytes)  # its own slabs are there already
@@ -189,11 +190,11 @@ class Gate:
             if session.pinned_bytes and planner.pins.left_bytes < need:
                 session.unlock()
             if session.slab_bytes and planner.machine.host().available_bytes < fresh:
-                logger.info("host memory is short: a model whose run is over gives up its slabs")
+                logger.info("host memory is short: a model whose run has ended gives up its slabs")
                 session.give_up_slabs()
 
     def _after(self, transformer: Any) -> None:
-        """The wrapper's function has set its own block counts, which must not outlive the run."""
+        """Clears the block counts that the wrapper's function has set, since they must not outlive the run."""
         if unwrapped(transformer) in self._gated:
             reset_counters(unwrapped(transformer))
 
@@ -205,7 +206,7 @@ class Gate:
             self._limit_slabs(gated.run)
 
     def _limit_slabs(self, run: SwapRun) -> None:
-        """Slabs are kept for the next run only while the user and the host's memory allow."""
+        """Gives up the slabs unless the user wants to keep them and the host's memory allows it."""
         session = run.session
         if not self._keeps_slabs():
             session.give_up_slabs()
@@ -217,7 +218,7 @@ class Gate:
 
     def _remove(self, transformer: nn.Module) -> bool:
         """Leaves the transformer as if it had never carried our arguments. Returns whether it did."""
-        reset_our_count(transformer)  # no other count: the sampler may just have set one for the wrapper's own swapping
+        reset_our_count(transformer)  # only ours: the sampler may just have set a count for the wrapper's own swapping
         gated = self._gated.pop(transformer, None)
         if gated is None:
             return False
@@ -227,7 +228,7 @@ class Gate:
 
 
 class GatedModel:
-    """A transformer that carries our arguments: its run, and its `forward` while a run is in progress.
+    """A transformer that carries our arguments: its run, and our `forward` on it while a run is in progress.
 
     Holds no reference to the transformer, whose lifetime belongs to the wrapper.
 
@@ -248,7 +249,7 @@ class GatedModel:
         """Puts our `forward` in place.
 
         Args:
-            outer: The transformer, or the module that torch.compile has made of it.
+            outer: The transformer, or the module that torch.compile made of it.
             hints_to_host: Whether VACE hints go to the host from the first forward on.
         """
         self.end()
@@ -256,7 +257,7 @@ class GatedModel:
         transformer = unwrapped(outer)
         self._armed = [weakref.ref(Forward.on(transformer, self._forward))]
         if outer is not transformer:
-            logger.info("a model compiled as a whole runs uncompiled with swapped blocks; compile the blocks alone")
+            logger.info("a model compiled as a whole runs uncompiled while blocks are swapped; compile only the blocks")
             self._armed.append(weakref.ref(Forward.on(outer, _call_uncompiled)))
 
     def end(self) -> None:
@@ -280,19 +281,19 @@ class GatedModel:
         try:
             return self._forward_or_retry(transformer, original, arguments, keywords)
         except BaseException as failure:
-            self._release(failure)  # not every caller offloads after a failure
+            self._release(failure)  # since not every caller offloads after a failure
             raise
 
     def _forward_or_retry(self, transformer: Any, original: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
-        """One forward. If device memory runs out it is called again with a smaller plan, unless that could change its
+        """One forward. If device memory runs out, it is called again with a smaller plan, unless that could change the
         result.
         """
         latents = arguments[0] if arguments else keywords.get("x")
         while True:
-            has_begun = False
+            has_started = False
             try:
                 workload = self._prepare(transformer, latents)
-                has_begun = True
+                has_started = True
                 with (
                     native_swapping_disabled(transformer, hints_to_host=self.hints_to_host),
                     self.run.forward(workload, current_blocks(transformer)),
@@ -303,13 +304,13 @@ class GatedModel:
                 if not (isinstance(failure, DeviceMemoryError) or is_out_of_memory(failure)):
                     raise
                 reason = str(failure).partition("\n")[0]
-            # Outside the handler: the failure's traceback holds what the forward had allocated.
-            logger.warning("%s; trying a smaller plan", reason)
+            # Outside the handler, since the failure's traceback holds what the forward had allocated.
             self.run.shrink(reason)
             step = keywords.get("current_step", 0)
-            blocker = retry_blocker(transformer, original, step=step) if has_begun else None
+            blocker = retry_blocker(transformer, original, step=step) if has_started else None
             if blocker is not None:
-                raise DeviceMemoryError(not_again(blocker, said=reason))
+                raise DeviceMemoryError(not_again(blocker, reported=reason))
+            logger.warning("%s; trying a smaller plan", reason)
 
     def _prepare(self, transformer: Any, latents: Any) -> Workload | None:
         """Plans the forward and returns its workload. VACE hints go to the host if the plan has no room for them."""
@@ -322,10 +323,10 @@ class GatedModel:
         self.run.withdraw(workload)
         workload = workload_of(transformer, latents, hints_to_host=True)
         self.run.prepare(workload)
-        logger.info("the hints of %d VACE blocks go to the host: the device has no room for them", vace)
+        logger.info("the hints of %d VACE blocks go to the host, since the device has no room for them", vace)
         return workload
 
 
 def _call_uncompiled(outer: Any, original: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
-    """Calls the transformer inside the module that torch.compile has made of it."""
+    """Calls the transformer inside the module that torch.compile made of it."""
     return unwrapped(outer)(*arguments, **keywords)
