@@ -21,13 +21,13 @@ def markdown(rows: Sequence[Row], *, link_bytes_per_s: float) -> str:
     clocks = ", ".join(sorted({row.clock for row in rows if row.clock}))
     versions = dict.fromkeys(row.versions for row in rows if row.versions)
     words = [
-        f"- step: median duration by the device's clock ({clocks or 'none'}), while the host may run ahead; waited for: "
-        "median by the host's clock, where the host waits at the end of each step",
+        f"- step: median duration by the device's clock ({clocks or 'none'}), while the host may run ahead; waited "
+        "for: median by the host's clock, where the host waits at the end of each step",
         "- over bound: step divided by the bound, the longer of the resident model's step and the time to copy the "
         f"swapped blocks at {link_bytes_per_s / 1e9:.2f} GB/s; over resident: step divided by the resident model's",
-        "- peak: most device memory allocated (on a simulated device, weights and slots only); weights: peak minus what "
-        "the resident model's step takes above its weights; reserved: most device memory held by torch's allocator; "
-        "driver: device memory by the driver's count, minus what was in use before the model was built",
+        "- peak: most device memory allocated (on a simulated device, weights and slots only); weights: peak minus "
+        "what the resident model's step takes above its weights; reserved: most device memory held by torch's "
+        "allocator; driver: device memory by the driver's count, minus what was in use before the model was built",
         "- host: decrease of the host's available memory; page-locked: host memory locked by torch's allocator and by "
         "the engine; to device, back: bytes copied in one step",
         *([f"- versions: {', '.join(versions)}"] if versions else []),
