@@ -15,7 +15,7 @@ COLUMNS = (
 
 
 def markdown(rows: Sequence[Row], *, link_bytes_per_s: float) -> str:
-    """A table for each shape, engines in the order of the rows, and what the columns are."""
+    """A table for each shape, engines in the order of the rows, with an explanation of the columns."""
     shapes = dict.fromkeys(row.shape for row in rows)
     tables = [_table(shape, [row for row in rows if row.shape == shape]) for shape in shapes]
     clocks = ", ".join(sorted({row.clock for row in rows if row.clock}))
