@@ -1,4 +1,4 @@
-"""The link's benchmark: on a simulated device its figures are the simulated link's; what cannot be taken says why."""
+"""The link's benchmark: on a simulated device its figures are the simulated link's; a missing figure has its reason."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_products_that_are_slower_beside_a_copy_are_told_by_their_share(hardware
 
     def multiply(streams: Any) -> None:
         nonlocal calls
-        streams.computed(calls // count % 2, streams.current())  # 0.05 ms alone, then 0.06 ms beside the copy
+        streams.computed(calls // count % 2, streams.current())  # 0.05 ms alone, then 0.06 ms during the copy
         calls += 1
 
     streams = SimulatedStreams(hardware, count=2)
