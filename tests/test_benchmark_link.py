@@ -72,7 +72,7 @@ def test_every_figure_on_a_simulated_device_is_the_simulated_links(capsys: pytes
     ]
     assert {row["gbytes_per_s"] for row in found["rows"]} == {7.0}
     assert run(capsys) == found
-    assert "Pageable memory is left out" in found["notes"][0]
+    assert "Pageable memory is not measured" in found["notes"][0]
     assert "python -m benchmarks.link --device cpu" in found["heading"]
     assert "simulated device" in found["heading"]
 

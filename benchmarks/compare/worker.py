@@ -29,8 +29,8 @@ ROWS = "rows.jsonl"
 
 def read_task(path: Path) -> Task:
     """A task as `write_task` has written it."""
-    told = json.loads(path.read_text(encoding="utf-8"))
-    return Task(**{**told, "shapes": tuple(told["shapes"])})
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return Task(**{**stored, "shapes": tuple(stored["shapes"])})
 
 
 def write_task(task: Task, path: Path) -> None:
