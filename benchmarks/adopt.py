@@ -3,10 +3,10 @@
     python -m benchmarks.adopt [--model 14b] [--blocks N] [--device cuda] [--lock driver|mlock|none] [--cold] [--json]
 
 All blocks of a Wan transformer with random weights are swapped through two slots. Their files are mapped, as ComfyUI
-loads them; with `--cold` they have to come from the disk. What is reported is the speed over all of it, in slab bytes,
-beside that of plain copies in memory, each the quickest of several, since what others do to a machine only ever adds;
-and page-locked bytes over swapped bytes. Without a GPU, pages are locked by `mlock`, which pins as the driver does but
-maps nothing into a device, and nothing is copied to one.
+loads them; with `--cold` they come from the disk. The report has the speed of the whole adopt, in slab bytes per
+second, the speed of plain copies in memory, and page-locked bytes over swapped bytes. Each speed is the best of several
+repeats, because other load on a machine only adds time. Without a GPU, `mlock` locks the pages, which pins them as the
+driver does but maps nothing into a device, and nothing is copied to a device.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ MEMORY_SHARE = 3.3
 COPIED_BYTES = 512 * MIB
 REPEATS = 5
 SHARE = 0.70
-"""Of a copy in memory, what is to be reached."""
+"""Share of the speed of a copy in memory that an adopt should reach."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adopted:
-    """What one adopt took.
+    """Figures of one adopt.
 
     Attributes:
-        swapped_bytes: Of the slabs.
-        load_s: Mapping the files.
-        adopt_s: Filling and locking slabs, until the first blocks are on the device.
-        lock_s: The part of it that pages were being locked in, beside the filling.
-        pinned_bytes: Host memory that is page-locked then.
-        refusals: Why not all of it is.
+        swapped_bytes: Bytes of the slabs.
+        load_s: Time to map the files.
+        adopt_s: Time to fill and lock slabs, until the first blocks are on the device.
+        lock_s: The part of it in which pages were being locked, while slabs were filled.
+        pinned_bytes: Host memory that is page-locked afterwards.
+        refusals: Why not all of it is page-locked.
     """
 
     swapped_bytes: int
@@ -80,7 +80,7 @@ class Adopted:
 
 
 def write_files(preset: Preset, folder: Path) -> None:
-    """A file for each block, and one for what is outside of them."""
+    """Writes a file for each block, and one for the rest of the model."""
     from safetensors.torch import save_file
 
     model = build(preset, seed=0)
@@ -90,7 +90,7 @@ def write_files(preset: Preset, folder: Path) -> None:
     for name, part in tqdm(parts.items(), desc="writing", unit="file", disable=None):
         save_file(part, folder / f"{name}.safetensors")
         with (folder / f"{name}.safetensors").open("rb") as file:
-            os.fsync(file.fileno())  # only what is on the disk can be dropped from memory
+            os.fsync(file.fileno())  # only bytes that are on the disk can be dropped from memory
 
 
 def load(preset: Preset, folder: Path) -> nn.Module:
@@ -104,7 +104,7 @@ def load(preset: Preset, folder: Path) -> nn.Module:
 
 
 def forget(folder: Path) -> None:
-    """The files' bytes leave the page cache."""
+    """Drops the files from the page cache."""
     for path in folder.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -114,7 +114,7 @@ def forget(folder: Path) -> None:
 
 
 def touch(folder: Path) -> None:
-    """The files' bytes are in the page cache."""
+    """Reads the files into the page cache."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             while file.read(16 * MIB):
@@ -153,7 +153,7 @@ def _plan(profile: ModelProfile, backend: Backend) -> SwapPlan:
 
 
 def copy_gbytes_per_s() -> float:
-    """A copy between memory that has been touched before, by as many threads as torch has."""
+    """Speed of a copy between touched pages, on all of torch's threads."""
     source, target = (torch.ones(COPIED_BYTES, dtype=torch.uint8) for _ in range(2))
     seconds = []
     for _ in range(REPEATS):
@@ -164,8 +164,8 @@ def copy_gbytes_per_s() -> float:
 
 
 def fresh_copy_gbytes_per_s(nbytes: int) -> float:
-    """Copies of `nbytes` in all to memory that has never been written, as that of slabs: the system zeroes each page
-    first, and a virtual machine may have to ask its host for it.
+    """Speed of copies of `nbytes` in all to untouched pages, as those of a slab: the system zeroes each page first, and
+    a virtual machine may need to get it from its host.
     """
     source, streams = torch.ones(min(nbytes, COPIED_BYTES), dtype=torch.uint8), InlineStreams(torch.device("cpu"))
     count = max(1, nbytes // source.nbytes)
@@ -188,15 +188,15 @@ def _blocks_that_fit(preset: Preset) -> int:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The options; what cannot be meant ends the process with one line."""
+    """The options; a wrong one ends the process with one line."""
     parser = argparse.ArgumentParser(prog="benchmarks.adopt", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="14b", choices=tuple(PRESETS))
-    parser.add_argument("--blocks", type=int, help="by default as many as the host's memory holds")
+    parser.add_argument("--blocks", type=int, help="number of blocks (default: as many as the host's memory holds)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--lock", choices=("driver", "mlock", "none"), help="how pages are locked")
-    parser.add_argument("--cold", action="store_true", help="the files are not in the page cache")
-    parser.add_argument("--repeats", type=int, default=3, help="adopts, of which the quickest is told")
-    parser.add_argument("--scratch", type=Path, help="where the files are written; by default a temporary folder")
+    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache first")
+    parser.add_argument("--repeats", type=int, default=3, help="number of adopts; the fastest is reported")
+    parser.add_argument("--scratch", type=Path, help="folder for the files (default: a temporary one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args(words)
     try:
@@ -205,19 +205,19 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         parser.error(str(failure))
     options.lock = options.lock or ("mlock" if options.chosen.type == "cpu" else "driver")
     if options.lock == "driver" and options.chosen.type != "cuda":
-        parser.error("--lock driver expects a CUDA or HIP device; take mlock or none")
+        parser.error("--lock driver needs a CUDA or HIP device; use mlock or none")
     if options.repeats < 1 or (options.blocks is not None and options.blocks < 3):
-        parser.error("--repeats expects 1 or more and --blocks 3 or more: two slots hold two")
+        parser.error("--repeats must be 1 or more, and --blocks 3 or more, because two slots hold two blocks")
     scratch = options.scratch or Path(tempfile.gettempdir())
     if not scratch.is_dir():
-        parser.error(f"--scratch expects a folder that is there but got {str(scratch)!r}")
+        parser.error(f"--scratch: expected an existing folder, got {str(scratch)!r}")
     preset = PRESETS[options.model]
     options.preset = replace(preset, layers=options.blocks or _blocks_that_fit(preset))
     need, free = expected_bytes(options.preset), shutil.disk_usage(scratch).free
     if 1.1 * need > free:
         parser.error(
-            f"{options.preset.layers} blocks expect {format_bytes(int(1.1 * need))} in {scratch} but "
-            f"{format_bytes(free)} are free; take fewer with --blocks, or another folder with --scratch"
+            f"not enough disk space in {scratch}: {format_bytes(int(1.1 * need))} needed for {options.preset.layers} "
+            f"blocks, {format_bytes(free)} free; lower --blocks, or choose another folder with --scratch"
         )
     return options
 
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{preset.layers} blocks, {format_bytes(best.swapped_bytes)}, {'cold' if options.cold else 'warm'} files")
     print(f"mapped in {best.load_s:.2f} s, adopted in {best.adopt_s:.2f} s, locking took {best.lock_s:.2f} s")
     print(
-        f"{best.gbytes_per_s:.2f} GB/s; a copy in memory {copy:.2f} GB/s, of as much to pages not touched before "
+        f"{best.gbytes_per_s:.2f} GB/s; a copy in memory {copy:.2f} GB/s, a copy to untouched pages "
         f"{fresh:.2f} GB/s; the median of the repeats {result['median_gbytes_per_s']:.2f} GB/s"
     )
     for what, share, is_met in (

@@ -1,11 +1,11 @@
-"""Virtual times of everything that can be timed without a GPU, against those that are kept: a slower schedule shows.
+"""Compares virtual times of all that can be timed without a GPU with the stored ones: a slower schedule is found.
 
     python -m benchmarks.baseline [--write]
 
-Engines of ours and the plain swap run a small model on the simulated device (`benchmarks.compare`), the schedule runs
-its grid (`benchmarks.schedule_grid`), and the link is measured on the simulated device (`benchmarks.link`). Figures are
-the same on every machine, so that each difference is a change of the code: a slower or larger figure is to be repaired,
-a better one to be kept with `--write`.
+Our engines and the plain swap run a small model on the simulated device (`benchmarks.compare`), the schedule runs its
+grid (`benchmarks.schedule_grid`), and the link is measured on the simulated device (`benchmarks.link`). The figures are
+the same on every machine, so each difference comes from the code: repair what makes a figure worse; store a better one
+with `--write`.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ KEPT = Path(__file__).with_name("baseline.json")
 SWAPS = (6, 9, 12)
 STEPS, WARMUP = 3, 1
 TOLERANCE = 1e-4
-"""Share by which a figure may differ: figures are kept with six digits."""
+"""Share by which a figure may differ: figures are stored with six digits."""
 
 
 def measure() -> dict[str, float]:
-    """Each figure by its name; less is better in all of them."""
+    """Each figure by its name; less is better for all of them."""
     return dict(sorted((*_compared(), *_scheduled(), *_copied())))
 
 
 def _compared() -> Iterator[tuple[str, float]]:
-    """Milliseconds of a step, bytes of device memory at most, and bytes that a step copies to the device."""
+    """Milliseconds of a step, its peak of device memory in bytes, and the bytes that it copies to the device."""
     with tempfile.TemporaryDirectory() as folder:
         for engine in OURS:
             for swapped in (0,) if engine == RESIDENT else SWAPS:
@@ -63,7 +63,7 @@ def _compared() -> Iterator[tuple[str, float]]:
 
 
 def _scheduled() -> Iterator[tuple[str, float]]:
-    """Step time over the bound: the mean of each group's cells and the worst of them."""
+    """Step time over the bound: mean and worst cell of each group."""
     for group, cells in schedule_grid.groups().items():
         ratios = [schedule_grid.ratio_to_bound(cell) for cell in cells]
         yield f"schedule, {group}: mean ratio to the bound", _rounded(sum(ratios) / len(ratios))
@@ -85,24 +85,24 @@ def _rounded(figure: float | None) -> float:
 
 
 def differences(found: Mapping[str, float], kept: Mapping[str, float]) -> tuple[list[str], list[str]]:
-    """What is worse than what is kept, and what is otherwise not as kept; a sentence each."""
+    """Figures worse than the stored ones, and figures that are new or better; a sentence each."""
     worse, other = [], []
     for name in sorted({*found, *kept}):
         if name not in found:
-            worse.append(f"{name}: not measured any more; it was {kept[name]:g}")
+            worse.append(f"{name}: not measured any more, was {kept[name]:g}")
         elif name not in kept:
             other.append(f"{name}: {found[name]:g} is new")
         elif found[name] > kept[name] * (1 + TOLERANCE):
-            worse.append(f"{name}: {found[name]:g}, kept is {kept[name]:g}")
+            worse.append(f"{name}: {found[name]:g} is worse than {kept[name]:g}")
         elif found[name] < kept[name] * (1 - TOLERANCE):
             other.append(f"{name}: {found[name]:g} is better than {kept[name]:g}")
     return worse, other
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 1 if a figure is not as kept; with `--write`, keeps what it has found and returns 0."""
+    """Returns 1 if a figure differs from the stored one; with `--write`, stores the new figures and returns 0."""
     parser = argparse.ArgumentParser(prog="benchmarks.baseline", description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="keep the figures as they are now")
+    parser.add_argument("--write", action="store_true", help="store the present figures")
     options = parser.parse_args(arguments)
     found = measure()
     kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line)
     if options.write:
         KEPT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(f"{len(found)} figures kept")
+        print(f"{len(found)} figures stored")
         return 0
     print(f"{len(found)} figures: {len(worse)} worse, {len(other)} better or new")
     return 1 if worse or other else 0

@@ -1,9 +1,10 @@
-"""A real run of ComfyUI with the real WanVideoWrapper, before and after: without swapping, with the wrapper's own, with
-ours. Device memory and bytes moved, as a pretend accelerator counts them; it has no clock, so no times.
+"""A real run of ComfyUI with the real WanVideoWrapper: without swapping, with the wrapper's own swapping, with ours.
+
+A pretend accelerator counts device memory and bytes moved; it has no clock, so there are no times.
 
     COMFYUI_DIR=… COMFYUI_PYTHON=…/bin/python python -m benchmarks.before_after [--variant bf16] [--out docs]
 
-writes before_after.json and before_after.png. The environment is that of tests/rig, whose models it takes (30 blocks).
+writes before_after.json and before_after.png. It uses the environment and the models (30 blocks) of tests/rig.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ RIG = ROOT / "tests" / "rig"
 
 MIB = 1 << 20
 COLOURS = ("#999999", "#E69F00", "#0072B2", "#56B4E9")
-"""Okabe and Ito's, told apart by colour-blind people as well."""
+"""Okabe and Ito's colours, which colour-blind people can tell apart too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,14 +45,14 @@ class Row:
 
 
 def measure(variant: str) -> list[Row]:
-    """The same prompt in each way, each in a ComfyUI that has loaded the model anew."""
+    """Runs the same prompt each way; ComfyUI loads the model again for each."""
     sys.path.insert(0, str(RIG))
     from comfy_client import started
     from rig_variants import BLOCKS, VARIANTS, native, ours
 
     ways: dict[str, dict[str, Any]] = {
         "without swapping": {},
-        # It swaps one block fewer than it is told.
+        # The wrapper swaps one block fewer than this number.
         "wrapper's own, all blocks": {"swap": native(BLOCKS + 1)},
         "ours, all blocks": {"swap": ours(BLOCKS)},
         "ours, half": {"swap": ours(BLOCKS // 2)},
@@ -60,7 +61,7 @@ def measure(variant: str) -> list[Row]:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch, started(python, Path(os.environ["COMFYUI_DIR"]), Path(scratch)) as c:
         if c.skipped is not None:
-            raise SystemExit(f"nothing can be measured: {c.skipped}")
+            raise SystemExit(f"nothing was measured: {c.skipped}")
         c.load_package()
         latents = ""
         for way, changes in ways.items():
@@ -104,7 +105,7 @@ def draw(rows: list[Row], caption: str, path: Path) -> None:
 
 
 def machine() -> str:
-    """What it ran on, for the caption."""
+    """The machine, for the caption."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     name = names[0].split(":")[1].strip() if names else "CPU"
     return f"pretend accelerator on {os.cpu_count()} cores of {name}"
@@ -113,11 +114,11 @@ def machine() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.before_after")
-    parser.add_argument("--variant", default="bf16", help="one of tests/rig's")
+    parser.add_argument("--variant", default="bf16", help="one of the variants of tests/rig")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     options = parser.parse_args(arguments)
     if "COMFYUI_DIR" not in os.environ:
-        parser.error("COMFYUI_DIR expects the folder of a ComfyUI with ComfyUI-WanVideoWrapper but is not set")
+        parser.error("COMFYUI_DIR is not set; set it to the folder of a ComfyUI with ComfyUI-WanVideoWrapper")
     rows = measure(options.variant)
     command = f"python -m benchmarks.before_after --variant {options.variant}"
     date = datetime.date.today().isoformat()

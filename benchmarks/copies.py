@@ -1,8 +1,8 @@
-"""One copy of a slab through the engine's transfer, timed on an idle device and beside matrix products.
+"""One copy of a slab through the engine's transfer, timed on an idle device and during matrix products.
 
-A copy lasts from the mark before its first chunk to the mark behind its last one, so that the host's calls for each
-chunk are in it: of a small copy they are most. Beside matrix products it waits for nothing that is queued after its
-slot was free, and that was before the products were queued.
+A copy lasts from the mark before its first chunk to the mark after its last one. So it includes the host's calls for
+each chunk, which take most of the time of a small copy. Its slot is free before the matrix products are queued, so the
+copy does not wait for them.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from wanvideo_enhanced_blockswap.blockswap.spans import COMPUTE, COPY, Span
 
 REPEATS = 9
 SECONDS_PER_FIGURE = 0.2
-"""After these no repeat begins."""
+"""No repeat starts after this time."""
 SIDES = (4096, 8192)
-"""Rows and columns of the matrices. Three of 4096 take 96 MiB, more than the caches of most GPUs; on a fast one,
-smaller products would be over before the host had queued the next with its mark, some 0.02 ms later."""
+"""Rows and columns of the matrices. Three of 4096 take 96 MiB, more than the caches of most GPUs. On a fast GPU,
+smaller products would end before the host has queued the next one with its mark, some 0.02 ms later."""
 LONG_ENOUGH_MS = 1.0
-"""Beyond it the next side is not needed: `MOST_PRODUCTS` of these cover the slowest copies that are worth measuring."""
+"""A product this long needs no larger side: `MOST_PRODUCTS` of them cover the slowest copies worth measuring."""
 BF16_CAPABILITY = (8, 0)
 """NVIDIA's first generation that multiplies bf16 (Ampere); torch gives every AMD card a higher number."""
 TIMED_PRODUCTS = 5
 BESIDE = 8
-"""Products that a copy should have beside it, by whose time the side is chosen: those at its ends do not count."""
+"""Products that should run during a copy, from which the side follows: those at its ends do not count."""
 COVER = 2.0
-"""Products are queued for so many times the duration of the idle copy."""
+"""Duration of the queued products, over that of the copy on an idle device."""
 HEAD_MS = 4.0
-"""And for this much more, in which the host queues the rest of them and the copy's chunks."""
+"""Added to it: time in which the host queues the other products and the copy's chunks."""
 LEAST_PRODUCTS = 4
 MOST_PRODUCTS = 400
-"""A stream takes about a thousand kernels and marks; then the host waits, and the copy would begin late."""
+"""A stream holds about a thousand kernels and marks; beyond that the host waits, and the copy would start late."""
 
 T = TypeVar("T")
 
@@ -52,27 +52,27 @@ class Products:
     """Matrix products for the compute stream.
 
     Attributes:
-        multiply: Queues one.
-        each_ms: How long one takes on an otherwise idle device.
+        multiply: Queues one product.
+        each_ms: Duration of one on an otherwise idle device.
     """
 
     multiply: Callable[[Streams], object]
     each_ms: float
 
     def count_for(self, copy_ms: float) -> int:
-        """How many run at least as long as a copy that takes `copy_ms` alone."""
+        """How many products to queue for a copy that takes `copy_ms` alone."""
         wanted = math.ceil((COVER * copy_ms + HEAD_MS) / self.each_ms)
         return min(MOST_PRODUCTS, max(LEAST_PRODUCTS, wanted))
 
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """A copy beside matrix products.
+    """A copy during matrix products.
 
     Attributes:
         copy_ms: Its duration.
-        slowdown: Duration of the products that ran wholly beside it over that of the same ones alone, less one; None
-            if it was over before one had run.
+        slowdown: Duration of the products that ran entirely during the copy, over that of the same ones alone, minus
+            1; None if the copy ended before one had run.
     """
 
     copy_ms: float
@@ -81,10 +81,10 @@ class Beside:
 
 @contextlib.contextmanager
 def window(streams: Streams, slot_bytes: int) -> Iterator[Transfer]:
-    """A transfer with one slot; no copy is under way any more at the end, however it is reached.
+    """A transfer with one slot; at the end, also after an error, no copy is under way.
 
     Raises:
-        DeviceMemoryError: The device has not so much left.
+        DeviceMemoryError: The device has less memory left.
     """
     transfer = Transfer(streams)
     try:
@@ -92,16 +92,16 @@ def window(streams: Streams, slot_bytes: int) -> Iterator[Transfer]:
         yield transfer
     finally:
         try:
-            transfer.reset()  # an interrupt may have struck between a copy and its event
+            transfer.reset()  # an interrupt may have come between a copy and its event
         finally:
             transfer.close_window()
 
 
 def make_products(streams: Streams) -> tuple[Products, ...]:
-    """Products of growing matrices, at least one.
+    """Products of growing size, at least one.
 
     Raises:
-        RuntimeError: The device has no memory for the matrices, or its libraries do not multiply them.
+        RuntimeError: The device has no memory for the matrices, or its libraries cannot multiply them.
     """
     made: list[Products] = []
     for side in SIDES:
@@ -113,18 +113,18 @@ def make_products(streams: Streams) -> tuple[Products, ...]:
 
 
 def choose_products(made: Sequence[Products], copy_ms: float) -> Products:
-    """The largest of which `BESIDE` fit beside a copy that takes `copy_ms` alone, or else the smallest."""
+    """The largest products of which `BESIDE` fit into `copy_ms`, the duration of a copy alone; else the smallest."""
     fitting = [products for products in made if BESIDE * products.each_ms <= copy_ms]
     return fitting[-1] if fitting else made[0]
 
 
 def idle_ms(transfer: Transfer, slab: Slab) -> float:
-    """Milliseconds of a copy on an idle device; 0 if the device's clock saw none."""
+    """Milliseconds of a copy on an idle device; 0 if it is too short for the device's clock."""
     return _typical(transfer.streams, lambda: _copy_ms(_run(transfer, slab, None, 0)))
 
 
 def beside_products(transfer: Transfer, slab: Slab, products: Products, *, count: int) -> Beside | None:
-    """A copy beside `count` products; None if they were over before it was."""
+    """A copy during `count` products; None if they ended before the copy."""
     samples = _samples(transfer.streams, lambda: _beside_once(transfer, slab, products, count))
     covered = [sample for sample in samples if sample is not None]
     if not covered:
@@ -136,8 +136,8 @@ def beside_products(transfer: Transfer, slab: Slab, products: Products, *, count
 
 
 def _beside_once(transfer: Transfer, slab: Slab, products: Products, count: int) -> Beside | None:
-    # Each product is held against the one at its own place in a run without a copy, just before: a GPU at full power
-    # lowers its clock from one product to the next.
+    # Each product is compared with the one at the same position in a run without a copy, just before: a GPU at full
+    # power lowers its clock from one product to the next.
     alone = _lane(_run(transfer, None, products, count), COMPUTE)
     spans = _run(transfer, slab, products, count)
     queued, begin, end = _lane(spans, COMPUTE), *_ends(spans)
@@ -152,7 +152,7 @@ def _beside_once(transfer: Transfer, slab: Slab, products: Products, count: int)
 
 
 def _run(transfer: Transfer, slab: Slab | None, products: Products | None, count: int) -> tuple[Span, ...]:
-    """Spans of `count` products on the compute stream and of a copy beside them, of those that are given."""
+    """Spans of `count` products on the compute stream and of a copy at the same time; either may be None."""
     streams = transfer.streams
     trace = transfer.trace = Trace(streams)
     with streams.guard():
@@ -161,12 +161,12 @@ def _run(transfer: Transfer, slab: Slab | None, products: Products | None, count
             _queue(streams, trace, products.multiply, count)
         if slab is not None:
             transfer.start(0, slab, block=0)
-            # Behind the products: the slot is free for the next copy once both are over.
+            # After the products: the slot is free for the next copy when both have ended.
             transfer.wait(0)
             transfer.release(0)
         over = streams.event()
         streams.record(over, streams.current())
-        streams.host_wait(over)  # reading the spans waits as well, but not in virtual time
+        streams.host_wait(over)  # reading the spans waits too, but not in virtual time
         return trace.spans()
 
 
@@ -181,7 +181,7 @@ def _queue(streams: Streams, trace: Trace, multiply: Callable[[Streams], object]
 
 
 def _each_ms(streams: Streams, multiply: Callable[[Streams], object]) -> float:
-    """Milliseconds of a product with nothing beside it."""
+    """Milliseconds of a product alone."""
 
     def take() -> float:
         trace = Trace(streams)
@@ -208,7 +208,7 @@ def _lane(spans: tuple[Span, ...], lane: str) -> list[Span]:
 
 
 def _ends(spans: tuple[Span, ...]) -> tuple[float, float]:
-    """When the first chunk began and the last one ended."""
+    """Start of the first chunk and end of the last one."""
     chunks = _lane(spans, COPY)
     return min(span.begin_ms for span in chunks), max(span.end_ms for span in chunks)
 
@@ -223,7 +223,7 @@ def _typical(streams: Streams, take: Callable[[], float]) -> float:
 
 
 def _samples(streams: Streams, take: Callable[[], T]) -> list[T]:
-    """What `take` gives, after once that is not counted, as often as the time for one figure allows."""
+    """Results of `take`, without the first, as many as the time for one figure allows."""
     if streams.device.type == "cpu":
         return [take()]  # virtual time is the same every time
     begin = time.perf_counter()

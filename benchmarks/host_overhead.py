@@ -2,11 +2,11 @@
 
     python -m benchmarks.host_overhead [--json]
 
-The same model runs unswapped and swapped, forward by forward in turn, and the difference per swapped block is reported:
-CPU time of the host thread, the median over the forwards of a round, in the quietest of several rounds, since what
-other programs and a virtual machine's host do to a core only ever adds (as in timeit).
-Tensors are tiny, so that the copies themselves cost nothing: on a GPU what is measured is the time until everything is
-queued, elsewhere the same Python code with copies in place. A block does no arithmetic.
+The same model runs unswapped and swapped in turn, and the difference per swapped block is reported: CPU time of the
+host thread, the median over the forwards of a round, in the fastest of several rounds, because other programs and a
+virtual machine's host only add time (as in timeit). Tensors are tiny, so the copies take no time: on a GPU the figure
+is the time until everything is queued, elsewhere that of the same Python code with copies in place. A block does no
+arithmetic.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # In turns, so that a busy second of the machine does not fall on one kind alone.
+    # In turns, so that a busy second of the machine affects both kinds.
     turns = [[measure(device, packed=packed) for packed in (False, True)] for _ in range(TURNS)]
     plain, packed = (min(kind) for kind in zip(*turns, strict=True))
     result = {

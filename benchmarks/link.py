@@ -1,10 +1,10 @@
-"""Host-to-device bandwidth by size, copy streams and kind of host memory, on an idle device and beside matrix products.
+"""Host-to-device bandwidth by size, copy streams and kind of host memory, on an idle device and during matrix products.
 
     python -m benchmarks.link [--device cuda] [--sizes 64KiB,…] [--streams 1,2,…] [--no-busy] [--json] [--markdown FILE]
 
-The copies are the engine's own: a slab of whole pages, page-locked at its exact size or ordinary, goes through its
-transfer into a slot, cut between the copy streams; `benchmarks/copies.py` says what is timed. Without a CUDA or HIP
-device the device is simulated, and the time virtual.
+The engine makes the copies: its transfer copies a slab of whole pages, page-locked at its exact size or ordinary, into
+a slot, divided between the copy streams. `benchmarks/copies.py` says what is timed. Without a CUDA or HIP device the
+device is simulated and the time is virtual.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from .machine import origin
 SIZES = (64 * KIB, MIB, 16 * MIB, 64 * MIB, 512 * MIB)
 STREAMS = (1, 2, 4, 8, 16)
 MOST_STREAMS = 32
-"""Streams that torch has for a device; beyond them it hands out the same ones again."""
+"""Streams that torch has for a device; for more it returns the same ones again."""
 KNEE = 0.98
 """Share of the best speed at which fewer streams are as good."""
 SECONDS = 40.0
-"""After these no figure begins: over the slowest link, a riser's single lane, one takes several seconds."""
+"""No measurement starts after this time: over the slowest link, a riser's single lane, one takes several seconds."""
 HARDWARE = SimulatedHardware(link_bytes_per_ms=25e6, default_compute_ms=0.25)
-"""The simulated device: the bandwidth of PCIe 4.0 x16, and a matrix product of a quarter of a millisecond."""
+"""The simulated device: the bandwidth of PCIe 4.0 x16, and a matrix product of 0.25 ms."""
 SIMULATED = (
-    "Pageable memory is left out: the simulated device copies from both kinds of host memory at one speed. Nor do its "
-    "copies and kernels share memory bandwidth."
+    "Pageable memory is not measured: the simulated device copies from both kinds of host memory at one speed. Its "
+    "copies and kernels do not share memory bandwidth."
 )
 
 
@@ -69,7 +69,7 @@ class Asked:
 
 
 def backend_of(device: torch.device) -> Backend:
-    """The engine's backend; for the CPU that of a simulated device."""
+    """The engine's backend; for the CPU, that of a simulated device."""
     if device.type == "cpu":
         simulated = simulated_backend(SimulatedStreams(HARDWARE))
         return replace(simulated, open_streams=lambda count, overlap: SimulatedStreams(HARDWARE, count=count))
@@ -79,16 +79,16 @@ def backend_of(device: torch.device) -> Backend:
 def pinned_bytes_per_s(
     device: torch.device, *, size_bytes: int = SIZES[-1], streams: Sequence[int] = STREAMS
 ) -> tuple[int, float]:
-    """What is reached from page-locked memory while the device is idle, in bytes per second, and before it the fewest
-    copy streams that come within `KNEE` of it.
+    """The fewest copy streams that come within `KNEE` of the best speed from page-locked memory on an idle device, and
+    this best speed in bytes per second.
 
     Args:
-        device: Where to.
-        size_bytes: Of one copy.
-        streams: The numbers that are tried.
+        device: Target of the copies.
+        size_bytes: Size of one copy.
+        streams: Numbers of streams to try.
 
     Raises:
-        BlockSwapError: No figure could be taken.
+        BlockSwapError: No speed could be measured.
     """
     asked = Asked(sizes=(size_bytes,), streams=tuple(streams), tiers=(HostTier.PINNED,), busy=False)
     rows = LinkBench(backend_of(device), asked).rows(quiet=True)
@@ -104,7 +104,7 @@ class LinkBench:
 
     Args:
         backend: The device.
-        asked: What is measured.
+        asked: What to measure.
     """
 
     def __init__(self, backend: Backend, asked: Asked) -> None:
@@ -116,12 +116,12 @@ class LinkBench:
         self._ends = 0.0
 
     def rows(self, *, quiet: bool) -> list[Row]:
-        """All figures, by size, memory, streams and load. No page is locked any more, whatever happens."""
+        """All figures, by size, memory, streams and load. No page stays locked, even after an error."""
         self._ends = time.perf_counter() + SECONDS
         if self._asked.busy:
             try:
                 self._products = make_products(self._open(1))
-            except RuntimeError as failure:  # no memory for them, or no such product in the vendor's library
+            except RuntimeError as failure:  # no memory, or the vendor's library has no such product
                 self._why_no_products = f"no matrix product can run: {_first_line(failure)}"
         sizes = tqdm(self._asked.sizes, unit="size", disable=quiet or None)
         return [row for size in sizes for row in self._of_size(size)]
@@ -141,15 +141,15 @@ class LinkBench:
             pages.unpin()
 
     def _make_pages(self, size: int) -> PageMemory:
-        """Ordinary memory, written: untouched pages all map to one page of zeros.
+        """Ordinary memory, written once: untouched pages all map to one page of zeros.
 
         Raises:
-            HostMemoryError: The host has not so much left.
+            HostMemoryError: The host has less memory available.
         """
         is_simulated = self._backend.device.type == "cpu"
         needed, available = size * (2 if is_simulated else 1), read_host_memory().available_bytes
-        if needed > available:  # an overcommitting system gives it, and ends the process that writes it
-            raise HostMemoryError(f"the host expects {needed:,} free bytes but has {available:,}")
+        if needed > available:  # an overcommitting system would end the process at the first write
+            raise HostMemoryError(f"not enough RAM: {needed:,} bytes needed, {available:,} available")
         pages = PageMemory(size, self._open(self._asked.streams[0]))
         pages.tensor.fill_(1)
         return pages
@@ -165,7 +165,7 @@ class LinkBench:
         ]
 
     def _lock(self, pages: PageMemory) -> str | None:
-        """Page-locks; why not, if that is refused."""
+        """Page-locks; returns the reason if it is refused."""
         registrar, budget = self._backend.registrar, self._backend.pin_budget
         if registrar is None:
             return f"nothing can be page-locked for {self._backend.device}"
@@ -183,7 +183,7 @@ class LinkBench:
     def _measure(self, row: Row, slab: Slab) -> list[Row]:
         """The figures of one size, kind of memory and number of streams."""
         if time.perf_counter() > self._ends:
-            return self._left_out(row, f"the {SECONDS:.0f} s that the benchmark may take were over")
+            return self._left_out(row, f"the time limit of {SECONDS:.0f} s was over")
         streams = self._open(row.streams)
         slab.settle()
         slab.pages.use(streams)
@@ -191,7 +191,7 @@ class LinkBench:
             with window(streams, row.size_bytes) as transfer:
                 copy_ms = idle_ms(transfer, slab)
                 if copy_ms <= 0:
-                    return self._left_out(row, "the copy was over before the device's clock moved")
+                    return self._left_out(row, "the copy was too short for the device's clock")
                 idle = replace(row, gbytes_per_s=_gbytes_per_s(row.size_bytes, copy_ms))
                 return [idle, self._beside(row, transfer, slab, copy_ms)] if self._asked.busy else [idle]
         except DeviceMemoryError as failure:
@@ -205,11 +205,11 @@ class LinkBench:
         count = products.count_for(copy_ms)
         found = beside_products(transfer, slab, products, count=count)
         if found is None:
-            return replace(row, reason=f"{count} products of {products.each_ms:.2f} ms were over before the copy was")
+            return replace(row, reason=f"{count} products of {products.each_ms:.2f} ms ended before the copy")
         row = replace(row, gbytes_per_s=_gbytes_per_s(row.size_bytes, found.copy_ms))
         if found.slowdown is None:
-            return replace(row, reason="slowdown unknown: the copy was over before one product had run beside it")
-        return replace(row, product_slowdown=round(found.slowdown, 4) + 0.0)  # and not -0.0
+            return replace(row, reason="slowdown unknown: the copy ended before one product had run")
+        return replace(row, product_slowdown=round(found.slowdown, 4) + 0.0)  # turns -0.0 into 0.0
 
 
 def _gbytes_per_s(nbytes: int, ms: float) -> float:
@@ -217,7 +217,7 @@ def _gbytes_per_s(nbytes: int, ms: float) -> float:
 
 
 def _first_line(failure: BaseException) -> str:
-    """What was expected and what came; what to do about it in a run does not help here."""
+    """The cause alone: the advice in the message is for runs in ComfyUI."""
     return str(failure).split("\n")[0].split(";")[0]
 
 
@@ -227,7 +227,7 @@ def _sizes(text: str) -> tuple[int, ...]:
     except ValueError as cause:
         raise argparse.ArgumentTypeError(str(cause)) from cause
     if sizes[0] < 1:
-        raise argparse.ArgumentTypeError(f"expects sizes of at least 1 byte but got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected sizes of at least 1 byte, got {text!r}")
     return sizes
 
 
@@ -236,7 +236,7 @@ def _streams(text: str) -> tuple[int, ...]:
     counts = tuple(sorted({int(part) for part in parts if part.isdecimal()}))
     if not all(part.isdecimal() for part in parts) or counts[0] < 1 or counts[-1] > MOST_STREAMS:
         raise argparse.ArgumentTypeError(
-            f"expects whole numbers from 1 to {MOST_STREAMS}, such as 1,2,4, but got {text!r}"
+            f"expected whole numbers from 1 to {MOST_STREAMS}, such as 1,2,4; got {text!r}"
         )
     return counts
 
@@ -244,21 +244,23 @@ def _streams(text: str) -> tuple[int, ...]:
 def _file(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir() or path.is_dir():
-        raise argparse.ArgumentTypeError(f"expects a file in a folder that is there but got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a file in an existing folder, got {text!r}")
     return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the figures; 0 whether or not each could be taken."""
+    """Prints the figures; returns 0, also if some are missing."""
     parser = argparse.ArgumentParser(prog="benchmarks.link", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="auto", help="auto, cpu (simulated), cuda or cuda:N")
-    parser.add_argument("--sizes", type=_sizes, default=SIZES, help="of a copy, several with commas between")
-    parser.add_argument("--streams", type=_streams, default=STREAMS, help="numbers of copy streams")
+    parser.add_argument("--sizes", type=_sizes, default=SIZES, help="sizes of a copy, separated by commas")
     parser.add_argument(
-        "--busy", action=argparse.BooleanOptionalAction, default=True, help="also beside matrix products"
+        "--streams", type=_streams, default=STREAMS, help="numbers of copy streams, separated by commas"
+    )
+    parser.add_argument(
+        "--busy", action=argparse.BooleanOptionalAction, default=True, help="measure during matrix products as well"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--markdown", type=_file, help="where the tables are written")
+    parser.add_argument("--markdown", type=_file, help="file for the tables")
     words = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(words)
     try:

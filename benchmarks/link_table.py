@@ -1,4 +1,4 @@
-"""Figures of a link, and tables of them for docs/."""
+"""Figures of a link, and tables of them for a document."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from wanvideo_enhanced_blockswap.hardware import format_bytes
 
 IDLE, BUSY = "idle", "busy"
 LEAST_WIDTH = 4
-"""Of a column: a rule needs three hyphens to be one everywhere, and a colon."""
+"""Narrowest column: the rule below a header needs three hyphens and a colon."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,12 +17,12 @@ class Row:
     """One figure, or why there is none.
 
     Attributes:
-        size_bytes: Of one copy.
+        size_bytes: Size of one copy.
         streams: Copy streams that share it.
         memory: `pinned` or `pageable`.
         load: `idle`, or `busy` with matrix products on the compute stream.
         gbytes_per_s: 1e9 bytes per second.
-        product_slowdown: Duration of the products that ran beside the copy over that of the same ones alone, less one.
+        product_slowdown: Duration of the products during the copy over that of the same ones alone, minus 1.
         reason: Why a figure is missing.
     """
 
@@ -36,7 +36,7 @@ class Row:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """A table for each kind of memory and load, sizes by streams, and under it why figures are missing."""
+    """A table for each kind of memory and load, sizes by streams, with the reasons for missing figures below."""
     kinds = dict.fromkeys((row.memory, row.load) for row in rows)
     return "\n".join(_table([row for row in rows if (row.memory, row.load) == kind]) for kind in kinds)
 
@@ -54,7 +54,7 @@ def _table(rows: Sequence[Row]) -> str:
     widths = [max(LEAST_WIDTH, *map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, [f"{'-' * (width - 1)}:" for width in widths])
     lines = ["| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in cells]
-    slower = ", and by how much the matrix products were slower beside it" if load == BUSY else ""
+    slower = ", and by how much the copy slowed the matrix products" if load == BUSY else ""
     why = [f"- {', '.join(sizes)}: {reason}" for reason, sizes in reasons.items()]
     return "\n".join([f"{memory}, {load}: GB/s{slower}", "", *lines, "", *why, *([""] if why else [])])
 

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, for its heading."""
+"""The machine of a benchmark, for its heading."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wanvideo_enhanced_blockswap.hardware import probe_device
 
 
 def host() -> str:
-    """The host alone."""
+    """The host without its devices."""
     return f"{os.cpu_count()} cores of {probe_device(torch.device('cpu')).name}"
 
 

@@ -1,4 +1,4 @@
-"""Page-locking without a GPU, page-locking that is timed, and a device that takes no time."""
+"""Page-locking without a GPU, timed page-locking, and a device whose copies take no time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from wanvideo_enhanced_blockswap.hardware.pinning import Registrar
 
 
 class MlockRegistrar:
-    """Locks pages with the system's own call. Not on Windows."""
+    """Locks pages with the system call `mlock`; not on Windows."""
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -24,18 +24,18 @@ class MlockRegistrar:
         return 0  # unmapping unlocks
 
     def consume_error(self) -> None:
-        """None is pending."""
+        """No error is pending."""
 
 
 class NoDevice(InlineStreams):
-    """Takes what is copied to it in no time: memory of the host in the device's place would be filled as a slab is."""
+    """Copies nothing: host memory in the device's place would take as long to fill as a slab."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: str) -> None:
         """Nothing."""
 
 
 class TimedRegistrar:
-    """Another registrar, timed."""
+    """Measures the time of another registrar's calls."""
 
     def __init__(self, registrar: Registrar) -> None:
         self._registrar = registrar

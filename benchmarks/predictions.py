@@ -1,10 +1,10 @@
-"""What a plan predicts beside what comes of it: weights on the device, and the time of a step.
+"""Compares a plan's predictions with measurements: weights on the device, and the time of a step.
 
     python -m benchmarks.predictions [--device cuda] [--preset 14b] [--shapes …] [--counts …] [--json] [--markdown FILE]
 
 A real Wan transformer denoises at each shape, first whole (which gives each block's duration), then with each number
-of swapped blocks. On a CUDA or HIP device the memory is what torch's allocator counted and the time is the wall
-clock's; without one the device is simulated: memory by its books, time virtual, over an assumed link.
+of swapped blocks. On a CUDA or HIP device torch's allocator counts the memory and the wall clock measures the time.
+Without one the device is simulated: it counts the memory, the time is virtual, and the link is assumed.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from .machine import origin
 SHAPES = ("128x128x5", "128x128x9", "192x192x9")
 COUNTS = ("quarter", "half", "three quarters", "all")
 SIMULATED_RATIO = 2.0
-"""Transfer over compute of a block at the smallest shape on the simulated device: transfer rules there and compute at
-the largest."""
+"""Transfer over compute of a block at the smallest shape on the simulated device: transfer takes longer there, compute
+at the largest shape."""
 NO_LIMIT = 1 << 50
-"""Memory of a card that holds everything: the numbers of blocks are given."""
+"""Memory of a card that holds everything, because the numbers of blocks are given."""
 LIMITS = {"wall": (0.02, 0.10), "virtual": (0.01, 0.01)}
-"""Share by which weights and step time may differ, by the clock."""
+"""Shares by which weights and step time may differ, for each clock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +57,12 @@ class Row:
 
     @property
     def weights_off(self) -> float:
-        """Measured over predicted, less one."""
+        """Measured over predicted, minus 1."""
         return self.measured_weight_bytes / self.predicted_weight_bytes - 1
 
     @property
     def step_off(self) -> float:
-        """Measured over predicted, less one."""
+        """Measured over predicted, minus 1."""
         return self.measured_step_ms / self.predicted_step_ms - 1
 
 
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[Row]:
 
 
 def _row(shape: str, asked: int, stage: Stage, timing: Timing, unswapped: Run) -> Row:
-    """The plan for `asked` blocks beside the run that follows it."""
+    """The plan for `asked` blocks, and the run that follows it."""
     host, profile = read_host_memory(), stage.profile
     inputs = card_inputs(profile, NO_LIMIT, host, held_bytes=profile.block_bytes)
     plan = make_plan(profile, replace(inputs, blocks_to_swap=asked, timing=timing))
@@ -110,7 +110,7 @@ def _row(shape: str, asked: int, stage: Stage, timing: Timing, unswapped: Run) -
 
 
 def _link(device: torch.device, compute_ms: tuple[float, ...], block_bytes: int) -> Timing:
-    """The measured link; on the simulated device the one that makes `SIMULATED_RATIO` of it."""
+    """The measured link; on the simulated device, the link that gives `SIMULATED_RATIO`."""
     if device.type == "cpu":
         speed = block_bytes / (SIMULATED_RATIO * statistics.mean(compute_ms) / 1e3)
         return Timing(pinned_bytes_per_s=speed)
@@ -127,7 +127,7 @@ def _count(text: str, blocks: int) -> int:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table for docs/."""
+    """A table for a document."""
     lines = [
         "| shape | swapped | slots | weights predicted | measured | off | step predicted | measured | off | stall "
         "predicted | measured |",
@@ -144,15 +144,17 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0 if every prediction came true within its limit."""
+    """Returns 0 if every prediction is within its limit."""
     parser = argparse.ArgumentParser(prog="benchmarks.predictions", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="auto", help="auto, cpu (simulated), cuda or cuda:N")
     parser.add_argument("--preset", default="small", choices=tuple(PRESETS))
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="WxHxF, several with commas between")
-    parser.add_argument("--counts", default=",".join(COUNTS), help="numbers, quarter, half, three quarters, all")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="WxHxF, separated by commas")
+    parser.add_argument(
+        "--counts", default=",".join(COUNTS), help="numbers, quarter, half, three quarters, all, separated by commas"
+    )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--markdown", type=Path, help="where the table is written")
+    parser.add_argument("--markdown", type=Path, help="file for the table")
     words = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(words)
     try:

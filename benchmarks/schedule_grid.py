@@ -1,8 +1,8 @@
-"""Step time over the bound max(compute, transfer) of what ran, over a grid of plans, in virtual time.
+"""Step time over the bound max(compute, transfer) of the blocks that ran, for a grid of plans, in virtual time.
 
     python -m benchmarks.schedule_grid [--json]
 
-Each cell is one `simulate` command; what is printed is the worst of each group, with the cell it was found in.
+Each cell is one `simulate` command. The worst cell of each group is printed.
 """
 
 from __future__ import annotations

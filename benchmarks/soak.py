@@ -1,8 +1,8 @@
-"""Many runs in one process with random settings, videos, interrupts and faults: outputs stay right, memory stays flat.
+"""Many runs in one process with random settings, videos, interrupts, faults: outputs stay right, memory does not grow.
 
     python -m benchmarks.soak [--runs 200] [--seed 0] [--json]
 
-The demo's small model on the simulated device, through SwapRun as in ComfyUI. After each run device memory must be
+The demo's small model runs on the simulated device, through SwapRun as in ComfyUI. After each run device memory must be
 empty; host memory, open files and threads must not grow.
 """
 
@@ -36,7 +36,7 @@ from wanvideo_enhanced_blockswap.commands.wan_model import PRESETS, Inputs, buil
 TESTS = Path(__file__).parents[1] / "tests"
 SHAPES = ((64, 64, 5), (96, 64, 5), (128, 96, 5))
 WARM_UP = 20
-"""Runs before memory is looked at: buffers of libraries, and slabs of every size, are there by then."""
+"""Runs before memory is compared: by then libraries have their buffers, and slabs of every size exist."""
 FLAT = 0.01
 CARD_BYTES = 48 << 20
 """Room for half of the model under the default ceiling."""
@@ -51,10 +51,10 @@ class Tally:
 
     Attributes:
         troubles: How often each kind was tried.
-        outcomes: What came of runs: right outputs, or errors by their type.
-        wrong: Outputs that were not the unswapped model's.
-        rss_bytes: Host memory of the process, each time that the run was closed.
-        left_bytes: Device memory that was left after a run, at most.
+        outcomes: Number of runs with right outputs, and with each type of error.
+        wrong: Outputs that differ from the unswapped model's.
+        rss_bytes: Host memory of the process each time a run was closed.
+        left_bytes: The most device memory left after a run.
         files: Open files after each run.
         threads: Threads after each run.
     """
@@ -72,7 +72,7 @@ class Soak:
     """A model, its device, and runs of it.
 
     Args:
-        seed: Of everything that is random.
+        seed: Seed of all random choices.
         folder: Where debug mode writes traces.
     """
 
@@ -95,7 +95,7 @@ class Soak:
         self.run = self._new_run()
 
     def once(self) -> None:
-        """One run: some forwards, with or without trouble, and its end."""
+        """One run: some forwards, with or without trouble, then its release."""
         trouble = self.random.choice(TROUBLES)
         self.tally.troubles[trouble] += 1
         self.run.use(self._settings())
@@ -171,10 +171,10 @@ class Soak:
 
     def _measure(self, *, is_closed: bool) -> None:
         gc.collect()
-        with contextlib.suppress(OSError, AttributeError):  # glibc's; elsewhere freed memory may stay
+        with contextlib.suppress(OSError, AttributeError):  # glibc only; elsewhere freed memory may stay
             ctypes.CDLL(None).malloc_trim(0)
         process = psutil.Process()
-        if is_closed:  # while a run lives, slabs of its last plan are kept, which differ from plan to plan
+        if is_closed:  # an open run keeps the slabs of its last plan, whose sizes differ
             self.tally.rss_bytes.append(process.memory_info().rss)
         self.tally.left_bytes = max(self.tally.left_bytes, self.simulation.streams.allocated_bytes)
         self.tally.files.append(process.num_fds() if hasattr(process, "num_fds") else 0)
@@ -201,7 +201,7 @@ def _failing_once(block: nn.Module, *, after: int, error: type[BaseException]) -
 
 
 def verdict(tally: Tally) -> dict[str, object]:
-    """The figures, and whether all is as it should be."""
+    """The figures, and whether the soak has passed."""
     runs = len(tally.files)
     warm = min(WARM_UP, runs // 3)
     closed = tally.rss_bytes[len(tally.rss_bytes) * warm // runs :]
@@ -232,8 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     if options.runs < 2:
-        parser.error(f"--runs expects 2 or more, since the last is held against the first, but got {options.runs}")
-    logging.disable(logging.CRITICAL)  # hundreds of warnings are asked for
+        parser.error(f"--runs: expected 2 or more, to compare the last run with the first, got {options.runs}")
+    logging.disable(logging.CRITICAL)  # the faults cause hundreds of warnings
     try:
         with tempfile.TemporaryDirectory() as folder:
             soak = Soak(options.seed, Path(folder))

@@ -81,7 +81,7 @@ def write_gguf(path: Path, shapes: Shapes | None = None, kind: str = "Q8_0", *, 
 
 
 def embedding_shapes(width: int) -> Shapes:
-    """What a transformer has outside its blocks beside the patch embedding and the head: text and time."""
+    """Parts of a transformer outside its blocks, other than the patch embedding and the head: text and time."""
     shapes: Shapes = {}
     for name, outputs, inputs in (
         ("text_embedding.0", width, 4096),

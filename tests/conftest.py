@@ -69,7 +69,7 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def bench() -> Iterator[GateBench]:
-    """A gate installed in the stand-in wrapper, taken away after the test."""
+    """A gate installed in the stand-in wrapper, removed after the test."""
     from gate_bench import GateBench
 
     bench = GateBench()

@@ -1,4 +1,4 @@
-"""ComfyUI as the nodes ask it, with the stand-in wrapper loaded in it."""
+"""The parts of ComfyUI that the nodes use, with the stand-in wrapper loaded in it."""
 
 from __future__ import annotations
 

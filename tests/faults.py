@@ -1,4 +1,4 @@
-"""Places where the engine asks the outside for something, each of which can be told to fail at its k-th call."""
+"""Calls from the engine to the outside, each of which can be made to fail at its k-th call."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ INTERRUPTED = [
 
 
 INJECTED: dict[str, int] = {}
-"""Faults by place, in this session; told at its end."""
+"""Faults by place in this session, printed at its end."""
 
 
 class Armed:
@@ -131,7 +131,7 @@ class Armed:
                 self.raised = type(place.error)(*place.error.args)
                 raise self.raised
             if place.method == "unregister":
-                original(*arguments, **keywords)  # it says no, and the lock is gone all the same
+                original(*arguments, **keywords)  # the call fails although the lock is gone
             return place.error
 
         with pytest.MonkeyPatch.context() as patch:
@@ -159,7 +159,7 @@ def full_run(bench: Bench) -> None:
 
 
 def check_afterwards(bench: Bench, failure: BaseException | None, armed: Armed) -> None:
-    """The failure is ours and tells its cause; nothing is left; what comes next is right."""
+    """The failure is ours and names its cause; nothing is left; the next run is right."""
     if failure is not None:
         assert isinstance(failure, (BlockSwapError, KeyboardInterrupt)), repr(failure)
         assert armed.raised in chain(failure) or isinstance(failure, PlanError), repr(failure)

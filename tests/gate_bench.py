@@ -84,7 +84,7 @@ def sampled(workflow: Workflow, **options: Any) -> SimpleNamespace:
 
 
 def block_bytes(transformer: Any) -> int:
-    """Bytes of the parameters of all blocks as the last run's profile tells, meta or not."""
+    """Bytes of the parameters of all blocks by the last run's profile, meta or not."""
     lists = [transformer.blocks, *([transformer.vace_blocks] if getattr(transformer, "vace_blocks", None) else [])]
     return sum(p.numel() * p.element_size() for blocks in lists for p in blocks.parameters())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def raw_safetensors(path: Path, header: str | bytes, data: int = 0) -> Path:
-    """A file with this header, whatever it says, and so many bytes of data."""
+    """A file with exactly this header and this many bytes of data."""
     text = header.encode("utf-8", "surrogatepass") if isinstance(header, str) else header
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))
     return path

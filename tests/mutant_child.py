@@ -1,4 +1,4 @@
-"""What a process of its own does with one copy of the package; see test_mutants.py."""
+"""The process that tests one copy of the package; see test_mutants.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IMPORTED_FROM = "imported_from.txt"
 def run(folder: Path, tests: Sequence[str]) -> None:
     """Runs tests of test_happens_before.py with the package in `folder`, and ends the process with pytest's exit code.
 
-    Leaves there what was said, and from which file the package was imported.
+    Writes the output there, and the file from which the package was imported.
     """
     said = os.open(folder / OUTPUT, os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):

@@ -73,7 +73,7 @@ class Bench:
 
 
 class CountingSampler(Sampler):
-    """Samples that are taken at once, from readers that answer alike."""
+    """Samples taken without delay, from readers with constant answers."""
 
     def __init__(self) -> None:
         figures = {GPU_PERCENT: 80.0, VRAM_USED_BYTES: 3 * BLOCK, RSS_BYTES: 4 * BLOCK, HOST_AVAILABLE_BYTES: 5 * BLOCK}

@@ -46,10 +46,10 @@ core's root: errors, settings and spans, and the names that README uses."""
 
 MOST_FILES = 12
 MOST_LINES = 450
-"""Beyond it the question is whether the file is still one idea; it is never a reason to cut an idea in two."""
+"""A longer file raises a question: is it still one idea? The limit is never a reason to cut an idea in two."""
 
 FEW_LINES = 80
-"""A file as short as this that one other imports belongs into that, unless it is a real boundary."""
+"""A shorter file with a single importer belongs into that importer, unless it is a real boundary."""
 
 BOUNDARIES = {
     "__main__.py": "python -m",
@@ -121,7 +121,7 @@ def test_every_folder_that_ships_is_a_room_of_the_table() -> None:
 def test_a_room_imports_only_from_those_that_the_table_names(path: Path) -> None:
     allowed = {room(path), *ROOMS[room(path)]}
     others = {str(target) for target in imports(path) if isinstance(target, Path) and room(target) not in allowed}
-    # README's Python example begins at the core's root, which hands names of its rooms on.
+    # README's Python example imports from the core's root, which re-exports names of its rooms.
     assert others == set() or path == ROOT / "blockswap" / "__init__.py"
 
 

@@ -1,4 +1,4 @@
-"""The adopt benchmark: what it moves and locks, on any machine; how fast is for whoever runs it."""
+"""The adopt benchmark: what it moves and locks, on any machine; speed is not tested."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_pages_are_locked_at_their_exact_size(capsys: pytest.CaptureFixture[str]
 def test_what_cannot_be_meant_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for options, said in (
         (["--blocks", "2"], "--blocks 3 or more"),
-        (["--lock", "driver"], "expects a CUDA or HIP"),
-        (["--scratch", "/no/such"], "--scratch expects a folder"),
+        (["--lock", "driver"], "needs a CUDA or HIP device"),
+        (["--scratch", "/no/such"], "--scratch: expected an existing folder, got '/no/such'"),
     ):
         with pytest.raises(SystemExit) as ended:
             adopt.main([*SMALL, *options])

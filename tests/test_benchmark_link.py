@@ -1,4 +1,4 @@
-"""The link's benchmark: on a simulated device its figures are the simulated link's; what cannot be taken says why."""
+"""The link's benchmark: on a simulated device its figures are the simulated link's; a missing figure has its reason."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_every_figure_on_a_simulated_device_is_the_simulated_links(capsys: pytes
     ]
     assert {row["gbytes_per_s"] for row in found["rows"]} == {7.0}
     assert run(capsys) == found
-    assert "Pageable memory is left out" in found["notes"][0]
+    assert "Pageable memory is not measured" in found["notes"][0]
     assert "python -m benchmarks.link --device cpu" in found["heading"]
     assert "simulated device" in found["heading"]
 
@@ -84,7 +84,7 @@ def test_products_beside_a_simulated_copy_are_as_fast_as_alone_and_unknown_besid
     assert {row["product_slowdown"] for row in busy if row["size_bytes"] == MIB} == {0.0}
     assert {row["reason"] for row in busy if row["size_bytes"] == MIB} == {None}
     short = [row for row in busy if row["size_bytes"] < MIB]
-    assert all(row["product_slowdown"] is None and "over before one product" in row["reason"] for row in short)
+    assert all(row["product_slowdown"] is None and "ended before one product" in row["reason"] for row in short)
 
 
 def test_an_idle_device_alone_is_measured_if_asked(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,13 +111,13 @@ def test_tables_are_printed_and_written(capsys: pytest.CaptureFixture[str], tmp_
         (["--device", "nonsense"], "--device: expected auto, cpu, cuda or cuda:N, got 'nonsense'"),
         (["--device", "meta"], "--device: expected auto, cpu, cuda or cuda:N, got 'meta'"),
         (["--sizes", "1MiB,12G"], "memory size: expected"),
-        (["--sizes", "0"], "expects sizes of at least 1 byte but got '0'"),
+        (["--sizes", "0"], "expected sizes of at least 1 byte, got '0'"),
         (["--sizes", ""], "memory size: expected"),
-        (["--streams", "1,0"], "expects whole numbers from 1 to 32, such as 1,2,4, but got '1,0'"),
-        (["--streams", "33"], "but got '33'"),
-        (["--streams", "two"], "but got 'two'"),
-        (["--streams", ""], "but got ''"),
-        (["--markdown", "/no/such/folder/link.md"], "expects a file in a folder that is there"),
+        (["--streams", "1,0"], "expected whole numbers from 1 to 32, such as 1,2,4; got '1,0'"),
+        (["--streams", "33"], "; got '33'"),
+        (["--streams", "two"], "; got 'two'"),
+        (["--streams", ""], "; got ''"),
+        (["--markdown", "/no/such/folder/link.md"], "expected a file in an existing folder"),
     ],
 )
 def test_a_bad_option_is_told_in_one_line(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,7 +217,7 @@ def test_no_figure_begins_after_the_time_is_over(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(link, "SECONDS", -1.0)
     rows = Watched().rows()
     assert len(rows) == 4 * len(SIZES) * len(STREAMS)
-    assert all(row.gbytes_per_s is None and "were over" in str(row.reason) for row in rows)
+    assert all(row.gbytes_per_s is None and "time limit" in str(row.reason) for row in rows)
 
 
 def test_products_that_cannot_run_leave_the_idle_figures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,9 +236,7 @@ def test_a_copy_that_products_do_not_cover_gives_no_figure(monkeypatch: pytest.M
     monkeypatch.setattr(copies, "MOST_PRODUCTS", 2)  # 0.10 ms, and a MiB takes 0.15
     rows = [row for row in Watched().rows() if row.load == "busy"]
     assert {row.size_bytes for row in rows if row.gbytes_per_s is None} == {MIB}
-    assert {row.reason for row in rows if row.size_bytes == MIB} == {
-        "2 products of 0.05 ms were over before the copy was"
-    }
+    assert {row.reason for row in rows if row.size_bytes == MIB} == {"2 products of 0.05 ms ended before the copy"}
 
 
 def test_products_that_are_slower_beside_a_copy_are_told_by_their_share(hardware: SimulatedHardware) -> None:
@@ -246,7 +244,7 @@ def test_products_that_are_slower_beside_a_copy_are_told_by_their_share(hardware
 
     def multiply(streams: Any) -> None:
         nonlocal calls
-        streams.computed(calls // count % 2, streams.current())  # 0.05 ms alone, then 0.06 ms beside the copy
+        streams.computed(calls // count % 2, streams.current())  # 0.05 ms alone, then 0.06 ms during the copy
         calls += 1
 
     streams = SimulatedStreams(hardware, count=2)

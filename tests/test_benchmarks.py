@@ -1,4 +1,4 @@
-"""The benchmarks run as they stand; what they measure is checked where it is the same on every machine."""
+"""The benchmarks run; figures that are the same on every machine are checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model file's header tells its blocks, bytes and sizes, and every file that is not a whole Wan model is refused."""
+"""A model file's header gives blocks, bytes and sizes; every file that is not a whole Wan model is refused."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def test_an_engine_that_fails_is_a_row_with_its_reason(tmp_path: Path) -> None:
     rows = [*run_apart(task(tmp_path, dtype="bf17"), timeout_s=120), *run_apart(task(tmp_path), timeout_s=0.01)]
     assert [row.shape for row in rows] == [*SHAPES, *SHAPES]
     assert rows[0].reason == "AttributeError: module 'torch' has no attribute 'bf17'"
-    assert rows[2].reason == "not done after 0 s"
+    assert rows[2].reason == "not finished after 0 s; raise --timeout"
     assert len(compare.failures(rows)) == 4
 
 
@@ -144,11 +144,11 @@ def test_the_command_writes_results_table_and_plot(tmp_path: Path, capsys: pytes
         ("ours", "equal"),
         ("mmgp", ""),
     ]
-    assert printed["rows"][2]["reason"] == "it is not simulated: it takes a GPU to measure it"
+    assert printed["rows"][2]["reason"] == "not simulated: a GPU is needed to measure it"
     assert printed["heading"].startswith("`python -m benchmarks.compare --device cpu")
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "| ours | 12 |" in table
-    assert "| mmgp | 12 | it is not simulated" in table
+    assert "| mmgp | 12 | not simulated" in table
     assert "NOT MET" not in table
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -156,16 +156,16 @@ def test_the_command_writes_results_table_and_plot(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--engines", "ours,theirs"], "--engines expects some of resident, ours"),
+        (["--engines", "ours,theirs"], "--engines: expected some of resident, ours"),
         (["--swap", "13"], "from 0 to 12"),
         (["--shapes", "64x64"], "--shape: expected WxHxF"),
         (["--device", "tpu"], "--device: expected auto, cpu, cuda"),
-        (["--shapes", "60x64x5"], "sides that 16 divides and 4n+1 frames but got '60x64x5'"),
-        (["--swap", "0"], "from 1 to 12 but got 0"),
+        (["--shapes", "60x64x5"], "sides that are multiples of 16 and 4n+1 frames, got '60x64x5'"),
+        (["--swap", "0"], "from 1 to 12, got 0"),
         (["--swap", "quarter"], "--swap: expected a whole number"),
-        (["--out", "README.md"], "--out expects a folder"),
+        (["--out", "README.md"], "--out: expected a folder"),
         (["--model", "14b", "--device", "cpu"], "not enough host memory for --model 14b"),
-        (["--steps", "0"], "expect 1 or more but got 0 and 2"),
+        (["--steps", "0"], "expected 1 or more, got 0 and 2"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,7 +294,7 @@ def test_without_the_resident_model_that_is_said_and_peers_are_compared_all_the_
     rows = [cell("ours", 10, 1000, output="first to finish"), cell("mmgp", 10, 900)]
     judged = verdicts(rows, block_bytes=BLOCK, link_bytes_per_s=LINK)
     assert [(verdict.said.removeprefix("1x1x1, 10 swapped: ")[:40], verdict.met) for verdict in judged] == [
-        ("no step to hold this one against: reside", False),
+        ("no step to compare with, because residen", False),
         ("page-locked over swapped bytes 1.000, at", True),
         ("ours 1000 ms in 1.9 GiB; mmgp 900 ms in ", False),
     ]

@@ -1,4 +1,4 @@
-"""Ends that nobody has prepared: a process that exits amid copies, a second release, prompts in quick succession."""
+"""Unprepared ends: a process that exits during copies, a second release, prompts in quick succession."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Through the gate, every way in which the wrapper runs gives the unswapped latents and copies no weight back."""
+"""Through the gate, every way to run the wrapper gives the unswapped latents and copies no weight back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Device memory that runs out in the middle of a run: it goes on with a smaller plan, or says what would fit."""
+"""Device memory that runs out during a run: the run continues with a smaller plan, or an error says what would fit."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_automatic_tuning_plans_anew_from_the_peak_that_the_repeated_forward_has
     assert run.report().measured.activation_bytes is not None
     assert torch.equal(workflow.sample(), truth("fp32"))
     assert swapped(bench, workflow) == 0
-    # A second refusal is not for want of a figure: the plan stays small.
+    # After a second refusal the peak is known and still too large: the plan stays small.
     assert torch.equal(workflow.sample(fault=once(1)), truth("fp32"))
     assert torch.equal(workflow.sample(), truth("fp32"))
     assert swapped(bench, workflow) == BLOCKS

@@ -167,7 +167,7 @@ def test_rule_6_a_slab_is_refilled_behind_the_host_wait_for_its_last_copy(latene
 def test_rule_6_a_slab_is_unlocked_behind_copies_that_were_struck_amid(
     tier: HostTier, struck: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What strikes between two chunks leaves copies under way that no slab knows of."""
+    """An exception between two chunks leaves copies under way that no slab has recorded."""
     monkeypatch.setattr(transfer, "CHUNK_ALIGNMENT", 64)
     simulation, model = Simulation(lateness=1.0, streams=3), toy(4)
     left, copy = [struck], simulation.streams.copy
@@ -189,7 +189,7 @@ def test_rule_6_a_slab_is_unlocked_behind_copies_that_were_struck_amid(
 
 
 def test_rule_6_a_staging_slab_is_unlocked_behind_a_copy_that_was_struck_amid() -> None:
-    """What strikes the worker between a copy and its event leaves a copy that the staging slab does not know of."""
+    """An exception in the worker between a copy and its event leaves a copy that the staging slab has not recorded."""
     simulation, model = Simulation(lateness=1.0), toy(5)
     struck, record = [False], simulation.streams.record
 

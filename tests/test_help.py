@@ -1,4 +1,4 @@
-"""Help pages and translations: they cover every input, and say what the nodes and the messages say now."""
+"""Help pages and translations cover every input, and quote nodes and messages as they are now."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def page(node: str, language: str) -> str:
 
 
 def rows(node: str, language: str) -> dict[str, list[str]]:
-    """The rows of the page's table of inputs, by the input in backticks that a row begins with."""
+    """The rows of the page's table of inputs, by the input in backticks at the start of a row."""
     table = page(node, language).split("\n## ")[2]
     cells = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
     return {row[0].split("`")[1]: row for row in cells}

@@ -1,4 +1,4 @@
-"""What a slab remembers of its source, and what becomes of the bytes when other tensors come."""
+"""What a slab remembers of its source, and what happens to its bytes when tensors change."""
 
 from __future__ import annotations
 

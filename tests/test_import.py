@@ -1,4 +1,4 @@
-"""What importing the package does to a process: it brings names, and nothing else."""
+"""Importing the package adds names to a process, and has no other effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slabs are page-locked beside the filling of the next: in order, once each, and never after all has been given up."""
+"""A slab is page-locked while the next one is filled: in order, once each, and never after a release."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from wanvideo_enhanced_blockswap.blockswap.host.slabs import Locking, Slab
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 
 SECONDS = 30.0
-"""After these a test that waits for another thread has failed."""
+"""Seconds after which a test that waits for another thread fails."""
 
 
 class Held(Recorder):

@@ -1,4 +1,4 @@
-"""Takes each rule of order, the release, the prefetch and the wrap-around out of the code, and sees its test fail."""
+"""Takes each rule of order, the release, the prefetch and the wrap-around out of the code; its test must fail."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Mutant:
     Attributes:
         name: What is broken.
         file: In which module of blockswap/.
-        before: Text that stands there exactly once.
+        before: Text that occurs there exactly once.
         after: What it becomes.
-        test: Name (or begin of it) of the test in test_happens_before.py.
+        test: Name of the test in test_happens_before.py, or its start.
     """
 
     name: str

@@ -9,7 +9,7 @@ from wanvideo_enhanced_blockswap.node_progress import EVENT, NodeProgress
 
 
 class Server:
-    """Keeps what is sent, and tells the time."""
+    """Keeps the events sent, and is the clock."""
 
     def __init__(self) -> None:
         self.now = 1000.0

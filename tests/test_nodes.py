@@ -1,4 +1,4 @@
-"""What ComfyUI and saved workflows see of the nodes, with ComfyUI itself faked and the wrapper's stand-in behind it."""
+"""What ComfyUI and saved workflows see of the nodes, with a faked ComfyUI and the stand-in wrapper."""
 
 from __future__ import annotations
 

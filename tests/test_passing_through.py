@@ -1,4 +1,4 @@
-"""Where nothing is swapped by us, the nodes say why, and what is the case instead; what they get, they pass on."""
+"""If we swap nothing, the nodes say why, and what happens instead; they pass on what they get."""
 
 from __future__ import annotations
 

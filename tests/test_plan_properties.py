@@ -1,4 +1,4 @@
-"""What holds for every plan, automatic or by hand, on any card in any host, for any model."""
+"""Properties of every plan, automatic or manual, on any card in any host, for any model."""
 
 from __future__ import annotations
 

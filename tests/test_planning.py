@@ -1,4 +1,4 @@
-"""What a plan takes from readings, tier and link, and which of their sentences it passes on."""
+"""What a plan takes from readings, tier and link, and which of their sentences it includes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_plan_that_swaps_tells_the_tiers_limit_and_the_streams_that_the_link_c
 
 @pytest.mark.parametrize("changes", [{"memory": ROOM}, {"spec": replace(FACTS.spec, is_integrated=True)}])
 def test_where_nothing_is_copied_there_are_no_streams_to_tell_of(changes: dict[str, Any]) -> None:
-    """The tier's share is told all the same where it decides, by the sentence on the budget."""
+    """If the tier's share decides, the sentence on the budget names it."""
     made = make_plan(MODEL, SwapSettings(), replace(FACTS, **changes))
     assert (made.swapped_count, made.streamed_bytes, made.tuning) == (0, 0, ())
     assert not [reason for reason in made.reasons if reason.startswith(("tier", "link"))]

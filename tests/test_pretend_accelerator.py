@@ -1,4 +1,4 @@
-"""The pretend accelerator is an accelerator: memory of its own, no mixing of devices, and the CPU's results."""
+"""The pretend accelerator is an accelerator: its own memory, no mixing of devices, and the CPU's results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pretend accelerator counts and caps: copies each way, memory in use, its peak and its limit."""
+"""The counts and limits of the pretend accelerator: copies each way, memory in use, its peak and its limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: the sentence, the figures, and when."""
+"""The progress of a run: the sentence, the figures, and when they are sent."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_it_is_plain_data_with_every_part_named() -> None:
 
 
 class Watcher:
-    """Keeps what it is told."""
+    """Keeps what it receives."""
 
     def __init__(self, bench: Bench) -> None:
         self.told: list[Progress] = []

@@ -28,7 +28,7 @@ class Boom(BaseException):
 
 
 class Tripwire(torch.nn.Module):
-    """A block that raises when armed: before, amid or after its work."""
+    """A block that raises when armed: before, during or after its work."""
 
     def __init__(self, inner: Block) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""When one plan gives way to another: each reason to, and each reason not to."""
+"""When another plan replaces the present one: each reason for it, and each reason against it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report says to a person and to a program, and what it leaves out."""
+"""The report as text and as JSON, and the lines that it omits."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def changed(**changes: Any) -> RunReport:
 
 
 def line(report: RunReport, begin: str) -> str:
-    """The one line of the summary that begins so; empty without it."""
+    """The line of the summary that starts with these words; empty if there is none."""
     found = [text for text in summary(report).splitlines() if text.startswith(begin)]
     assert len(found) <= 1
     return "".join(found)

@@ -1,4 +1,4 @@
-"""What a run tells: its report, its log, its trace, and what watches it."""
+"""The output of a run: its report, its log, its trace, and its watcher."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ generated = settings(deadline=None, derandomize=True, suppress_health_check=[Hea
 """The same examples in every run, on machines of any speed."""
 
 END = "end"
-"""Ends a forward, where a block's number begins one."""
+"""Ends a forward; a block's number starts one."""
 
 GRID = list(itertools.product((30, 40, 48), (25, 50, 75, 100), (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)))
 """Blocks, percent of them swapped, transfer time of a block over its compute time."""

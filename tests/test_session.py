@@ -89,7 +89,7 @@ def test_in_steady_state_no_device_memory_is_allocated() -> None:
     model, simulation = toy(COUNT), Simulation()
     with simulation.session(model, fixed_plan(alternating(COUNT))) as session:
         run(session, model)
-        simulation.streams.allocate = None  # whoever calls it fails
+        simulation.streams.allocate = None  # every call fails
         for _ in range(3):
             run(session, model)
 

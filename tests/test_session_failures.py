@@ -245,7 +245,7 @@ def test_a_worker_that_failed_holds_no_slot_when_its_error_is_gone() -> None:
 
 @torch.inference_mode()
 def test_an_interrupted_wait_for_the_worker_leaves_no_copy_behind() -> None:
-    """The job goes on: its slot is free only once it is over."""
+    """The job is still running: its slot is free only after it."""
     simulation, model, x = Simulation(lateness=1.0), toy(4), torch.randn(2, 16)
     truth = model(x)
     with simulation.session(model, fixed_plan([True] * 4, slots=1, tiers=HostTier.STAGED)) as session:

@@ -9,7 +9,7 @@ from run_bench import LARGE_VIDEO, SMALL_VIDEO, Bench
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 
 BY_HAND = SwapSettings(auto_hardware_tuning=False, blocks_to_swap=4)
-"""Automatic tuning would make another plan when the card fills, and begin to compare anew."""
+"""Automatic tuning would make another plan when the card is full, and start the comparison again."""
 
 
 def paced(bench: Bench, *, compute_ms: float | None = None, link_ms: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The stand-in computes and keeps its weights as the wrapper does: what the gate is tested against is true to it."""
+"""The stand-in computes and keeps its weights as the wrapper does, so tests of the gate against it are valid."""
 
 from __future__ import annotations
 

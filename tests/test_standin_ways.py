@@ -1,4 +1,4 @@
-"""The stand-in's ways are the wrapper's, its defects included, and so are the names that a gate looks for."""
+"""The stand-in behaves like the wrapper, defects included, and has the names that a gate looks for."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_a_forward_asks_the_device_only_for_copies_and_their_order(
                 model(x)
         assert session.counters.onloads - before == 4 * onloads
         assert {name: counting.calls[name] for name in COSTLY} == dict.fromkeys(COSTLY, 0)
-        # The begin and the end of a forward, where any of the run is traced.
+        # Start and end of a forward, if any part of the run is traced.
         assert counting.calls["mark"] == (0 if traced is None else 4 * 2)
         # For each copy: its slot's free event and those of its former content; for each block: its ready events.
         assert counting.calls["record"] <= 4 * COUNT * (1 + streams)
@@ -142,7 +142,7 @@ def test_a_slab_is_cut_between_all_copy_streams() -> None:
 
 
 def test_a_forward_makes_few_python_calls_in_few_files() -> None:
-    """Of the package alone: 28 calls for a swapped block, 15 for a resident one, and what begins and ends a forward."""
+    """Of the package alone: 28 calls for a swapped block, 15 for a resident one, and a few for the forward itself."""
     device = torch.device("cpu")
     model, x = toy(8), torch.randn(3, 16)
     planner = fixed_plan(alternating(8), overlap=False, tiers=HostTier.PAGEABLE)

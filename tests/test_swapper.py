@@ -255,7 +255,7 @@ def test_weights_tied_across_blocks_compute_the_same_and_stay_tied() -> None:
 
 
 class Counting(Block):
-    """Counts its forwards in buffers: one edited in place, one assigned anew."""
+    """Counts its forwards in two buffers: one edited in place, one replaced."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -78,7 +78,7 @@ def test_a_trace_without_a_span_opens_as_well() -> None:
 
 
 def in_ns(event: Any) -> tuple[int, int]:
-    """Begin and end as Perfetto counts, in whole nanoseconds."""
+    """Start and end as Perfetto counts, in whole nanoseconds."""
     begin = round(event["ts"] * 1e3)
     return begin, begin + round(event["dur"] * 1e3)
 

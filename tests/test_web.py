@@ -16,7 +16,7 @@ NOT_OURS = re.compile(
     r"\b(?:window|globalThis)\.\w+\s*=[^=]"  # a global of everybody's
     r"|\bdocument\.(?!createElement(?:NS)?\()"  # the page
     r"|\bprototype\b"  # a class of ComfyUI's
-    r"|\b(?:eval|fetch|XMLHttpRequest|WebSocket|import)\s*\("  # code, and the network, beside ComfyUI's own
+    r"|\b(?:eval|fetch|XMLHttpRequest|WebSocket|import)\s*\("  # code; the network without ComfyUI
     r"|\binnerHTML\b|<style"  # markup from texts; styles of the whole page
 )
 
@@ -28,7 +28,7 @@ def code(module: Path) -> str:
 
 
 def test_every_module_is_one_that_comfyui_tells_browsers_not_to_keep() -> None:
-    # ComfyUI says so of .js and .css alone: an .mjs from before an update would stay beside the new modules.
+    # ComfyUI says so of .js and .css alone: an .mjs from before an update would stay in use with the new modules.
     assert [module.name for module in MODULES if module.suffix != ".js"] == []
     assert ENTRY in MODULES
 

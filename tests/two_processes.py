@@ -57,7 +57,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Tells how many faults were injected."""
+    """Prints how many faults were injected."""
     faults = injected()
     if faults:
         terminalreporter.write_line(f"{faults.total():,} faults were injected at {len(faults)} places")

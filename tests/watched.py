@@ -1,4 +1,4 @@
-"""What code does to the world beyond the process, as Python's own audit events tell it."""
+"""What code does outside the process, by Python's audit events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is compared: engines, numbers of swapped blocks, shapes; and what is said of each."""
+"""What is compared: engines, numbers of swapped blocks, shapes; and the figures of each."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from wanvideo_enhanced_blockswap.commands.wan_model import PRESETS, Preset
 RESIDENT = "resident"
 
 SHAPES = ("64x64x1", "96x96x5", "128x128x9")
-"""From a video in which a copy of the small model's block takes longer than its compute to one where it takes less."""
+"""From a video in which a block of the small model takes longer to copy than to compute to one where it takes less."""
 
 REFERENCE, EQUAL, FIRST = "reference", "equal", "first to finish"
-"""Outputs: the resident model's; the same; that of the engine the others are held against, since resident has none."""
+"""Outputs: the resident model's; equal to it; that of the first engine, if the resident model has no output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,13 +25,13 @@ class Task:
         engine: Its name.
         swapped: Number of swapped blocks.
         model: Name of the preset.
-        dtype: Of the weights and the latents.
+        dtype: Type of weights and latents.
         shapes: As WxHxF.
         device: Name of the device; `cpu` is simulated.
         streams: Copy streams of our engine.
-        steps: Steps that count.
+        steps: Timed steps.
         warmup: Steps before these.
-        folder: Where outputs are kept to be compared, and what is found is written.
+        folder: Where outputs are kept for the comparison, and results are written.
     """
 
     engine: str
@@ -53,27 +53,27 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One engine at one shape. Figures are None where it did not run, or where the device does not tell.
+    """One engine at one shape. A figure is None if the engine did not run or the device does not report it.
 
     Attributes:
         engine: Its name.
         shape: WxHxF.
         swapped: Number of swapped blocks.
         reason: Why there are no figures; empty if there are.
-        clock: Of `step_ms`: `events` of the device, `wall`, or `virtual`.
-        step_ms: Median step, the host free to run ahead.
-        wall_ms: Median step by the host's clock, the host waiting at each end.
-        bound_ms: The longer of the resident model's step and of the link time of the swapped blocks' bytes.
-        peak_bytes: Device memory allocated at most.
-        reserved_bytes: Device memory that torch's allocator held at most.
-        driver_bytes: Device memory in use by the driver's account, less what was before the model was built.
-        weights_bytes: `peak_bytes` less what the resident model's step takes above its weights.
-        host_bytes: By how much the host's available memory had shrunk.
-        pinned_bytes: Host memory that was page-locked.
+        clock: Clock of `step_ms`: `events` of the device, `wall`, or `virtual`.
+        step_ms: Median step while the host may run ahead.
+        wall_ms: Median step by the host's clock, where the host waits at the end of each.
+        bound_ms: The longer of the resident model's step and the time to copy the swapped blocks over the link.
+        peak_bytes: Most device memory allocated.
+        reserved_bytes: Most device memory held by torch's allocator.
+        driver_bytes: Device memory by the driver's count, minus what was in use before the model was built.
+        weights_bytes: `peak_bytes` minus what the resident model's step takes above its weights.
+        host_bytes: Decrease of the host's available memory.
+        pinned_bytes: Page-locked host memory.
         to_device_bytes: Copied to the device in one step.
         to_host_bytes: Copied back in one step.
-        output: `equal` to the resident model's latents, or how far from them at most.
-        versions: Of the packages that make the engine.
+        output: `equal` to the resident model's latents, or the largest difference.
+        versions: Versions of the engine's packages.
     """
 
     engine: str
@@ -106,9 +106,11 @@ def parse_swaps(text: str, blocks: int) -> tuple[int, ...]:
     """Numbers of swapped blocks, from `half,all` or `10,20`, ascending.
 
     Raises:
-        SettingsError: One is no such number.
+        SettingsError: A number is outside the range.
     """
     counts = {parse_count(part.strip(), blocks) for part in text.split(",")}
     if 0 in counts:
-        raise SettingsError(f"--swap expects numbers of blocks from 1 to {blocks} but got 0: {RESIDENT} swaps none")
+        raise SettingsError(
+            f"--swap: expected numbers of blocks from 1 to {blocks}, got 0; the engine {RESIDENT} swaps none"
+        )
     return tuple(sorted(count for count in counts if count))

@@ -1,4 +1,4 @@
-"""Runs every engine in a process of its own and puts the rows together."""
+"""Runs every engine in its own process and collects the rows."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from .worker import ROWS, write_task
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What is to be compared; as in `Task`, and:
+    """What to compare; fields as in `Task`, and:
 
     Attributes:
         engines: Names.
         swaps: Numbers of swapped blocks.
-        timeout_s: What one process may take.
-        quiet: Without a progress bar.
+        timeout_s: Seconds that one process may take.
+        quiet: Show no progress bar.
     """
 
     model: str
@@ -50,12 +50,12 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What came of it.
+    """Results of a comparison.
 
     Attributes:
-        streams: Copy streams at which the link is fastest.
+        streams: Number of copy streams with the fastest link.
         link_bytes_per_s: The link's speed with these.
-        block_bytes: Of one block's weights.
+        block_bytes: Bytes of one block's weights.
         rows: One for each engine, number of swapped blocks and shape.
     """
 
@@ -66,7 +66,7 @@ class Found:
 
 
 def compare(asked: Comparison) -> Iterator[Found]:
-    """Runs it all, engine by engine; what has come of it so far, after each."""
+    """Runs engine by engine; yields the results so far after each."""
     streams, link = _link(choose_device(asked.device))
     preset, dtype = PRESETS[asked.model], getattr(torch, asked.dtype)
     block_bytes = expected_bytes(preset) / preset.layers / torch.bfloat16.itemsize * dtype.itemsize
@@ -87,14 +87,14 @@ def compare(asked: Comparison) -> Iterator[Found]:
 def _link(device: torch.device) -> tuple[int, float]:
     if device.type == "cpu":
         return 1, SimulatedCard().pinned_bytes_per_s
-    # In a process of its own: this one is not to keep what the measurement takes of the device.
+    # In its own process, so that this one does not keep the device memory of the measurement.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measured_link, device).result()
 
 
 def measured_link(device: torch.device) -> tuple[int, float]:
-    """Copy streams at which the link is fastest from page-locked memory, and its bytes per second then; of a device
-    without streams its pageable speed.
+    """Number of copy streams with the fastest link from page-locked memory, and its bytes per second; for a device
+    without streams, the pageable speed.
     """
     if device.type == "cuda":
         return pinned_bytes_per_s(device)
@@ -102,7 +102,7 @@ def measured_link(device: torch.device) -> tuple[int, float]:
 
 
 def tasks(asked: Comparison, *, streams: int, folder: str) -> list[Task]:
-    """A task for each process, the resident model first: the others are held against it."""
+    """A task for each process, the resident model first, because the others are compared with it."""
     ways = [
         (engine, swapped)
         for engine in sorted(asked.engines, key=lambda name: name != RESIDENT)
@@ -126,7 +126,7 @@ def tasks(asked: Comparison, *, streams: int, folder: str) -> list[Task]:
 
 
 def run_apart(task: Task, *, timeout_s: float) -> Iterator[Row]:
-    """Runs a task in a process of its own; a row for each shape, with the reason where the process has left none."""
+    """Runs a task in its own process; a row for each shape, with a reason if the process has written none."""
     folder = Path(task.folder)
     (folder / ROWS).unlink(missing_ok=True)
     write_task(task, folder / "task.json")
@@ -135,11 +135,11 @@ def run_apart(task: Task, *, timeout_s: float) -> Iterator[Row]:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
         reason = "" if ended.returncode == 0 else _last_words(ended)
     except subprocess.TimeoutExpired:
-        reason = f"not done after {timeout_s:.0f} s"
+        reason = f"not finished after {timeout_s:.0f} s; raise --timeout"
     found = (folder / ROWS).read_text(encoding="utf-8").splitlines() if (folder / ROWS).exists() else []
     rows = {row["shape"]: Row(**row) for row in map(json.loads, found)}
     for shape in task.shapes:
-        missing = Row(engine=task.engine, shape=shape, swapped=task.swapped, reason=reason or "it left no figures")
+        missing = Row(engine=task.engine, shape=shape, swapped=task.swapped, reason=reason or "it wrote no figures")
         yield rows.get(shape, missing)
 
 
@@ -151,11 +151,11 @@ def _last_words(ended: subprocess.CompletedProcess[str]) -> str:
 
 
 def complete(rows: Sequence[Row], *, block_bytes: float, link_bytes_per_s: float) -> tuple[Row, ...]:
-    """The rows with what follows from the resident model's: bound, and device memory of the weights.
+    """The rows with the bound and the device memory of the weights, which follow from the resident model's row.
 
     Args:
         rows: As measured.
-        block_bytes: Of one block's weights.
+        block_bytes: Bytes of one block's weights.
         link_bytes_per_s: As measured.
     """
     resident = {row.shape: row for row in rows if row.engine == RESIDENT and not row.reason}

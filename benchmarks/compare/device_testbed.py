@@ -1,4 +1,4 @@
-"""A real device, measured by its own clock and books."""
+"""A real device, measured by its own clock and memory counts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DeviceTestbed:
 
     Args:
         device: Any but the CPU.
-        warmup: Steps before the first that counts.
+        warmup: Steps before the timed ones.
     """
 
     def __init__(self, device: torch.device, *, warmup: int) -> None:
@@ -50,7 +50,7 @@ class DeviceTestbed:
         module.to("cpu")
 
     def time_blocks(self, blocks: Sequence[nn.Module]) -> None:
-        """Nothing: they take it."""
+        """Does nothing: real blocks take their own time."""
 
     def measure(self, engine: Engine, model: nn.Module, shape: Shape, inputs: Inputs, *, steps: int) -> Figures:
         forward = engine.forward
@@ -61,7 +61,7 @@ class DeviceTestbed:
         held = self._meter.allocated()
         self._meter.reset_peak()
         clock = _DeviceClock(self.device)
-        # Not waited for in between: an engine whose memory grows when the host runs ahead shows it here.
+        # The host does not wait between steps: memory that grows when the host runs ahead is counted.
         latents = denoise(model, inputs, steps=steps, forward=forward, around=clock.lap).cpu()
         peak, reserved = self._meter.peak(), self._peak_reserved()
         walls: list[float] = []
@@ -74,7 +74,7 @@ class DeviceTestbed:
             walls.append((time.perf_counter() - begin) * 1e3)
 
         denoise(model, inputs, steps=steps, forward=forward, around=waited_for)
-        taken = self._usage.device_bytes(), self._usage.host_bytes()  # before the profiler, which takes some itself
+        taken = self._usage.device_bytes(), self._usage.host_bytes()  # before the profiler, which takes memory itself
         with copied_in(self._meter) as moved:
             denoise(model, inputs, steps=1, forward=forward)
             self._module.synchronize()
@@ -92,7 +92,7 @@ class DeviceTestbed:
         )
 
     def _forget_other_shapes(self) -> None:
-        """What torch's allocator has kept of them is not held against this one."""
+        """Frees the memory that torch's allocator keeps from other shapes."""
         empty_cache = getattr(self._module, "empty_cache", None)
         if empty_cache is not None:
             empty_cache()

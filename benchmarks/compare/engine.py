@@ -1,4 +1,4 @@
-"""What the comparison asks of an engine."""
+"""The interface of an engine in the comparison."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ NOT_INSTALLED = "{0} is not installed: pip install -e '.[peers]'"
 
 
 class NotOfferedError(Exception):
-    """An engine cannot do what a cell asks for; says why, in one line."""
+    """An engine cannot run a cell; the message is one line with the reason."""
 
 
 class Engine(Protocol):
     """One way to run diffusers' WanTransformer3DModel with some of its blocks on the host.
 
-    One engine serves one model in one process: whatever it does to either ends with the process.
+    One engine runs one model in one process; changes to either end with the process.
     """
 
     packages: tuple[str, ...]
-    """Distributions whose versions tell what was measured."""
+    """Distributions whose versions are reported."""
 
     def place(self, model: nn.Module, device: torch.device, *, swapped: int) -> None:
-        """Readies `model`, which is on the host, for forwards on `device`.
+        """Prepares `model`, which is on the host, for forwards on `device`.
 
         Args:
             model: Its blocks are `model.blocks`; may be changed.
@@ -37,11 +37,11 @@ class Engine(Protocol):
         """
 
     def forward(self) -> contextlib.AbstractContextManager[object]:
-        """What one call of the model is wrapped in."""
+        """The context of one call of the model."""
 
     @property
     def pinned_bytes(self) -> int:
-        """Host memory that the engine has page-locked by itself, beside torch's own allocator of such memory."""
+        """Host memory that the engine has page-locked without torch's allocator of such memory."""
 
     def close(self) -> None:
-        """Gives back what would keep the process from ending."""
+        """Ends threads and the like that would keep the process alive."""

@@ -22,7 +22,7 @@ OURS: dict[str, Callable[[Testbed, int], Engine]] = {
     "ours-staged": lambda testbed, streams: Ours(testbed, streams=streams, tier=HostTier.STAGED),
     "plain": lambda testbed, _: PlainSwap(testbed),
 }
-"""Engines that a simulated device runs as well."""
+"""Engines that a simulated device can run too."""
 
 PEERS: dict[str, Callable[[], Engine]] = {
     "diffusers": lambda: GroupOffload(record_stream=False),
@@ -39,10 +39,10 @@ def make_engine(task: Task, testbed: Testbed) -> Engine:
     """The engine that `task` names.
 
     Raises:
-        NotOfferedError: It cannot run where `task` wants it.
+        NotOfferedError: It cannot run on the device of `task`.
     """
     if task.engine in OURS:
         return OURS[task.engine](testbed, task.streams)
     if testbed.clock == "virtual":
-        raise NotOfferedError("it is not simulated: it takes a GPU to measure it")
+        raise NotOfferedError("not simulated: a GPU is needed to measure it")
     return PEERS[task.engine]()

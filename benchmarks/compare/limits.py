@@ -1,4 +1,4 @@
-"""What a comparison is to show, each limit with the figures that meet it or do not."""
+"""The limits of a comparison, each with the figures that meet it or do not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wanvideo_enhanced_blockswap.hardware import format_bytes
 from .cells import EQUAL, RESIDENT, Row
 
 HIDDEN = 1.01
-"""Step over the resident model's where all copies fit behind compute."""
+"""Step over the resident model's if compute hides all copies."""
 AT_THE_BOUND = 1.03
 """Step over the bound elsewhere."""
 OF_THE_LINK = 0.95
@@ -20,13 +20,13 @@ OVER_PLAIN = 3.0
 EXACT_PINS = 1.01
 """Page-locked bytes over swapped bytes."""
 SAME_TIME = 1.01
-"""Step over a peer's that counts as no slower: what clocks and chance make of equal ones."""
+"""Step over a peer's that counts as no slower: equal steps differ by this much in a measurement."""
 SAME_MEMORY = 1.02
-"""Device memory over a peer's that counts as no more: the small tensors of all blocks stay there."""
+"""Device memory over a peer's that counts as no more: small tensors of all blocks stay on the device."""
 CLEAR = 2.0
-"""Transfer over compute from which transfer dominates, and its inverse up to which it is hidden."""
+"""Transfer over compute at which transfer dominates; at its inverse compute hides it."""
 OURS = ("ours", "ours-1-slot")
-"""The engine, and how it runs where memory matters more than time."""
+"""The engine, and its variant for the least memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Verdict:
     """One limit at one cell.
 
     Attributes:
-        said: The limit, and what was found.
+        said: The limit and the figure.
         met: Whether it is met.
     """
 
@@ -43,11 +43,11 @@ class Verdict:
 
 
 def verdicts(rows: Sequence[Row], *, block_bytes: float, link_bytes_per_s: float) -> list[Verdict]:
-    """All that can be said; nothing about cells without figures.
+    """A verdict for each limit that applies; cells without figures have none.
 
     Args:
-        rows: Complete.
-        block_bytes: Of one block's weights.
+        rows: The completed rows.
+        block_bytes: Bytes of one block's weights.
         link_bytes_per_s: As measured.
     """
     ran = [row for row in rows if not row.reason and row.step_ms]
@@ -59,7 +59,7 @@ def verdicts(rows: Sequence[Row], *, block_bytes: float, link_bytes_per_s: float
             others = [other for other in ran if (other.shape, other.swapped) == (row.shape, row.swapped)]
             base = resident.get(row.shape)
             if base is None:
-                found.append(Verdict(f"{cell}: no step to hold this one against: resident has no figures", met=False))
+                found.append(Verdict(f"{cell}: no step to compare with, because resident has no figures", met=False))
             else:
                 found += _beside_resident(cell, row, base, others, block_bytes, link_bytes_per_s)
             if row.pinned_bytes is not None:
@@ -98,7 +98,7 @@ def _beside_resident(
 
 
 def _memory(cell: str, row: Row, base: Row, block_bytes: float) -> Verdict:
-    """Two slots in place of the swapped blocks, however far the host has run ahead."""
+    """The resident blocks and two slots, however far the host runs ahead."""
     assert row.weights_bytes is not None
     assert base.held_bytes is not None
     most = base.held_bytes - (row.swapped - 2) * block_bytes
@@ -107,7 +107,7 @@ def _memory(cell: str, row: Row, base: Row, block_bytes: float) -> Verdict:
 
 
 def _beside(cell: str, other: Row, ours: Sequence[Row]) -> Verdict:
-    """One of ours is as fast as a peer and takes no more memory."""
+    """Whether one of ours is as fast as a peer and takes no more memory."""
     assert other.step_ms is not None
     assert other.peak_bytes is not None
     said = ", ".join(f"{one.engine} {one.step_ms:.4g} ms in {format_bytes(one.peak_bytes or 0)}" for one in ours)

@@ -19,17 +19,17 @@ from .engine import NotOfferedError
 from .testbed import Testbed
 
 NO_LIMIT = 1 << 50
-"""Memory of a card that holds everything: the number of blocks is given."""
+"""Memory of a card that holds everything, because the number of blocks is given."""
 
 
 def rest_of(model: nn.Module) -> list[nn.Module]:
-    """What lies outside the blocks: modules, and the model's own parameters as one."""
+    """The model outside its blocks: modules, and the model's own parameters as one."""
     own = nn.ParameterList(model.parameters(recurse=False))
     return [*(module for module in model.children() if module is not model.blocks), own]
 
 
 class Resident:
-    """No block swapped: the time and the output that all others are held against."""
+    """No block swapped: the time and the output that the others are compared with."""
 
     packages: tuple[str, ...] = ()
     pinned_bytes = 0
@@ -51,8 +51,8 @@ class Resident:
 
 
 class PlainSwap:
-    """What WanVideoWrapper does by default: the last blocks come with `.to(device)` before their forward and go back
-    with `.to("cpu")` after it, both waited for.
+    """What WanVideoWrapper does by default: `.to(device)` moves the last blocks to the device before their forward, and
+    `.to("cpu")` moves them back after it; the host waits for both.
     """
 
     packages: tuple[str, ...] = ()
@@ -84,9 +84,9 @@ class Ours:
         testbed: Where it runs.
         streams: Copy streams.
         slots: Slots of the window.
-        tail: The last blocks are swapped, as elsewhere, and not blocks spread over all.
-        overlap: Copies have streams of their own; without, none runs ahead of the compute stream.
-        tier: Where the bytes are on the host.
+        tail: Swap the last blocks, as other engines do, instead of spread ones.
+        overlap: Copies have their own streams; otherwise they run on the compute stream.
+        tier: Kind of host memory.
     """
 
     packages: tuple[str, ...] = ()
@@ -118,10 +118,10 @@ class Ours:
         self._session = SwapSession(blocks_of(model), lambda profile, held: self._plan(profile, swapped), backend)
         self._session.adopt()
         if self._session.refusals:
-            raise NotOfferedError(f"no figure without page-locked memory: {self._session.refusals[0]}")
+            raise NotOfferedError(f"page-locked memory was refused: {self._session.refusals[0]}")
 
     def forward(self) -> contextlib.AbstractContextManager[object]:
-        assert self._session is not None, "a forward follows `place`"
+        assert self._session is not None, "`place` comes before a forward"
         return self._session.forward()
 
     @property

@@ -1,8 +1,8 @@
-"""Peer engines from PyPI: what each asks of diffusers' Wan transformer to run it with blocks on the host.
+"""Peer engines from PyPI: how each runs diffusers' Wan transformer with blocks on the host.
 
-Each is called as its authors document it, with the setting that is fastest where there is a choice. Versions that these
-calls were written against: diffusers 0.42.1, accelerate 1.15.0, mmgp 3.8.2, RamTorch 1.11.0. All page-lock memory
-through torch's own allocator, if at all, and all run under `torch.inference_mode()`.
+Each is called as its authors document it, with the fastest setting where there is a choice. The calls were written for
+diffusers 0.42.1, accelerate 1.15.0, mmgp 3.8.2 and RamTorch 1.11.0. An engine that page-locks memory does it through
+torch's own allocator, and all run under `torch.inference_mode()`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .ours import rest_of
 
 @contextlib.contextmanager
 def _installed(package: str) -> Iterator[None]:
-    """Imports inside say that `package` is missing where they fail."""
+    """Turns a failed import in the body into an error that names `package`."""
     try:
         yield
     except ImportError as cause:
@@ -33,7 +33,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 class _Peer:
-    """What the peers have in common."""
+    """Defaults of all peers."""
 
     packages: tuple[str, ...] = ()
     pinned_bytes = 0
@@ -46,14 +46,14 @@ class _Peer:
 
 
 class GroupOffload(_Peer):
-    """Diffusers' group offloading: every block comes on a side stream while the one before it computes.
+    """Diffusers' group offloading: every block is copied on a side stream while the one before it computes.
 
-    What is outside the blocks comes and goes in each forward as well, waited for and not page-locked: diffusers has no
-    way to leave it on the device. The first forward only traces the order, and prefetches nothing.
+    The rest of the model is copied in each forward too, from memory that is not page-locked, and the host waits for it:
+    diffusers cannot leave it on the device. The first forward only records the order, and prefetches nothing.
 
     Args:
-        record_stream: Whether the allocator is told which stream still reads a block, or the host waits for that
-            stream after each.
+        record_stream: The allocator tracks which stream still reads a block; otherwise the host waits for that stream
+            after each block.
     """
 
     packages: tuple[str, ...] = ("diffusers",)
@@ -84,10 +84,11 @@ class GroupOffload(_Peer):
 
 
 class Accelerate(_Peer):
-    """Accelerate's hooks: the last blocks come before their forward, tensor by tensor and waited for, and go after it.
+    """Accelerate's hooks: the last blocks are copied before their forward, tensor by tensor, and dropped after it; the
+    host waits for each copy.
 
-    `cpu_offload` for each such block: for the whole model it would take what is outside the blocks off the device too,
-    and `dispatch_model` puts this same hook on a block that its map leaves on the CPU.
+    `cpu_offload` is called for each such block: for the whole model it would take the rest of the model off the device
+    too. `dispatch_model` uses the same hook for blocks that its map leaves on the CPU.
     """
 
     packages: tuple[str, ...] = ("accelerate",)
@@ -104,11 +105,12 @@ class Accelerate(_Peer):
 
 
 class Mmgp(_Peer):
-    """The memory manager of Wan2GP: blocks spread over the model stay, each other one is fetched while one computes.
+    """The memory manager of Wan2GP: blocks spread over the model stay, the others are fetched while one computes.
 
     It plans from a budget in bytes, here the one that leaves room for the wanted number of blocks; its first forward
-    places them. It streams the linear layers of the text and time embedders too, by their names. In 3.8.2 each streamed
-    block is copied twice, ahead and when its turn comes: it is looked for under another name than it was fetched under.
+    places them. It also streams the linear layers of the text and time embedders. In 3.8.2 each streamed block is
+    copied twice, ahead of its turn and at its turn, because it is looked up under another name than it was fetched
+    under.
     """
 
     packages: tuple[str, ...] = ("mmgp", "optimum-quanto")
@@ -119,8 +121,8 @@ class Mmgp(_Peer):
         with _installed("mmgp"):
             from mmgp import offload
         for module in (model, *model.children()):
-            # It casts float32 arguments of these modules to the weights' dtype unless they say otherwise: the timestep,
-            # and what goes into the last norm, would lose bits.
+            # Without this it casts float32 arguments of these modules to the weights' dtype: the timestep and the input
+            # of the last norm would lose bits.
             vars(module)["_lock_dtype"] = torch.float32
         with contextlib.redirect_stdout(sys.stderr):  # it prints a banner
             manager = offload.all(
@@ -130,10 +132,10 @@ class Mmgp(_Peer):
                 budgets={"transformer": _mmgp_budget(model, swapped) / offload.ONE_MB},
                 asyncTransfers=True,
                 convertWeightsFloatTo=next(_blocks(model)[0].parameters()).dtype,
-                perc_reserved_mem_max=1.0,  # of the host's memory; page-locks only a part if this is less than it needs
+                perc_reserved_mem_max=1.0,  # of the host's memory; with less than it needs, it page-locks only a part
                 verboseLevel=0,
             )
-        torch.set_default_device(None)  # it leaves "cuda" there
+        torch.set_default_device(None)  # it has set "cuda"
         known = [name for name in manager.blocks_of_modules_sizes if name.startswith("transformer/blocks.")]
         streamed = len(known) - len(manager.preloaded_blocks_per_model["transformer"])
         if streamed != swapped:
@@ -143,9 +145,9 @@ class Mmgp(_Peer):
 
 
 def _mmgp_budget(model: nn.Module, swapped: int) -> int:
-    """Bytes at which `swapped` blocks do not fit: mmgp takes what is outside the blocks and two of them off first.
+    """Bytes at which `swapped` blocks do not fit: mmgp first subtracts the rest of the model and two blocks.
 
-    0 is no limit. More than the whole model is none either, so that the least that can be swapped is 2.
+    0 means no limit, and so does more than the whole model; at least 2 blocks can be swapped.
     """
     if swapped == 0:
         return 0
@@ -155,10 +157,10 @@ def _mmgp_budget(model: nn.Module, swapped: int) -> int:
 
 
 class RamTorch(_Peer):
-    """RamTorch's OffloadModel: a thread fills a window of two blocks; others, evenly spaced, stay.
+    """RamTorch's OffloadModel: a thread fills a window of two blocks; evenly spaced others stay on the device.
 
-    It wants a chain of modules in which each takes what the one before returns, and starts it anew in each forward.
-    Its threads must be ended with `close`.
+    It needs a chain of modules in which each takes what the one before returns, and starts the chain again in each
+    forward. `close` ends its threads.
     """
 
     packages: tuple[str, ...] = ("ramtorch",)
@@ -183,7 +185,7 @@ class RamTorch(_Peer):
 
 
 class _Link(nn.Module):
-    """A block that hands on what the next one takes beside its result."""
+    """A block that passes on its other arguments with its result."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -196,7 +198,7 @@ class _Link(nn.Module):
 
 
 class _Chain(nn.Module):
-    """All blocks in the shape of one."""
+    """All blocks as one module."""
 
     def __init__(self, links: nn.Module) -> None:
         super().__init__()

@@ -11,12 +11,12 @@ from wanvideo_enhanced_blockswap.hardware import GIB, MIB
 from .cells import Row
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#999999", "#f0e442", "#000000")
-"""Told apart by colour-blind eyes as well (Okabe and Ito 2008)."""
+"""Colours that colour-blind people can tell apart too (Okabe and Ito 2008)."""
 MARKERS = "osD^vPX*h<>"
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draws what has figures; a resident model is the point at 0 swapped blocks that each line begins with."""
+    """Draws the rows with figures; each line starts with the resident model, at 0 swapped blocks."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
@@ -25,7 +25,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     engines = list(dict.fromkeys(row.engine for row in shown if row.swapped))
     figure = Figure(figsize=(1.5 + 4.2 * max(1, len(shapes)), 8.2), layout="constrained")
     if not shapes:
-        figure.text(0.5, 0.5, "no engine has given figures", ha="center")
+        figure.text(0.5, 0.5, "no engine has figures", ha="center")
     unit, size = ("GiB", GIB) if max((row.peak_bytes or 0 for row in shown), default=0) >= GIB else ("MiB", MIB)
     labelled = {}
     for column, shape in enumerate(shapes):
@@ -39,7 +39,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 if row.engine == engine or not row.swapped
             )
             swapped, milliseconds, peaks = zip(*points, strict=True)
-            # The first is drawn broad and pale, so that what lies on it can be seen.
+            # The first line is broad and pale, so that lines on top of it stay visible.
             style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
             style |= {"linewidth": 1.3} if i else {"linewidth": 7.0, "alpha": 0.4, "markersize": 11}
             (labelled[engine],) = time.plot(swapped, milliseconds, **style)

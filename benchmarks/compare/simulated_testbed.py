@@ -1,6 +1,6 @@
-"""A device that does not exist: forwards are real, on the host, and the engine's simulation times their copies.
+"""A simulated device: forwards run on the host, and the engine's simulation times their copies.
 
-What is computed is a corner of the video: it meets every weight, and durations follow from the whole video's size.
+The forwards compute a corner of the video, which uses every weight; durations follow from the whole video's size.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .testbed import Figures, Shape, denoise
 TEXT_TOKENS = 512
 
 FRAMES, ROWS, COLUMNS = 1, 4, 4
-"""Of the latents that are computed at most: four tokens."""
+"""Size of the computed corner of the latents: four tokens."""
 WORDS = 4
-"""Text tokens that are computed."""
+"""Number of computed text tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +49,8 @@ class SimulatedCard:
 
 
 def block_flops(preset: Preset, shape: Shape) -> float:
-    """Floating-point operations of a Wan block's forward at batch 1: two for each weight and token that meets it
-    (cross-attention's keys and values meet the text), and four for each channel of each pair in the two attentions.
+    """Floating-point operations of a Wan block's forward at batch 1: two for each weight and token that uses it (the
+    keys and values of cross-attention use the text), and four for each channel of each pair in the two attentions.
     """
     width, height, frames = shape
     tokens = ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)
@@ -60,7 +60,7 @@ def block_flops(preset: Preset, shape: Shape) -> float:
 
 
 def corner(inputs: Inputs) -> Inputs:
-    """A small part of the video and the beginnings of the texts: processors without bf16 take long over the whole."""
+    """A corner of the video and the first words of the texts: the whole takes long on processors without bf16."""
     texts = (inputs.positive, inputs.negative)
     return Inputs(inputs.latents[..., :FRAMES, :ROWS, :COLUMNS], *(text[:, :WORDS] for text in texts))
 
@@ -70,8 +70,8 @@ class SimulatedTestbed:
 
     Args:
         preset: The model's dimensions, which give the duration of a block.
-        warmup: Steps before the first that counts; at least as many as times need to repeat.
-        card: What is simulated.
+        warmup: Steps before the timed ones; raised to the number after which times repeat.
+        card: The simulated card.
     """
 
     clock = "virtual"
@@ -108,7 +108,7 @@ class SimulatedTestbed:
 
     def measure(self, engine: Engine, model: nn.Module, shape: Shape, inputs: Inputs, *, steps: int) -> Figures:
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # those of a small model wait for one another, most of all on a busy machine
+        torch.set_num_threads(1)  # more threads wait for each other in a small model, most of all on a busy machine
         try:
             return self._measure(engine, model, shape, inputs, steps)
         finally:
@@ -153,7 +153,7 @@ class SimulatedTestbed:
         return SimulatedStreams(hardware, count=streams)
 
     def _wait_for_pageable(self, module: nn.Module) -> int:
-        """A copy that compute waits for; returns its bytes."""
+        """Adds a copy that compute waits for; returns its bytes."""
         nbytes = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
         self._streams.compute_stream.now_ms += nbytes / self.card.pageable_bytes_per_s * 1e3
         return nbytes
@@ -165,5 +165,5 @@ class SimulatedTestbed:
         return compute
 
     def _moved_so_far(self) -> Moved:
-        self._worker.stop()  # ends what has been asked of it, however late it is
+        self._worker.stop()  # finishes all jobs, also late ones
         return Moved(self._moved.to_device + self._streams.copied_bytes, self._moved.to_host)

@@ -15,21 +15,21 @@ COLUMNS = (
 
 
 def markdown(rows: Sequence[Row], *, link_bytes_per_s: float) -> str:
-    """A table for each shape, engines in the order of the rows, and what the columns are."""
+    """A table for each shape, engines in the order of the rows, with an explanation of the columns."""
     shapes = dict.fromkeys(row.shape for row in rows)
     tables = [_table(shape, [row for row in rows if row.shape == shape]) for shape in shapes]
     clocks = ", ".join(sorted({row.clock for row in rows if row.clock}))
     versions = dict.fromkeys(row.versions for row in rows if row.versions)
     words = [
-        f"- step: median, by the device's clock ({clocks or 'none'}), the host free to run ahead; waited for: by the "
-        "host's clock, the host waiting at the end of each",
-        "- over bound: step over the longer of the resident model's step and of the swapped blocks' bytes over the "
-        f"link, {link_bytes_per_s / 1e9:.2f} GB/s; over resident: step over the resident model's",
-        "- peak: device memory allocated at most (on a simulated device that of weights and slots alone); weights: of "
-        "it, less what the resident model's step takes above its own; reserved: what torch's allocator held at most; "
-        "driver: what the driver counts, less what it did before the model was built",
-        "- host: by how much the host's available memory had shrunk; page-locked: of it, by torch's allocator and by "
-        "the engine; to device, back: copied in one step",
+        f"- step: median duration by the device's clock ({clocks or 'none'}), while the host may run ahead; waited "
+        "for: median by the host's clock, where the host waits at the end of each step",
+        "- over bound: step divided by the bound, the longer of the resident model's step and the time to copy the "
+        f"swapped blocks at {link_bytes_per_s / 1e9:.2f} GB/s; over resident: step divided by the resident model's",
+        "- peak: most device memory allocated (on a simulated device, weights and slots only); weights: peak minus "
+        "what the resident model's step takes above its weights; reserved: most device memory held by torch's "
+        "allocator; driver: device memory by the driver's count, minus what was in use before the model was built",
+        "- host: decrease of the host's available memory; page-locked: host memory locked by torch's allocator and by "
+        "the engine; to device, back: bytes copied in one step",
         *([f"- versions: {', '.join(versions)}"] if versions else []),
     ]
     return "\n".join([*tables, *words]) + "\n"

@@ -1,4 +1,4 @@
-"""Where an engine is measured, what is measured there, and the steps that are taken."""
+"""Where an engine is measured, the figures, and the steps."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ Shape = tuple[int, int, int]
 
 @dataclass(slots=True, kw_only=True)
 class Figures:
-    """What the steps of one engine at one shape took; None where it cannot be told.
+    """Figures of the steps of one engine at one shape; None if unknown.
 
     Attributes:
-        latents: What came out of the steps, on the host.
-        step_ms: Median duration of a step by the device's clock, the host free to run ahead.
-        wall_ms: Median duration of a step by the host's clock, the host waiting at the end of each.
+        latents: Result of the steps, on the host.
+        step_ms: Median duration of a step by the device's clock, while the host may run ahead.
+        wall_ms: Median duration of a step by the host's clock, where the host waits at the end of each.
         held_bytes: Device memory allocated before the steps.
-        peak_bytes: The most that was allocated in them.
-        reserved_bytes: The most that torch's allocator held of the device in them.
-        driver_bytes: Device memory in use by the driver's account, less what was before the model was built.
-        host_bytes: By how much the host's available memory had shrunk.
-        pinned_bytes: Host memory that was page-locked.
+        peak_bytes: Most device memory allocated during the steps.
+        reserved_bytes: Most device memory held by torch's allocator during the steps.
+        driver_bytes: Device memory by the driver's count, minus what was in use before the model was built.
+        host_bytes: Decrease of the host's available memory.
+        pinned_bytes: Page-locked host memory.
         moved: Bytes copied in one step.
     """
 
@@ -50,14 +50,14 @@ class Figures:
 
 
 class Testbed(Protocol):
-    """One device, as engines and their measurement need it."""
+    """One device, for engines and their measurement."""
 
     device: torch.device
     clock: str
-    """Whose milliseconds `step_ms` are: of the device's `events`, of the host's clock (`wall`), or `virtual`."""
+    """Clock of `step_ms`: the device's `events`, the host's clock (`wall`), or `virtual`."""
 
     def backend(self, *, overlap: bool) -> Backend:
-        """For a session of ours whose copies do or do not have streams of their own."""
+        """The backend of a session of ours, with or without copy streams."""
 
     def place(self, module: nn.Module) -> None:
         """Moves a module to the device, as `module.to(device)` does."""
@@ -66,10 +66,10 @@ class Testbed(Protocol):
         """Moves a module to ordinary host memory, as `module.to("cpu")` does."""
 
     def time_blocks(self, blocks: Sequence[nn.Module]) -> None:
-        """Blocks that no session of ours runs take their time as well."""
+        """Adds the compute time of blocks that no session of ours runs."""
 
     def measure(self, engine: Engine, model: nn.Module, shape: Shape, inputs: Inputs, *, steps: int) -> Figures:
-        """Takes `steps` steps, after some that warm up."""
+        """Runs `steps` steps after some that warm up."""
 
 
 def denoise(
@@ -84,10 +84,10 @@ def denoise(
 
     Args:
         model: The transformer.
-        inputs: What to start from; of the texts the positive one is used.
+        inputs: Latents to start from, and texts, of which the positive one is used.
         steps: Number of steps.
-        forward: What each forward is wrapped in.
-        around: What each step is wrapped in.
+        forward: Context of each forward.
+        around: Context of each step.
     """
     latents = inputs.latents
     with torch.inference_mode():

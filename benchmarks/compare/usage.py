@@ -1,4 +1,4 @@
-"""What a process takes of device and host, by accounts that hold for every engine."""
+"""Device and host memory of a process, counted in the same way for every engine."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from wanvideo_enhanced_blockswap.hardware.monitor import VRAM_USED_BYTES, open_r
 
 TO_DEVICE = ("HtoD", "HostToDevice")
 TO_HOST = ("DtoH", "DeviceToHost")
-"""Parts of the names that torch's profiler gives to copies, on CUDA and on HIP."""
+"""Parts of the names of copies in torch's profiler, on CUDA and on HIP."""
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
-"""Categories of what runs on the device."""
+"""Categories of events on the device."""
 
 
 class Usage:
-    """Device memory by the driver's account, and the host's available memory, less what they were at the begin.
+    """Changes of device memory, by the driver's count, and of the host's available memory since this was made.
 
     Args:
-        device: Whose memory.
+        device: The device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -35,12 +35,12 @@ class Usage:
         self._host_before = read_host_memory().available_bytes
 
     def device_bytes(self) -> int | None:
-        """Device memory taken since, by whomever; None where the driver does not tell."""
+        """Device memory taken since, counting all processes; None if the driver does not report it."""
         now = self._device_used()
         return None if now is None or self._device_before is None else now - self._device_before
 
     def host_bytes(self) -> int:
-        """Host memory taken since, by whomever."""
+        """Host memory taken since, counting all processes."""
         return self._host_before - read_host_memory().available_bytes
 
     def _device_used(self) -> int | None:
@@ -50,7 +50,7 @@ class Usage:
 
 
 def pinned_by_torch(device: torch.device) -> int:
-    """Host memory that torch's own allocator has page-locked, as it rounds it up."""
+    """Host memory that torch's own allocator has page-locked, as rounded up by it."""
     if device.type != "cuda":
         return 0
     return int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
@@ -58,8 +58,8 @@ def pinned_by_torch(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def copied_in(meter: DeviceMeter) -> Iterator[Callable[[], Moved | None]]:
-    """Counts what is copied inside: on CUDA and HIP all of it, in whichever thread, as the profiler sees it on the
-    device; elsewhere, and where torch was built without that, as the device or torch's dispatcher counts.
+    """Counts the bytes copied in the body: on CUDA and HIP all copies of all threads, by torch's profiler; elsewhere,
+    or if torch was built without it, by the device or torch's dispatcher.
     """
     activity = torch.profiler.ProfilerActivity.CUDA
     if meter.device.type != "cuda" or activity not in torch.profiler.supported_activities():
@@ -77,9 +77,7 @@ def copied_in(meter: DeviceMeter) -> Iterator[Callable[[], Moved | None]]:
 
 
 def copies(events: Sequence[dict[str, Any]]) -> Moved | None:
-    """Bytes of the copies among the events of a Chrome trace, as torch's profiler writes them; None where it has seen
-    nothing of the device at all.
-    """
+    """Bytes of the copies in a Chrome trace of torch's profiler; None if it has no event of the device."""
     if not any(event.get("cat") in ON_DEVICE for event in events):
         return None
     moved = Moved()

@@ -1,4 +1,4 @@
-"""The process of one engine: runs it at every shape, and writes a row for each as soon as it has it.
+"""The process of one engine: runs it at every shape, and writes each row at once.
 
 python -m benchmarks.compare.worker TASK.json
 """
@@ -29,8 +29,8 @@ ROWS = "rows.jsonl"
 
 def read_task(path: Path) -> Task:
     """A task as `write_task` has written it."""
-    told = json.loads(path.read_text(encoding="utf-8"))
-    return Task(**{**told, "shapes": tuple(told["shapes"])})
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return Task(**{**stored, "shapes": tuple(stored["shapes"])})
 
 
 def write_task(task: Task, path: Path) -> None:
@@ -39,7 +39,7 @@ def write_task(task: Task, path: Path) -> None:
 
 
 def run(task: Task) -> Iterator[Row]:
-    """A row for each shape, as soon as it is known."""
+    """A row for each shape, one after the other."""
     device = choose_device(task.device)
     testbed: Testbed = (
         SimulatedTestbed(task.preset, warmup=task.warmup)
@@ -92,7 +92,7 @@ def _row(task: Task, shape: str, engine: Engine, testbed: Testbed, figures: Figu
 
 
 def _compare(latents: torch.Tensor, reference: Path, engine: str) -> str:
-    """How the latents differ from those of the first engine that came so far, which are kept."""
+    """How the latents differ from those of the first engine, which are stored."""
     if not reference.exists():
         torch.save(latents, reference)
         return REFERENCE if engine == RESIDENT else FIRST

@@ -1,4 +1,4 @@
-"""What a ComfyUI with this package and the wrapper tells its front end."""
+"""The answers of a ComfyUI with this package and the wrapper to its front end."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def definition(name: str) -> dict[str, Any]:
 
 
 def translations() -> dict[str, Any]:
-    """The texts of locales/ by language: main.json, and beside its entries one for each of the other files."""
+    """The texts of locales/ by language: the entries of main.json, and one entry for each of the other files."""
     languages: dict[str, Any] = {}
     for folder in sorted(LOCALES.iterdir()):
         texts = json.loads(main.read_bytes()) if (main := folder / "main.json").exists() else {}

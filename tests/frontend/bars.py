@@ -85,7 +85,7 @@ class Shown:
         role: What it takes the panel for.
         is_shown: It is on the page, and visible.
         width: Of the bar, in pixels of the screen.
-        parts: Where each part of the bar begins and how wide it is, from 0 to 1.
+        parts: Start and width of each part of the bar, from 0 to 1.
         legend: Each part's word and size.
         lines: The sentences.
         progress: Of placing the weights, as in CSS; None where no progress is shown.

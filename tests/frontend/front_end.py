@@ -49,7 +49,7 @@ WHERE = """id => {
 """What a node covers of the page."""
 
 PATIENCE_S = 30
-"""How long a condition may take to become true: a page of its own starts in 2 to 4 seconds, and machines are busy."""
+"""How long a condition may take to become true: a page starts in 2 to 4 seconds on an idle machine."""
 
 VERSIONS, RENDERERS, LANGUAGES = ("pinned", "newest"), ("canvas", "vue"), ("en", "zh")
 
@@ -132,7 +132,7 @@ def opened(chromium: Browser, variant: Variant) -> Iterator[FrontEnd]:
 
 
 class FrontEnd:
-    """A page, and the server behind it.
+    """A page and its server.
 
     Attributes:
         page: Playwright's, for what is not here.

@@ -1,4 +1,4 @@
-"""Runs that nobody has made: the progress that Python would tell of one on a card that is named, for the pictures."""
+"""Simulated runs for the pictures: the progress that Python would send of a run on a given card."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Case:
     """What is run, and where.
 
     Attributes:
-        card: Its name, as the driver tells it.
+        card: Its name, as the driver gives it.
         vram_gib: Its memory.
         rates: The known GPU whose assumed rates it is given.
         model: One of the functions below gives it.
@@ -101,7 +101,7 @@ def _quantised(name: str, shape: tuple[int, ...]) -> TensorInfo:
 
 
 def _lora(shapes: Shapes) -> dict[str, TensorInfo]:
-    """Beside each matrix of a block, one from its inputs and one to its outputs, in bf16."""
+    """For each matrix of a block, one from its inputs and one to its outputs, in bf16."""
     found = {}
     for name, shape in shapes.items():
         if _is_matrix(name, shape):

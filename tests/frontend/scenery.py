@@ -1,4 +1,4 @@
-"""What stands for the user's own images in the pictures: hills under a low sun, computed."""
+"""Replaces the user's images in the pictures: computed hills under a low sun."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SKIES = {
 """Colour above, colour at the horizon, colour of the sun, and its place."""
 
 RIDGES = ((0.56, 0.050, 3.0, 0.3), (0.66, 0.045, 5.0, 1.9), (0.80, 0.060, 2.2, 4.1))
-"""Of each row of hills, from far to near: height of its foot, of its tops, number of tops, and where they begin."""
+"""For each row of hills, from far to near: height of its foot, height of its tops, number of tops, and their start."""
 
 FOREGROUND = np.array((0.03, 0.07, 0.09))
 

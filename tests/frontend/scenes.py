@@ -1,4 +1,4 @@
-"""The thumbnails of the examples: which of their nodes are in the picture, where, and what they have been told."""
+"""The thumbnails of the examples: the nodes in each picture, their places, and their progress."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Part:
         place: Left, top and width of the node with its title, in units of the graph; the picture's corner is 0, 0.
         height: The least that it is given; 0 leaves it to the front end.
         number: Which of the nodes of this type, in the order of their ids.
-        progress: What a swap node has been told.
+        progress: The last event of a swap node.
         text: What a node that previews text has been given.
         image: What a node that loads an image shows.
     """
@@ -43,7 +43,7 @@ class Scene:
     """A thumbnail.
 
     Attributes:
-        example: The number that the file's name begins with.
+        example: The number at the start of the file's name.
         parts: Its nodes, those above others last.
         side: Of the square, in units of the graph.
     """

@@ -281,7 +281,7 @@ def test_a_run_of_the_workflow_behind_is_shown_there_and_not_here(ui: FrontEnd) 
 def test_another_language_is_spoken_at_once(ui: FrontEnd) -> None:
     texts = json.loads((Path(__file__).parent / "sentences.json").read_text(encoding="utf-8"))
     node = ui.add(NODE)
-    ui.load(ui.serialize())  # the front end opens the workflow anew, as it was last told of it
+    ui.load(ui.serialize())  # the front end opens the workflow again, as last stored
     send(ui, node, SAMPLING)
     try:
         for language in ("zh", "en"):

@@ -1,4 +1,4 @@
-"""The harness: what the tests beside it rely on."""
+"""The harness: what the other tests of this folder rely on."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def pair(key: str, kind: int, value: bytes) -> bytes:
 
 
 def unsigned(value: int, bits: int) -> bytes:
-    """Whatever number, wrapped into so many bits."""
+    """Any number, wrapped into this many bits."""
     return (value % 2**bits).to_bytes(bits // 8, "little")
 
 

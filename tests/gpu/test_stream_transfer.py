@@ -168,7 +168,7 @@ def test_in_steady_state_nothing_is_allocated_and_the_host_waits_for_nothing(
             enter_all()
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_stats(device)["allocation.all.allocated"]
-        monkeypatch.setattr(torch.cuda.Event, "synchronize", None)  # whoever calls it fails
+        monkeypatch.setattr(torch.cuda.Event, "synchronize", None)  # every call fails
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(5):

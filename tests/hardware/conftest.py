@@ -26,7 +26,7 @@ def install_amdsmi(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]
 
 @pytest.fixture
 def no_amdsmi(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No amdsmi installed, whatever this machine has."""
+    """Hides an installed amdsmi."""
     monkeypatch.setitem(sys.modules, "amdsmi", None)
 
 

@@ -115,7 +115,7 @@ def write_files(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def look_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """The folder stands where the host's functions look without being told."""
+    """The folder is where the host's functions look by default."""
     for function in (read_host_memory, read_platform):
         monkeypatch.setitem(function.__kwdefaults__, "root", folder)
 

@@ -44,7 +44,7 @@ class Card:
         units: multiprocessors; of a Radeon half its compute units, which HIP counts in pairs.
         serial: the first part of its UUID.
         domain, bus: of its PCI address.
-        tells_identity: this torch tells UUID and PCI address.
+        tells_identity: this torch gives UUID and PCI address.
         is_integrated: None where this torch does not say.
         architecture: gcnArchName, which only a torch for HIP has.
         link: generation and lanes now, and at most.
@@ -222,7 +222,7 @@ def h100(**changes: Any) -> Card:
 
 
 def holder(name: str, total: float) -> Card:
-    """A GPU in MIG mode: NVML shows it, and forbids most questions about it."""
+    """A GPU in MIG mode: NVML lists it, but refuses most queries."""
     forbidden = dict.fromkeys(
         ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetUtilizationRates"), NVMLError_NoPermission("Insufficient Permissions")
     )
@@ -230,7 +230,7 @@ def holder(name: str, total: float) -> Card:
 
 
 def instance(name: str, total: float, free: float, units: int) -> Card:
-    """A MIG instance: it has a UUID of its own and the address of the GPU that holds it."""
+    """A MIG instance: it has its own UUID, and the address of its GPU."""
     return Card(
         name=name,
         total=gib(total),
@@ -542,7 +542,7 @@ ONE_MEMORY = (
         ),
     ),
     Machine(
-        label="Strix Halo 128GB, Linux, 96 GiB set aside",  # sysfs alone could tell what others use of it
+        label="Strix Halo 128GB, Linux, 96 GiB set aside",  # only sysfs shows what other programs use
         host=linux(30.9, 26),
         hip="7.13",
         cards=(strix_halo(total=gib(96), free=gib(95.2), sysfs=radeon_files(96, 0.8, gtt=15.4)),),
@@ -625,7 +625,7 @@ AMD = (
         warnings=1,
     ),
     Machine(
-        label="RX 7900 XTX 24GB, Windows",  # the card was nearly full when HIP told this
+        label="RX 7900 XTX 24GB, Windows",  # the card was nearly full at this reading of HIP
         host=windows(63.9, 50),
         hip="6.4",
         cards=(rx_7900_xtx(total=24560 * MIB, free=24410 * MIB),),
@@ -726,7 +726,7 @@ TWO_CARDS = (
         link=RADEON_LINUX,
     ),
     Machine(
-        label="RX 6800 and 7900 XTX, HIP_VISIBLE_DEVICES=1,0, free memory told wrong",  # amdsmi tells the right card's
+        label="RX 6800 and 7900 XTX, HIP_VISIBLE_DEVICES=1,0, free memory told wrong",  # amdsmi reads the right card
         host=linux(62.7, 55),
         hip="6.4",
         cards=(
@@ -740,7 +740,7 @@ TWO_CARDS = (
         warnings=1,
     ),
     Machine(
-        label="two RTX 3080, torch without UUID and PCI address",  # nothing tells which of the two is meant
+        label="two RTX 3080, torch without UUID and PCI address",  # nothing shows which of the two it is
         host=linux(62.7, 55),
         cards=(rtx_3080(tells_identity=False), rtx_3080(serial=2, tells_identity=False)),
         visible=(0, 1),
@@ -771,7 +771,7 @@ ODD = (
         link=PCIE4_X16,
     ),
     Machine(
-        label="RTX 3060 12GB, RLIMIT_MEMLOCK of 64 KiB",  # drivers do not obey it
+        label="RTX 3060 12GB, RLIMIT_MEMLOCK of 64 KiB",  # drivers ignore it
         host=linux(62.7, 55, memlock=64 * 1024),
         cards=(rtx_3060(),),
         link=PCIE4_X16,

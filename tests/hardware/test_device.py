@@ -1,4 +1,4 @@
-"""What torch alone tells of a device, above all whether it shares the host's memory."""
+"""What torch alone knows of a device, above all whether it shares the host's memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of ours are written whole or not at all, and replace whatever stands in their place."""
+"""Files of ours are written whole or not at all, and replace any file of the same name."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def measure_pinned(monkeypatch):
 
 @pytest.fixture
 def cached(tmp_path):
-    """A first measurement of the CPU, made to stand out, and the file that keeps it."""
+    """A first measurement of the CPU with a conspicuous figure, and its cache file."""
     measure_link(CPU, nbytes=NBYTES, cache_dir=tmp_path)
     (path,) = tmp_path.iterdir()
     record = json.loads(path.read_text())

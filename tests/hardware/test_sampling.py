@@ -79,7 +79,7 @@ class Table:
 
 
 def sampled(table):
-    """What a sampler makes of a whole table."""
+    """The samples of a whole table."""
     with Sampler(CPU, interval_s=SOON_S, open_readings=table.open) as sampler:
         assert table.done.wait(PATIENCE_S)
     return sampler.samples()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # beside this file are the machines, above it the model files
+sys.path.append(str(Path(__file__).parents[1]))  # this folder has the machines, the one above it the model files
 
 from machine_table import GOLDEN, models, plans, readings_of, table
 from machines import MACHINES

@@ -26,7 +26,7 @@ def ask(address: str) -> Any:
 
 
 def trimmed(value: Any) -> Any:
-    """The same without tooltips, at any depth: dynamic combos hold inputs of their own."""
+    """The same without tooltips, at any depth: dynamic combos contain inputs."""
     if isinstance(value, dict):
         return {key: trimmed(inner) for key, inner in value.items() if key != "tooltip"}
     return [trimmed(inner) for inner in value] if isinstance(value, list) else value

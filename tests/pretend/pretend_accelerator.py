@@ -88,7 +88,7 @@ class PretendHpu(types.ModuleType):
         return contextlib.nullcontext()
 
     def synchronize(self, device: object = None) -> None:
-        """Returns at once: every operator and copy has finished when its call returns."""
+        """Does nothing: every operator and copy has finished when its call returns."""
 
     def memory_allocated(self, device: object = None) -> int:
         """Bytes in use, each allocation rounded up to 512 as torch's CUDA allocator does."""
@@ -163,7 +163,7 @@ def _load_library() -> types.ModuleType:
 
 
 def _build_library(name: str, library: Path) -> types.ModuleType:
-    """Builds in a folder of its own and moves the result to `library` when it is whole."""
+    """Builds in a temporary folder and moves the finished result to `library`."""
     path = os.environ.get("PATH", "")
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         os.environ["PATH"] = f"{_ninja_folder()}{os.pathsep}{path}"

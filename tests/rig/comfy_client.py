@@ -79,7 +79,7 @@ class Comfy:
 
 @contextlib.contextmanager
 def started(python: str, comfyui: Path, scratch: Path) -> Iterator[Comfy]:
-    """ComfyUI in a process of its own for as long as this lasts.
+    """Runs ComfyUI in its own process during the body.
 
     Args:
         python: An interpreter with ComfyUI's and the wrapper's requirements.

@@ -86,7 +86,7 @@ def load_wrapper(comfyui: Path) -> None:
 
 
 class _Overlay(types.ModuleType):
-    """A module with some names of its own, which otherwise is `below`."""
+    """A module with some names replaced, otherwise the same as `below`."""
 
     def __init__(self, name: str, below: types.ModuleType, **own: Any) -> None:
         super().__init__(name)

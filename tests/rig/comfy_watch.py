@@ -87,7 +87,7 @@ def watched(transformers: Sequence[nn.Module], fault: Mapping[str, Any] | None) 
 
     Args:
         transformers: In the order in which they are used.
-        fault: `{"kind": one of FAULTS, "at": n}`: what strikes when the n-th block is come to.
+        fault: `{"kind": one of FAULTS, "at": n}`: the fault that is raised at the n-th block.
     """
     found: dict[str, Any] = {"before_bytes": torch.hpu.memory_allocated()}
     watch, handles = Watch(transformers, fault), []
@@ -114,7 +114,7 @@ def watched(transformers: Sequence[nn.Module], fault: Mapping[str, Any] | None) 
 
 @contextlib.contextmanager
 def _told_of_blocks(block_begins: Callable[[], None]) -> Iterator[None]:
-    """The wrapper's loop asks ComfyUI before each block whether it shall go on."""
+    """The wrapper's loop checks ComfyUI's interrupt before each block."""
     original = management.throw_exception_if_processing_interrupted
 
     def ask() -> None:
@@ -154,7 +154,7 @@ FAULTS: dict[str, Callable[[nn.Module], None]] = {
 
 
 def standing(transformers: Sequence[nn.Module]) -> dict[str, Any]:
-    """How memory and transformers stand when nothing runs."""
+    """State of memory and transformers while nothing runs."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what glibc keeps for later is not in use

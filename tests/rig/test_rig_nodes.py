@@ -19,7 +19,7 @@ LIMIT_BYTES = 150 << 20
     scope="module", params=["bf16", "fp8_scaled", "gguf", "lora_merged", "lora_unmerged_large", "vace_fp8_scaled"]
 )
 def told(request: pytest.FixtureRequest, comfy: Comfy) -> SimpleNamespace:
-    """A run with automatic tuning, and the texts of the nodes before and behind it."""
+    """A run with automatic tuning, and the texts of the nodes before and after it."""
     run = comfy.run(VARIANTS[request.param], swap=ours(None), limit_bytes=LIMIT_BYTES, texts=True)
     assert not hasattr(run, "error"), run.error
     (run.plan,) = run.plans.values()
@@ -29,7 +29,7 @@ def told(request: pytest.FixtureRequest, comfy: Comfy) -> SimpleNamespace:
 
 def test_the_plan_node_announces_what_is_then_swapped(told: SimpleNamespace) -> None:
     announced = re.search(r"(\d+) stream through", told.plan_text)
-    # A block more or less: strengths and counters of a LoRA are made when the sampler begins.
+    # One block of tolerance: strengths and counters of a LoRA are made when the sampler starts.
     assert int(announced[1] if announced else 0) == pytest.approx(told.swapped, abs=1)
 
 

@@ -18,7 +18,7 @@ IN_THE_MIDDLE = BLOCKS + HALF
 """Of the second forward, counted in blocks."""
 
 FAILURES = {"interrupt": "InterruptProcessingException", "error": "RuntimeError"}
-"""What strikes, and the exception that the user sees."""
+"""Each fault, with the exception that the user sees."""
 
 Sequence = dict[str, list[SimpleNamespace]]
 

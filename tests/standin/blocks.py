@@ -118,7 +118,7 @@ class WanAttentionBlock(nn.Module):
 
 
 class VaceWanAttentionBlock(WanAttentionBlock):
-    """Makes a hint for one of the model's blocks. The first has a projection before it, each has one behind it."""
+    """Makes a hint for one of the model's blocks. The first has a projection before it, each has one after it."""
 
     def __init__(self, dim: int, ffn_dim: int, heads: int, *, block_id: int) -> None:
         super().__init__(dim, ffn_dim, heads)
@@ -132,7 +132,7 @@ class VaceWanAttentionBlock(WanAttentionBlock):
 
 
 class BaseWanAttentionBlock(WanAttentionBlock):
-    """A block beside VACE ones; `block_id` says which hint is its own."""
+    """A block of a model with VACE blocks; `block_id` is the index of its hint."""
 
     def __init__(self, dim: int, ffn_dim: int, heads: int, *, block_id: int | None, block_idx: int) -> None:
         super().__init__(dim, ffn_dim, heads, block_idx=block_idx)

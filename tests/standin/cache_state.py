@@ -12,7 +12,7 @@ RATIO, MOST_ERROR = 0.98, 0.05
 """MagCache: how much a residual is expected to shrink in a step, and how far what is left out may add up."""
 
 LEAST_CHANGE = 0.265
-"""EasyCache: of the input since the blocks ran, beside their output; below it they are left out."""
+"""EasyCache: change of the input since the blocks ran, relative to their output; below it they are skipped."""
 
 
 class CacheState:
@@ -36,7 +36,7 @@ class CacheState:
 
 
 def choose_cache(model: Any, cache: str | None) -> None:
-    """A run begins, with this step cache or with none."""
+    """A run starts, with this step cache or without one."""
     for name in CACHES:
         setattr(model, f"enable_{name}", name == cache)
 

@@ -26,7 +26,7 @@ class Checkpoint:
     reader: GGUFReader | None = None
 
     def read(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Tensors of their own at every call."""
+        """New tensors at every call."""
         return {name: tensor.clone().to(device) for name, tensor in self.tensors.items()}
 
 

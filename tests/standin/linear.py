@@ -13,7 +13,7 @@ from .gguf import GGUFParameter, unpack
 
 
 class Linear(nn.Linear):
-    """Computes in its input's type, whatever type its weight is stored in: what autocast does for fp8 weights."""
+    """Computes in its input's type, independent of the type of its weight, as autocast does for fp8 weights."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -21,7 +21,7 @@ class Linear(nn.Linear):
 
 
 class PatchedLinear(nn.Linear):
-    """Applies what the file or the user puts beside a weight. LoRA deltas, strengths and the step are buffers."""
+    """Applies scales and LoRAs to a weight. LoRA deltas, strengths and the step are buffers."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ def replace_linear(
 
 
 def set_lora_params(transformer: nn.Module, patches: Mapping[str, Sequence[tuple[Any, Any]]]) -> None:
-    """Puts LoRAs beside the weights they are for, on the device where each weight is now."""
+    """Adds LoRAs to the layers of their weights, on the device of each weight."""
     remove_lora_from_module(transformer)
     for name, module in list(transformer.named_modules()):
         found = patches.get(f"diffusion_model.{name.replace('_orig_mod.', '')}.weight", ())

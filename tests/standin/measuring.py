@@ -32,7 +32,7 @@ def measured(device: torch.device | str) -> Iterator[SimpleNamespace]:
 def unswapped(variant: str | Variant, device: torch.device | str) -> SimpleNamespace:
     """Latents and costs of a run without swapping and without compiling, offloaded at the end; found once.
 
-    `second` has the latents of the run behind it, which are the same unless a LoRA has come.
+    `second` has the latents of the next run, which are the same unless a LoRA was added.
     """
     variant = VARIANTS[variant] if isinstance(variant, str) else variant
     return _unswapped(replace(variant, compiles=None, force_offload=True), str(device))
@@ -55,7 +55,7 @@ def places(module: nn.Module) -> set[str]:
 
 
 def at_forwards(transformer: nn.Module, look: Callable[[Any], Any]) -> list[Any]:
-    """A list that gets what `look(transformer)` finds when a forward begins."""
+    """A list that receives the result of `look(transformer)` at the start of each forward."""
     seen: list[Any] = []
     transformer.register_forward_pre_hook(lambda module, arguments: seen.append(look(module)))
     return seen

@@ -27,7 +27,7 @@ def multitalk_loop(
     force_offload: bool,
     **others: Any,
 ) -> tuple[torch.Tensor]:
-    """The clips behind one another; each begins with the last frame of the one before."""
+    """The clips one after the other; each starts with the last frame of the one before."""
     clips: list[torch.Tensor] = []
     offloaded = False
     for _ in range(request.clips):

@@ -1,4 +1,4 @@
-"""The loader node, and `load_weights`, which fills the transformer at the begin of every run."""
+"""The loader node, and `load_weights`, which fills the transformer at the start of every run."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ class WanVideoModelLoader:
 
 
 def _build(sd: Mapping[str, torch.Tensor], device: torch.device, base_dtype: torch.dtype) -> WanModel:
-    """The architecture that the names and shapes tell; parameters on meta, buffers not."""
+    """The architecture that follows from names and shapes; parameters on meta, buffers not."""
 
     def numbers(pattern: str) -> list[int]:
         return sorted({int(found[1]) for found in (re.match(pattern, name) for name in sd) if found})
@@ -228,7 +228,7 @@ class WanVideoSetBlockSwap:
 
 
 class WanVideoSetLoRAs:
-    """LoRAs beside the weights of a model that is loaded already."""
+    """Adds LoRAs to a model that is loaded already."""
 
     def setlora(self, model: ModelPatcher, lora: Sequence[dict[str, Any]]) -> tuple[ModelPatcher]:
         patcher = model.clone()

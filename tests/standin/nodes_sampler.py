@@ -155,7 +155,7 @@ def _predictor(
     *,
     force_offload: bool,
 ) -> Callable[..., torch.Tensor]:
-    """Guided prediction for a latent at a step; window `key` has cache entries of its own."""
+    """Guided prediction for a latent at a step; window `key` has its own cache entries."""
     positive, negative = given.pop("positive"), given.pop("negative")
     cache: dict[tuple[Any, bool], int | None] = {}
 

@@ -31,7 +31,7 @@ class LoRAAdapter:
 
 
 class ModelPatcher:
-    """A model with options and patches of its own; clones share the model."""
+    """A model with its own options and patches; clones share the model."""
 
     def __init__(self, model: WanVideoModel) -> None:
         self.model = model
@@ -39,7 +39,7 @@ class ModelPatcher:
         self.patches: dict[str, list[tuple[Any, LoRAAdapter]]] = {}
 
     def clone(self) -> ModelPatcher:
-        """Containers are copied as plain ones, whatever their class was."""
+        """Containers of any class are copied as plain ones."""
         clone = ModelPatcher(self.model)
         clone.model_options = _copied(self.model_options)
         clone.patches = {key: list(patches) for key, patches in self.patches.items()}

@@ -1,4 +1,4 @@
-"""Begin and end of a run, and what nodes share: setting one tensor, taking swap arguments, compiling."""
+"""Start and end of a run, and what nodes share: setting one tensor, taking swap arguments, compiling."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def offload_transformer(transformer: Any, remove_lora: bool = True) -> None:
 
 
 def init_blockswap(transformer: Any, block_swap_args: dict[str, Any] | None, model: Any) -> None:
-    """The run begins: unpatched models are placed; load_weights has placed the others."""
+    """The run starts: unpatched models are placed; load_weights has placed the others."""
     if transformer.patched_linear:
         return
     device = mm.get_torch_device()
@@ -74,7 +74,7 @@ def take_swap_args(transformer: Any, block_swap_args: dict[str, Any] | None) -> 
 
 
 def compile_model(transformer: Any, compile_args: dict[str, Any] | None) -> Any:
-    """Wraps each block, or the whole model, anew."""
+    """Wraps each block, or the whole model, again."""
     if compile_args is None:
         return transformer
     options = {key: compile_args[key] for key in ("backend", "mode")}

@@ -20,7 +20,7 @@ class Variant:
         load_device: `offload_device`, or `main_device`: the state dict itself is on the device.
         lora: `merged` or `unmerged` by the loader, `set` on the loaded model, or `set_at_times`: in every second run.
         lora_strength: A number, or one a step (which the wrapper heeds for `set` alone).
-        vace_in_module: VACE comes in a file of its own.
+        vace_in_module: VACE comes in a separate file.
         has_vram_management: The loader gets vram_management_args.
         compiles: `blocks`, or `model`: as a whole.
         experts: Transformers that follow one another, each for its share of the steps.

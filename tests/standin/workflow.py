@@ -207,7 +207,7 @@ def _failing(transformer: Any, fault: Fault | None) -> Iterator[None]:
             raise fault.error(f"block {fault.block} fails")
 
     def watch(model: Any, arguments: object) -> None:
-        """The block as it stands now: compiling has wrapped it since the run began."""
+        """The block as it is now: compiling has wrapped it since the run started."""
         while len(handles) > 1:
             handles.pop().remove()
         handles.append(model.blocks[fault.block].register_forward_pre_hook(fail))

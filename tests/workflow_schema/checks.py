@@ -132,7 +132,7 @@ def reach_problems(workflow: Workflow, definitions: Definitions) -> list[str]:
 
 
 def origin_problems(workflow: Workflow, definitions: Definitions) -> list[str]:
-    """Each node tells the package that it comes from, and a version of it."""
+    """Each node names its package and a version of it."""
     found = []
     for node in workflow.data["nodes"]:
         kind, properties = node["type"], node["properties"]
@@ -147,7 +147,7 @@ def origin_problems(workflow: Workflow, definitions: Definitions) -> list[str]:
 
 
 def model_problems(workflow: Workflow, folders: Mapping[str, str]) -> list[str]:
-    """Each file of weights that a node loads is told with address and folder, in the node and in a note."""
+    """Each file of weights that a node loads has its address and folder in the node and in a note."""
     found = []
     text = "\n".join(workflow.notes)
     for node in workflow.nodes:
@@ -203,7 +203,7 @@ def prompt_problems(workflow: Workflow, definitions: Definitions) -> list[str]:
     for node in prompt.values():
         kind, inputs = node["class_type"], dict(node["inputs"])
         expected = list(definitions[kind].inputs)
-        for each in expected:  # grows: a choice of a dynamic combo brings inputs of its own
+        for each in expected:  # grows: a choice of a dynamic combo adds inputs
             if each.name not in inputs:
                 found += [f"{kind} lacks {each.name}"] if each.is_required else []
                 continue

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
-"""A combo whose choice brings inputs of its own, which follow it by position and are called `combo.input`."""
+"""A combo whose choice adds inputs, which follow it by position and are called `combo.input`."""
 
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC}
 SEEDS = {"seed", "noise_seed"}
@@ -79,7 +79,7 @@ class Definition:
     """One type of node.
 
     Attributes:
-        package: The registry's id of what it comes from.
+        package: The registry's id of its package.
         inputs: Required before optional, as widgets are stored.
         outputs: Name and type of each.
         is_output: It ends a workflow: what leads to none is never run.
@@ -117,7 +117,7 @@ def recorded(path: Path) -> dict[str, Definition]:
 
 
 def live(package: str, classes: Mapping[str, Any]) -> dict[str, Definition]:
-    """The definitions of node classes as ComfyUI would tell them."""
+    """The definitions of node classes as ComfyUI gives them."""
     return {
         name: _definition(
             package,

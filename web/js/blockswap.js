@@ -11,14 +11,14 @@ import { Workflows, nodeAt, nodesOf } from "./workflows.js";
 const NODE = "WanVideoEnhancedBlockSwap";
 const EVENT = "wanvideo_enhanced_blockswap.progress";
 const WIDGET = "blockswap_memory";
-// ComfyUI's own, for the text that nodes send while they run.
+// ComfyUI's own widget for the text that nodes send while they run.
 const TEXT_WIDGET = "$$node-text-preview";
 const CEILING = "vram_threshold_percent";
 
-// Around the panel, as around ComfyUI's own elements on a node.
+// Space around the panel, as around ComfyUI's own elements on a node.
 const MARGIN = 10;
 
-// Of a new node: the plan takes two lines, in any language.
+// Width of a new node: the plan takes two lines in every language.
 const NEW_WIDTH = 400;
 
 const workflows = new Workflows();
@@ -62,24 +62,24 @@ function addBar(node) {
   panel.show(panel.event, texts);
 }
 
-/** Gives a node the height that its widgets need, if it has less. Nodes 2.0 do so by themselves. */
+/** Gives a node the height that its widgets need, if it has less. Nodes 2.0 do this by themselves. */
 function makeRoom(node) {
   if (!LiteGraph.vueNodesMode) node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
 }
 
 function removeBar(node) {
   const widget = barOf(node);
-  // The front end would show a widget that it no longer has if its node left the graph and came again.
+  // Otherwise the front end shows a removed widget if its node leaves the graph and comes back.
   widget.hidden = true;
   node.removeWidget(widget);
-  // A hidden one; the next text brings another.
+  // This one is hidden; the next text makes a new one.
   if (textOf(node)) node.removeWidget(textOf(node));
   node.setSize([node.size[0], node.size[1] - heightOf(node)]);
 }
 
 function onShowBar(shown) {
   isShown = shown;
-  // The setting is first told before there is a graph.
+  // The first call comes before there is a graph.
   if (!app.isGraphReady) return;
   for (const node of nodesOf(app.rootGraph)) {
     if (!isOurs(node) || Boolean(barOf(node)) === shown) continue;
@@ -90,7 +90,7 @@ function onShowBar(shown) {
   showEvents();
 }
 
-/** Wheel and middle button, with which the canvas is moved: an element on it would keep them. */
+/** Forwards wheel and middle button, which move the canvas: the panel would otherwise consume them. */
 function forwardToCanvas(element) {
   element.addEventListener("wheel", (event) => {
     event.preventDefault();
@@ -109,7 +109,7 @@ function showEvent(event) {
   if (isOurs(node)) panelOf(node).show(event, texts);
 }
 
-/** Shows what is known of the open workflow: its nodes may be new, or the language. */
+/** Shows all events of the open workflow again: its nodes or the language may be new. */
 function showEvents() {
   for (const node of nodesOf(app.rootGraph)) if (isOurs(node)) panelOf(node).show(panelOf(node).event, texts);
   for (const event of workflows.eventsOf(app.rootGraph)) showEvent(event);
@@ -122,15 +122,15 @@ function onProgress({ detail }) {
   if (workflows.isOpen(event, app.rootGraph)) showEvent(event);
 }
 
-/** A run begins, in which our nodes may have no part: bypassed, or with another node's arguments in effect. */
+/** A run starts; our nodes may take no part in it (bypassed, or another node's arguments are used). */
 function onStart() {
   workflows.age();
   showEvents();
 }
 
 /**
- * Hides the text that ComfyUI has just put on nodes with a bar, which says the same. Hidden it stays in use: if it were
- * removed, ComfyUI would make another for every text, and each leaves something behind on its node.
+ * Hides the text that ComfyUI has just put on nodes with a bar, which shows the same. The text is not removed, because
+ * ComfyUI would then make a new one for every text, and each leaves something behind on its node.
  */
 function onProgressText() {
   if (!isShown) return;
@@ -144,9 +144,9 @@ async function followLanguage() {
   const wanted = setting("Comfy.Locale");
   if (wanted === language) return;
   language = wanted;
-  // English is here; and it is what remains if the server does not answer.
+  // English is built in, and is used if the server does not answer.
   const languages = wanted === "en" ? {} : await api.getCustomNodesI18n().catch(() => ({}));
-  if (wanted !== language) return; // changed again meanwhile
+  if (wanted !== language) return; // the language has changed again
   texts = textsFrom(languages, wanted);
   showEvents();
 }
@@ -160,7 +160,7 @@ function hasSaved(saved, node, widget) {
   return position < (saved?.widgets_values?.length ?? 0);
 }
 
-/** Gives a node the user's own ceiling; a node that is loaded or copied takes its saved one over this. */
+/** Gives a new node the ceiling of the settings; a loaded or copied node then takes its saved one. */
 function takeDefaultCeiling(node) {
   const widget = node.widgets?.find((each) => each.name === CEILING);
   const wanted = setting(DEFAULT_CEILING);
@@ -170,7 +170,7 @@ function takeDefaultCeiling(node) {
   widget.value = Math.min(Math.max(wanted, min), max);
   const before = node.onConfigure;
   node.onConfigure = function (saved, ...others) {
-    // Saved without a value, it had the node's own default.
+    // A node saved without a value had the default of the node.
     if (!hasSaved(saved, this, widget)) widget.value = declared;
     return before?.call(this, saved, ...others);
   };
@@ -184,7 +184,7 @@ app.registerExtension({
     api.addEventListener("status", ({ detail }) => workflows.onQueueLength(detail?.exec_info?.queue_remaining));
     api.addEventListener("execution_start", onStart);
     api.addEventListener(EVENT, onProgress);
-    // After ComfyUI's own listener, which is there before extensions are; nothing is drawn in between.
+    // Runs after ComfyUI's own listener, which is added before extensions load; nothing is drawn in between.
     api.addEventListener("progress_text", onProgressText);
     await followLanguage();
   },

@@ -1,10 +1,10 @@
-// What Python tells of a run, as far as it is well formed: a part that is not is null, and the rest is shown without it.
+// Checks the event that Python sends about a run: a malformed part becomes null, and the rest is shown without it.
 
 const PHASES = new Set(["adopting", "sampling", "done", "stopped", "off"]);
 
 const isAmount = (value) => typeof value === "number" && Number.isFinite(value) && value >= 0;
 
-/** The object with these amounts, and each of `optional` that is none as null; null where an amount is missing. */
+/** The object with these amounts; null if a required one is missing. A missing `optional` amount is null. */
 function amounts(part, required, optional = []) {
   if (part === null || typeof part !== "object" || !required.every((name) => isAmount(part[name]))) return null;
   const known = Object.fromEntries(required.map((name) => [name, part[name]]));
@@ -19,7 +19,7 @@ function planOf(part) {
 
 /**
  * The event's detail, checked.
- * @returns {object | null} null where it is none of ours: no node, or a phase that a newer Python may know.
+ * @returns {object | null} null if there is no node, or an unknown phase (of a newer Python).
  */
 export function readEvent(detail) {
   if (detail === null || typeof detail !== "object" || !PHASES.has(detail.phase)) return null;

@@ -1,4 +1,4 @@
-// The card's memory as one horizontal bar in SVG. Widths are percentages, so that the bar fits whatever holds it.
+// The card's memory as one horizontal bar in SVG. Widths are percentages, so the bar fits any container.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -6,11 +6,11 @@ export const HEIGHT = 24;
 const TOP = 4;
 const BAR = HEIGHT - 2 * TOP;
 
-// Okabe and Ito's colours, which all kinds of colour vision tell apart, and which stand out from dark and light grounds.
-// Green, which some see like vermilion, is hatched as well.
+// Okabe and Ito's colours: distinct for all kinds of colour vision, and visible on dark and light backgrounds.
+// Green looks like vermilion to some people, so it is hatched as well.
 export const COLOURS = { other: "#767676", residents: "#0072b2", window: "#d55e00", activations: "#009e73" };
 
-// Those of ComfyUI's own text fields, in any theme.
+// The colours of ComfyUI's own text fields, in any theme.
 export const TEXT = "var(--input-text, #ddd)";
 export const GROUND = "var(--comfy-input-bg, #222)";
 
@@ -23,12 +23,12 @@ export function svg(name, attributes = {}, children = []) {
 }
 
 /**
- * Which parts of the card what takes, from 0 to 1, from left to right.
+ * Start and width of each part of the card's memory, from 0 to 1, from left to right.
  * @param {object} memory Of a checked event.
  */
 export function partsOf(memory) {
   const used = memory.other + memory.residents + memory.window;
-  // Estimates may add up to more than the card has: the bar ends with the larger.
+  // Estimates may add up to more than the card has: then the bar shows their sum.
   const whole = Math.max(memory.total, used);
   const headroom = whole - used;
   const parts = [];
@@ -54,13 +54,13 @@ function hatch() {
   ]);
 }
 
-/** What fills a part, on the bar and in the legend beside it: the bar has the hatch. */
+/** The fill of a part, on the bar and in the legend. */
 export const fillOf = (name) => (name === "activations" ? "url(#hatch)" : COLOURS[name]);
 
 const edge = (share) =>
   svg("line", { x1: percent(share), x2: percent(share), y1: TOP, y2: TOP + BAR, stroke: GROUND });
 
-/** A line across the bar, with a rim that sets it off from any colour. */
+/** A line across the bar, with a rim so that it is visible on any colour. */
 function ceilingAt(share) {
   const place = { x1: percent(share), x2: percent(share), y1: 0, y2: HEIGHT };
   const rim = { ...place, stroke: GROUND, "stroke-width": 4 };

@@ -1,11 +1,11 @@
-// The element on the node: bar, legend and sentences. A shadow root keeps the page's styles out, and ours in.
+// The element on the node: bar, legend and sentences. A shadow root separates its styles from those of the page.
 
 import { GROUND, HEIGHT, TEXT, bar, fillOf, partsOf, svg } from "./memory_bar.js";
 
 const SWATCH = 10;
 const PADDING = 8;
 
-// Legend and three lines: the node keeps its height from before the first run to its result.
+// Legend and three lines, so that the node keeps its height from before the first run to the result.
 const MIN_HEIGHT = 176;
 
 /** An HTML element with inline styles. */
@@ -26,13 +26,13 @@ function swatch(name) {
   return drawing;
 }
 
-// What is taken on the left, what that leaves on the right; each in the order of the bar.
+// Memory in use on the left, the rest on the right; each in the order of the bar.
 const LEGEND = [
   ["other", "residents", "window"],
   ["activations", "headroom", "ceiling"],
 ];
 
-/** What the legend names, with the amounts as text; without memory, all names alone. */
+/** The entries of the legend with their amounts as text; without memory, only the names. */
 function entriesOf(memory, texts) {
   const amounts = memory ? { ...memory, headroom: partsOf(memory).headroom } : {};
   const isTold = (name) => !memory || amounts[name] || name === "headroom";
@@ -76,7 +76,7 @@ export class Panel {
     new ResizeObserver(onResize).observe(this.content);
   }
 
-  /** How tall the panel has to be; the least that it can be while it has no place, and so no width, on the page. */
+  /** Height of the panel; the minimum while it has no width on the page. */
   get height() {
     return this.element.offsetWidth ? Math.max(MIN_HEIGHT, this.content.offsetHeight) : MIN_HEIGHT;
   }
@@ -117,7 +117,7 @@ const headOf = (name, total) =>
   ]);
 
 function legendOf(columns) {
-  // Side by side, or one below the other where that is too wide.
+  // Side by side, or one below the other if that is too wide.
   const style = { flex: "1 1 auto", display: "flex", flexDirection: "column" };
   const legend = html("div", { display: "flex", flexWrap: "wrap", columnGap: "20px" });
   legend.append(...columns.map((entries) => html("div", style, entries.map(legendEntry))));

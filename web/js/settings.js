@@ -2,7 +2,7 @@
 
 const SECTION = "WanVideo Enhanced BlockSwap";
 
-// Names of their own: the dialog translates "Node" or "Memory" for every package at once.
+// Unique names: the dialog translates "Node" or "Memory" for all packages together.
 const ON_THE_NODE = "WanVideo BlockSwap node";
 const HOST_MEMORY = "WanVideo BlockSwap host memory";
 
@@ -54,7 +54,7 @@ export const settings = (onShowBar) => [
     type: "number",
     attrs: { min: 0, max: 1024, step: 1 },
     defaultValue: 0,
-    // What an emptied field gives is no number.
+    // An empty field gives null.
     migrateDeprecatedValue: (value) => value ?? 0,
     sortOrder: 10,
   },

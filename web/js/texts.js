@@ -1,6 +1,6 @@
 // Words and numbers in the language of the user interface. English is here; the other languages come from locales/.
 
-// A figure stands in square brackets: braces, @ and | would mean something to the front end's own translations.
+// A figure is in square brackets, because the front end's own translations interpret braces, @ and |.
 export const ENGLISH = {
   memory: "VRAM",
   idle: "The plan appears here when the sampler starts.",
@@ -40,7 +40,7 @@ export const ENGLISH = {
 const KEY = "wanVideoEnhancedBlockSwap";
 const GIB = 2 ** 30;
 const MIB = 2 ** 20;
-// As in Python: below it, a stall would be shown as 0.0 %.
+// As in Python: a smaller stall would be shown as 0.0 %.
 const NO_STALL = 0.0005;
 
 const filled = (template, figures) =>
@@ -53,7 +53,7 @@ const unbroken = (text) => text.replace(/(\d) (?=[KMG]i?B\b|%)/g, "$1\u00a0");
 export class Texts {
   /**
    * @param {string} language As in ComfyUI's setting.
-   * @param {Record<string, string>} [translated] What is missing is in English.
+   * @param {Record<string, string>} [translated] Missing words are in English.
    */
   constructor(language = "en", translated = {}) {
     this.language = language;
@@ -72,7 +72,7 @@ export class Texts {
     return bytes / MIB < 1023.95 ? this.amount(bytes / MIB, "mib") : this.amount(bytes / GIB, "gib");
   }
 
-  /** What was moved, in powers of ten. */
+  /** Copied bytes, in powers of ten. */
   moved(bytes) {
     return bytes < 1e9 ? this.amount(bytes / 1e6, "mb") : this.amount(bytes / 1e9, "gb");
   }
@@ -82,10 +82,10 @@ export class Texts {
     return size.replace(" ", "\u00a0");
   }
 
-  /** The event's sentences, a line each; in English they are Python's own. */
+  /** The event's sentences, one per line; in English, Python's own text. */
   lines(event) {
     if (event.phase === "off" && this.language !== "en") return [this.say("off"), ...split(event.text)];
-    // Why a run was stopped may be an error's message, which nobody has translated.
+    // The text of a stopped run may be an error's message, which is not translated.
     const isKnown = event.phase !== "stopped" || event.text === ENGLISH.stopped;
     if (event.text && (this.language === "en" || !isKnown)) return split(event.text);
     if (event.phase === "stopped") return [this.say("stopped")];
@@ -135,9 +135,9 @@ export class Texts {
 const split = (text) => text.split("\n").filter(Boolean).map(unbroken);
 
 /**
- * Reads our words out of what the packages in ComfyUI have for its languages.
+ * Our words from the translations of all packages in ComfyUI.
  * @param {object} languages The answer of ComfyUI's address for translations.
- * @param {string} language As in ComfyUI's setting; one that we do not have is shown in English, as on the node.
+ * @param {string} language As in ComfyUI's setting; a language that we do not have is shown in English.
  */
 export function textsFrom(languages, language) {
   const translated = languages?.[language]?.[KEY];

@@ -1,8 +1,8 @@
-// Which node an event is for, and the last event of each node: a workflow's nodes are made anew whenever its tab is opened.
+// Finds the node of an event, and keeps the last event of each node: opening a tab makes a workflow's nodes again.
 
 /** The node with this execution id ("7:12" is node 12 inside the subgraph of node 7), or null. */
 export function nodeAt(graph, executionId) {
-  // An id may hold a colon itself, as those of workflows that were opened from the API's format.
+  // An id may contain a colon, as in workflows that were opened from the API's format.
   for (let end = executionId.indexOf(":"); end !== -1; end = executionId.indexOf(":", end + 1)) {
     const subgraph = graph.getNodeById(executionId.slice(0, end))?.subgraph;
     const inside = subgraph ? nodeAt(subgraph, executionId.slice(end + 1)) : null;
@@ -11,7 +11,7 @@ export function nodeAt(graph, executionId) {
   return graph.getNodeById(executionId) ?? null;
 }
 
-/** Every node of the workflow, those in subgraphs too. */
+/** Every node of the workflow, also in subgraphs. */
 export function* nodesOf(rootGraph) {
   for (const graph of [rootGraph, ...rootGraph.subgraphs.values()]) yield* graph.nodes;
 }
@@ -21,25 +21,25 @@ export class Workflows {
   #events = new Map();
   #queued = new Set();
 
-  /** Something of this workflow is about to be queued. */
+  /** A prompt of this workflow is about to be queued. */
   onQueue(rootGraph) {
     this.#queued.add(rootGraph.id);
   }
 
-  /** @param {number} remaining How much the server still has to do for anybody. */
+  /** @param {number} remaining Prompts in the server's queue, of all clients. */
   onQueueLength(remaining) {
     if (remaining === 0) this.#queued.clear();
   }
 
   /**
-   * Whether an event is for the workflow that is open. One that does not tell its own is, unless only another is queued.
+   * Whether an event is for the open workflow. An event without a workflow is, unless only another workflow is queued.
    */
   isOpen(event, rootGraph) {
     if (event.workflow !== null) return event.workflow === rootGraph.id;
     return this.#queued.size !== 1 || this.#queued.has(rootGraph.id);
   }
 
-  /** Keeps an event for the workflow that it is for. */
+  /** Keeps an event for its workflow. */
   keep(event, rootGraph) {
     const queued = this.isOpen(event, rootGraph) ? rootGraph.id : this.#queued.values().next().value;
     const workflow = event.workflow ?? queued;
@@ -50,7 +50,7 @@ export class Workflows {
     events.set(event.node, event);
   }
 
-  /** Something is being executed: what there is to show is of an earlier run, until an event comes. */
+  /** A prompt starts: the kept events are of an earlier run, until new ones come. */
   age() {
     for (const events of this.#events.values()) for (const event of events.values()) event.isEarlier = true;
   }
