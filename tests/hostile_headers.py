@@ -56,14 +56,14 @@ ODD_NAMES = ("\x1b[2J\x1b[31mall is well", "a\nerror: b", "\u202eevil", "\ud800"
 
 
 LYING_SIZES: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
-    "patches of no rows": ({"patch_embedding.weight": (128, 16, 1, 0, 2)}, "5 dimensions, got shape .* 0, 2"),
+    "patches of no rows": ({"patch_embedding.weight": (128, 16, 1, 0, 2)}, "5 dimensions .*, got shape .* 0, 2"),
     "a head without dimensions": ({"head.head.weight": ()}, "has no output layer"),
     "a head without rows": ({"head.head.weight": (0, 128)}, "has no output layer"),
-    "a query without rows": ({"blocks.1.self_attn.q.weight": (0, 128)}, r"expects the matrices .* in blocks\.1"),
-    "a query of 10^19 rows and no column": ({"blocks.1.self_attn.q.weight": (2**63 - 1, 0)}, "expects the matrices"),
+    "a query without rows": ({"blocks.1.self_attn.q.weight": (0, 128)}, r"has no matrices .* in blocks\.1"),
+    "a query of 10^19 rows and no column": ({"blocks.1.self_attn.q.weight": (2**63 - 1, 0)}, "has no matrices"),
     "a block of a 200-digit number": ({f"blocks.{'9' * 200}.x": (1,)}, ""),
     "a block whose number begins with 0": ({"blocks.01.self_attn.q.weight": (1,)}, ""),
-    "9,999 blocks but a few": ({"blocks.9999.x": (1,)}, "expects blocks 0 to 9999 but lacks 9997 of them"),
+    "9,999 blocks but a few": ({"blocks.9999.x": (1,)}, "has blocks.9999 but lacks 9997 of the blocks"),
     "300 blocks": ({f"blocks.{i}.x": (1,) for i in range(300)}, "has 300 blocks, more than the 128"),
 }
 

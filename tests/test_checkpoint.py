@@ -201,7 +201,7 @@ def test_a_cut_in_the_data_is_told_in_bytes_expected_and_found(tmp_path: Path) -
         ),
         ((10**7).to_bytes(8, "little") + b"{}", "expected a header of 10,000,000 bytes by its first 8, got 10 in all"),
         ((2).to_bytes(8, "little") + b"[]", "its header is no JSON object"),
-        ((2).to_bytes(8, "little") + b"{}", "is not a Wan model: .* but has no tensors"),
+        ((2).to_bytes(8, "little") + b"{}", "is not a Wan model: its 0 tensors"),
     ],
 )
 def test_a_safetensors_file_that_is_something_else_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -217,7 +217,7 @@ def test_another_model_is_refused_with_some_of_its_names(tmp_path: Path) -> None
         write_safetensors(tmp_path / "flux.safetensors", tensors),
         write_gguf(tmp_path / "flux.gguf", {name: tuple(tensor.shape) for name, tensor in tensors.items()}, "F16"),
     ):
-        with pytest.raises(CheckpointError, match=r"is not a Wan model: .*2 tensors but has blocks\.0\.lora_A\.weight"):
+        with pytest.raises(CheckpointError, match=r"is not a Wan model: its 2 tensors .*blocks\.0\.lora_A\.weight"):
             read_checkpoint(file)
 
 
@@ -228,18 +228,24 @@ def drop(shapes: dict[str, tuple[int, ...]], *starts: str) -> dict[str, tuple[in
 INCOMPLETE: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "one block": (
         drop(wan_shapes(blocks=40), "blocks.17."),
-        r"expects blocks 0 to 39 but lacks 1 of them: blocks\.17;",
+        r"has blocks\.39 but lacks 1 of the blocks before it: blocks\.17;",
     ),
-    "a VACE block": (drop(wan_shapes(vace=3), "vace_blocks.0."), "expects vace_blocks 0 to 2 but lacks 1 of them"),
+    "a VACE block": (
+        drop(wan_shapes(vace=3), "vace_blocks.0."),
+        r"has vace_blocks\.2 but lacks 1 of the blocks",
+    ),
     "all blocks": (drop(wan_shapes(), "blocks."), r"has no transformer block named blocks\.0"),
     "all but VACE blocks": (drop(wan_shapes(vace=1), "blocks."), r"no transformer block named blocks\.0"),
     "the matrices of a block": (
         drop(wan_shapes(), "blocks.1.self"),
-        r"expects the matrices .* in blocks\.1 but it has",
+        r"blocks\.1 has no matrices",
     ),
     "the head": (drop(wan_shapes(), "head."), "has no output layer .* join the parts of a split model"),
     "the patch embedding": (drop(wan_shapes(), "patch_embedding."), r"patch_embedding\.weight"),
-    "the patch's shape": (wan_shapes() | {"patch_embedding.weight": (128, 64)}, r"5 dimensions, got .* \(128, 64\)"),
+    "the patch's shape": (
+        wan_shapes() | {"patch_embedding.weight": (128, 64)},
+        r"5 dimensions .* \(128, 64\)",
+    ),
 }
 
 
