@@ -131,14 +131,11 @@ def node_of(arguments: object) -> str | None:
 
 def _check(name: str, kind: str, value: object) -> None:
     if kind == "bool":
-        if not isinstance(value, bool):
-            raise SettingsError(f"{name}: expected True or False, got {value!r}; set the widget again")
-        return
-    allowed = RANGES[name]
-    expected = (
-        f"{name}: expected a {'whole ' if kind == 'int' else ''}number from {allowed.lowest} to {allowed.highest}"
-    )
-    if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
-        raise SettingsError(f"{expected}, got {value!r}; set the widget again")
-    if not allowed.lowest <= value <= allowed.highest:
-        raise SettingsError(f"{expected}, got {value}; change the widget to a value in that range")
+        expected, is_valid = "True or False", isinstance(value, bool)
+    else:
+        lowest, highest = RANGES[name].lowest, RANGES[name].highest
+        expected = f"a {'whole ' if kind == 'int' else ''}number from {lowest} to {highest}"
+        is_number = isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)
+        is_valid = is_number and lowest <= value <= highest  # type: ignore[operator]
+    if not is_valid:
+        raise SettingsError(f"{name}: expected {expected}, got {value!r}; set the widget to such a value")

@@ -107,7 +107,7 @@ def profile_model(blocks: Sequence[tuple[str, nn.Module]], *, root: nn.Module | 
     _tie(every)
     inside = {id(entry.tensor) for entry in every}
     outside = () if root is None else (t for t in (*root.parameters(), *root.buffers()) if id(t) not in inside)
-    other = sum(_bytes(tensor) for tensor in outside if not tensor.is_meta)
+    other = sum(sum(_parts(tensor)) for tensor in outside if not tensor.is_meta)
     profiles = tuple(
         BlockProfile(name, tuple(TensorProfile(e.path, e.extent, e.placement, e.reason) for e in block))
         for (name, _), block in zip(blocks, entries, strict=True)
@@ -161,17 +161,12 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
 def _place(block: Sequence[TensorEntry]) -> None:
     """Sets the placement and extent of each entry of a block."""
     for entry in block:
-        entry.extent = _bytes(entry.tensor)
+        entry.extent = sum(_parts(entry.tensor))
     cutoff = small_cutoff(sum(entry.extent for entry in block))
     for entry in block:
         entry.placement, entry.reason = _placement(entry, cutoff)
         if entry.placement is Placement.FIXED:
             entry.extent = sum(map(device_bytes, _parts(entry.tensor)))
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    """Memory of a tensor with all its parts."""
-    return sum(_parts(tensor))
 
 
 def _parts(tensor: torch.Tensor) -> list[int]:
