@@ -1,41 +1,26 @@
-"""Every error the package raises on purpose.
-
-    BlockSwapError
-    |-- SettingsError           a widget or option has a value that cannot be meant
-    |-- UnsupportedModelError   the module cannot be block-swapped (no blocks, meta tensors, grad enabled)
-    |-- WrapperError            ComfyUI-WanVideoWrapper has changed, is too old, or is set up in a way that cannot be
-    |   |                       swapped
-    |   `-- WrapperMissingError it is not there
-    |-- CheckpointError         a model file is truncated, unreadable or not a Wan model
-    |-- PlanError               no plan fits the memory there is
-    |-- HostMemoryError         host memory could not hold or page-lock what the plan needs
-    |-- DeviceMemoryError       the device could not hold what the plan promised to place there
-    `-- TransferError           a copy, or the order of copies, went wrong
-
-Each message says what happened, with numbers and names, and what to do.
-"""
+"""Every error that the package raises on purpose. Messages say what happened, with numbers, and what to do."""
 
 from __future__ import annotations
 
 
 class BlockSwapError(RuntimeError):
-    """Base of all errors of this package; catch it to catch them all."""
+    """Base of all errors of this package."""
 
 
 class SettingsError(BlockSwapError, ValueError):
-    """A setting has a value that cannot be meant."""
+    """A widget or an option has an invalid value."""
 
 
 class UnsupportedModelError(BlockSwapError):
-    """The module cannot be block-swapped."""
+    """The module cannot be block-swapped: it has no blocks, a tensor without data, or grad enabled."""
 
 
 class WrapperError(BlockSwapError):
-    """ComfyUI-WanVideoWrapper has changed, is too old, or is set up in a way that cannot be swapped."""
+    """ComfyUI-WanVideoWrapper has changed, is too old, or is set up in a way that prevents swapping."""
 
 
 class WrapperMissingError(WrapperError):
-    """ComfyUI-WanVideoWrapper is not there."""
+    """ComfyUI-WanVideoWrapper is not installed."""
 
 
 class CheckpointError(BlockSwapError):
@@ -43,28 +28,31 @@ class CheckpointError(BlockSwapError):
 
 
 class PlanError(BlockSwapError):
-    """No plan fits the memory there is."""
+    """No plan fits the available memory."""
 
 
 class HostMemoryError(BlockSwapError):
-    """Host memory could not hold or page-lock what the plan needs."""
+    """The host could not allocate or page-lock the memory of a plan."""
 
 
 class DeviceMemoryError(BlockSwapError):
-    """The device could not hold what the plan promised to place there."""
+    """The device could not allocate the memory of a plan."""
 
 
 class TransferError(BlockSwapError):
-    """A copy, or the order of copies, went wrong."""
+    """A copy failed, or copies and kernels were out of order."""
 
 
 SHOWN_LETTERS = 80
-"""Of a name in a message."""
+"""Longest name in a message."""
 
 
 def printable(text: str, *, longest: int | None = None) -> str:
-    """Text from a file on one line: no control characters, which a terminal would act on, and no more than `longest`
-    letters; None leaves its length.
+    """Text from a file on one line, without control characters, which a terminal would act on.
+
+    Args:
+        text: Any text.
+        longest: Number of characters after which the text is cut; None cuts nothing.
     """
     if longest is not None and len(text) > longest:
         text = f"{text[: longest - 1]}…"

@@ -1,4 +1,4 @@
-"""SwapSettings: every widget of the node as a typed, validated field; to and from BLOCKSWAPARGS."""
+"""SwapSettings: the widgets of the node as typed, validated fields; to and from BLOCKSWAPARGS."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass, fields, replace
 from .errors import SettingsError
 
 SETTINGS_KEY = "wanvideo_enhanced_blockswap"
-"""Our own key in BLOCKSWAPARGS; the wrapper reads only the keys it knows and hands the rest on."""
+"""Our own key in BLOCKSWAPARGS; the wrapper passes on keys that it does not know."""
 
 NODE_KEY = "wanvideo_enhanced_blockswap_node"
-"""Beside it: the id of the node in its workflow, where progress is shown."""
+"""Key of the id of the node in its workflow, where progress is shown."""
 
 EVERY_BLOCK = 10_000
-"""A block count above any model's: the wrapper then loads every block to the host, where we take over."""
+"""A block count above any model's, with which the wrapper loads every block to the host."""
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The values a numeric widget accepts, both ends included."""
+    """The values that a numeric widget accepts, both ends included."""
 
     lowest: float
     highest: float
@@ -37,24 +37,25 @@ RANGES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwapSettings:
-    """What the user asked for; one field per widget, in the order that saved workflows store.
+    """The user's settings; one field per widget, in the order of saved workflows.
 
     Attributes:
-        blocks_to_swap: Blocks to swap when `auto_hardware_tuning` is off; a count above the model's is cut, which the
-            plan says.
-        enable_cuda_optimization: Copies overlap compute on streams of their own; off: copies on the compute stream.
-        enable_dram_optimization: Streamed weights are page-locked; off: pageable host memory, which a copy blocks on.
-        auto_hardware_tuning: Count, streams and share of VRAM come from the budget, the link and the GPU.
-        vram_threshold_percent: Ceiling on VRAM use after the weights are placed, in percent of the card.
-        num_cuda_streams: Copy streams when `auto_hardware_tuning` is off.
-        bandwidth_target: Share of the available VRAM that block weights and window may fill.
-        offload_txt_emb: Handed to the wrapper: the text embedding layers go to the host after use.
-        offload_img_emb: Handed to the wrapper: the image embedding layers go to the host after use.
-        vace_blocks_to_swap: VACE blocks to swap when `auto_hardware_tuning` is off.
-        debug_mode: Per-block table, checksums and a trace file.
+        blocks_to_swap: Number of blocks to swap if `auto_hardware_tuning` is off. The plan cuts a count above the
+            model's, and says so.
+        enable_cuda_optimization: Copies overlap compute on streams of their own; off: copies use the compute stream.
+        enable_dram_optimization: Streamed weights are page-locked; off: pageable, and copies block the host.
+        auto_hardware_tuning: Budget, link and GPU determine count, streams and share of VRAM.
+        vram_threshold_percent: Upper limit of VRAM use once the weights are placed, in percent of the card.
+        num_cuda_streams: Number of copy streams if `auto_hardware_tuning` is off.
+        bandwidth_target: Share of the available VRAM that block weights and window may fill, if
+            `auto_hardware_tuning` is off.
+        offload_txt_emb: Passed to the wrapper: the text embedding layers go to the host after use.
+        offload_img_emb: Passed to the wrapper: the image embedding layers go to the host after use.
+        vace_blocks_to_swap: Number of VACE blocks to swap if `auto_hardware_tuning` is off.
+        debug_mode: Adds a table of blocks, checksums and a trace file.
 
     Raises:
-        SettingsError: A value is of the wrong type, not a number, or outside `RANGES`.
+        SettingsError: A value has the wrong type, or is outside `RANGES`.
     """
 
     blocks_to_swap: int = 0
@@ -75,14 +76,14 @@ class SwapSettings:
 
     @property
     def of_the_plan(self) -> SwapSettings:
-        """The same, with what no plan depends on at its default."""
+        """The same settings, with those that no plan depends on at their defaults."""
         return replace(self, offload_txt_emb=False, offload_img_emb=False, debug_mode=False)
 
     def to_blockswapargs(self, *, node: str | None = None) -> dict[str, object]:
-        """BLOCKSWAPARGS as the wrapper reads them: every block to the host, and our settings as plain data.
+        """BLOCKSWAPARGS for the wrapper: every block goes to the host, and our settings are plain data in it.
 
         Args:
-            node: Id of the node that gives them; None if there is none.
+            node: Id of the node that makes them; None if there is none.
         """
         return {
             "blocks_to_swap": EVERY_BLOCK,
@@ -98,9 +99,12 @@ class SwapSettings:
 
     @classmethod
     def from_blockswapargs(cls, arguments: Mapping[str, object]) -> SwapSettings | None:
-        """The settings that `to_blockswapargs` put in, or None where another node made the arguments.
+        """The settings from `to_blockswapargs`; None if another node made the arguments.
 
-        Fields that an older version did not write get their defaults; fields of a newer one are ignored.
+        Fields that an older version did not write get their defaults; fields of a newer version are ignored.
+
+        Raises:
+            SettingsError: The settings are not a mapping, or a value is invalid.
         """
         stored = arguments.get(SETTINGS_KEY)
         if stored is None:
@@ -115,26 +119,23 @@ class SwapSettings:
 
 
 def is_ours(arguments: object) -> bool:
-    """Whether BLOCKSWAPARGS have settings of ours."""
+    """Whether BLOCKSWAPARGS come from our node."""
     return isinstance(arguments, Mapping) and arguments.get(SETTINGS_KEY) is not None
 
 
 def node_of(arguments: object) -> str | None:
-    """The id of the node that gave BLOCKSWAPARGS; None if they name none."""
+    """The id of the node that made BLOCKSWAPARGS; None if they hold none."""
     node = arguments.get(NODE_KEY) if isinstance(arguments, Mapping) else None
     return node if isinstance(node, str) else None
 
 
 def _check(name: str, kind: str, value: object) -> None:
     if kind == "bool":
-        if not isinstance(value, bool):
-            raise SettingsError(f"{name}: expected True or False, got {value!r}; set the widget again")
-        return
-    allowed = RANGES[name]
-    expected = (
-        f"{name}: expected a {'whole ' if kind == 'int' else ''}number from {allowed.lowest} to {allowed.highest}"
-    )
-    if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
-        raise SettingsError(f"{expected}, got {value!r}; set the widget again")
-    if not allowed.lowest <= value <= allowed.highest:
-        raise SettingsError(f"{expected}, got {value}; change the widget to a value in that range")
+        expected, is_valid = "True or False", isinstance(value, bool)
+    else:
+        lowest, highest = RANGES[name].lowest, RANGES[name].highest
+        expected = f"a {'whole ' if kind == 'int' else ''}number from {lowest} to {highest}"
+        is_number = isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)
+        is_valid = is_number and lowest <= value <= highest  # type: ignore[operator]
+    if not is_valid:
+        raise SettingsError(f"{name}: expected {expected}, got {value!r}; set the widget to such a value")

@@ -1,4 +1,4 @@
-"""Span: one stretch of time of a forward, a block's compute, a stall or a copy; sums over them; pure."""
+"""Span: a period of a forward, a block's compute, a stall or a copy; sums over spans; pure."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ COPY = "copy"
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One stretch of time.
+    """One period, in milliseconds from the start of the trace.
 
     Attributes:
         lane: `forward`, `compute`, `stall`, or `copy 0`, `copy 1`, … for the copy streams.
-        block: The block that ran, was waited for, or was copied; of a forward, its number.
-        begin_ms: From the start of the trace.
-        end_ms: From the start of the trace.
+        block: The block that ran, was waited for, or was copied; for a forward, its number.
     """
 
     lane: str
@@ -34,12 +32,12 @@ class Span:
 
 
 def total_ms(spans: Iterable[Span], lane: str) -> float:
-    """Time in one lane."""
+    """Sum of the periods in one lane."""
     return sum(span.duration_ms for span in spans if span.lane == lane)
 
 
 def busy_ms(spans: Iterable[Span], lane: str) -> float:
-    """Time in which at least one of the lanes whose names begin with `lane` was at work."""
+    """Time in which at least one of the lanes whose names begin with `lane` was busy."""
     busy, until = 0.0, float("-inf")
     for span in sorted((s for s in spans if s.lane.startswith(lane)), key=lambda span: span.begin_ms):
         busy += max(0.0, span.end_ms - max(until, span.begin_ms))

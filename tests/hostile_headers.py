@@ -20,12 +20,12 @@ def entry(dtype: str = '"F32"', shape: str = "[2]", offsets: str = "[0,8]") -> s
 
 
 ONE = f'"a":{entry()}'
-ODD = "a has no dtype, shape and data_offsets that go together"
-NO_JSON = "its header is no JSON"
+ODD = "a has no valid dtype, shape and data_offsets"
+NO_JSON = "its header is not JSON"
 LYING_SAFETENSORS = {
     "lists nested 30,000 deep": ('{"a":' + "[" * 30_000, NO_JSON),
     "closed lists nested 30,000 deep": ('{"a":' + "[" * 30_000 + "]" * 30_000 + "}", NO_JSON),
-    "a list": (f"[{entry()}]", "its header is no JSON object"),
+    "a list": (f"[{entry()}]", "its header is not a JSON object"),
     "an entry that is a text": ('{"a":"b"}', ODD),
     "an entry that is a list": ('{"a":[]}', ODD),
     "a field too few": ('{"a":{"dtype":"F32","shape":[2]}}', ODD),
@@ -56,14 +56,14 @@ ODD_NAMES = ("\x1b[2J\x1b[31mall is well", "a\nerror: b", "\u202eevil", "\ud800"
 
 
 LYING_SIZES: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
-    "patches of no rows": ({"patch_embedding.weight": (128, 16, 1, 0, 2)}, "5 dimensions, got shape .* 0, 2"),
+    "patches of no rows": ({"patch_embedding.weight": (128, 16, 1, 0, 2)}, "5 dimensions .*, got shape .* 0, 2"),
     "a head without dimensions": ({"head.head.weight": ()}, "has no output layer"),
     "a head without rows": ({"head.head.weight": (0, 128)}, "has no output layer"),
-    "a query without rows": ({"blocks.1.self_attn.q.weight": (0, 128)}, r"expects the matrices .* in blocks\.1"),
-    "a query of 10^19 rows and no column": ({"blocks.1.self_attn.q.weight": (2**63 - 1, 0)}, "expects the matrices"),
+    "a query without rows": ({"blocks.1.self_attn.q.weight": (0, 128)}, r"blocks\.1 has no matrices"),
+    "a query of 10^19 rows and no column": ({"blocks.1.self_attn.q.weight": (2**63 - 1, 0)}, "has no matrices"),
     "a block of a 200-digit number": ({f"blocks.{'9' * 200}.x": (1,)}, ""),
     "a block whose number begins with 0": ({"blocks.01.self_attn.q.weight": (1,)}, ""),
-    "9,999 blocks but a few": ({"blocks.9999.x": (1,)}, "expects blocks 0 to 9999 but lacks 9997 of them"),
+    "9,999 blocks but a few": ({"blocks.9999.x": (1,)}, "has blocks.9999 but lacks 9997 of the blocks"),
     "300 blocks": ({f"blocks.{i}.x": (1,) for i in range(300)}, "has 300 blocks, more than the 128"),
 }
 
@@ -98,7 +98,7 @@ def noted(kind: int, *numbers: int) -> bytes:
 
 
 HUGE = 2**60
-CUT = r"expected [\d,]+ bytes or more by its header, got [\d,]+"
+CUT = r"expected [\d,]+ bytes or more according to its header, got [\d,]+"
 ELEMENTS = "the shape of a does not have its 2 elements"
 PACKAGE = "the gguf package cannot read it"
 LYING_GGUF = {

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wanvideo_enhanced_blockswap.blockswap.plan.budget import MemoryBudget, make_budget
-from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import READINGS as FIELDS
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, PlanInputs
 from wanvideo_enhanced_blockswap.hardware.units import GIB, MIB
+
+BYTE_FIELDS = [field.name for field in dataclasses.fields(PlanInputs) if field.name.endswith("_bytes")]
 
 generated = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 """The same examples in every run, on machines of any speed."""
@@ -23,7 +24,6 @@ CARD = PlanInputs(
     own_bytes=1 * GIB,
     host_available_bytes=50 * GIB,
     pin_budget_bytes=30 * GIB,
-    host_held_bytes=5 * GIB,
 )
 """24 GiB of which 1 GiB is in use by others and by activations."""
 
@@ -53,20 +53,16 @@ READINGS = st.builds(
 @pytest.mark.parametrize(
     ("term", "expected_gib"),
     [
-        ("total_bytes", 24),
-        ("used_bytes", 1),
         ("weight_bytes", 11),
         ("limit_bytes", 23),
         ("host_bytes", 40),
-        ("host_held_bytes", 5),
-        ("pin_bytes", 30),
     ],
 )
 def test_each_term_of_the_balance_of_a_24_gib_card(term: str, expected_gib: float) -> None:
     assert gib(getattr(balance(), term)) == expected_gib
 
 
-def test_the_balance_is_that_of_the_brief_for_the_card_in_its_log() -> None:
+def test_the_balance_is_that_of_the_documented_example() -> None:
     total, used, reserve = int(32606.6 * MIB), 2048 * MIB, int(3260.66 * MIB)
     readings = PlanInputs(
         device_total_bytes=total,
@@ -100,24 +96,14 @@ def test_the_smallest_term_is_the_budget_for_weights(
     assert gib(budget.weight_bytes) == expected_gib
 
 
-@pytest.mark.parametrize("activations", [None, 0, 3 * GIB])
-def test_unknown_activations_stay_unknown_and_known_ones_are_kept(activations: int | None) -> None:
-    assert balance(activations=activations).activation_bytes == activations
-
-
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", BYTE_FIELDS)
 def test_a_negative_reading_is_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected bytes, 0 or more, got -1"):
         dataclasses.replace(CARD, **{name: -1})
 
 
-def test_more_free_than_there_is_is_refused_with_both_numbers() -> None:
-    with pytest.raises(ValueError, match=f"at most the total of {24 * GIB}, got {24 * GIB + 1}"):
-        dataclasses.replace(CARD, device_free_bytes=24 * GIB + 1)
-
-
 def test_a_free_card_may_be_free_to_the_last_byte() -> None:
-    assert balance(dataclasses.replace(CARD, device_free_bytes=24 * GIB)).used_bytes == 0
+    assert balance(dataclasses.replace(CARD, device_free_bytes=24 * GIB)).limit_bytes == 24 * GIB
 
 
 @pytest.mark.parametrize("term", ["weight_bytes", "limit_bytes"])
@@ -140,7 +126,7 @@ def test_the_budget_is_never_negative_and_never_above_what_is_left(
     readings: PlanInputs, threshold: float, target: float, activations: int | None
 ) -> None:
     budget = balance(readings, vram_threshold_percent=threshold, bandwidth_target=target, activations=activations)
-    assert 0 <= budget.weight_bytes <= budget.limit_bytes <= budget.total_bytes
+    assert 0 <= budget.weight_bytes <= budget.limit_bytes <= readings.device_total_bytes
 
 
 @pytest.mark.parametrize("counter", ["own_bytes", "unused_cache_bytes"])

@@ -224,7 +224,7 @@ def test_a_failed_notice_does_not_cost_the_wrappers_own_offload(
     ("ours", "said"),
     [
         ({"blocks_to_swap": 99}, "blocks_to_swap: expected a whole number from 0 to 48, got 99"),
-        ({"debug_mode": 1}, "debug_mode: expected True or False, got 1; set the widget again"),
+        ({"debug_mode": 1}, "debug_mode: expected True or False, got 1; set the widget to such a value"),
         ([1, 2], "expected a mapping of settings, got list"),
     ],
 )

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
 from wanvideo_enhanced_blockswap.blockswap.model.layout import BlockProfile, ModelProfile, Placement, TensorProfile
 from wanvideo_enhanced_blockswap.blockswap.plan.budget import MemoryBudget
-from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import plan_within
-from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, PlanInputs, SwapPlan, Timing
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import make_plan
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, HostTier, PlanInputs, SwapPlan, Timing
 from wanvideo_enhanced_blockswap.hardware.units import GIB, MIB, format_bytes
 
 generated = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -43,17 +43,9 @@ def equal(count: int, size: int = 8 * MIB, *, vace: int = 0) -> ModelProfile:
     return ModelProfile((*first, *(block(i, size) for i in range(count))))
 
 
-def budget(weights: int = PLENTY, *, limit: int = PLENTY, pin: int = PLENTY, host: int = PLENTY) -> MemoryBudget:
+def budget(weights: int = PLENTY, *, limit: int = PLENTY, host: int = PLENTY) -> MemoryBudget:
     """What may be spent on weights, on the device at all, and on the host."""
-    return MemoryBudget(
-        total_bytes=limit,
-        used_bytes=0,
-        activation_bytes=None,
-        weight_bytes=weights,
-        host_bytes=host,
-        host_held_bytes=0,
-        pin_bytes=pin,
-    )
+    return MemoryBudget(weight_bytes=weights, limit_bytes=limit, host_bytes=host, reason="as tested")
 
 
 def asking(**changes: Any) -> PlanInputs:
@@ -110,7 +102,7 @@ def test_the_fewest_blocks_that_fit_are_swapped(blocks: list[list[int]], share: 
     weights = int(share * device_weights(blocks, small, [False] * count, 0))
     ways = [(k, device_weights(blocks, small, evenly(count, k), slots)) for k in range(count + 1)]
     fitting = [k for k, need in ways if need <= weights and (k == 0 or k > slots)]
-    plan = plan_within(model(blocks), budget(weights), asking(overlap=overlap))
+    plan = make_plan(model(blocks), asking(overlap=overlap), budget(weights))
     assert list(plan.swapped) == evenly(count, min(fitting, default=count))
     assert plan.over_ceiling == (not fitting)
 
@@ -123,7 +115,7 @@ def test_with_three_slots_too_the_fewest_blocks_that_fit_are_swapped(
     profile, count, small = model(blocks), len(blocks), [4] * len(blocks)
     weights = int(share * device_weights(blocks, small, [False] * count, 0))
     request = asking(timing=timing(profile, speed, compute_ms=compute_ms))
-    plan = plan_within(profile, budget(weights), request)
+    plan = make_plan(profile, request, budget(weights))
     fewer = range(plan.slots + 1, plan.swapped_count)
     assert all(device_weights(blocks, small, evenly(count, k), plan.slots) > weights for k in fewer)
 
@@ -135,20 +127,20 @@ def test_auto_never_swaps_as_few_blocks_as_there_are_slots_unless_nothing_fits(
 ) -> None:
     profile = model(blocks)
     weights = int(share * device_weights(blocks, [4] * len(blocks), [False] * len(blocks), 0))
-    plan = plan_within(profile, budget(weights), asking(slots=slots, timing=timing(profile, speed)))
+    plan = make_plan(profile, asking(slots=slots, timing=timing(profile, speed)), budget(weights))
     assert plan.swapped_count == 0 or plan.swapped_count > plan.slots or plan.over_ceiling
 
 
 @pytest.mark.parametrize("spare", [0, 1, GIB])
 def test_a_model_that_fits_is_left_alone(spare: int) -> None:
-    plan = plan_within(equal(40), budget(40 * 8 * MIB + 512 * 20 + spare), asking())
+    plan = make_plan(equal(40), asking(), budget(40 * 8 * MIB + 512 * 20 + spare))
     assert (plan.swapped_count, plan.slots, plan.streamed_bytes, plan.pinned_bytes) == (0, 0, 0, 0)
 
 
 def test_one_byte_less_than_the_model_needs_is_enough_to_swap() -> None:
     profile = equal(40)
-    exact = plan_within(profile, budget(), asking()).device_bytes
-    counts = [plan_within(profile, budget(size), asking()).swapped_count for size in (exact, exact - 1)]
+    exact = make_plan(profile, asking(), budget()).device_bytes
+    counts = [make_plan(profile, asking(), budget(size)).swapped_count for size in (exact, exact - 1)]
     assert counts == [0, 3]
 
 
@@ -157,18 +149,18 @@ def test_the_count_is_that_of_the_brief_and_the_two_blocks_that_the_window_holds
     size, count, available = 350 * MIB, 40, int(available_gib * GIB)
     overflow = count * size - available
     brief = max(1, int(overflow / size) + 1)
-    assert plan_within(equal(count, size), budget(available), asking()).swapped_count == brief + 2
+    assert make_plan(equal(count, size), asking(), budget(available)).swapped_count == brief + 2
 
 
 def test_where_nothing_fits_every_block_is_swapped_through_two_slots_and_it_is_said() -> None:
-    plan = plan_within(equal(40), budget(10 * MIB), asking())
+    plan = make_plan(equal(40), asking(), budget(10 * MIB))
     assert (plan.swapped_count, plan.slots, plan.over_ceiling) == (40, 2, True)
     assert any("over the budget of 10.0 MiB" in reason for reason in plan.reasons)
 
 
 def test_auto_does_not_read_the_manual_count_of_vace_blocks() -> None:
     profile, weights = equal(8, vace=4), budget(80 * MIB)
-    plans = [plan_within(profile, weights, asking(vace_blocks_to_swap=count)) for count in (0, 1, 4)]
+    plans = [make_plan(profile, asking(vace_blocks_to_swap=count), weights) for count in (0, 1, 4)]
     assert plans[0] == plans[1] == plans[2]
 
 
@@ -186,7 +178,7 @@ def test_auto_does_not_read_the_manual_count_of_vace_blocks() -> None:
     ],
 )
 def test_vace_blocks_and_main_blocks_are_counted_and_spread_apart(main: int, vace: int, expected: str) -> None:
-    plan = plan_within(equal(8, vace=4), budget(), asking(blocks_to_swap=main, vace_blocks_to_swap=vace))
+    plan = make_plan(equal(8, vace=4), asking(blocks_to_swap=main, vace_blocks_to_swap=vace), budget())
     picture = "".join("x" if is_swapped else "." for is_swapped in plan.swapped)
     assert f"{picture[:4]}|{picture[4:]}" == expected
 
@@ -196,20 +188,20 @@ def test_vace_blocks_and_main_blocks_are_counted_and_spread_apart(main: int, vac
 )
 def test_a_count_above_the_models_is_cut_and_said(name: str, asked: int, count: int) -> None:
     request = dataclasses.replace(asking(blocks_to_swap=0), **{name: asked})
-    plan = plan_within(equal(8, vace=4), budget(), request)
+    plan = make_plan(equal(8, vace=4), request, budget())
     assert plan.swapped_count == count
     assert f"{name} is cut from {asked} to {count}, the number of blocks the model has" in plan.reasons
 
 
 @pytest.mark.parametrize(("main", "vace"), [(8, 4), (0, 0), (3, 2)])
 def test_a_count_that_the_model_has_is_not_said_to_be_cut(main: int, vace: int) -> None:
-    plan = plan_within(equal(8, vace=4), budget(), asking(blocks_to_swap=main, vace_blocks_to_swap=vace))
+    plan = make_plan(equal(8, vace=4), asking(blocks_to_swap=main, vace_blocks_to_swap=vace), budget())
     assert not any("cut" in reason for reason in plan.reasons)
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_manual_count_that_fills_its_slots_moves_nothing_and_says_so(count: int) -> None:
-    plan = plan_within(equal(8), budget(), asking(blocks_to_swap=count))
+    plan = make_plan(equal(8), asking(blocks_to_swap=count), budget())
     assert (plan.slots, plan.streamed_bytes) == (count, 0)
     assert any("nothing moves after the first forward" in reason for reason in plan.reasons)
 
@@ -218,14 +210,14 @@ def test_a_manual_count_that_fills_its_slots_moves_nothing_and_says_so(count: in
 @given(st.integers(1, 48).flatmap(lambda count: st.tuples(st.just(count), st.integers(1, count))))
 def test_swapped_blocks_are_spread_evenly(case: tuple[int, int]) -> None:
     count, swapped = case
-    indices = plan_within(equal(count), budget(), asking(blocks_to_swap=swapped)).swapped_indices
+    indices = make_plan(equal(count), asking(blocks_to_swap=swapped), budget()).swapped_indices
     gaps = {after - before for before, after in itertools.pairwise([*indices, indices[0] + count])}
     assert len(indices) == swapped
     assert max(gaps) - min(gaps) <= 1
 
 
 def test_a_manual_count_is_kept_over_the_budget_and_said() -> None:
-    plan = plan_within(equal(8), budget(30 * MIB), asking(blocks_to_swap=5))
+    plan = make_plan(equal(8), asking(blocks_to_swap=5), budget(30 * MIB))
     assert (plan.swapped_count, plan.over_ceiling) == (5, True)
     assert any("over the budget of 30.0 MiB" in reason for reason in plan.reasons)
 
@@ -238,14 +230,14 @@ def test_a_manual_count_is_kept_over_the_budget_and_said() -> None:
 def test_device_bytes_are_exactly_residents_small_tensors_and_slots(
     blocks: list[list[int]], count: int, slots: int
 ) -> None:
-    plan = plan_within(model(blocks), budget(), asking(blocks_to_swap=count, slots=slots))
+    plan = make_plan(model(blocks), asking(blocks_to_swap=count, slots=slots), budget())
     assert plan.device_bytes == device_weights(blocks, [4] * len(blocks), plan.swapped, slots)
 
 
 @generated
 @given(SIZES, st.integers(0, 12), st.integers(1, 4))
 def test_streamed_bytes_are_the_slabs_of_the_swapped_blocks(blocks: list[list[int]], count: int, slots: int) -> None:
-    plan = plan_within(model(blocks), budget(), asking(blocks_to_swap=count, slots=slots))
+    plan = make_plan(model(blocks), asking(blocks_to_swap=count, slots=slots), budget())
     expected = sum(slab(blocks[i]) for i in plan.swapped_indices)
     assert plan.streamed_bytes == (expected if plan.swapped_count > slots else 0)
 
@@ -256,7 +248,7 @@ TENSORS = st.lists(st.integers(16 * 1024, 4 * MIB), min_size=1, max_size=24).fil
 @generated
 @given(st.lists(TENSORS, min_size=1, max_size=8), st.integers(1, 8))
 def test_slabs_take_at_most_one_percent_more_than_what_is_streamed(blocks: list[list[int]], count: int) -> None:
-    plan = plan_within(model(blocks), budget(), asking(blocks_to_swap=count))
+    plan = make_plan(model(blocks), asking(blocks_to_swap=count), budget())
     streamed = sum(sum(blocks[i]) for i in plan.swapped_indices)
     assert streamed <= plan.slab_bytes <= 1.01 * streamed
 
@@ -276,7 +268,7 @@ def test_slabs_take_at_most_one_percent_more_than_what_is_streamed(blocks: list[
 )
 def test_a_third_slot_is_taken_where_it_pays_alone(count: int, speed: float, slots: int) -> None:
     profile = equal(40)
-    plan = plan_within(profile, budget(), asking(blocks_to_swap=count, timing=timing(profile, speed)))
+    plan = make_plan(profile, asking(blocks_to_swap=count, timing=timing(profile, speed)), budget())
     assert plan.slots == slots
 
 
@@ -288,7 +280,7 @@ def test_a_third_slot_is_taken_only_where_the_forward_is_faster_than_with_two(
     profile = model(blocks)
     weights = budget(int(share * device_weights(blocks, [4] * len(blocks), [False] * len(blocks), 0)))
     request = asking(timing=timing(profile, speed, compute_ms=compute_ms))
-    chosen, two = (plan_within(profile, weights, dataclasses.replace(request, slots=slots)) for slots in (None, 2))
+    chosen, two = (make_plan(profile, dataclasses.replace(request, slots=slots), weights) for slots in (None, 2))
     assert chosen.predicted is not None
     assert two.predicted is not None
     assert chosen == two if chosen.slots <= 2 else chosen.predicted.elapsed < two.predicted.elapsed
@@ -298,7 +290,7 @@ def test_a_third_slot_that_is_worth_one_block_more_is_said_with_what_would_fit_a
     """40 blocks of 8 MiB: 7 residents and a window of 2 slots take as much as 6 residents and one of 3."""
     profile, weights = equal(40), budget(73 * MIB)
     request = asking(timing=timing(profile, BALANCE))
-    plan, two = (plan_within(profile, weights, dataclasses.replace(request, slots=slots)) for slots in (None, 2))
+    plan, two = (make_plan(profile, dataclasses.replace(request, slots=slots), weights) for slots in (None, 2))
     assert (plan.swapped_count, plan.slots, two.swapped_count) == (34, 3, 33)
     assert plan.device_bytes == two.device_bytes == 72 * MIB
     assert plan.predicted is not None
@@ -320,7 +312,7 @@ def test_who_reads_that_the_fewest_are_swapped_can_believe_it(
     profile = model(blocks)
     weights = budget(int(share * device_weights(blocks, [4] * len(blocks), [False] * len(blocks), 0)))
     request = asking(timing=timing(profile, speed, compute_ms=compute_ms))
-    plan, two = (plan_within(profile, weights, dataclasses.replace(request, slots=slots)) for slots in (None, 2))
+    plan, two = (make_plan(profile, dataclasses.replace(request, slots=slots), weights) for slots in (None, 2))
     said = [reason for reason in plan.reasons if "the fewest that fit" in reason]
     more = [reason for reason in plan.reasons if f"1 more than the {two.swapped_count} that fit" in reason]
     if plan.swapped_count and not plan.over_ceiling:
@@ -332,17 +324,18 @@ def test_who_reads_that_the_fewest_are_swapped_can_believe_it(
 def test_no_third_slot_is_taken_where_the_tiers_that_can_be_had_make_it_no_faster(
     pin_mib: int, count: int | None
 ) -> None:
-    profile, spend = equal(40), budget(100 * MIB, pin=pin_mib * MIB)
+    profile, spend = equal(40), budget(100 * MIB)
     slower = {"pageable_bytes_per_s": BALANCE / 2, "host_copy_bytes_per_s": BALANCE / 3}
-    request = asking(blocks_to_swap=count, timing=timing(profile, BALANCE, **slower))
-    assert plan_within(profile, spend, request) == plan_within(profile, spend, dataclasses.replace(request, slots=2))
+    speeds = timing(profile, BALANCE, **slower)
+    request = asking(blocks_to_swap=count, pin_budget_bytes=pin_mib * MIB, timing=speeds)
+    assert make_plan(profile, request, spend) == make_plan(profile, dataclasses.replace(request, slots=2), spend)
 
 
 def test_a_third_slot_that_the_budget_does_not_hold_is_not_taken() -> None:
     profile = equal(40)
     request = asking(blocks_to_swap=33, timing=timing(profile, BALANCE))
-    exact = plan_within(profile, budget(), request).device_bytes
-    slots = [plan_within(profile, budget(size), request).slots for size in (exact, exact - 1)]
+    exact = make_plan(profile, request, budget()).device_bytes
+    slots = [make_plan(profile, request, budget(size)).slots for size in (exact, exact - 1)]
     assert slots == [3, 2]
 
 
@@ -360,7 +353,7 @@ def test_who_asks_for_every_block_gets_two_slots_even_where_a_third_would_pay(
     request = asking(
         blocks_to_swap=asked, vace_blocks_to_swap=vace, timing=timing(profile, 8 * MIB / 1e-3, compute_ms=1.0)
     )
-    plan, two, three = (plan_within(profile, budget(), dataclasses.replace(request, slots=n)) for n in (None, 2, 3))
+    plan, two, three = (make_plan(profile, dataclasses.replace(request, slots=n), budget()) for n in (None, 2, 3))
     assert two.predicted is not None
     assert three.predicted is not None
     assert three.predicted.elapsed < 0.99 * two.predicted.elapsed
@@ -373,12 +366,12 @@ def test_who_asks_for_every_block_gets_two_slots_even_where_a_third_would_pay(
 @pytest.mark.parametrize("known", [{}, {"compute_ms": (1.0,) * 40}, {"pinned_bytes_per_s": BALANCE}])
 def test_without_known_speeds_there_are_two_slots(known: dict[str, Any]) -> None:
     request = asking(blocks_to_swap=33, timing=Timing(**known))
-    assert plan_within(equal(40), budget(), request).slots == 2
+    assert make_plan(equal(40), request, budget()).slots == 2
 
 
 @pytest.mark.parametrize(("asked", "count", "slots"), [(1, 8, 1), (4, 8, 4), (4, 3, 3)])
 def test_slots_that_are_asked_for_are_taken(asked: int, count: int, slots: int) -> None:
-    plan = plan_within(equal(8), budget(), asking(blocks_to_swap=count, slots=asked))
+    plan = make_plan(equal(8), asking(blocks_to_swap=count, slots=asked), budget())
     assert plan.slots == slots
 
 
@@ -386,7 +379,7 @@ def test_slots_that_are_asked_for_are_taken(asked: int, count: int, slots: int) 
 def test_without_overlap_there_is_one_slot_one_stream_and_nothing_page_locked(count: int | None) -> None:
     profile = equal(8)
     speeds = timing(profile, BALANCE, pageable_bytes_per_s=BALANCE / 2, streams=8)
-    plan = plan_within(profile, budget(50 * MIB), asking(blocks_to_swap=count, overlap=False, timing=speeds))
+    plan = make_plan(profile, asking(blocks_to_swap=count, overlap=False, timing=speeds), budget(50 * MIB))
     assert plan.swapped_count > 0
     assert (plan.slots, plan.streams, plan.overlap, plan.pinned_bytes) == (1, 1, False, 0)
     assert set(plan.tiers) <= {None, HostTier.PAGEABLE}
@@ -414,7 +407,7 @@ def tiers(plan: SwapPlan) -> list[HostTier | None]:
 def test_the_pin_budget_decides_the_tiers(
     pin_mib: int, pinned: int, staged: int, pageable: int, locked_mib: int
 ) -> None:
-    plan = plan_within(equal(12), budget(pin=pin_mib * MIB), asking(blocks_to_swap=10))
+    plan = make_plan(equal(12), asking(blocks_to_swap=10, pin_budget_bytes=pin_mib * MIB), budget())
     counts = [tiers(plan).count(tier) for tier in (HostTier.PINNED, HostTier.STAGED, HostTier.PAGEABLE)]
     assert (counts, plan.pinned_bytes) == ([pinned, staged, pageable], locked_mib * MIB)
 
@@ -423,19 +416,19 @@ def test_the_pin_budget_decides_the_tiers(
     ("pin_mib", "said"), [(79, "3 of 10 swapped blocks go through 2 staging slabs"), (15, "pageable")]
 )
 def test_a_tier_below_the_best_is_said_with_numbers(pin_mib: int, said: str) -> None:
-    plan = plan_within(equal(12), budget(pin=pin_mib * MIB), asking(blocks_to_swap=10))
+    plan = make_plan(equal(12), asking(blocks_to_swap=10, pin_budget_bytes=pin_mib * MIB), budget())
     reason = next(reason for reason in plan.reasons if said in reason)
-    assert f"80.0 MiB wanted, {pin_mib}.0 MiB may be had" in reason
+    assert f"80.0 MiB needed, {pin_mib}.0 MiB allowed" in reason
 
 
 def test_page_locking_that_is_switched_off_leaves_all_pageable() -> None:
-    plan = plan_within(equal(12), budget(), asking(blocks_to_swap=10, pin=False))
+    plan = make_plan(equal(12), asking(blocks_to_swap=10, pin=False), budget())
     assert (set(tiers(plan)), plan.pinned_bytes, plan.staging_bytes) == ({HostTier.PAGEABLE}, 0, 0)
 
 
 @pytest.mark.parametrize("pin", [0, 24 * MIB, PLENTY])
 def test_resident_blocks_have_no_host_tier(pin: int) -> None:
-    plan = plan_within(equal(12), budget(pin=pin), asking(blocks_to_swap=5))
+    plan = make_plan(equal(12), asking(blocks_to_swap=5, pin_budget_bytes=pin), budget())
     assert [tier is not None for tier in plan.tiers] == list(plan.swapped)
 
 
@@ -451,7 +444,7 @@ def pin_cases(draw: st.DrawFn) -> tuple[list[list[int]], int, int]:
 @given(pin_cases())
 def test_never_more_is_page_locked_than_the_pin_budget(case: tuple[list[list[int]], int, int]) -> None:
     blocks, count, pin = case
-    plan = plan_within(model(blocks), budget(pin=pin), asking(blocks_to_swap=count))
+    plan = make_plan(model(blocks), asking(blocks_to_swap=count, pin_budget_bytes=pin), budget())
     assert plan.staging_bytes <= plan.pinned_bytes <= pin
 
 
@@ -460,7 +453,7 @@ def test_never_more_is_page_locked_than_the_pin_budget(case: tuple[list[list[int
 @example(([[9 * mmap.PAGESIZE]] * 11 + [[10 * mmap.PAGESIZE]], 12, 108 * mmap.PAGESIZE))
 def test_page_locked_bytes_are_the_pinned_slabs_and_two_staging_slabs(case: tuple[list[list[int]], int, int]) -> None:
     blocks, count, pin = case
-    plan = plan_within(model(blocks), budget(pin=pin), asking(blocks_to_swap=count))
+    plan = make_plan(model(blocks), asking(blocks_to_swap=count, pin_budget_bytes=pin), budget())
     pages = [ceil(slab(sizes), mmap.PAGESIZE) for sizes in blocks]
     pinned = [size for size, tier in zip(pages, plan.tiers, strict=True) if tier is HostTier.PINNED]
     staged = [size for size, tier in zip(pages, plan.tiers, strict=True) if tier is HostTier.STAGED]
@@ -486,7 +479,7 @@ def test_page_locked_bytes_are_the_pinned_slabs_and_two_staging_slabs(case: tupl
 def test_a_stall_is_unknown_where_compute_or_the_link_is(pin: int, request_: PlanInputs, known: set[str]) -> None:
     speeds = {name: (1.0,) * 12 if name == "compute_ms" else BALANCE for name in known}
     request = dataclasses.replace(request_, blocks_to_swap=10, timing=Timing(**speeds))
-    plan = plan_within(equal(12), budget(pin=pin), request)
+    plan = make_plan(equal(12), dataclasses.replace(request, pin_budget_bytes=pin), budget())
     assert (plan.predicted, plan.stall_ms) == (None, None)
 
 
@@ -494,7 +487,7 @@ def test_a_stall_is_unknown_where_compute_or_the_link_is(pin: int, request_: Pla
 def test_a_model_that_fits_never_stalls_whatever_the_link(known: bool) -> None:
     profile = equal(12)
     request = asking(timing=Timing(compute_ms=(1.0,) * 12, pinned_bytes_per_s=BALANCE if known else None))
-    assert plan_within(profile, budget(), request).stall_ms == 0
+    assert make_plan(profile, request, budget()).stall_ms == 0
 
 
 @pytest.mark.parametrize(
@@ -502,7 +495,7 @@ def test_a_model_that_fits_never_stalls_whatever_the_link(known: bool) -> None:
 )
 def test_a_forward_takes_the_longer_of_compute_and_transfer(speed: float, elapsed_ms: float) -> None:
     profile = equal(12)
-    plan = plan_within(profile, budget(), asking(blocks_to_swap=12, timing=timing(profile, speed)))
+    plan = make_plan(profile, asking(blocks_to_swap=12, timing=timing(profile, speed)), budget())
     assert plan.predicted is not None
     assert plan.predicted.elapsed == pytest.approx(elapsed_ms)
     assert plan.stall_ms == pytest.approx(elapsed_ms - 12)
@@ -510,8 +503,14 @@ def test_a_forward_takes_the_longer_of_compute_and_transfer(speed: float, elapse
 
 @pytest.mark.parametrize("streams", [1, 4])
 def test_the_copy_streams_are_those_that_the_link_was_measured_with(streams: int) -> None:
-    plan = plan_within(equal(8), budget(), asking(blocks_to_swap=5, timing=Timing(streams=streams)))
+    plan = make_plan(equal(8), asking(blocks_to_swap=5, timing=Timing(streams=streams)), budget())
     assert plan.streams == streams
+
+
+@pytest.mark.parametrize("nbytes", [None, 0, 3 * GIB])
+def test_unknown_activations_stay_unknown_and_known_ones_are_kept(nbytes: int | None) -> None:
+    activations = None if nbytes is None else Activations(nbytes=nbytes, is_measured=True)
+    assert make_plan(equal(4), asking(activations=activations), budget()).activation_bytes == nbytes
 
 
 # Refusals
@@ -520,7 +519,7 @@ def test_the_copy_streams_are_those_that_the_link_was_measured_with(streams: int
 def test_a_window_that_the_device_cannot_hold_is_refused_with_numbers() -> None:
     profile = equal(40, 100 * MIB)
     with pytest.raises(PlanError) as caught:
-        plan_within(profile, budget(150 * MIB, limit=199 * MIB), asking())
+        make_plan(profile, asking(), budget(150 * MIB, limit=199 * MIB))
     assert all(part in str(caught.value) for part in ("2 slots of 100.0 MiB", "199.0 MiB", "quantised"))
 
 
@@ -528,46 +527,42 @@ def test_a_window_that_the_device_cannot_hold_is_refused_with_numbers() -> None:
 def test_a_device_that_holds_the_plan_to_the_last_byte_is_enough(count: int | None) -> None:
     profile = equal(8)
     request = asking(blocks_to_swap=count)
-    need = plan_within(profile, budget(40 * MIB), request).device_bytes
-    assert plan_within(profile, budget(40 * MIB, limit=need), request).device_bytes == need
+    need = make_plan(profile, request, budget(40 * MIB)).device_bytes
+    assert make_plan(profile, request, budget(40 * MIB, limit=need)).device_bytes == need
     with pytest.raises(PlanError, match="not enough VRAM"):
-        plan_within(profile, budget(40 * MIB, limit=need - 1), request)
+        make_plan(profile, request, budget(40 * MIB, limit=need - 1))
 
 
 @pytest.mark.parametrize(("host", "tier"), [(80 * MIB, HostTier.STAGED), (80 * MIB - 1, HostTier.PAGEABLE)])
 def test_a_host_without_room_for_staging_slabs_gets_pageable_blocks_and_no_refusal(host: int, tier: HostTier) -> None:
-    plan = plan_within(equal(8), budget(pin=30 * MIB, host=host), asking(blocks_to_swap=5))
+    plan = make_plan(equal(8), asking(blocks_to_swap=5, pin_budget_bytes=30 * MIB), budget(host=host))
     assert tier in plan.tiers
     assert plan.staging_bytes + 64 * MIB <= host
-    assert any("pinned memory: 40.0 MiB wanted, 30.0 MiB may be had" in reason for reason in plan.reasons)
-
-
-def test_slabs_come_on_top_of_weights_that_somebody_keeps() -> None:
-    held = dataclasses.replace(budget(), host_held_bytes=64 * MIB, originals_stay=True)
-    assert held.host_need(64 * MIB, slab_bytes=40 * MIB, staging_bytes=2 * MIB) == 42 * MIB
-    alone = dataclasses.replace(held, originals_stay=False)
-    assert alone.host_need(64 * MIB, slab_bytes=40 * MIB, staging_bytes=2 * MIB) == 2 * MIB
+    assert any("pinned memory: 40.0 MiB needed, 30.0 MiB allowed" in reason for reason in plan.reasons)
 
 
 def test_where_device_and_host_share_one_memory_nothing_is_swapped_and_the_plan_says_why() -> None:
-    shared = dataclasses.replace(budget(8 * MIB, host=0), is_unified=True)
-    plan = plan_within(equal(8), shared, asking())
+    spend = budget(8 * MIB, host=0)
+    plan = make_plan(equal(8), asking(is_unified=True), spend)
     assert (plan.swapped_count, plan.over_ceiling) == (0, True)
     assert plan.reasons[0] == "device and host share one memory: swapping frees nothing, so it is off"
-    assert plan_within(equal(8), shared, asking(blocks_to_swap=3)).swapped_count == 3
+    assert make_plan(equal(8), asking(is_unified=True, blocks_to_swap=3), spend).swapped_count == 3
 
 
 @pytest.mark.parametrize(
-    ("pin", "held", "need"),
+    ("pin", "held", "originals_stay", "need"),
     [
-        pytest.param(PLENTY, 0, 64 * MIB, id="all blocks"),
-        pytest.param(PLENTY, 60 * MIB, 4 * MIB, id="all blocks but what is there already"),
+        pytest.param(PLENTY, 0, False, 64 * MIB, id="all blocks"),
+        pytest.param(PLENTY, 60 * MIB, False, 4 * MIB, id="all blocks but what is there already"),
+        pytest.param(PLENTY, 64 * MIB, True, 40 * MIB, id="slabs beside weights that something else keeps"),
     ],
 )
-def test_a_host_that_lacks_one_byte_is_refused_with_numbers(pin: int, held: int, need: int) -> None:
+def test_a_host_that_lacks_one_byte_is_refused_with_numbers(
+    pin: int, held: int, originals_stay: bool, need: int
+) -> None:
     def plan(host: int) -> SwapPlan:
-        spend = dataclasses.replace(budget(pin=pin, host=host), host_held_bytes=held)
-        return plan_within(equal(8), spend, asking(blocks_to_swap=5))
+        inputs = asking(blocks_to_swap=5, pin_budget_bytes=pin, host_held_bytes=held, originals_stay=originals_stay)
+        return make_plan(equal(8), inputs, budget(host=host))
 
     assert plan(need).swapped_count == 5
     with pytest.raises(PlanError, match="not enough RAM") as caught:
@@ -578,4 +573,4 @@ def test_a_host_that_lacks_one_byte_is_refused_with_numbers(pin: int, held: int,
 @pytest.mark.parametrize("count", [None, 0, 5])
 def test_a_model_without_blocks_is_refused(count: int | None) -> None:
     with pytest.raises(PlanError, match="the model has no blocks"):
-        plan_within(ModelProfile(()), budget(), asking(blocks_to_swap=count))
+        make_plan(ModelProfile(()), asking(blocks_to_swap=count), budget())

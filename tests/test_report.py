@@ -9,7 +9,7 @@ import pytest
 from test_plan import asking
 from wanvideo_enhanced_blockswap.blockswap.model.layout import BlockProfile, ModelProfile, Placement, TensorProfile
 from wanvideo_enhanced_blockswap.blockswap.plan.budget import MemoryBudget
-from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import plan_within
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import make_plan
 from wanvideo_enhanced_blockswap.blockswap.plan.schedule import ForwardTime
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.run.report import BlockTimes, Measured, RunReport
@@ -33,16 +33,8 @@ def plan(blocks: int = 4, swapped: int = 2, **changes: Any) -> SwapPlan:
         tuple(BlockProfile(f"blocks.{i}", (TensorProfile("w", 8 * MIB, Placement.STREAMED),)) for i in range(blocks))
     )
     much = 1 << 50
-    budget = MemoryBudget(
-        total_bytes=much,
-        used_bytes=0,
-        activation_bytes=None,
-        weight_bytes=much,
-        host_bytes=much,
-        host_held_bytes=0,
-        pin_bytes=much,
-    )
-    return replace(plan_within(profile, budget, asking(blocks_to_swap=swapped, slots=1)), **changes)
+    budget = MemoryBudget(weight_bytes=much, limit_bytes=much, host_bytes=much, reason="as tested")
+    return replace(make_plan(profile, asking(blocks_to_swap=swapped, slots=1), budget), **changes)
 
 
 SWAPPED = plan(

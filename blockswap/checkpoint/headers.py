@@ -1,4 +1,4 @@
-"""The tensors that the header of a .safetensors or .gguf file names, with their shapes, stored types and bytes."""
+"""The tensors in the header of a .safetensors or .gguf file, with their shapes, stored types and bytes."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from ..errors import SHOWN_LETTERS, CheckpointError, printable
 from ..model.wan import TensorInfo
 
 LONGEST_HEADER = 8 << 20
-"""Bytes of a .safetensors header. Wan 14B in fp8 with scales has 0.2 MB for its 1,500 tensors, and a workflow that is
-saved inside adds some tenths. JSON takes many times its length in memory."""
+"""Bytes of a .safetensors header. Wan 14B in fp8 with scales has 0.2 MB for its 1,500 tensors, and an embedded workflow
+adds some tenths. Parsed JSON takes many times its length in memory."""
 
 LENGTH_BYTES = 8
 
 MOST_DIMENSIONS = 8
-"""Of a tensor; Wan has 5."""
+"""Dimensions of a tensor; Wan has up to 5."""
 
 MOST_READS = 1 << 18
-"""Pieces of a .gguf header, which take some hundred bytes of memory each; Wan 14B has 8,000."""
+"""Reads of a .gguf header, each of which takes some hundred bytes of memory; Wan 14B needs 8,000."""
 
 LARGEST_NUMBER = (1 << 63) - 1
 
 LEAST_BITS = 4
-"""Of an element, by any stored type of the format."""
+"""Size of the smallest element of any stored type."""
 
 DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,31}")
 
 UNREADABLE = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError)
-"""What GGUFReader raises for a file that is cut short or of another format, as fuzzing shows (tests/fuzz)."""
+"""Errors of GGUFReader for a file that is truncated or of another format, found by fuzzing (tests/fuzz)."""
 
 
 class HeaderError(ValueError):
@@ -50,14 +50,14 @@ def read_safetensors(path: Path) -> dict[str, TensorInfo]:
     """The tensors by name.
 
     Raises:
-        HeaderError: The file is cut short or of another format.
-        OSError: It cannot be read.
+        HeaderError: The file is truncated or of another format.
+        OSError: The file cannot be read.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         if LENGTH_BYTES + length > size:
-            raise HeaderError(f"expected a header of {length:,} bytes by its first {LENGTH_BYTES}, got {size:,} in all")
+            raise HeaderError(f"expected a header of {length:,} bytes, got a file of {size:,}")
         if length > LONGEST_HEADER:
             remedy = "save the model again without its metadata"
             raise HeaderError(f"expected a header of at most {LONGEST_HEADER:,} bytes, got {length:,}", remedy=remedy)
@@ -65,9 +65,9 @@ def read_safetensors(path: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as exc:
-        raise HeaderError(f"its header is no JSON ({printable(str(exc), longest=SHOWN_LETTERS)})") from exc
+        raise HeaderError(f"its header is not JSON ({printable(str(exc), longest=SHOWN_LETTERS)})") from exc
     if not isinstance(header, dict):
-        raise HeaderError("its header is no JSON object")
+        raise HeaderError("its header is not a JSON object")
     header.pop("__metadata__", None)
     tensors: dict[str, TensorInfo] = {}
     places: list[tuple[int, int, str]] = []
@@ -82,12 +82,12 @@ def read_safetensors(path: Path) -> dict[str, TensorInfo]:
             )
         end = after
     if LENGTH_BYTES + length + end != size:
-        raise HeaderError(f"expected {LENGTH_BYTES + length + end:,} bytes by its header, got {size:,}")
+        raise HeaderError(f"expected {LENGTH_BYTES + length + end:,} bytes according to its header, got {size:,}")
     return tensors
 
 
 def _tensor(name: str, fields: object) -> tuple[TensorInfo, int]:
-    """The tensor, and where its bytes begin. Their number is that of the offsets, whatever the type's name."""
+    """A tensor, and the offset of its bytes. Their number comes from the offsets, so that unknown types can be read."""
     match fields:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
             numbers = (*shape, begin, end)
@@ -98,27 +98,27 @@ def _tensor(name: str, fields: object) -> tuple[TensorInfo, int]:
                 and math.prod(shape) * LEAST_BITS <= (end - begin) * 8
             ):
                 return TensorInfo(tuple(shape), dtype, end - begin), begin
-    raise HeaderError(f"{_shown(name)} has no dtype, shape and data_offsets that go together")
+    raise HeaderError(f"{_shown(name)} has no valid dtype, shape and data_offsets")
 
 
 def read_gguf(path: Path) -> dict[str, TensorInfo]:
-    """The tensors by name, with the shapes that torch gives them. The gguf package maps the whole file.
+    """The tensors by name, with shapes in torch's order. The gguf package maps the whole file.
 
     Raises:
         CheckpointError: The gguf package is not installed.
-        HeaderError: The file is cut short or of another format.
-        OSError: It cannot be read.
+        HeaderError: The file is truncated or of another format.
+        OSError: The file cannot be read.
     """
     try:
         import numpy as np
         from gguf import GGUFReader
     except ImportError as exc:
-        message = f"{printable(str(path))} needs the Python package gguf, which cannot be imported: {exc}"
-        raise CheckpointError(f"{message}; pip install gguf") from exc
+        needs = f"{printable(str(path))} needs the Python package gguf, which cannot be imported"
+        raise CheckpointError(f"{needs}: {exc}; pip install gguf") from exc
 
     class Reader(GGUFReader):  # type: ignore[misc]
-        """Stops at the file's end, where the package's own reads empty arrays: by a wrong count (2^60 numbers in a
-        list) it would go on until memory is full.
+        """Stops at the file's end. The package itself would read empty arrays there, and with a wrong count (2^60
+        numbers in a list) it would fill memory.
         """
 
         reads = 0
@@ -127,7 +127,7 @@ def read_gguf(path: Path) -> dict[str, TensorInfo]:
             self.reads += 1
             end, size = int(offset) + int(count) * np.dtype(dtype).itemsize, len(self.data)
             if end > size:
-                raise HeaderError(f"expected {end:,} bytes or more by its header, got {size:,}")
+                raise HeaderError(f"expected {end:,} bytes or more according to its header, got {size:,}")
             if self.reads > MOST_READS:
                 raise HeaderError("its header has too many entries", remedy="convert the model again without metadata")
             return super()._get(offset, dtype, count, override_order)
@@ -144,10 +144,10 @@ def read_gguf(path: Path) -> dict[str, TensorInfo]:
 
 
 def _gguf_tensor(reader: Any, tensor: Any) -> TensorInfo:
-    # ComfyUI's converters flatten tensors that GGML's quantisation cannot hold, and note their shape here.
+    # ComfyUI's converters flatten tensors that GGML's quantisation cannot hold, and store their shape here.
     noted = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")
     shape = tuple(map(int, noted.contents() if noted else reversed(tensor.shape.tolist())))
-    count = int(tensor.n_elements)  # has lost the bits above 64, which the shape has not
+    count = int(tensor.n_elements)  # modulo 2^64, unlike the product of the shape
     if min(shape, default=0) < 0 or math.prod(shape) != count or len(shape) > MOST_DIMENSIONS:
         raise HeaderError(f"the shape of {_shown(tensor.name)} does not have its {count:,} elements")
     return TensorInfo(shape, tensor.tensor_type.name, int(tensor.n_bytes))

@@ -1,4 +1,4 @@
-"""A model file's header -> its blocks, tensors and bytes, without loading a weight."""
+"""Reads a Wan model's blocks, tensors and bytes from the header of its file, without loading a weight."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def read_checkpoint(path: Path) -> CheckpointProfile:
     """The profile of a Wan transformer from the header of its .safetensors or .gguf file.
 
     Args:
-        path: The file, in Wan's own layout or diffusers'; one file with all blocks, not a shard.
+        path: One file with all blocks, in Wan's own layout or diffusers'.
 
     Raises:
-        CheckpointError: The file is missing, truncated, of another kind, not a Wan model or without some blocks, or the
+        CheckpointError: The file is missing, truncated, of another format, not a Wan model or incomplete, or the
             package that reads it is missing.
     """
     source = printable(str(path))
@@ -27,7 +27,7 @@ def read_checkpoint(path: Path) -> CheckpointProfile:
         found = path.stat()
         if stat.S_ISDIR(found.st_mode):
             raise CheckpointError(f"{source} is a folder; name the model file inside it")
-        if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for its writer
+        if not stat.S_ISREG(found.st_mode):  # a read from a pipe would wait for its writer
             raise CheckpointError(f"{source} is a pipe, a socket or a device; name a model file")
         if path.suffix.lower() not in FORMATS:
             kinds = " or ".join(FORMATS)
@@ -40,6 +40,6 @@ def read_checkpoint(path: Path) -> CheckpointProfile:
         why = printable(str(exc))
         raise CheckpointError(f"{source} cannot be read ({why}); check its permissions and its disk") from exc
     except HeaderError as exc:
-        message = f"{source} ({found.st_size:,} bytes) is no complete {kind} file: {exc}"
+        message = f"{source} ({found.st_size:,} bytes) is not a complete {kind} file: {exc}"
         raise CheckpointError(f"{message}; {exc.remedy}") from exc
     return profile_tensors(source, stored)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -20,29 +20,34 @@ modulation, 6 x 5120 x 4 = 122,880 bytes; its smallest matrix is 5120 x 5120 in 
 
 SMALL_TENSOR_SHARE = 64
 """The cut-off is also at most a 64th of its block's bytes, so that the matrices of a tiny model still stream: with the
-ratio of Wan's layers (a modulation of 6 rows against matrices of `width` rows) this parts them from width 64 up."""
+ratio of Wan's layers (a modulation of 6 rows against matrices of `width` rows) it separates them from width 64 up."""
 
 
 class Placement(Enum):
-    """Where a tensor of a block lives; decided once, from the tensor itself."""
+    """Where a tensor of a block lives."""
 
     STREAMED = "streamed"
     """Through a slot of the window while its block is swapped, in the block's own device buffer while resident."""
     SMALL = "small"
     """Always on the device: under the cut-off, or a buffer that a forward may change."""
     FIXED = "fixed"
-    """Always on the device, moved as a whole: a wrapper subclass, whose data no pointer of its own reaches."""
+    """Always on the device, moved as a whole: a wrapper subclass, whose data cannot be re-pointed."""
     HOST = "host"
     """Always on the host: Python reads it, and on the device each read would wait for the GPU."""
 
 
 def align(size: int, granularity: int) -> int:
-    """The least multiple of `granularity` that is not below `size`."""
+    """`size` rounded up to a multiple of `granularity`."""
     return -(-size // granularity) * granularity
 
 
+def device_bytes(size: int) -> int:
+    """Device memory that one allocation of `size` bytes takes."""
+    return align(size, DEVICE_GRANULARITY)
+
+
 def slab_offsets(sizes: Iterable[int]) -> tuple[tuple[int, ...], int]:
-    """Byte offsets of tensors laid one behind the other, each aligned, and the end of the last one."""
+    """Aligned byte offsets of consecutive tensors, and the end of the last one."""
     offsets, end = [], 0
     for size in sizes:
         start = align(end, SLAB_ALIGNMENT)
@@ -62,8 +67,8 @@ class TensorProfile:
 
     Attributes:
         name: Dotted name inside the block, without `_orig_mod.`.
-        nbytes: Span of its strides times the item size, as stored; 0 if another tensor's span already holds it. Of a
-            FIXED tensor, what its parts take when they are allocated.
+        nbytes: Bytes from its first element to its last, as stored; 0 if another tensor's bytes hold it already. For a
+            FIXED tensor, the device memory that its parts take.
         placement: Where it lives.
         reason: Why it does not stream; empty if it does.
     """
@@ -88,12 +93,12 @@ class BlockProfile:
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes of the tensors that stream when the block is swapped, without alignment."""
+        """Bytes of the block's streamed tensors, without alignment."""
         return sum(t.nbytes for t in self.tensors if t.placement is Placement.STREAMED)
 
     @property
     def slab_bytes(self) -> int:
-        """Length of the block's streamed tensors laid one behind the other, aligned: what one onload copies."""
+        """Length of the block's streamed tensors in a slab, with alignment: what one onload copies."""
         return slab_offsets(t.nbytes for t in self.tensors if t.placement is Placement.STREAMED)[1]
 
     @property
@@ -121,9 +126,7 @@ class ModelProfile:
 
     @property
     def small_device_bytes(self) -> int:
-        """Device memory of every tensor that always stays there, as it is allocated: one buffer, aligned, and one
-        allocation for each tensor that needs storage of its own.
-        """
+        """Device memory of all tensors that always stay there: one buffer, and an allocation per FIXED tensor."""
         small = [t.nbytes for b in self.blocks for t in b.tensors if t.placement is Placement.SMALL]
         fixed = [t.nbytes for b in self.blocks for t in b.tensors if t.placement is Placement.FIXED]
         return device_bytes(slab_offsets(small)[1]) + sum(map(device_bytes, fixed))
@@ -132,11 +135,6 @@ class ModelProfile:
         """Device memory of the streamed tensors of the blocks at `indices` when they are resident."""
         return sum(device_bytes(self.blocks[i].slab_bytes) for i in indices)
 
-    def slot_bytes(self, indices: Sequence[int]) -> int:
+    def slot_bytes(self, indices: Iterable[int]) -> int:
         """Device memory of one slot: the largest slab among the blocks at `indices`."""
         return device_bytes(max((self.blocks[i].slab_bytes for i in indices), default=0))
-
-
-def device_bytes(size: int) -> int:
-    """Device memory that one allocation of `size` bytes takes."""
-    return align(size, DEVICE_GRANULARITY)

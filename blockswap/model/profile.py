@@ -1,4 +1,4 @@
-"""Reads a transformer's blocks into a ModelProfile and the entries behind it; changes nothing."""
+"""Reads a transformer's blocks into a ModelProfile and the tensors behind it; changes nothing."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from .layout import BlockProfile, ModelProfile, Placement, TensorProfile, device
 from .tensors import span_bytes
 
 HOST_NAMES = frozenset({"block_id"})
-"""Tensors that index Python lists: on the device each use would be a host synchronisation."""
+"""Names of tensors that index Python lists; on the device each use would synchronise the host."""
 
 LORA_MARK = "lora"
-"""Part of the names of a LoRA's deltas and strengths, buffers that a forward never changes; deltas are large."""
+"""Part of the names of a LoRA's deltas and strengths: buffers, often large, that a forward never changes."""
 
 
 @dataclass(eq=False, slots=True)
 class TensorEntry:
-    """One parameter or buffer of a block, by the module and name that hold it: loading makes new Parameter objects.
+    """One parameter or buffer of a block, found by module and name, since loading makes new Parameter objects.
 
     Attributes:
         module: The module that holds it.
-        name: Its name there.
+        name: Its name in the module.
         path: Dotted name inside the block, without `_orig_mod.`.
-        is_buffer: Held among the module's buffers.
+        is_buffer: It is a buffer, not a parameter.
         placement: Where it lives.
-        reason: Why it does not stream.
-        leader: The entry whose bytes hold this one's, if it overlaps another.
-        offset: Bytes from the leader's begin to this tensor's.
-        extent: Bytes that the entry (with all that follow it as their leader) spans; 0 behind a leader.
+        reason: Why it does not stream; empty if it does.
+        leader: The first of the entries whose bytes overlap; None for that entry and for one that overlaps none.
+        offset: Bytes from the leader's start to this tensor's.
+        extent: Bytes that the entry spans, together with the entries that it leads; 0 for an entry with a leader.
     """
 
     module: nn.Module
@@ -47,30 +47,30 @@ class TensorEntry:
 
     @property
     def holder(self) -> dict[str, torch.Tensor | None]:
-        """The module's dict that the tensor is in."""
+        """The module's dict that holds the tensor."""
         return self.module._buffers if self.is_buffer else self.module._parameters  # type: ignore[return-value]
 
     @property
     def may_change(self) -> bool:
-        """Whether a forward may edit it: a buffer, unless it belongs to a LoRA."""
+        """Whether a forward may edit the tensor: it is a buffer, and not a LoRA's."""
         return self.is_buffer and LORA_MARK not in self.path.lower()
 
     @property
     def tensor(self) -> torch.Tensor:
-        """The tensor as it stands now."""
+        """The present tensor."""
         tensor = self.holder[self.name]
-        assert tensor is not None, f"{self.path} has gone"
+        assert tensor is not None, f"{self.path} was removed"
         return tensor
 
 
 @dataclass(frozen=True, slots=True)
 class ProfiledModel:
-    """What was read: the profile, and the entries of each block in the same order.
+    """A profile with the tensors that it describes.
 
     Attributes:
         profile: Bytes and placements.
-        entries: Of each block, one for each of `profile.blocks[i].tensors`.
-        buffers: Of each block, the dicts of buffers of its modules; a forward or a patch may add to them.
+        entries: For each block, one entry per tensor, in the order of `profile.blocks[i].tensors`.
+        buffers: For each block, the buffer dicts of its modules, to which a forward or a patch may add.
     """
 
     profile: ModelProfile
@@ -79,7 +79,7 @@ class ProfiledModel:
 
 
 def blocks_of(model: nn.Module, names: Sequence[str] = ("vace_blocks", "blocks")) -> tuple[tuple[str, nn.Module], ...]:
-    """Name and module of each block in those of the model's lists that exist, in the order of `names`."""
+    """Name and module of each block in the model's lists `names`, in that order; a list may be missing."""
     return tuple(
         (f"{name}.{index}", block) for name in names for index, block in enumerate(getattr(model, name, None) or ())
     )
@@ -89,12 +89,12 @@ def profile_model(blocks: Sequence[tuple[str, nn.Module]], *, root: nn.Module | 
     """Reads blocks into a profile.
 
     Args:
-        blocks: Name and module of each block, in execution order; names starting with `vace_blocks.` are VACE's.
-        root: The whole model; its tensors outside the blocks are counted. None leaves them out.
+        blocks: Name and module of each block, in execution order; names of VACE blocks start with `vace_blocks.`.
+        root: The whole model, whose tensors outside the blocks are counted too; None counts none.
 
     Raises:
-        UnsupportedModelError: No blocks; a tensor without data; or one whose bytes are not its elements in order:
-            sparse, conjugate, negative or quantized.
+        UnsupportedModelError: There are no blocks, or a tensor has no data or a layout that cannot be copied as bytes
+            (sparse, conjugate, negative or quantized).
     """
     if not blocks:
         raise UnsupportedModelError(
@@ -103,9 +103,11 @@ def profile_model(blocks: Sequence[tuple[str, nn.Module]], *, root: nn.Module | 
     entries = tuple(tuple(_entries(name, module)) for name, module in blocks)
     for block in entries:
         _place(block)
-    _tie([entry for block in entries for entry in block])
-    inside = {id(entry.tensor) for block in entries for entry in block}
-    other = _bytes_outside(root, inside) if root is not None else 0
+    every = [entry for block in entries for entry in block]
+    _tie(every)
+    inside = {id(entry.tensor) for entry in every}
+    outside = () if root is None else (t for t in (*root.parameters(), *root.buffers()) if id(t) not in inside)
+    other = sum(sum(_parts(tensor)) for tensor in outside if not tensor.is_meta)
     profiles = tuple(
         BlockProfile(name, tuple(TensorProfile(e.path, e.extent, e.placement, e.reason) for e in block))
         for (name, _), block in zip(blocks, entries, strict=True)
@@ -120,7 +122,7 @@ def refuse_grad(blocks: Sequence[tuple[str, nn.Module]]) -> None:
         for path, parameter in module.named_parameters():
             if parameter.requires_grad:
                 raise UnsupportedModelError(
-                    f"swapped blocks expect inference but {name}.{path} requires grad and grad is enabled; "
+                    f"{name}.{path} requires grad and grad is enabled, but swapped blocks support inference only; "
                     "run under torch.inference_mode() or torch.no_grad()"
                 )
 
@@ -129,42 +131,37 @@ def _entries(block_name: str, block: nn.Module) -> Iterator[TensorEntry]:
     for prefix, module in block.named_modules():
         for holder, is_buffer in ((module._parameters, False), (module._buffers, True)):
             for name, tensor in holder.items():
-                if tensor is None:
-                    continue
-                path = f"{prefix}.{name}" if prefix else name
-                path = path.replace("_orig_mod.", "")
-                if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)) or tensor.is_meta:
-                    raise UnsupportedModelError(
-                        f"block swapping expects weights with data but {block_name}.{path} is on the meta device or "
-                        "not initialised; load the weights first"
-                    )
-                _refuse_other_layouts(f"{block_name}.{path}", tensor)
-                yield TensorEntry(module, name, path, is_buffer)
+                if tensor is not None:
+                    path = (f"{prefix}.{name}" if prefix else name).replace("_orig_mod.", "")
+                    _refuse_unsupported(f"{block_name}.{path}", tensor)
+                    yield TensorEntry(module, name, path, is_buffer)
 
 
-def _refuse_other_layouts(name: str, tensor: torch.Tensor) -> None:
+def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
+    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)) or tensor.is_meta:
+        raise UnsupportedModelError(
+            f"{name} has no data (it is on the meta device or not initialised); load the weights before the blocks are "
+            "swapped"
+        )
     if not _has_own_storage(tensor):
         return
-    if tensor.is_quantized:
-        kind, cure = "quantized (a torch.quantize_* tensor)", "dequantize()"
-    elif tensor.layout is not torch.strided:
-        kind, cure = f"stored as {tensor.layout}", "to_dense()"
-    elif tensor.is_conj():
-        kind, cure = "a conjugate view", "resolve_conj()"
-    elif tensor.is_neg():
-        kind, cure = "a negative view", "resolve_neg()"
-    else:
-        return
-    raise UnsupportedModelError(
-        f"{name} is {kind}, which cannot be swapped; replace it by its {cure} after loading, or take another "
-        "checkpoint of the model"
-    )
+    for is_so, kind, cure in (
+        (tensor.is_quantized, "quantized (a torch.quantize_* tensor)", "dequantize()"),
+        (tensor.layout is not torch.strided, f"stored as {tensor.layout}", "to_dense()"),
+        (tensor.is_conj(), "a conjugate view", "resolve_conj()"),
+        (tensor.is_neg(), "a negative view", "resolve_neg()"),
+    ):
+        if is_so:
+            raise UnsupportedModelError(
+                f"{name} is {kind}, which cannot be swapped; replace it by its {cure} after loading, or take another "
+                "checkpoint of the model"
+            )
 
 
 def _place(block: Sequence[TensorEntry]) -> None:
-    """Sets each entry's placement from the tensor itself."""
+    """Sets the placement and extent of each entry of a block."""
     for entry in block:
-        entry.extent = _bytes(entry.tensor)
+        entry.extent = sum(_parts(entry.tensor))
     cutoff = small_cutoff(sum(entry.extent for entry in block))
     for entry in block:
         entry.placement, entry.reason = _placement(entry, cutoff)
@@ -172,17 +169,12 @@ def _place(block: Sequence[TensorEntry]) -> None:
             entry.extent = sum(map(device_bytes, _parts(entry.tensor)))
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    """Memory of a tensor, of all its parts."""
-    return sum(_parts(tensor))
-
-
 def _parts(tensor: torch.Tensor) -> list[int]:
-    """Bytes of each piece of memory a tensor is made of: one, unless it is made of other tensors."""
+    """Bytes of each allocation behind a tensor: one, or several for a subclass that is made of other tensors."""
     if _has_own_storage(tensor) and tensor.layout is torch.strided:
         return [span_bytes(tensor)]
     if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor.numel() * tensor.element_size()]  # outside of the blocks it may be sparse: this is the most
+        return [tensor.numel() * tensor.element_size()]  # outside the blocks it may be sparse: this is an upper limit
     return [size for name in tensor.__tensor_flatten__()[0] for size in _parts(getattr(tensor, name))]
 
 
@@ -191,9 +183,9 @@ def _placement(entry: TensorEntry, cutoff: int) -> tuple[Placement, str]:
     if entry.name in HOST_NAMES:
         return Placement.HOST, "Python reads it"
     if not _has_own_storage(tensor):
-        return Placement.FIXED, "a wrapper subclass: re-pointing moves only its shell"
+        return Placement.FIXED, "a wrapper subclass, whose data cannot be re-pointed"
     if ".parametrizations." in f".{entry.path}":
-        return Placement.SMALL, "a computed weight is made from it outside the block's control"
+        return Placement.SMALL, "a parametrization computes a weight from it, at times that the block does not control"
     if entry.may_change:
         return Placement.SMALL, "a buffer, which a forward may change"
     if entry.extent < max(cutoff, 1):
@@ -202,35 +194,26 @@ def _placement(entry: TensorEntry, cutoff: int) -> tuple[Placement, str]:
 
 
 def _has_own_storage(tensor: torch.Tensor) -> bool:
-    """False for wrapper subclasses, which keep their data in other tensors (torchao's, ComfyUI's QuantizedTensor)."""
+    """False for a wrapper subclass, which keeps its data in other tensors (torchao's, ComfyUI's QuantizedTensor)."""
     return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def _tie(entries: Sequence[TensorEntry]) -> None:
-    """Tensors whose bytes overlap stay on the device together: streamed apart they would part for ever."""
+    """Keeps tensors whose bytes overlap on the device together; copied apart, they would share bytes no more."""
     placed = [e for e in entries if e.placement in (Placement.STREAMED, Placement.SMALL) and e.extent]
     placed.sort(key=lambda e: (str(e.tensor.device), e.tensor.data_ptr()))
     leader: TensorEntry | None = None
     for entry in placed:
-        begin = entry.tensor.data_ptr()
-        if leader is None or leader.tensor.device != entry.tensor.device:
-            leader = entry
-            continue
-        distance = begin - leader.tensor.data_ptr()
-        if distance >= leader.extent:
+        distance = entry.tensor.data_ptr() - leader.tensor.data_ptr() if leader else 0
+        if leader is None or leader.tensor.device != entry.tensor.device or distance >= leader.extent:
             leader = entry
             continue
         if distance % entry.tensor.element_size():
             raise UnsupportedModelError(
-                f"tensors that share bytes expect whole elements between them but {entry.path} ({entry.tensor.dtype}) "
-                f"begins {distance} bytes behind {leader.path}; clone one of them"
+                f"{entry.path} ({entry.tensor.dtype}) shares bytes with {leader.path} but starts {distance} bytes "
+                "after it, which is not a whole number of elements; clone one of them"
             )
         for tied in (leader, entry):
             tied.placement, tied.reason = Placement.SMALL, "its bytes overlap another tensor's"
         leader.extent = max(leader.extent, distance + entry.extent)
         entry.leader, entry.offset, entry.extent = leader, distance, 0
-
-
-def _bytes_outside(root: nn.Module, inside: set[int]) -> int:
-    tensors = [*root.parameters(), *root.buffers()]
-    return sum(_bytes(tensor) for tensor in tensors if id(tensor) not in inside and not tensor.is_meta)

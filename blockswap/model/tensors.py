@@ -1,4 +1,4 @@
-"""What a strided tensor's bytes are, and views of bytes as tensors."""
+"""The bytes of a strided tensor, and views of bytes as tensors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import torch
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements from a strided tensor's first to its last, in memory order, 1D, without the behaviour of a subclass
-    (GGUF-like parameters keep packed bytes under one). Unlike the tensor, it never names an element twice.
+    """A strided tensor's memory from its first element to its last as a 1D tensor of the same dtype.
+
+    It has no subclass (GGUF-like parameters keep packed bytes in one), and it holds each element once, also where the
+    tensor's strides repeat elements.
     """
     with torch._C.DisableTorchFunctionSubclass():
         elements = span_bytes(tensor) // tensor.element_size()
@@ -15,13 +17,9 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def same_layout(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors have one dtype, shape and strides, and are both inference tensors or both not."""
-    return (
-        one.dtype == other.dtype
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-        and one.is_inference() == other.is_inference()
-    )
+    """Whether two tensors have the same dtype, shape and strides, and are both inference tensors or both not."""
+    layouts = [(tensor.dtype, tensor.shape, tensor.stride(), tensor.is_inference()) for tensor in (one, other)]
+    return layouts[0] == layouts[1]
 
 
 def span_bytes(tensor: torch.Tensor) -> int:
@@ -33,7 +31,7 @@ def span_bytes(tensor: torch.Tensor) -> int:
 
 
 def version_of(tensor: torch.Tensor) -> int | None:
-    """How often a tensor was edited in place; None for inference tensors, which do not count."""
+    """Number of in-place edits of a tensor; None for inference tensors, which do not count edits."""
     try:
         return tensor._version
     except RuntimeError:
@@ -43,8 +41,8 @@ def version_of(tensor: torch.Tensor) -> int | None:
 def element_view(memory: torch.Tensor, like: torch.Tensor, *, offset: int) -> torch.Tensor:
     """A view of `memory` (uint8, 1D) at byte `offset` with the dtype, shape and strides of `like`.
 
-    It is an inference tensor exactly if `like` is one: `.data =` gives a parameter the kind of the tensor it is pointed
-    at, but not the version counter that a normal tensor needs, so the kind must not change.
+    The view is an inference tensor exactly if `like` is one: `.data =` changes a parameter to the kind of the assigned
+    tensor, but does not add the version counter that a normal tensor needs, so the kind must not change.
     """
     with torch.inference_mode(mode=like.is_inference()):
         view = torch.empty(0, dtype=like.dtype, device=memory.device)
@@ -53,12 +51,12 @@ def element_view(memory: torch.Tensor, like: torch.Tensor, *, offset: int) -> to
 
 
 def copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copies the bytes of a strided tensor to another of the same layout, whichever of them are inference tensors."""
+    """Copies the bytes of a strided tensor to one of the same layout; either may be an inference tensor."""
     with torch.inference_mode():
         flat(target).copy_(flat(source))
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """What tensors that share storage have in common; unlike an address, it differs between empty tensors."""
+    """A key that only tensors with the same storage share; an address would be the same for all empty tensors."""
     with torch._C.DisableTorchFunctionSubclass():
         return int(tensor.untyped_storage()._cdata)

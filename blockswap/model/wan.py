@@ -1,9 +1,10 @@
-"""A Wan transformer from its tensors' names and shapes: blocks, sizes, tokens, and what a forward costs; pure."""
+"""What the names and shapes of a Wan transformer's tensors tell: blocks, sizes, tokens, cost of a forward; pure."""
 
 from __future__ import annotations
 
-import itertools
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -17,27 +18,27 @@ WAN22_VAE_CHANNELS = 48
 """Latent channels of Wan 2.2 5B's VAE; Wan 2.1's, which the 14B models of Wan 2.2 use too, has 16."""
 
 ELEMENT_BYTES = 2
-"""Of an activation: bf16 and fp16; fp8 and GGUF models compute in these too."""
+"""Size of an activation's element: bf16 and fp16, in which fp8 and GGUF models compute too."""
 
 TEMPORARIES = 1.25
-"""Peak over the widest place's own tensors: diffusers' Wan transformer took 1.37 times them at width 256, 1.19 at width
-1536 (768 to 3072 tokens, by the books of the tests' pretend accelerator, torch 2.13, 2026-11-25)."""
+"""Ratio of the peak to the widest layers' own tensors. For diffusers' Wan transformer it was 1.37 at width 256, 1.19 at
+width 1536 (768 to 3072 tokens, as counted by the tests' pretend accelerator, torch 2.13, 2026-11-25)."""
 
 
 @dataclass(frozen=True, slots=True)
 class WanArchitecture:
-    """The sizes of a Wan transformer that decide what a forward costs.
+    """The sizes of a Wan transformer that determine the cost of a forward.
 
     Attributes:
         width: Channels of a token (5120 for 14B).
         ffn_width: Channels inside the feed-forward layers (13824 for 14B).
         heads: Attention heads.
-        blocks: Blocks, without VACE's.
-        vace_blocks: VACE blocks, 0 without VACE.
+        blocks: Number of blocks, without VACE's.
+        vace_blocks: Number of VACE blocks.
         patch: Latent frames, rows and columns that make one token.
-        in_channels: Latent channels that enter, image and control conditions included.
-        latent_channels: Latent channels that leave, which are the VAE's: 16, or 48 for Wan 2.2 5B. None if
-            not known; `in_channels` decides then.
+        in_channels: Input channels, image and control conditions included.
+        latent_channels: Output channels, which are the VAE's: 16, or 48 for Wan 2.2 5B. None if unknown; then
+            `in_channels` decides.
     """
 
     width: int
@@ -52,15 +53,15 @@ class WanArchitecture:
     @property
     def pixels_per_latent(self) -> int:
         """Pixels along each side of one latent: 16 with Wan 2.2 5B's VAE, 8 with Wan 2.1's."""
-        # Fun Control 1.3B takes 48 channels in too, with the VAE of 16 channels: what leaves is the surer sign.
+        # Fun Control 1.3B has 48 input channels too, with the VAE of 16 channels: output channels are more reliable.
         return 16 if (self.latent_channels or self.in_channels) == WAN22_VAE_CHANNELS else 8
 
 
 def block_flops(architecture: WanArchitecture, tokens: int) -> tuple[float, float]:
     """Floating-point operations of one block for one sequence of `tokens`: in linear layers, and in attention.
 
-    A multiplication and an addition count as two. The linear layers are 6 width x width matrices and the feed-forward
-    pair over the tokens, and 2 width x width matrices over the text; attention is the self- and the cross-attention.
+    A multiply-add counts as two. The linear layers are 6 width x width matrices and the feed-forward pair over the
+    tokens, and 2 width x width matrices over the text; attention is self-attention and cross-attention.
     """
     width, ffn = architecture.width, architecture.ffn_width
     linear = 2 * tokens * (6 * width**2 + 2 * width * ffn) + 2 * TEXT_TOKENS * 2 * width**2
@@ -69,17 +70,16 @@ def block_flops(architecture: WanArchitecture, tokens: int) -> tuple[float, floa
 
 
 def activation_bytes(architecture: WanArchitecture, tokens: int, *, vace_hints: bool = True) -> int:
-    """Device memory that a forward is expected to take above the weights, until one has been measured.
+    """Expected device memory of a forward above the weights, used until a forward has been measured.
 
-    The feed-forward pair is the widest place of a block: the residual and the normed input (`width` channels each),
-    the hidden channels before and after the activation (`ffn_width` each), two bytes an element; what runs beside them
-    adds `TEMPORARIES`. Attention holds five times `width`, which is less. VACE blocks leave a hint of `width` channels
-    each for the main blocks.
+    The feed-forward pair needs the most in a block: the residual and the normed input (`width` channels each), and the
+    hidden channels before and after the activation (`ffn_width` each), times `TEMPORARIES` for what is held beside
+    them. Attention holds five times `width`, which is less. Each VACE block leaves a hint of `width` channels.
 
     Args:
         architecture: The model's sizes.
         tokens: Length of one sequence.
-        vace_hints: The hints of the VACE blocks stay on the device until the main blocks have used them.
+        vace_hints: The hints of the VACE blocks stay on the device for the main blocks.
     """
     width, ffn = architecture.width, architecture.ffn_width
     channels = max(2 * width + 2 * ffn, 5 * width)
@@ -91,7 +91,7 @@ def tokens_for(architecture: WanArchitecture, width: int, height: int, frames: i
     """Tokens of a video of `width` x `height` pixels and `frames` frames.
 
     Raises:
-        SettingsError: A side is no multiple of the pixels behind one token, or the frames are not 4n + 1.
+        SettingsError: A side is not a multiple of a token's side in pixels, or the frames are not 4n + 1.
     """
     scale, (depth, rows, columns) = architecture.pixels_per_latent, architecture.patch
     _check_step("width", width, first=scale * columns, step=scale * columns)
@@ -110,30 +110,25 @@ def _check_step(name: str, value: int, *, first: int, step: int) -> None:
 
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
-"""What files put before the transformer's own names: all-in-one checkpoints, ComfyUI's exports, plain transformers."""
+"""Prefixes of the transformer's names in all-in-one checkpoints, ComfyUI's exports and plain transformers."""
 
 BLOCK_KEY = re.compile(r"(vace_blocks|blocks)\.(0|[1-9][0-9]{0,3})\.(.+)")
 
 MOST_BLOCKS = 128
-"""VACE's included; the largest published Wan has 40 and 8 of VACE. A plan takes time by blocks times tensors."""
+"""VACE blocks included; the largest published Wan has 40 and 8 of VACE. Planning time grows by blocks times tensors."""
 
 HEAD_WIDTH = 128
 """Channels of one attention head in every published Wan model (1.3B: 12 heads, 5B: 24, 14B: 40). No weight shows it."""
 
-PATCH_DIMENSIONS = 5
-"""Of the convolution that makes tokens: (width, channels, frames, rows, columns)."""
-
-MATRIX_DIMENSIONS = 2
-
 
 @dataclass(frozen=True, slots=True)
 class CheckpointProfile:
-    """What a model file holds.
+    """The Wan transformer in a model file.
 
     Attributes:
-        model: Its blocks and their tensors, as stored; in an all-in-one checkpoint the transformer's alone.
+        model: Its blocks and their tensors, as stored.
         architecture: Its sizes.
-        dtypes: Bytes of the model by stored type (`BF16`, `F8_E4M3`, `Q4_K`, ...), the largest first.
+        dtypes: Its bytes by stored type (`BF16`, `F8_E4M3`, `Q4_K`, ...), the largest first.
     """
 
     model: ModelProfile
@@ -143,7 +138,7 @@ class CheckpointProfile:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One entry of a file's tensor table; the shape is torch's, also where the file stores it reversed."""
+    """One entry of a file's tensor table; the shape is in torch's order, also if the file reverses it."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -154,22 +149,21 @@ def profile_tensors(source: str, stored: Mapping[str, TensorInfo]) -> Checkpoint
     """The profile of a Wan transformer.
 
     Args:
-        source: Where the table comes from, for messages.
-        stored: Its tensors by name, in Wan's own layout or diffusers'.
+        source: Name of the file or model, for messages.
+        stored: The tensors by name, in Wan's own layout or diffusers'; others than the transformer's are left out.
 
     Raises:
-        CheckpointError: It is not a Wan model, or lacks some blocks.
+        CheckpointError: The tensors are not a Wan model's, or some blocks are missing.
     """
     tensors = _transformer_tensors(source, stored)
     blocks = _group_blocks(source, tensors)
     architecture = _architecture(source, tensors, blocks)
     profiles = tuple(_block_profile(f"{kind}.{number}", block) for (kind, number), block in blocks.items())
-    nbytes: dict[str, int] = {}
+    nbytes: Counter[str] = Counter()
     for tensor in tensors.values():
-        nbytes[tensor.dtype] = nbytes.get(tensor.dtype, 0) + tensor.nbytes
-    other = sum(nbytes.values()) - sum(profile.nbytes for profile in profiles)
-    dtypes = tuple(sorted(nbytes.items(), key=lambda item: -item[1]))
-    return CheckpointProfile(ModelProfile(profiles, other), architecture, dtypes)
+        nbytes[tensor.dtype] += tensor.nbytes
+    other = nbytes.total() - sum(profile.nbytes for profile in profiles)
+    return CheckpointProfile(ModelProfile(profiles, other), architecture, tuple(nbytes.most_common()))
 
 
 def _transformer_tensors(source: str, stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -178,16 +172,15 @@ def _transformer_tensors(source: str, stored: Mapping[str, TensorInfo]) -> dict[
         own = {name[len(prefix) :]: tensor for name, tensor in stored.items() if name.startswith(prefix)}
         if "patch_embedding.weight" in own:
             return own
-    few = _few(sorted(stored)[:3]) or "no tensors"
+    few = _few(sorted(stored)[:3]) or "none"
     raise CheckpointError(
-        f"{source} is not a Wan model: expects patch_embedding.weight and blocks.0.self_attn.q.weight among its "
-        f"{len(stored)} tensors but has {few}; name a whole Wan transformer in one file, "
-        "not a LoRA, a VACE module or one part of a split model"
+        f"{source} is not a Wan model: its {len(stored)} tensors (first: {few}) do not include patch_embedding.weight; "
+        "name a whole Wan transformer in one file, not a LoRA, a VACE module or one part of a split model"
     )
 
 
 def _group_blocks(source: str, tensors: Mapping[str, TensorInfo]) -> dict[tuple[str, int], dict[str, TensorInfo]]:
-    """The blocks' tensors by block, VACE blocks first, each kind in the order of its numbers."""
+    """The tensors of each block, VACE blocks first, in the order of their numbers."""
     found: dict[tuple[str, int], dict[str, TensorInfo]] = {}
     for name, tensor in tensors.items():
         match = BLOCK_KEY.fullmatch(name)
@@ -195,12 +188,11 @@ def _group_blocks(source: str, tensors: Mapping[str, TensorInfo]) -> dict[tuple[
             found.setdefault((match[1], int(match[2])), {})[match[3]] = tensor
     for kind in ("vace_blocks", "blocks"):
         numbers = {number for block_kind, number in found if block_kind == kind}
-        last = max(numbers, default=-1)
-        if len(numbers) <= last:
-            few = itertools.islice((f"{kind}.{number}" for number in range(last) if number not in numbers), 5)
+        missing = [f"{kind}.{number}" for number in range(max(numbers, default=0)) if number not in numbers]
+        if missing:
             raise CheckpointError(
-                f"{source} expects {kind} 0 to {last} but lacks {last + 1 - len(numbers)} of them: {', '.join(few)}; "
-                "join the parts of a split model, or download it again"
+                f"{source} has {kind}.{max(numbers)} but lacks {len(missing)} of the blocks before it: "
+                f"{', '.join(missing[:5])}; join the parts of a split model, or download it again"
             )
     if not any(kind == "blocks" for kind, _ in found):
         raise CheckpointError(f"{source} has no transformer block named blocks.0; name a whole Wan model")
@@ -214,18 +206,19 @@ def _group_blocks(source: str, tensors: Mapping[str, TensorInfo]) -> dict[tuple[
 def _architecture(
     source: str, tensors: Mapping[str, TensorInfo], blocks: Mapping[tuple[str, int], Mapping[str, TensorInfo]]
 ) -> WanArchitecture:
-    head = _first(tensors, "head.head.weight", "proj_out.weight")
-    if head is None or not _is_filled(head):
+    head = _matrix(tensors, "head.head.weight", "proj_out.weight")
+    if head is None:
         raise CheckpointError(
-            f"{source} has no output layer head.head.weight (diffusers: proj_out.weight); join the "
-            "parts of a split model"
+            f"{source} has no output layer head.head.weight (diffusers: proj_out.weight); "
+            "join the parts of a split model"
         )
-    patch = tensors["patch_embedding.weight"].shape
-    if len(patch) != PATCH_DIMENSIONS or 0 in patch:
-        raise CheckpointError(
-            f"{source}: expected patch_embedding.weight with {PATCH_DIMENSIONS} dimensions, got shape {patch}; "
-            "convert the model again"
-        )
+    shape = tensors["patch_embedding.weight"].shape
+    match shape:
+        case (_, in_channels, frames, rows, columns) if 0 not in shape:
+            patch = frames, rows, columns
+        case _:
+            message = "expected patch_embedding.weight with 5 dimensions (width, channels, frames, rows, columns)"
+            raise CheckpointError(f"{source}: {message}, got shape {shape}; convert the model again")
     matrices = [_matrices(source, f"{kind}.{number}", block) for (kind, number), block in blocks.items()]
     query, ffn = matrices[-1]
     vace = sum(kind == "vace_blocks" for kind, _ in blocks)
@@ -235,44 +228,39 @@ def _architecture(
         heads=max(1, query.shape[0] // HEAD_WIDTH),
         blocks=len(blocks) - vace,
         vace_blocks=vace,
-        patch=(patch[2], patch[3], patch[4]),
-        in_channels=patch[1],
-        latent_channels=head.shape[0] // (patch[2] * patch[3] * patch[4]),
+        patch=patch,
+        in_channels=in_channels,
+        latent_channels=head.shape[0] // math.prod(patch),
     )
 
 
 def _matrices(source: str, name: str, block: Mapping[str, TensorInfo]) -> tuple[TensorInfo, TensorInfo]:
     """The query matrix of a block's self-attention and its first feed-forward matrix: (out, in)."""
-    query = _first(block, "self_attn.q.weight", "attn1.to_q.weight")
-    ffn = _first(block, "ffn.0.weight", "ffn.net.0.proj.weight")
-    if query is None or ffn is None or not (_is_filled(query) and _is_filled(ffn)):
-        few = _few(list(block)[:3])
+    query = _matrix(block, "self_attn.q.weight", "attn1.to_q.weight")
+    ffn = _matrix(block, "ffn.0.weight", "ffn.net.0.proj.weight")
+    if query is None or ffn is None:
         raise CheckpointError(
-            f"{source} expects the matrices self_attn.q.weight and ffn.0.weight (diffusers: attn1.to_q.weight and "
-            f"ffn.net.0.proj.weight) in {name} but it has {few} ({len(block)} tensors); name a whole Wan model"
+            f"{source}: {name} has no matrices self_attn.q.weight and ffn.0.weight (diffusers: attn1.to_q.weight and "
+            f"ffn.net.0.proj.weight) among its {len(block)} tensors (first: {_few(list(block)[:3])}); name a whole Wan "
+            "model"
         )
     return query, ffn
 
 
-def _is_filled(tensor: TensorInfo) -> bool:
-    """Whether this is a matrix with elements: what the model's sizes are read from must have some."""
-    return len(tensor.shape) >= MATRIX_DIMENSIONS and 0 not in tensor.shape
+def _matrix(tensors: Mapping[str, TensorInfo], *names: str) -> TensorInfo | None:
+    """The tensor with the first of `names` that exists; None if no name does, or if it is no matrix with elements."""
+    tensor = next((tensors[name] for name in names if name in tensors), None)
+    return tensor if tensor is not None and len(tensor.shape) > 1 and 0 not in tensor.shape else None
 
 
 def _few(names: Iterable[str]) -> str:
     return ", ".join(printable(name, longest=SHOWN_LETTERS) for name in names)
 
 
-def _first(tensors: Mapping[str, TensorInfo], *names: str) -> TensorInfo | None:
-    return next((tensors[name] for name in names if name in tensors), None)
-
-
 def _block_profile(name: str, tensors: Mapping[str, TensorInfo]) -> BlockProfile:
     cutoff = max(1, small_cutoff(sum(tensor.nbytes for tensor in tensors.values())))
-    return BlockProfile(name, tuple(_tensor_profile(key, tensor, cutoff) for key, tensor in tensors.items()))
-
-
-def _tensor_profile(name: str, tensor: TensorInfo, cutoff: int) -> TensorProfile:
-    if tensor.nbytes < cutoff:
-        return TensorProfile(name, tensor.nbytes, Placement.SMALL, "under the cut-off")
-    return TensorProfile(name, tensor.nbytes, Placement.STREAMED)
+    small, streamed = (Placement.SMALL, "under the cut-off"), (Placement.STREAMED, "")
+    return BlockProfile(
+        name,
+        tuple(TensorProfile(key, t.nbytes, *(small if t.nbytes < cutoff else streamed)) for key, t in tensors.items()),
+    )

@@ -1,4 +1,4 @@
-"""The balance of VRAM and DRAM: what a plan may spend; pure arithmetic."""
+"""MemoryBudget: how much VRAM and DRAM a plan may spend; pure arithmetic."""
 
 from __future__ import annotations
 
@@ -8,73 +8,43 @@ from ...hardware.units import format_bytes
 from .swap_plan import PlanInputs
 
 SAFETY_RESERVE = 0.10
-"""Share of the card's memory that is never counted as available: the brief's safety reserve, for fragmentation, the
-allocator's rounding and what other programs take while we run."""
+"""Share of the card's memory that never counts as available, a documented default: for fragmentation, the allocator's
+rounding, and what other programs allocate during a run."""
 
 USABLE_DRAM = 0.80
-"""Share of the available host memory that weights may take ("safe use 80 %" of the brief)."""
+"""Share of the available host memory that weights may take, a documented default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBudget:
-    """Bytes that a plan may spend, with the terms they came from.
+    """Bytes that a plan may spend.
 
     Attributes:
-        used_bytes: Device memory in use by others, and by us for anything but block weights.
-        activation_bytes: Peak above the weights for this shape; None if neither measured nor worked out.
-        weight_bytes: What residents, small tensors and window may take together.
-        limit_bytes: What they could take at most before the device runs out: total - used.
-        host_bytes: Host memory that the plan may take, what we hold already counted in.
-        host_held_bytes: Bytes of the blocks that are in host memory already.
-        originals_stay: Slabs are copies of weights that somebody else keeps.
-        pin_bytes: Host memory that the plan may page-lock.
-        is_unified: The card's memory is the host's, so that swapping would free nothing.
+        weight_bytes: Device memory for residents, small tensors and window together.
+        limit_bytes: Device memory that other data do not use. A plan that needs more is refused.
+        host_bytes: Host memory for blocks and slabs, with our copies and staging slabs counted as free.
         reason: Which term sets `weight_bytes`, as a sentence.
     """
 
-    total_bytes: int
-    used_bytes: int
-    activation_bytes: int | None
     weight_bytes: int
+    limit_bytes: int
     host_bytes: int
-    host_held_bytes: int
-    pin_bytes: int
-    originals_stay: bool = False
-    is_unified: bool = False
     reason: str = ""
-
-    @property
-    def limit_bytes(self) -> int:
-        """Device memory that is left when no reserve is kept."""
-        return self.total_bytes - self.used_bytes
-
-    def host_need(self, block_bytes: int, *, slab_bytes: int, staging_bytes: int = 0) -> int:
-        """Host memory that a plan takes beside what is held of the blocks already.
-
-        Args:
-            block_bytes: All blocks.
-            slab_bytes: Slabs of the swapped blocks.
-            staging_bytes: Staging slabs.
-        """
-        if self.is_unified:
-            return staging_bytes  # the weights are there once, and `limit_bytes` is the host's
-        copies = slab_bytes if self.originals_stay else 0
-        return max(0, block_bytes - self.host_held_bytes) + copies + staging_bytes
 
 
 def make_budget(inputs: PlanInputs) -> MemoryBudget:
-    """The balance of VRAM and DRAM: VRAM first, DRAM for the overflow.
+    """The budget: VRAM first, DRAM for the rest.
 
         used          = in use now - torch's unused cache - our own weights
-        available     = max(0, total - used - max(10 % of total, what others asked to be left))
+        available     = max(0, total - used - max(10 % of total, what others asked us to leave free))
         ceiling       = max(0, vram_threshold_percent of total - used)
         weight budget = min(ceiling, bandwidth_target * available, available - activations if known)
-        host budget   = 80 % of what is available and of what our staging slabs and copies take
+        host budget   = 80 % of (available host memory + our copies and staging slabs)
 
-    What we hold counts as free on both sides, so that a plan made while another is in place is the same.
+    Our own memory counts as free on both sides, so that the budget does not depend on a plan in place.
 
-    Where card and host share one memory, the ceiling and the share would only leave memory idle: the weight budget is
-    then what is available, less the activations.
+    If card and host share one memory, swapping frees nothing, and the ceiling and the share would only leave memory
+    unused: the weight budget is then what is available, less the activations.
     """
     total = inputs.device_total_bytes
     used = max(0, total - inputs.device_free_bytes - inputs.unused_cache_bytes - inputs.own_bytes)
@@ -95,14 +65,8 @@ def make_budget(inputs: PlanInputs) -> MemoryBudget:
     ours = inputs.staging_bytes + (inputs.slab_bytes if inputs.originals_stay else 0)
     weights, why = min(terms, key=lambda term: term[0])
     return MemoryBudget(
-        total_bytes=total,
-        used_bytes=used,
-        activation_bytes=None if inputs.activations is None else inputs.activations.nbytes,
         weight_bytes=weights,
+        limit_bytes=total - used,
         host_bytes=int(USABLE_DRAM * (inputs.host_available_bytes + ours)),
-        host_held_bytes=inputs.host_held_bytes,
-        pin_bytes=inputs.pin_budget_bytes,
-        originals_stay=inputs.originals_stay,
-        is_unified=inputs.is_unified,
         reason=f"{format_bytes(weights)} for block weights: set by {why}",
     )

@@ -1,8 +1,8 @@
-"""What was read, measured and asked becomes a SwapPlan: the one way that node, command line and tests take; pure."""
+"""Turns readings, measurements and settings into a SwapPlan, for node, command line and tests alike; pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -21,9 +21,8 @@ SLOT_CHOICES = (2, 3)
 gains nothing (`simulate` over N 30/40/48, 25-100 % swapped, transfer/compute 0.25-4)."""
 
 WORTH_A_SLOT = 0.005
-"""Part of the forward that a third slot must save to be worth its memory; below it the model's own error is larger."""
-
-VACE_PREFIX = "vace_blocks."
+"""Share of the forward that a third slot must save to be worth its memory; the prediction's own error is larger than
+anything below it."""
 
 Choice: TypeAlias = "tuple[tuple[bool, ...], int]"
 """For each block whether it is swapped, and the number of slots."""
@@ -35,14 +34,14 @@ RAN_OUT = "since the device ran out of memory with a larger plan for this video 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What is set from outside of the settings, by ComfyUI's flags or by what the device cannot do.
+    """Limits beside the settings: from ComfyUI's flags, or from what the device lacks.
 
     Attributes:
         pin: Host memory may be page-locked.
         overlap: Copies may have streams of their own.
         must_swap_all: No block may stay on the device.
-        reserve_bytes: Device memory to be left free beside our own reserve.
-        originals_stay: Somebody else keeps the blocks' weights in host memory, so that slabs are copies.
+        reserve_bytes: Device memory that others ask us to leave free; the larger of this and our own reserve counts.
+        originals_stay: Something else keeps the blocks' weights in host memory, so that slabs are copies.
     """
 
     pin: bool = True
@@ -58,10 +57,10 @@ class Readings:
 
     Attributes:
         spec: The device.
-        memory: Its memory.
+        memory: Device memory.
         host: Host memory.
         link: The measured link; None if it is not measured.
-        unused_cache_bytes: What torch has reserved on the device and does not use.
+        unused_cache_bytes: Device memory that torch has reserved and does not use.
     """
 
     spec: DeviceSpec
@@ -74,13 +73,13 @@ class Readings:
 def plan_inputs(
     profile: ModelProfile, settings: SwapSettings, readings: Readings, limits: Limits | None = None
 ) -> PlanInputs:
-    """The inputs of a plan for a model of which nothing is placed and nothing was measured; callers replace the rest.
+    """The inputs of a plan for a model that is not placed or measured yet; callers replace what they know better.
 
     Args:
         profile: The blocks and their bytes.
-        settings: What the user asked for. With automatic tuning count, streams and ratio follow from the readings.
+        settings: The user's settings. With automatic tuning, count, streams and share follow from the readings.
         readings: The machine.
-        limits: What is set from outside of the settings; None sets nothing.
+        limits: Limits beside the settings; None sets none.
     """
     limits, is_auto = limits or Limits(), settings.auto_hardware_tuning
     memory, host = readings.memory, readings.host
@@ -102,7 +101,7 @@ def plan_inputs(
         vace_blocks_to_swap=0 if is_auto else settings.vace_blocks_to_swap,
         slots=None if overlap else 1,
         overlap=overlap,
-        # By hand, only what the user says decides; what is known to do harm is part of the automatic choice.
+        # A manual setting is followed even where page-locking is known to do harm; only automatic tuning avoids it.
         pin=settings.enable_dram_optimization and limits.pin and (tuning.pin or not is_auto),
         timing=timing_of(readings.link, streams=tuning.streams if is_auto else settings.num_cuda_streams),
         tuning=tuning.reasons if is_auto else (),
@@ -112,13 +111,13 @@ def plan_inputs(
 
 
 def swapping_all(inputs: PlanInputs, profile: ModelProfile) -> PlanInputs:
-    """The same with every block to be swapped."""
-    main, vace = block_counts(profile)
+    """The same inputs with every block to be swapped."""
+    main, vace = _block_counts(profile)
     return replace(inputs, blocks_to_swap=main, vace_blocks_to_swap=vace)
 
 
 def timing_of(link: LinkSpeed | None, *, streams: int, compute_ms: tuple[float, ...] | None = None) -> Timing:
-    """What a measured link makes of this number of streams, beside the blocks' durations; None is unknown."""
+    """Speeds of a measured link with this number of streams, and the blocks' durations; None is unknown."""
     return Timing(
         compute_ms=compute_ms,
         pinned_bytes_per_s=link.best(max_streams=streams)[1] if link is not None and link.pinned else None,
@@ -128,38 +127,32 @@ def timing_of(link: LinkSpeed | None, *, streams: int, compute_ms: tuple[float, 
     )
 
 
-def make_plan(profile: ModelProfile, inputs: PlanInputs) -> SwapPlan:
+def make_plan(profile: ModelProfile, inputs: PlanInputs, budget: MemoryBudget | None = None) -> SwapPlan:
     """The plan for one transformer on one device.
 
-    Raises:
-        PlanError: Not even the smallest window fits the device, or the host cannot hold the blocks.
-    """
-    return plan_within(profile, make_budget(inputs), inputs)
-
-
-def plan_within(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs) -> SwapPlan:
-    """The same within a budget that is worked out already.
+    Args:
+        profile: The blocks and their bytes.
+        inputs: Settings, readings and measurements.
+        budget: What the plan may spend; None works it out from `inputs`.
 
     Raises:
-        PlanError: Not even the smallest window fits the device, or the host cannot hold the blocks.
+        PlanError: The device cannot hold the weights, or the host cannot hold the blocks.
     """
     if not profile.blocks:
         raise PlanError("the model has no blocks: nothing can be swapped")
-    (swapped, slots), chosen = _choose(profile, budget, inputs)
-    plan = _complete(profile, budget, inputs, swapped, slots)
-    _refuse_what_cannot_be(profile, budget, plan)
-    unfit = [_does_not_fit(plan)] if plan.fits is False else []
-    terms = [budget.reason] if budget.reason else []
-    tuning = inputs.tuning if plan.swapped_count else ()
-    reasons = (*unfit, *chosen, *terms, *plan.reasons, *tuning, *inputs.notes)
-    return replace(plan, reasons=reasons, tuning=tuning)
-
-
-def _does_not_fit(plan: SwapPlan) -> str:
-    activations = plan.activation_bytes or 0
-    need, free = format_bytes(plan.device_bytes + activations), format_bytes(plan.limit_bytes)
-    parts = f"{format_bytes(activations)} of activations and {format_bytes(plan.device_bytes)} of weights"
-    return f"expect it to run out of memory: {parts} are {need}, and {free} are free; take fewer frames or smaller ones"
+    budget = budget or make_budget(inputs)
+    choice, why = _choose(profile, budget, inputs)
+    plan = _complete(profile, budget, inputs, choice, why)
+    _refuse_what_does_not_fit(profile, budget, inputs, plan)
+    if plan.fits is not False:
+        return plan
+    weights, activations = plan.device_bytes, plan.activation_bytes or 0
+    warning = (
+        f"expect it to run out of memory: {format_bytes(activations)} of activations and {format_bytes(weights)} of "
+        f"weights are {format_bytes(weights + activations)}, and {format_bytes(plan.limit_bytes)} are free; "
+        "take fewer frames or smaller ones"
+    )
+    return replace(plan, reasons=(warning, *plan.reasons))
 
 
 def weight_bytes(profile: ModelProfile, swapped: Sequence[bool], slots: int) -> int:
@@ -170,19 +163,18 @@ def weight_bytes(profile: ModelProfile, swapped: Sequence[bool], slots: int) -> 
     return profile.small_device_bytes + profile.resident_device_bytes(residents) + window
 
 
-def block_counts(profile: ModelProfile) -> tuple[int, int]:
+def _block_counts(profile: ModelProfile) -> tuple[int, int]:
     """Number of main blocks, and of VACE blocks."""
-    vace = sum(block.name.startswith(VACE_PREFIX) for block in profile.blocks)
+    vace = sum(block.name.startswith("vace_blocks.") for block in profile.blocks)
     return len(profile.blocks) - vace, vace
 
 
 def _choose(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs) -> tuple[Choice, list[str]]:
-    """Which blocks are swapped, through how many slots, and why: by count, or as few as fit the budget."""
+    """Which blocks are swapped, through how many slots, and why: the given count, or as few as fit the budget."""
     count = len(profile.blocks)
     if inputs.blocks_to_swap is not None:
-        swapped, reasons = _by_count(profile, inputs)
-        return (swapped, _slots_by_count(profile, budget, inputs, swapped)), reasons
-    if budget.is_unified:
+        return _by_count(profile, budget, inputs, inputs.blocks_to_swap)
+    if inputs.is_unified:
         return ((False,) * count, 0), [UNIFIED]
     everything = weight_bytes(profile, (False,) * count, 0)
     if everything <= budget.weight_bytes:
@@ -192,88 +184,73 @@ def _choose(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs) -> 
     return choice, [why]
 
 
-def _by_count(profile: ModelProfile, inputs: PlanInputs) -> tuple[tuple[bool, ...], list[str]]:
-    """The counts asked for, spread."""
-    main, vace = block_counts(profile)
-    asked = (
-        ("blocks_to_swap", inputs.blocks_to_swap or 0, main),
-        ("vace_blocks_to_swap", inputs.vace_blocks_to_swap, vace),
-    )
-    reasons = [
-        f"{name} is cut from {wanted} to {count}, the number of blocks the model has"
-        for name, wanted, count in asked
-        if wanted > count
-    ]
-    mains, vaces = (min(wanted, count) for _, wanted, count in asked)
-    reasons.append(f"{mains + vaces} of {len(profile.blocks)} blocks are swapped, {inputs.why}")
-    return (spread(vace, vaces) if vace else ()) + (spread(main, mains) if main else ()), reasons
-
-
-def _slots_by_count(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, swapped: tuple[bool, ...]) -> int:
-    """Two slots, or three where the model of time says they pay, the budget holds them, and not every block is asked
-    for: a user who swaps all wants the least memory that swapping can do with.
+def _by_count(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, asked: int) -> tuple[Choice, list[str]]:
+    """The given counts, spread. Two slots, or three if the prediction gains by it, the budget holds them, and not every
+    block is asked for: a user who swaps all blocks wants the least memory.
     """
-    count = sum(swapped)
-    if inputs.slots is not None:
-        return min(inputs.slots, count)
-    if not inputs.overlap:
-        return min(1, count)
+    counts, reasons = [], []
+    wishes = (asked, inputs.vace_blocks_to_swap)
+    for name, wish, most in zip(("blocks_to_swap", "vace_blocks_to_swap"), wishes, _block_counts(profile), strict=True):
+        counts.append(min(wish, most))
+        if wish > most:
+            reasons.append(f"{name} is cut from {wish} to {most}, the number of blocks the model has")
+    main, vace = _block_counts(profile)
+    swapped = spread(vace, counts[1]) + spread(main, counts[0])
+    count = sum(counts)
+    reasons.append(f"{count} of {len(profile.blocks)} blocks are swapped, {inputs.why}")
+    if inputs.slots is not None or not inputs.overlap:
+        return (swapped, min(inputs.slots or 1, count)), reasons
     fewest, most = SLOT_CHOICES
-    asks_for_all = (inputs.blocks_to_swap or 0) >= block_counts(profile)[0]
-    if asks_for_all or count <= fewest or weight_bytes(profile, swapped, most) > budget.weight_bytes:
-        return min(fewest, count)
-    return most if _saving(profile, budget, inputs, (swapped, fewest), (swapped, most)) else fewest
+    fits = asked < main and count > fewest and weight_bytes(profile, swapped, most) <= budget.weight_bytes
+    if fits and _saving(profile, budget, inputs, (swapped, fewest), (swapped, most)):
+        return (swapped, most), reasons
+    return (swapped, min(fewest, count)), reasons
 
 
 def _saving(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, choice: Choice, other: Choice) -> float:
-    """Part of a forward that `other` saves against `choice`; 0 where it is unknown or within the model's error."""
-    times = []
-    for swapped, slots in (choice, other):
-        tiers, _, _ = _tiers(profile, budget, inputs, swapped)
-        times.append(predict(profile, swapped, slots, tiers, inputs.timing))
-    if times[0] is None or times[1] is None or times[1].elapsed >= (1 - WORTH_A_SLOT) * times[0].elapsed:
+    """Share of a forward that `other` saves against `choice`; 0 if it is unknown or within the prediction's error."""
+    before, after = (
+        predict(profile, swapped, slots, _tiers(profile, budget, inputs, swapped)[0], inputs.timing)
+        for swapped, slots in (choice, other)
+    )
+    if before is None or after is None or after.elapsed >= (1 - WORTH_A_SLOT) * before.elapsed:
         return 0.0
-    return 1 - times[1].elapsed / times[0].elapsed
+    return 1 - after.elapsed / before.elapsed
 
 
 def _fewest_that_fit(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs) -> tuple[Choice, str]:
     """The fewest swapped blocks that fit the weight budget, with the number of slots that is faster for that memory."""
-    count, target = len(profile.blocks), format_bytes(budget.weight_bytes)
+    count, limit = len(profile.blocks), budget.weight_bytes
     slots = inputs.slots or (SLOT_CHOICES[0] if inputs.overlap else 1)
-    fewest = _fewest(profile, budget.weight_bytes, slots)
+    # With as many slots as swapped blocks, the window takes what swapping frees.
+    ways = range(min(slots + 1, count), count + 1)
+    fewest = next((k for k in ways if weight_bytes(profile, spread(count, k), slots) <= limit), None)
     if fewest is None:
         everything = (True,) * count
         need = format_bytes(weight_bytes(profile, everything, slots))
-        why = f"even with all {count} blocks swapped the weights take {need} of {target}"
+        why = f"even with all {count} blocks swapped the weights take {need} of {format_bytes(limit)}"
         return (everything, min(slots, count)), why
     best, why = (spread(count, fewest), slots), "blocks are swapped, the fewest that fit"
-    other = _with_another_slot(profile, budget, best) if inputs.slots is None and inputs.overlap else None
+    other = _with_another_slot(profile, limit, best) if inputs.slots is None and inputs.overlap else None
     gain = 0.0 if other is None else _saving(profile, budget, inputs, best, other)
     best = other if other is not None and gain else best
     if sum(best[0]) > fewest:
         why = f"blocks are swapped, 1 more than the {fewest} that fit, since a third slot saves {gain:.1%} of a forward"
-    return best, f"{sum(best[0])} of {count} {why}: {format_bytes(weight_bytes(profile, *best))} of {target}"
+    taken = f"{format_bytes(weight_bytes(profile, *best))} of {format_bytes(limit)}"
+    return best, f"{sum(best[0])} of {count} {why}: {taken}"
 
 
-def _fewest(profile: ModelProfile, weights: int, slots: int) -> int | None:
-    """The fewest swapped blocks with which `slots` slots fit `weights` bytes; None if none do."""
-    count = len(profile.blocks)
-    # With as many slots as swapped blocks the window holds what it should have freed.
-    ways = range(min(slots + 1, count), count + 1)
-    return next((k for k in ways if weight_bytes(profile, spread(count, k), slots) <= weights), None)
+def _with_another_slot(profile: ModelProfile, limit: int, choice: Choice) -> Choice | None:
+    """`choice` with one slot more in `limit` bytes, else with one block and one slot more in the memory that `choice`
+    takes; None if neither fits.
 
-
-def _with_another_slot(profile: ModelProfile, budget: MemoryBudget, choice: Choice) -> Choice | None:
-    """`choice` with one slot more, for which one block more is swapped if need be; None if that takes more memory.
-
-    The comparison is with the memory that `choice` takes and not with what there is: so the number of swapped blocks
-    follows from `choice` alone, and cannot grow with the memory of the card.
+    The second limit is not the budget, so that the number of swapped blocks follows from `choice` alone and cannot grow
+    with the memory of the card.
     """
     count, (swapped, slots) = len(profile.blocks), choice
-    for k, limit in ((sum(swapped), budget.weight_bytes), (sum(swapped) + 1, weight_bytes(profile, *choice))):
-        more = spread(count, min(k, count))
-        if slots + 1 < k <= count and weight_bytes(profile, more, slots + 1) <= limit:
-            return more, slots + 1
+    for k, most in ((sum(swapped), limit), (sum(swapped) + 1, weight_bytes(profile, *choice))):
+        if slots + 1 < k <= count and weight_bytes(profile, spread(count, k), slots + 1) <= most:
+            return spread(count, k), slots + 1
     return None
 
 
@@ -284,22 +261,18 @@ def predict(
     tiers: Sequence[HostTier | None],
     timing: Timing,
 ) -> ForwardTime | None:
-    """One forward of all blocks in virtual time, in ms, or None where a speed is unknown."""
+    """One forward of all blocks in virtual time, in ms; None if a speed is unknown."""
     if timing.compute_ms is None:
         return None
-    if len(timing.compute_ms) != len(swapped):
-        raise PlanError(
-            f"compute_ms: expected a duration for each of {len(swapped)} blocks, got {len(timing.compute_ms)}"
-        )
     transfer = [0.0] * len(swapped)
     for i, tier in enumerate(tiers):
-        if swapped[i] and tier is not None:
+        if tier is not None:
             speed = timing.bytes_per_s(tier)
             if speed is None:
                 return None
             transfer[i] = profile.blocks[i].slab_bytes / speed * 1e3
     blocking = {i for i, tier in enumerate(tiers) if tier is HostTier.PAGEABLE}
-    ring = Ring(swapped, slots=min(slots, sum(swapped)))
+    ring = Ring(swapped, slots=slots)
     time = VirtualTime(ring, compute=timing.compute_ms, transfer=transfer, blocking=blocking)
     return steady_time(time, [range(len(swapped))])
 
@@ -307,93 +280,97 @@ def predict(
 def _tiers(
     profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, swapped: Sequence[bool]
 ) -> tuple[tuple[HostTier | None, ...], int, list[str]]:
-    """Host tier of each block, bytes of the staging slabs, and the reasons where not all is pinned."""
-    inside = [i for i, is_swapped in enumerate(swapped) if is_swapped]
-    sizes = {i: profile.blocks[i].slab_host_bytes for i in inside}
-    pageable = tuple(HostTier.PAGEABLE if s else None for s in swapped)
-    if not inputs.pin or not inputs.overlap:
-        why = (
-            "page-locked memory is switched off, or not to be had here"
-            if not inputs.pin
-            else "copies on the compute stream need no pins"
+    """Host tier of each block, bytes of the staging slabs, and why if not all slabs are pinned."""
+    sizes = {i: profile.blocks[i].slab_host_bytes for i, is_swapped in enumerate(swapped) if is_swapped}
+
+    def tiers(pinned: Container[int], rest: HostTier) -> tuple[HostTier | None, ...]:
+        return tuple(
+            (HostTier.PINNED if i in pinned else rest) if is_swapped else None for i, is_swapped in enumerate(swapped)
         )
-        return pageable, 0, [why] if inside else []
-    wanted = sum(sizes.values())
-    if wanted <= budget.pin_bytes:
-        return tuple(HostTier.PINNED if s else None for s in swapped), 0, []
-    short = f"pinned memory: {format_bytes(wanted)} wanted, {format_bytes(budget.pin_bytes)} may be had"
-    # As many as fit are pinned, spread among the swapped ones: the worker has time between two of its own. Where
-    # staging has no room, what is not pinned is pageable.
-    for tier in (HostTier.STAGED, HostTier.PAGEABLE):
-        for count in range(len(inside) - 1, -1, -1):
-            pinned = {i for i, chosen in zip(inside, spread(len(inside), count), strict=True) if chosen}
+
+    wanted, allowed = sum(sizes.values()), inputs.pin_budget_bytes
+    if not sizes or (inputs.pin and inputs.overlap and wanted <= allowed):
+        return tiers(sizes, HostTier.PINNED), 0, []
+    if not inputs.pin:
+        return tiers((), HostTier.PAGEABLE), 0, ["page-locked memory is switched off, or not available here"]
+    if not inputs.overlap:
+        return tiers((), HostTier.PAGEABLE), 0, ["copies on the compute stream need no page-locked memory"]
+    # As many slabs as fit are pinned, spread among the swapped blocks, so that the worker has time between two of the
+    # others. If the host has no room for staging slabs, the others are pageable.
+    for rest, fate in (
+        (HostTier.STAGED, f"go through {STAGING_SLABS} staging slabs"),
+        (HostTier.PAGEABLE, "stay pageable"),
+    ):
+        for count in range(len(sizes) - 1, -1, -1):
+            pinned = {i for i, is_pinned in zip(sizes, spread(len(sizes), count), strict=True) if is_pinned}
             others = [size for i, size in sizes.items() if i not in pinned]
-            staging = STAGING_SLABS * max(others) if tier is HostTier.STAGED else 0
-            need = budget.host_need(profile.block_bytes, slab_bytes=wanted, staging_bytes=staging)
-            locked = sum(sizes[i] for i in pinned) + staging
-            if locked <= budget.pin_bytes and (need <= budget.host_bytes or tier is HostTier.PAGEABLE):
-                tiers = tuple((HostTier.PINNED if i in pinned else tier) if s else None for i, s in enumerate(swapped))
-                return tiers, staging, [f"{short}; {_rest(tier, len(others), len(inside))}"]
+            staging = STAGING_SLABS * max(others) if rest is HostTier.STAGED else 0
+            need = _host_need(profile, inputs, slab_bytes=wanted, staging_bytes=staging)
+            locked = wanted - sum(others) + staging
+            if locked <= allowed and (need <= budget.host_bytes or rest is HostTier.PAGEABLE):
+                short = f"pinned memory: {format_bytes(wanted)} needed, {format_bytes(allowed)} allowed"
+                return tiers(pinned, rest), staging, [f"{short}; {len(others)} of {len(sizes)} swapped blocks {fate}"]
     raise AssertionError("no block pinned and none staged always fits")
 
 
-def _rest(tier: HostTier, count: int, of: int) -> str:
-    """What becomes of the swapped blocks that are not pinned."""
-    if tier is HostTier.STAGED:
-        return f"{count} of {of} swapped blocks go through {STAGING_SLABS} staging slabs"
-    return f"{'all' if count == of else f'{count} of {of}'} swapped blocks stay pageable"
+def _host_need(profile: ModelProfile, inputs: PlanInputs, *, slab_bytes: int, staging_bytes: int) -> int:
+    """Host memory that a plan takes beside what the host holds of the blocks already."""
+    if inputs.is_unified:
+        return staging_bytes  # the weights exist once, and the device's limit counts them
+    copies = slab_bytes if inputs.originals_stay else 0
+    return max(0, profile.block_bytes - inputs.host_held_bytes) + copies + staging_bytes
 
 
 def _complete(
-    profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, swapped: tuple[bool, ...], slots: int
+    profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, choice: Choice, why: Sequence[str]
 ) -> SwapPlan:
+    swapped, slots = choice
     tiers, staging_bytes, reasons = _tiers(profile, budget, inputs, swapped)
-    inside = [i for i, is_swapped in enumerate(swapped) if is_swapped]
-    pinned = sum(profile.blocks[i].slab_host_bytes for i in inside if tiers[i] is HostTier.PINNED)
-    device_bytes = weight_bytes(profile, swapped, slots)
-    if device_bytes > budget.weight_bytes:
-        reasons.append(
-            f"the weights take {format_bytes(device_bytes)}, over the budget of {format_bytes(budget.weight_bytes)}"
-        )
+    inside = [block for block, is_swapped in zip(profile.blocks, swapped, strict=True) if is_swapped]
+    pinned = [block for block, tier in zip(profile.blocks, tiers, strict=True) if tier is HostTier.PINNED]
+    device_bytes, limit = weight_bytes(profile, swapped, slots), budget.weight_bytes
+    if device_bytes > limit:
+        reasons.append(f"the weights take {format_bytes(device_bytes)}, over the budget of {format_bytes(limit)}")
     if inside and slots >= len(inside):
         reasons.append(
             f"{len(inside)} swapped blocks have a slot each: nothing moves after the first forward, nothing is freed"
         )
+    tuning = inputs.tuning if inside else ()
     return SwapPlan(
         swapped=swapped,
         slots=slots,
-        slot_bytes=profile.slot_bytes(inside),
+        slot_bytes=profile.slot_bytes([i for i, is_swapped in enumerate(swapped) if is_swapped]),
         streams=inputs.timing.streams if inputs.overlap else 1,
         overlap=inputs.overlap,
         tiers=tiers,
         device_bytes=device_bytes,
-        budget_bytes=budget.weight_bytes,
-        activation_bytes=budget.activation_bytes,
+        budget_bytes=limit,
+        activation_bytes=None if inputs.activations is None else inputs.activations.nbytes,
         limit_bytes=budget.limit_bytes,
-        slab_bytes=sum(profile.blocks[i].slab_host_bytes for i in inside),
-        pinned_bytes=pinned + staging_bytes,
+        slab_bytes=sum(block.slab_host_bytes for block in inside),
+        pinned_bytes=sum(block.slab_host_bytes for block in pinned) + staging_bytes,
         staging_bytes=staging_bytes,
-        streamed_bytes=sum(profile.blocks[i].slab_bytes for i in inside) if slots < len(inside) else 0,
+        streamed_bytes=sum(block.slab_bytes for block in inside) if slots < len(inside) else 0,
         predicted=predict(profile, swapped, slots, tiers, inputs.timing),
-        over_ceiling=device_bytes > budget.weight_bytes,
-        reasons=tuple(reasons),
+        over_ceiling=device_bytes > limit,
+        reasons=(*why, budget.reason, *reasons, *tuning, *inputs.notes),
+        tuning=tuning,
     )
 
 
-def _refuse_what_cannot_be(profile: ModelProfile, budget: MemoryBudget, plan: SwapPlan) -> None:
+def _refuse_what_does_not_fit(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, plan: SwapPlan) -> None:
     if plan.device_bytes > budget.limit_bytes:
-        can_be_less = not (all(plan.swapped) or budget.is_unified)
+        can_be_less = not (all(plan.swapped) or inputs.is_unified)
         advice = "swap more blocks or leave that to auto_hardware_tuning, " if can_be_less else ""
+        slots = f"{plan.slots} slots of {format_bytes(plan.slot_bytes)}, " if plan.slots else ""
         raise PlanError(
             f"not enough VRAM: {format_bytes(plan.device_bytes)} needed for block weights "
-            f"({f'{plan.slots} slots of {format_bytes(plan.slot_bytes)}, ' if plan.slots else ''}"
-            f"{len(plan.swapped) - plan.swapped_count} resident blocks, "
+            f"({slots}{len(plan.swapped) - plan.swapped_count} resident blocks, "
             f"{format_bytes(profile.small_device_bytes)} of small tensors), "
             f"{format_bytes(budget.limit_bytes)} not in use by other data; "
-            f"{advice}close other programs, or take "
-            "a smaller or quantised model"
+            f"{advice}close other programs, or take a smaller or quantised model"
         )
-    need = budget.host_need(profile.block_bytes, slab_bytes=plan.slab_bytes, staging_bytes=plan.staging_bytes)
+    need = _host_need(profile, inputs, slab_bytes=plan.slab_bytes, staging_bytes=plan.staging_bytes)
     if need > budget.host_bytes:
         raise PlanError(
             f"not enough RAM: {format_bytes(need)} more needed for {len(plan.swapped)} blocks, "

@@ -1,38 +1,37 @@
-"""What a plan is made from and what it says: PlanInputs and SwapPlan, with HostTier and Timing; pure."""
+"""What a plan is made from and what it decides: PlanInputs and SwapPlan, with HostTier and Timing; pure."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
-from ..errors import SettingsError
 from .schedule import ForwardTime
 
 STAGING_SLABS = 2
-"""One is filled by the worker while the other is copied to the device."""
+"""The worker fills one while the device copies from the other."""
 
 
 class HostTier(Enum):
-    """Where the host bytes of a swapped block are, and so how they travel."""
+    """What kind of host memory holds a swapped block, which decides how the block is copied."""
 
     PINNED = "pinned"
-    """Page-locked in whole: copied by the device's own engine, asynchronously."""
+    """Page-locked: the device copies asynchronously."""
     STAGED = "staged"
-    """Pageable; a worker thread copies it through page-locked staging slabs."""
+    """Pageable: a worker thread copies through page-locked staging slabs."""
     PAGEABLE = "pageable"
-    """Pageable; the copy blocks the host."""
+    """Pageable: the copy blocks the host."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Speeds and durations that a plan is predicted from; None is unknown.
+    """Speeds and durations that a prediction uses; None is unknown.
 
     Attributes:
         compute_ms: Duration of each block.
         pinned_bytes_per_s: Host-to-device bandwidth from page-locked memory.
         pageable_bytes_per_s: Host-to-device bandwidth from pageable memory.
         host_copy_bytes_per_s: Host-to-host bandwidth of the staging worker.
-        streams: Copy streams at which `pinned_bytes_per_s` holds.
+        streams: Number of copy streams with which `pinned_bytes_per_s` is reached.
     """
 
     compute_ms: tuple[float, ...] | None = None
@@ -41,16 +40,8 @@ class Timing:
     host_copy_bytes_per_s: float | None = None
     streams: int = 1
 
-    def __post_init__(self) -> None:
-        for name in ("pinned_bytes_per_s", "pageable_bytes_per_s", "host_copy_bytes_per_s"):
-            speed = getattr(self, name)
-            if speed is not None and not speed > 0:
-                raise SettingsError(f"{name}: expected more than 0 bytes per second, or None, got {speed}")
-        if self.compute_ms is not None and not all(ms >= 0 for ms in self.compute_ms):
-            raise SettingsError(f"compute_ms: expected durations of 0 or more, got {min(self.compute_ms)}")
-
     def bytes_per_s(self, tier: HostTier) -> float | None:
-        """Bandwidth of one host tier, or None if what it depends on is unknown."""
+        """Bandwidth of one host tier; None if a speed that it depends on is unknown."""
         if tier is HostTier.PINNED:
             return self.pinned_bytes_per_s
         if tier is HostTier.PAGEABLE:
@@ -62,11 +53,11 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activations:
-    """Device memory that a forward takes above the weights.
+    """Peak device memory of a forward above the weights.
 
     Attributes:
         nbytes: The peak.
-        is_measured: Seen in a forward of this shape; otherwise worked out from the shape.
+        is_measured: Measured in a forward of this shape; otherwise estimated from the shape.
     """
 
     nbytes: int
@@ -75,13 +66,13 @@ class Activations:
 
 @dataclass(frozen=True, slots=True)
 class HeldMemory:
-    """What is held of a model's blocks at one moment, in bytes.
+    """Memory that a model's blocks take at one moment, in bytes.
 
     Attributes:
         device_bytes: Device memory of residents, small tensors and window.
-        slab_bytes: Host memory that holds the streamed tensors of the swapped blocks.
+        slab_bytes: Host memory of the swapped blocks' slabs.
         staging_bytes: Host memory of the staging slabs.
-        pinned_bytes: Host memory that is page-locked.
+        pinned_bytes: Page-locked host memory.
     """
 
     device_bytes: int = 0
@@ -92,33 +83,36 @@ class HeldMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanInputs:
-    """Everything that a plan is made from, at one moment: what is asked, what was read, what is known. Bytes are ints.
+    """Everything that a plan is made from, at one moment.
 
     Attributes:
-        device_total_bytes: The card's memory.
-        device_free_bytes: Free on the card, counting all processes.
-        unused_cache_bytes: What torch has reserved on the card and does not use.
-        own_bytes: Our residents, window and small tensors that are on the card now.
-        reserve_bytes: What somebody has asked to be left free beside our own reserve.
-        is_unified: The card's memory is the host's.
-        host_available_bytes: Host memory that can be had, within the cgroup's limit.
-        pin_budget_bytes: Host memory that may be page-locked by all models together, less what others have locked.
-        host_held_bytes: Bytes of the blocks that are in host memory already, in slabs of ours or elsewhere.
-        slab_bytes: The part of them that is in slabs of ours.
-        staging_bytes: Staging slabs of ours that are there, beside the blocks' bytes.
-        originals_stay: Somebody else keeps the blocks' weights, so that slabs are copies and not the only ones.
-        vram_threshold_percent: Ceiling on VRAM use once the weights are placed, in percent of the card.
+        device_total_bytes: Memory of the card.
+        device_free_bytes: Free memory of the card, counting all processes; at most the total.
+        unused_cache_bytes: Device memory that torch has reserved and does not use.
+        own_bytes: Device memory of our residents, window and small tensors.
+        reserve_bytes: Device memory that others ask us to leave free; the larger of this and our own reserve counts.
+        is_unified: Card and host share one memory.
+        host_available_bytes: Available host memory, within the cgroup's limit.
+        pin_budget_bytes: Host memory that may be page-locked, less what other models have locked.
+        host_held_bytes: Bytes of the blocks that host memory holds already, in our slabs or elsewhere.
+        slab_bytes: Bytes of our slabs.
+        staging_bytes: Bytes of our staging slabs.
+        originals_stay: Something else keeps the blocks' weights in host memory, so that slabs are copies.
+        vram_threshold_percent: Upper limit of VRAM use once the weights are placed, in percent of the card.
         bandwidth_target: Share of the available VRAM that weights may fill, 0 to 1.
-        blocks_to_swap: Blocks to swap among the main blocks; None lets the budget decide.
-        vace_blocks_to_swap: The same among the VACE blocks; read only when `blocks_to_swap` is given.
-        why: Why so many, if they are given.
-        slots: Number of slots; None lets the virtual-time model decide.
-        overlap: Copies have streams of their own; without, one slot suffices, since nothing can run ahead.
-        pin: Streamed weights may be page-locked.
-        timing: What is known about speeds.
-        activations: What a forward takes above the weights; None if it is not known.
-        tuning: Which automatic choices were made and why, as sentences; empty if the user made them.
-        notes: What else the user must know of these inputs, as sentences.
+        blocks_to_swap: Number of main blocks to swap; None lets the budget decide.
+        vace_blocks_to_swap: Number of VACE blocks to swap; read only if `blocks_to_swap` is given.
+        why: Reason for a given `blocks_to_swap`.
+        slots: Number of slots; None lets predicted times decide.
+        overlap: Copies have streams of their own. Without them one slot suffices, since no copy can run ahead.
+        pin: Slabs may be page-locked.
+        timing: Known speeds.
+        activations: Peak of a forward above the weights; None if unknown.
+        tuning: Automatic choices with their reasons, as sentences; empty if the user made the choices.
+        notes: What else the user must know about these inputs, as sentences.
+
+    Raises:
+        ValueError: A number of bytes is negative.
     """
 
     device_total_bytes: int
@@ -147,51 +141,35 @@ class PlanInputs:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in READINGS:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected bytes, 0 or more, got {getattr(self, name)}")
-        if self.device_free_bytes > self.device_total_bytes:
-            raise ValueError(
-                f"device_free_bytes: expected at most the total of {self.device_total_bytes}, "
-                f"got {self.device_free_bytes}"
-            )
-        for name, lowest in (("blocks_to_swap", 0), ("vace_blocks_to_swap", 0), ("slots", 1)):
-            count = getattr(self, name)
-            if count is not None and (not isinstance(count, int) or count < lowest):
-                raise SettingsError(f"{name}: expected a whole number from {lowest}, got {count!r}")
-
-
-READINGS = (
-    *("device_total_bytes", "device_free_bytes", "unused_cache_bytes", "own_bytes", "reserve_bytes"),
-    *("host_available_bytes", "pin_budget_bytes", "host_held_bytes", "slab_bytes", "staging_bytes"),
-)
-"""Fields of PlanInputs that were read, in bytes."""
+        for entry in fields(self):
+            if entry.name.endswith("_bytes") and getattr(self, entry.name) < 0:
+                raise ValueError(f"{entry.name}: expected bytes, 0 or more, got {getattr(self, entry.name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwapPlan:
-    """The decision: frozen, complete, and followed to the letter.
+    """The decision; a run follows it exactly.
 
     Attributes:
         swapped: For each block in execution order, whether it is swapped.
-        slots: Slots of the window; 0 if nothing is swapped.
+        slots: Number of slots in the window; 0 if nothing is swapped.
         slot_bytes: Device memory of one slot.
-        streams: Copy streams.
+        streams: Number of copy streams.
         overlap: Copies run on streams of their own.
         tiers: Host tier of each block; None for resident blocks.
         device_bytes: Device memory of residents, small tensors and window together: never exceeded.
-        budget_bytes: What block weights may take on the device by the budget.
-        activation_bytes: What forwards are expected, or were measured, to take above the weights; None is unknown.
-        limit_bytes: Device memory for both that is not in use by anything else.
+        budget_bytes: Device memory that the budget allows for block weights.
+        activation_bytes: Expected or measured peak of a forward above the weights; None is unknown.
+        limit_bytes: Device memory that other data do not use: room for weights and activations.
         slab_bytes: Host memory of the slabs.
-        pinned_bytes: Host memory that is page-locked: slabs and staging.
-        staging_bytes: The part of it that is staging slabs.
+        pinned_bytes: Page-locked host memory of slabs and staging slabs.
+        staging_bytes: Host memory of the staging slabs, a part of `pinned_bytes`.
         streamed_bytes: Bytes that one forward of all blocks copies to the device; 0 if every swapped block has a slot.
-        predicted: One forward of all blocks in virtual time, in ms; None where a speed is unknown.
-        over_ceiling: The weights do not fit under the budget even so.
-        reasons: Why, in sentences.
-        tuning: Those of them about the GPU's tier and what was chosen below it; empty if the streams
-            were given, or nothing is copied.
+        predicted: Predicted times of one forward of all blocks, in ms; None if a speed is unknown.
+        over_ceiling: The weights exceed the budget.
+        reasons: Why the plan is as it is, as sentences.
+        tuning: The part of `reasons` about the GPU's tier and the number of streams; empty if the user chose that, or
+            if nothing is swapped.
     """
 
     swapped: tuple[bool, ...]
@@ -225,7 +203,7 @@ class SwapPlan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether weights and activations together fit what is free; None if activations are unknown."""
+        """Whether weights and activations fit in `limit_bytes`; None if activations are unknown."""
         return None if self.activation_bytes is None else self.device_bytes + self.activation_bytes <= self.limit_bytes
 
     @property
@@ -240,5 +218,5 @@ class SwapPlan:
 
     @property
     def stall_ms(self) -> float | None:
-        """Time per forward that compute waits for copies; None if unknown."""
+        """Predicted time per forward that compute waits for copies; None if unknown."""
         return None if self.predicted is None else self.predicted.stall

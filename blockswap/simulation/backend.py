@@ -1,4 +1,4 @@
-"""The host's side of a simulated device: its worker, its page-locking, its transfer and its backend."""
+"""The host's side of a simulated device: worker, page-locking and backend."""
 
 from __future__ import annotations
 
@@ -7,56 +7,54 @@ from collections.abc import Callable
 from ...hardware.pinning import PinBudget, Registrar
 from ..device.backend import Backend
 from ..device.failures import staged_failure
-from ..device.streams import Streams
-from ..device.worker import Job, Worker
+from ..device.worker import Job
 from ..errors import TransferError
-from .races import WORKER
+from .races import Clock
 from .streams import SimulatedStreams
 
 
 class _SimulatedJob:
-    def __init__(self, worker: SimulatedWorker, work: Callable[[], None], clock: dict[str, int]) -> None:
+    def __init__(self, worker: SimulatedWorker, work: Callable[[], None]) -> None:
         self._worker = worker
         self._work: Callable[[], None] | None = work
-        self._handed_over = clock
-        self._done: tuple[dict[str, int], float] | None = None
+        self._submitted, _ = worker.streams.now()
+        self._done: tuple[Clock, float] | None = None
         self._failure: BaseException | None = None
 
     def run(self) -> None:
         streams = self._worker.streams
-        with streams.acting_as_worker():
-            streams.log.join(WORKER, self._handed_over)
+        with streams.acting_as_worker(self._submitted):
             work, self._work = self._work, None
             assert work is not None, "a job runs once"
             try:
                 work()
             except RuntimeError as failure:
                 self._failure = failure
-            self._done = streams.worker_now()
+            self._done = streams.now()
 
     def wait(self) -> None:
         self.join()
         if isinstance(self._failure, TransferError):
-            raise self._failure  # a broken rule keeps its own message
+            raise self._failure  # a violated rule keeps its own message
         if self._failure is not None:
             raise staged_failure(self._failure) from self._failure
 
     def join(self) -> bool:
         self._worker.run_until(self)
         assert self._done is not None
-        self._worker.streams.wait_for_worker(*self._done)
+        self._worker.streams.wait_until(*self._done)
         return self._failure is None
 
 
 class SimulatedWorker:
-    """The staging worker, which gets to its work at once or, as the random generator decides, when it is waited for."""
+    """The staging worker. The random generator decides whether a job runs at once, or only when it is waited for."""
 
     def __init__(self, streams: SimulatedStreams) -> None:
         self.streams = streams
         self._jobs: list[_SimulatedJob] = []
 
     def submit(self, work: Callable[[], None]) -> Job:
-        job = _SimulatedJob(self, work, self.streams.hand_to_worker())
+        job = _SimulatedJob(self, work)
         self._jobs.append(job)
         if self.streams.lands_now():
             self.run_until(job)
@@ -67,17 +65,17 @@ class SimulatedWorker:
             self._jobs.pop(0).run()
 
     def run_until(self, job: _SimulatedJob) -> None:
-        """Does jobs in order until `job` is done."""
+        """Runs jobs in order until `job` is done."""
         while job in self._jobs:
             self._jobs.pop(0).run()
 
 
 class SimulatedRegistrar:
-    """Page-locking that can refuse: counts what is locked.
+    """Page-locking that counts and can refuse.
 
     Args:
-        refuse_after: Number of locks that succeed before every further one fails with code 2; None never fails.
-        streams: The device whose copies must be over when a lock is given up; None checks nothing.
+        refuse_after: Number of locks after which every further one fails with code 2; None never fails.
+        streams: The device whose copies must be over when memory is unlocked; None checks nothing.
     """
 
     def __init__(self, *, refuse_after: int | None = None, streams: SimulatedStreams | None = None) -> None:
@@ -104,19 +102,17 @@ class SimulatedRegistrar:
         return 0
 
     def consume_error(self) -> None:
-        """No error stays pending here."""
+        """No error stays pending."""
 
 
 def simulated_backend(
     streams: SimulatedStreams, *, pin_budget: PinBudget | None = None, registrar: Registrar | None = None
 ) -> Backend:
     """A backend whose device is `streams`, for any plan."""
-
-    def open_streams(count: int, overlap: bool) -> Streams:  # noqa: FBT001 - called through Backend.open_streams
-        return streams
-
-    def make_worker(used: Streams) -> Worker:
-        return SimulatedWorker(streams)
-
-    budget = pin_budget or PinBudget(1 << 62)
-    return Backend(streams.device, open_streams, registrar or SimulatedRegistrar(streams=streams), budget, make_worker)
+    return Backend(
+        streams.device,
+        open_streams=lambda count, overlap: streams,
+        registrar=registrar or SimulatedRegistrar(streams=streams),
+        pin_budget=pin_budget or PinBudget(1 << 62),
+        make_worker=lambda _: SimulatedWorker(streams),
+    )

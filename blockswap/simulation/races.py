@@ -1,4 +1,4 @@
-"""Vector clocks over memory: of two accesses to the same bytes, one a write, one must happen before the other; pure."""
+"""A race detector with vector clocks: conflicting accesses to the same bytes must be ordered by events; pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HOST = "host"
 WORKER = "worker"
 
 Clock = dict[str, int]
-"""For each actor, how many of its accesses are known to be over."""
+"""For each actor, the number of its accesses that are known to be over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +25,24 @@ class _Access:
     def covers(self, other: _Access) -> bool:
         return self.begin <= other.begin and other.end <= self.end
 
+    def __str__(self) -> str:
+        kind = "write" if self.is_write else "read"
+        return f"{kind} of {self.end - self.begin:,} bytes on {self.actor} ({self.what})"
+
 
 class RaceDetector:
-    """Every access to memory that a later one could race with."""
+    """Records every access with which a later one could race, and refuses unordered accesses."""
 
     def __init__(self) -> None:
         self._clocks: dict[str, Clock] = {}
         self._accesses: list[_Access] = []
 
     def clock(self, actor: str) -> Clock:
-        """What `actor` knows to be over, now."""
+        """The accesses that `actor` knows to be over now."""
         return dict(self._clocks.get(actor, {}))
 
     def join(self, actor: str, clock: Clock) -> None:
-        """`actor` goes on only after all that `clock` knows of."""
+        """`actor` continues only after all accesses that `clock` knows of."""
         mine = self._clocks.setdefault(actor, {})
         for other, time in clock.items():
             if time > mine.get(other, 0):
@@ -48,7 +52,7 @@ class RaceDetector:
         """`actor` reads `nbytes` at `address`.
 
         Raises:
-            TransferError: A write to some of these bytes does not happen before.
+            TransferError: An earlier write to some of these bytes is not ordered before.
         """
         self._add(actor, address, nbytes, what, is_write=False)
 
@@ -56,12 +60,12 @@ class RaceDetector:
         """`actor` writes `nbytes` at `address`.
 
         Raises:
-            TransferError: A read or write of some of these bytes does not happen before.
+            TransferError: An earlier read or write of some of these bytes is not ordered before.
         """
         self._add(actor, address, nbytes, what, is_write=True)
 
     def forget(self, address: int, nbytes: int) -> None:
-        """Drops what is known of this memory."""
+        """Drops all accesses to this memory."""
         end = address + nbytes
         self._accesses = [a for a in self._accesses if a.end <= address or end <= a.begin]
 
@@ -76,15 +80,10 @@ class RaceDetector:
                 continue
             if (is_write or earlier.is_write) and mine.get(earlier.actor, 0) < earlier.time:
                 raise TransferError(
-                    f"{_described(access)} is not ordered behind the earlier {_described(earlier)} of the same bytes: "
-                    "a wait for its event is missing"
+                    f"{access} is not ordered behind the earlier {earlier} of the same bytes: a wait for its event is "
+                    "missing"
                 )
-            # A covered access is no longer needed: what would race with it races with the new one too.
+            # A covered access need not be kept: what races with it races with the new one too.
             if not (access.covers(earlier) and (is_write or (not earlier.is_write and earlier.actor == actor))):
                 kept.append(earlier)
         self._accesses = [*kept, access]
-
-
-def _described(access: _Access) -> str:
-    kind = "write" if access.is_write else "read"
-    return f"{kind} of {access.end - access.begin:,} bytes on {access.actor} ({access.what})"

@@ -1,13 +1,13 @@
-"""A device made of host memory whose order of copies and kernels is checked, timed and made as hostile as is legal.
+"""A simulated device in host memory: checks, times and disturbs the order of copies and kernels as far as is legal.
 
 [Note: simulation]
 
-Compute runs at once, in the host thread, as torch calls it; copies are queued on their streams. A copy lands at the
-latest when something that the rules allow to rely on it runs, or at once, as a random generator decides; from the
-moment a copy is queued until it lands, its bytes are poison (0xFF: NaN in every float format). Values alone would let
-many races pass, so each access to memory is also held against all earlier ones: of two accesses to the same bytes, one
+Compute runs at once, in the host thread, as torch calls it; copies are queued on their streams. A random generator
+decides whether a copy lands at once, or as late as possible: when something runs that may rely on it. From the moment a
+copy is queued until it lands, its target bytes are poison (0xFF: NaN in every float format). Since values alone would
+miss many races, each access to memory is also checked against all earlier ones: of two accesses to the same bytes, one
 of them a write, the earlier must happen before the later by the events that were recorded and waited for (vector
-clocks, as in FastTrack, Flanagan and Freund 2009). A violation raises at once, even where the values are right.
+clocks, as in FastTrack, Flanagan and Freund 2009). A violation raises at once, even if the values are right.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ import torch
 from ..device.streams import Streams
 from ..errors import DeviceMemoryError, TransferError
 from ..model.tensors import storage_key
-from .races import HOST, WORKER, RaceDetector
+from .races import HOST, WORKER, Clock, RaceDetector
 
 POISON = 0xFF
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedHardware:
-    """What is simulated.
+    """Speeds and memory of the simulated device.
 
     Attributes:
         link_bytes_per_ms: Host-to-device bandwidth, shared by all copy streams.
         host_copy_bytes_per_ms: Host-to-host bandwidth of the staging worker.
-        compute_ms: Duration of a block by its index; blocks that are not named take `default_compute_ms`.
-        default_compute_ms: Duration of the others.
+        compute_ms: Duration of blocks by index.
+        default_compute_ms: Duration of all other blocks.
         memory_bytes: Device memory; None is unlimited.
-        lateness: Probability that a copy lands at the latest legal moment and not at once, 0 to 1.
-        seed: Of that choice.
+        lateness: Probability that a copy lands as late as is legal and not at once, 0 to 1.
+        seed: Seed of the random generator.
     """
 
     link_bytes_per_ms: float = 25e6
@@ -52,11 +52,11 @@ class SimulatedHardware:
 
 @dataclass(eq=False, slots=True)
 class SimulatedEvent:
-    """An event: unrecorded, or a place in a stream's queue."""
+    """An event: unrecorded, or a position in a stream's queue."""
 
     stream: SimulatedStream | None = None
     position: int = 0
-    clock: dict[str, int] = field(default_factory=dict)
+    clock: Clock = field(default_factory=dict)
     at_ms: float = 0.0
 
 
@@ -65,9 +65,9 @@ class SimulatedStream:
     """A queue of operations that run when they are forced.
 
     Attributes:
-        name: The actor's name in the access log.
-        now_ms: Virtual time at which what is queued so far is over.
-        queue: Operations not run yet.
+        name: Name of the actor for the race detector.
+        now_ms: Virtual time at which all queued operations are over.
+        queue: Operations that have not run yet.
         done: Number of operations that have run.
     """
 
@@ -78,11 +78,11 @@ class SimulatedStream:
 
     @property
     def position(self) -> int:
-        """Number of operations queued so far, run or not."""
+        """Number of operations queued so far, including those that have run."""
         return self.done + len(self.queue)
 
     def run_to(self, position: int) -> None:
-        """Runs what is queued up to `position`."""
+        """Runs the queue up to `position`."""
         while self.done < position and self.queue:
             operation = self.queue.pop(0)
             self.done += 1
@@ -93,9 +93,8 @@ class SimulatedStreams(Streams):
     """See [Note: simulation].
 
     Args:
-        hardware: What is simulated; may be changed between forwards.
-        count: Number of copy streams; 0 for none of their own, as with `CudaStreams`: copies run on the first compute
-            stream.
+        hardware: Speeds and memory; may be replaced between forwards.
+        count: Number of copy streams; with 0, copies run on the first compute stream, as with `CudaStreams`.
     """
 
     def __init__(self, hardware: SimulatedHardware | None = None, *, count: int = 1) -> None:
@@ -116,8 +115,14 @@ class SimulatedStreams(Streams):
         self._link_idle_ms = 0.0
         self._random = random.Random(self.hardware.seed)
 
-    def guard(self) -> contextlib.AbstractContextManager[object]:
-        return self._guard()
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        actor = self._actor
+        before, self._current_device[actor] = self._current_device[actor], 0
+        try:
+            yield
+        finally:
+            self._current_device[actor] = before
 
     def current(self) -> SimulatedStream:
         self._check_device("asking for the compute stream")
@@ -145,8 +150,7 @@ class SimulatedStreams(Streams):
     def host_wait(self, event: SimulatedEvent) -> None:
         source, position = self._recorded(event)
         source.run_to(position)
-        self.log.join(self._actor, event.clock)
-        self._now_ms[self._actor] = max(self._now_ms[self._actor], event.at_ms)
+        self.wait_until(event.clock, event.at_ms)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         self._check_device("allocating memory")
@@ -167,19 +171,17 @@ class SimulatedStreams(Streams):
 
     def free(self, memory: torch.Tensor) -> None:
         self._check_device("freeing memory")
-        # As torch's allocator: memory goes back to the stream it was allocated on, whichever is current.
+        # Like torch's allocator: memory goes back to the stream that it was allocated on.
         _, _, home = self._homes.pop(storage_key(memory))
         self.allocated_bytes -= memory.nbytes
-        self.log.write(home.name, memory.data_ptr(), memory.nbytes, "giving up")
+        self.log.write(home.name, memory.data_ptr(), memory.nbytes, "free")
         self.log.forget(memory.data_ptr(), memory.nbytes)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: SimulatedStream) -> None:
         self._issue(stream, "queueing a copy")
         first, last = target.data_ptr(), target.data_ptr() + target.nbytes
         if not any(start <= first and last <= start + nbytes for start, nbytes, _ in self._homes.values()):
-            raise TransferError(
-                f"a copy writes {target.nbytes:,} bytes of device memory that is not allocated (any more)"
-            )
+            raise TransferError(f"a copy writes {target.nbytes:,} bytes of device memory that is not allocated")
         self.log.read(stream.name, source.data_ptr(), source.nbytes, "copy to the device")
         self.log.write(stream.name, target.data_ptr(), target.nbytes, "copy to the device")
         self.copied_bytes += target.nbytes
@@ -191,8 +193,8 @@ class SimulatedStreams(Streams):
             target.copy_(source)
 
         stream.queue.append(land)
-        # What runs on a compute stream after it relies on it, and runs at once.
-        if stream not in self._own_streams or self._random.random() >= self.hardware.lateness:
+        # On a compute stream, the kernels behind the copy rely on it, and they run at once.
+        if stream not in self._own_streams or self.lands_now():
             stream.run_to(stream.position)
 
     def host_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -225,15 +227,17 @@ class SimulatedStreams(Streams):
         return end - begin
 
     def use_another_compute_stream(self) -> None:
-        """The caller queues its kernels on a new stream from here on, as `torch.cuda.stream` would have it. Its own
-        data go along as torch's users must see to: what matters here is what the transfer does about it.
+        """From now on the caller queues its kernels on a new stream, as with `torch.cuda.stream`.
+
+        The caller's own data are not checked across the change: torch's users order these themselves.
         """
         self._compute_streams += 1
         self.compute_stream = SimulatedStream(f"compute {self._compute_streams}")
 
     @contextlib.contextmanager
-    def acting_as_worker(self) -> Iterator[None]:
-        """What happens inside is done by the staging worker, which starts now at the earliest."""
+    def acting_as_worker(self, clock: Clock) -> Iterator[None]:
+        """The staging worker runs the body, after all that `clock` knows of and not before the host's present time."""
+        self.log.join(WORKER, clock)
         self._now_ms[WORKER] = max(self._now_ms[WORKER], self._now_ms[HOST])
         before, self._actor = self._actor, WORKER
         try:
@@ -245,21 +249,17 @@ class SimulatedStreams(Streams):
         """Whether the next thing that may be early or late is early."""
         return self._random.random() >= self.hardware.lateness
 
-    def wait_for_worker(self, clock: dict[str, int], at_ms: float) -> None:
-        """The acting thread has waited until the worker reached this point."""
+    def now(self) -> tuple[Clock, float]:
+        """The acting thread's clock and virtual time."""
+        return self.log.clock(self._actor), self._now_ms[self._actor]
+
+    def wait_until(self, clock: Clock, at_ms: float) -> None:
+        """The acting thread waits for this moment of another actor."""
         self.log.join(self._actor, clock)
         self._now_ms[self._actor] = max(self._now_ms[self._actor], at_ms)
 
-    def worker_now(self) -> tuple[dict[str, int], float]:
-        """The worker's clock and virtual time."""
-        return self.log.clock(WORKER), self._now_ms[WORKER]
-
-    def hand_to_worker(self) -> dict[str, int]:
-        """The host's clock at the moment it hands work over."""
-        return self.log.clock(HOST)
-
     def _issue(self, stream: SimulatedStream, what: str) -> None:
-        """What the acting thread queues on `stream` comes after all that the thread has seen."""
+        """Orders what the acting thread queues on `stream` next after all that the thread has seen."""
         self._check_device(what)
         self.log.join(stream.name, self.log.clock(self._actor))
         stream.now_ms = max(stream.now_ms, self._now_ms[self._actor])
@@ -273,15 +273,6 @@ class SimulatedStreams(Streams):
         current = self._current_device[self._actor]
         if current != 0:
             raise TransferError(
-                f"{what} expects device 0 to be current for the {self._actor} but device {current} is; "
-                "run it inside the streams' guard"
+                f"{what} needs device 0 to be current for the {self._actor}, but device {current} is; run it inside "
+                "the streams' guard"
             )
-
-    @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
-        actor = self._actor
-        before, self._current_device[actor] = self._current_device[actor], 0
-        try:
-            yield
-        finally:
-            self._current_device[actor] = before
