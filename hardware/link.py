@@ -81,12 +81,8 @@ def measure_link(
 
 
 def contradicts(link: LinkSpeed, *, streams: int, seen_bytes_per_second: float) -> bool:
-    """Whether a run's speed differs from the measured one by more than `CONTRADICTION` of it.
-
-    Args:
-        link: the measurement.
-        streams: how many streams the run's copies had.
-        seen_bytes_per_second: their speed together, from page-locked memory.
+    """Whether a run's speed over so many streams, from page-locked memory, differs from the measured one by more than
+    `CONTRADICTION` of it.
     """
     if not link.pinned:
         return False
@@ -240,7 +236,7 @@ class MeasurementKey:
 
 
 def cache_name(key: MeasurementKey) -> str:
-    """A file name for the device, of safe characters whatever name its driver gives it."""
+    """A file name for the device; its name may have characters that a file name may not."""
     identity = json.dumps([key.name, key.uuid, key.pci_bus_id])
     return f"link-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
 

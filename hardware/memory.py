@@ -1,4 +1,4 @@
-"""Memory of a device: torch's reading where it is possible, and an estimate that says so where it is not."""
+"""Memory of a device: torch's reading where it is possible, else the vendor's or an estimate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ESTIMATED_FREE_PERCENT = 100 - _OTHERS_PERCENT
 # torch and the vendor differ by what the driver keeps for itself, 1 to 3 % of a device; its parts differ by much more.
 _SAME_DEVICE_PERCENT = 10
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation and hipErrorOutOfMemory: the driver's own refusal
-# AMD's documentation of hipMemGetInfo says of Windows that free "only accounts for memory allocated by this process".
+# AMD's documentation of hipMemGetInfo, on Windows: free "only accounts for memory allocated by this process".
 # On WSL2 that depends on the library between HIP and the driver: librocdxg counts the other processes.
 _WHY_NOT_BELIEVED = {
     HostPlatform.WINDOWS: "HIP on Windows sees this process alone",
@@ -123,10 +123,10 @@ def _mem_get_info(opened: OpenDevice, source: str, total: int | None) -> _Readin
 
 
 def _shared_memory(opened: OpenDevice, total_bytes: int) -> DeviceMemory:
-    """Memory of a device that shares the host's: what the host has available.
+    """Memory of a device that shares the host's: the available host memory.
 
     The device's own figure counts page cache as used (CUDA), or more as free than there is (HIP). The firmware has set
-    aside for the device what it has beyond all of the host's RAM; what others use of that part is unknown.
+    aside for the device the part beyond all of the host's RAM; the use of that part by others is unknown.
     """
     host = read_host_memory()
     own = max(0, total_bytes - host.physical_bytes)
@@ -143,7 +143,7 @@ def _shared_memory(opened: OpenDevice, total_bytes: int) -> DeviceMemory:
 def _ask_vendor(opened: OpenDevice, total_bytes: int) -> DeviceMemory | None:
     """The vendor's reading, for when torch's is impossible; None without one.
 
-    A reading whose total is far from torch's is of something else: of the GPU that holds a MIG instance.
+    A reading with a total far from torch's is of something else: of the GPU that holds a MIG instance.
     """
     reading = None
     if opened.vendor is Vendor.AMD and opened.pci_bus_id is not None:

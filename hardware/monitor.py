@@ -169,7 +169,7 @@ def _sample(
     with open_readings(spec) as readings:
         is_last = False
         while not is_last:
-            # The wait comes first: a driver's utilisation is that of the time before it is asked.
+            # The wait comes first: a driver reports the utilisation of the time before the query.
             is_last = stop.wait(interval_s)
             tally.add({name: _read(name, read, warned) for name, read in readings})
 

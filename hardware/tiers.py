@@ -10,9 +10,6 @@ from .units import GIB
 
 # From this many compute units on, an unknown GPU gets its tier from a formula instead of the lowest tier.
 _FORMULA_MIN_UNITS = 100
-_FORMULA_UNITS_PER_STREAM = 10
-_FORMULA_STREAMS = (8, 16)
-_FORMULA_BANDWIDTH = (0.7, 0.9)
 
 _MEMORY_SIZE = re.compile(r"\b(\d+)\s*gb\b")
 _TOKEN = re.compile(r"[a-z]+|\d+")
@@ -43,7 +40,7 @@ class Tuning:
 
     Attributes:
         streams: copy streams: the smallest number that is as fast as any within the tier's limit.
-        bandwidth_target: share of the available device memory that block weights and window may fill, 0 to 1.
+        bandwidth_target: that of the tier.
         pin: whether to page-lock host memory.
         reasons: sentences for the report.
     """
@@ -96,10 +93,7 @@ _KNOWN_GPUS = (
 def tier_for(spec: DeviceSpec, *, vram_threshold_percent: float) -> GpuTier:
     """The class of a GPU, by its exact model, then by its compute units.
 
-    Args:
-        spec: the device.
-        vram_threshold_percent: the ceiling on device memory in percent, 0 to 100; the formula for large unknown GPUs
-            lowers the ratio as it rises.
+    The formula for large unknown GPUs lowers the ratio as the ceiling on device memory rises, 0 to 100 percent.
 
     Raises:
         ValueError: the threshold is outside 0 to 100 or not a number.
@@ -112,10 +106,8 @@ def tier_for(spec: DeviceSpec, *, vram_threshold_percent: float) -> GpuTier:
             return GpuTier(name, streams, ratio, f"{spec.name} is in the table of tiers")
     units = spec.compute_units
     if units is not None and units >= _FORMULA_MIN_UNITS:
-        low, high = _FORMULA_STREAMS
-        streams = min(high, max(low, units // _FORMULA_UNITS_PER_STREAM))
-        least, most = _FORMULA_BANDWIDTH
-        ratio = min(most, max(least, (100 - vram_threshold_percent) / 100))
+        streams = min(16, max(8, units // 10))
+        ratio = min(0.9, max(0.7, (100 - vram_threshold_percent) / 100))
         reason = f"{spec.name} is not in the table: limits follow from its {units} compute units"
         return GpuTier(f"{units} compute units", streams, ratio, reason)
     counted = "an unknown number of" if units is None else str(units)
@@ -124,13 +116,7 @@ def tier_for(spec: DeviceSpec, *, vram_threshold_percent: float) -> GpuTier:
 
 
 def tune(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None, *, vram_threshold_percent: float) -> Tuning:
-    """The automatic settings: the tier is the upper limit, the measured link chooses up to it.
-
-    Args:
-        spec: the device.
-        host: its host; page-locking misbehaves on some.
-        link: the measurement; None or an empty pinned figure leaves one stream.
-        vram_threshold_percent: as for `tier_for`.
+    """The automatic settings: the tier is the upper limit, and the measured link, if any, chooses up to it.
 
     Raises:
         ValueError: the threshold is outside 0 to 100 or not a number.
