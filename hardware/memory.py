@@ -96,30 +96,20 @@ def _ask_torch(opened: OpenDevice) -> _Reading:
     total, source = opened.number("total_memory"), f"{name}.mem_get_info"
     try:
         if hasattr(module, "mem_get_info"):
-            return _mem_get_info(opened, source, total)
+            free, read_total = module.mem_get_info(opened.device)
+            return _Reading(int(read_total) or total or 0, int(free), source)
         used = call(module, "memory_allocated", opened.device)
     except MODULE_FAILURES as exc:
+        # HIP answers "invalid argument" where the kernel driver hides the figure, as in some containers.
+        if total is not None and opened.runs_on_hip and getattr(exc, "error_code", None) != _OUT_OF_MEMORY:
+            logger.debug("%s of %s failed: %s", source, opened.device, exc)
+            return _Reading(total, None, source)
         raise HardwareUnavailableError(f"memory of {opened.device} cannot be read: {exc}; check the driver") from exc
     if total is None or used is None:
         wanted = f"{source}, or its total memory and memory_allocated"
         message = f"the memory of {opened.device} cannot be read: torch {torch.__version__} lacks {wanted}"
         raise HardwareUnavailableError(f"{message}; update torch or the vendor's plugin, or use another device")
     return _Reading(total, max(0, total - int(used)), f"{name}, which sees this process alone", sees_others=False)
-
-
-def _mem_get_info(opened: OpenDevice, source: str, total: int | None) -> _Reading:
-    """The reading of the whole device; without the free figure where the driver refuses to give it.
-
-    HIP answers "invalid argument" where the kernel driver hides the figure from the process, as in some containers.
-    """
-    try:
-        free, read_total = opened.module.mem_get_info(opened.device)
-    except MODULE_FAILURES as exc:
-        if total is None or not opened.runs_on_hip or getattr(exc, "error_code", None) == _OUT_OF_MEMORY:
-            raise
-        logger.debug("%s of %s failed: %s", source, opened.device, exc)
-        return _Reading(total, None, source)
-    return _Reading(int(read_total) or total or 0, int(free), source)
 
 
 def _shared_memory(opened: OpenDevice, total_bytes: int) -> DeviceMemory:

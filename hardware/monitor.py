@@ -117,8 +117,7 @@ class Sampler:
         self._spec = spec
         self._interval_s = interval_s
         self._open_readings = open_readings
-        self._tally = Tally()
-        self._stop = threading.Event()
+        self._block = _Block()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Sampler:
@@ -129,10 +128,9 @@ class Sampler:
         """
         if self._thread is not None:
             raise RuntimeError("this Sampler is already in a with block; make a second sampler")
-        # New objects each time: a thread that hangs keeps its own.
-        self._tally, self._stop = Tally(), threading.Event()
-        sample = partial(_sample, self._tally, self._stop, self._interval_s, self._open_readings, self._spec)
-        self._thread = threading.Thread(target=sample, name=THREAD_NAME, daemon=True)
+        self._block = _Block()  # a new one each time: a thread that hangs keeps its own
+        arguments = (self._spec, self._interval_s, self._open_readings)
+        self._thread = threading.Thread(target=self._block.read, args=arguments, name=THREAD_NAME, daemon=True)
         try:
             self._thread.start()
         except RuntimeError as exc:
@@ -140,13 +138,13 @@ class Sampler:
             logger.warning("nothing is sampled: %s", exc)
             self._thread = None
         except BaseException:
-            self._stop.set()  # an interrupt: no `__exit__` follows
+            self._block.stop.set()  # an interrupt: no `__exit__` follows
             self._thread = None
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
+        self._block.stop.set()
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -158,51 +156,44 @@ class Sampler:
 
     def samples(self) -> Samples:
         """Figures of this block, or of the last one; may be called at any time."""
-        return self._tally.samples()
+        return self._block.samples()
 
 
-def _sample(
-    tally: Tally, stop: threading.Event, interval_s: float, open_readings: OpenReadings, spec: DeviceSpec
-) -> None:
-    """The thread. It refers neither to its sampler nor to the run, so that it keeps neither alive."""
-    warned: set[str] = set()
-    with open_readings(spec) as readings:
-        is_last = False
-        while not is_last:
-            # The wait comes first: a driver reports the utilisation of the time before the query.
-            is_last = stop.wait(interval_s)
-            tally.add({name: _read(name, read, warned) for name, read in readings})
-
-
-def _read(name: str, read: Callable[[], float | None], warned: set[str]) -> float | None:
-    """One figure; None, with a warning the first time, if the reading fails."""
-    try:
-        return read()
-    except READING_FAILURES as exc:
-        if name not in warned:
-            warned.add(name)
-            logger.warning("%s cannot be read: %s; readings that fail are left out", name, exc)
-        return None
-
-
-class Tally:
-    """The readings of one thread so far."""
+class _Block:
+    """The readings of one `with` block; refers to neither sampler nor run, so a thread that hangs keeps neither alive."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # the block may ask while the thread adds
+        self.stop = threading.Event()
+        self._lock = threading.Lock()  # samples() may run while the thread reads
         self._count = 0
         # Whole bytes, or percentages; a reading that failed adds none.
         self._values: dict[str, list[Any]] = {
             name: [] for name in (GPU_PERCENT, VRAM_USED_BYTES, RSS_BYTES, HOST_AVAILABLE_BYTES)
         }
+        self._warned: set[str] = set()
 
-    def add(self, values: dict[str, float | None]) -> None:
-        """One reading of each figure; None where it is unknown."""
-        with self._lock:
-            self._count += 1
-            for name, value in values.items():
-                if value is not None:
-                    self._values[name].append(value)
+    def read(self, spec: DeviceSpec, interval_s: float, open_readings: OpenReadings) -> None:
+        """The thread."""
+        with open_readings(spec) as readings:
+            is_last = False
+            while not is_last:
+                # The wait comes first: a driver reports the utilisation of the time before the query.
+                is_last = self.stop.wait(interval_s)
+                found = [(name, self._read(name, read)) for name, read in readings]
+                with self._lock:
+                    self._count += 1
+                    for name, value in found:
+                        self._values[name] += [] if value is None else [value]
+
+    def _read(self, name: str, read: Callable[[], float | None]) -> float | None:
+        """One figure; None, with a warning the first time, if the reading fails."""
+        try:
+            return read()
+        except READING_FAILURES as exc:
+            if name not in self._warned:
+                self._warned.add(name)
+                logger.warning("%s cannot be read: %s; readings that fail are left out", name, exc)
+            return None
 
     def samples(self) -> Samples:
         """The figures over all readings."""
