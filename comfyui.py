@@ -221,12 +221,8 @@ class ComfyUI:
 
     def _on_set(self, patcher: Any, arguments: Any) -> None:
         wrong = wrong_with_setting(patcher, arguments)
-        if wrong is None:
-            return
-        if wrong.lost is None:
-            self.warn_once(wrong.why)
-        else:
-            self.report_off(wrong.why, node=node_of(wrong.lost))
+        if wrong is not None:
+            self.report_off(wrong.why, node=None if wrong.lost is None else node_of(wrong.lost))
 
     def _pin_budget(self) -> PinBudget:
         """The limit of page-locked memory under the user's present settings."""

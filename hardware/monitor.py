@@ -160,7 +160,7 @@ class Sampler:
 
 
 class _Block:
-    """The readings of one `with` block; refers to neither sampler nor run, so a thread that hangs keeps neither alive."""
+    """The readings of one `with` block; refers to neither sampler nor run, so that its thread keeps neither alive."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()

@@ -71,14 +71,12 @@ class Nvml:
             name: as the driver gives it. Used only without UUID and address, which an old torch lacks, and only if one
                 device alone has the name.
         """
-        unknown = ("NVMLError_NotFound",)
         found: NvmlHandle | None = None
         if uuid is not None:
-            prefixes = ("",) if uuid.startswith(_UUID_PREFIXES) else _UUID_PREFIXES
-            for prefix in prefixes:
-                found = found or self._query("nvmlDeviceGetHandleByUUID", prefix + uuid, missing=unknown)
+            for prefix in ("",) if uuid.startswith(_UUID_PREFIXES) else _UUID_PREFIXES:
+                found = found or self._query("nvmlDeviceGetHandleByUUID", prefix + uuid)
         elif pci_bus_id is not None:
-            found = self._query("nvmlDeviceGetHandleByPciBusId", pci_bus_id, missing=unknown)
+            found = self._query("nvmlDeviceGetHandleByPciBusId", pci_bus_id)
         elif name is not None:
             found = self._find_by_name(name)
         return found
@@ -127,13 +125,12 @@ class Nvml:
         link = PcieLink(*(self._query(f"nvmlDeviceGet{part}", handle, reading="PCIe link") for part in parts))
         return None if link == PcieLink() else link
 
-    def _query(self, function: str, *arguments: object, missing: tuple[str, ...] = (), reading: str = "") -> Any:
+    def _query(self, function: str, *arguments: object, reading: str = "") -> Any:
         """The answer of one function of the library, or None.
 
         Args:
             function: its name; older bindings lack newer functions, older drivers answer them with FunctionNotFound.
             arguments: the function's arguments.
-            missing: names of errors that are an answer ("no such device") and need no warning.
             reading: the figure of which the function answers a part; the parts share one warning.
 
         Raises:
@@ -145,7 +142,8 @@ class Nvml:
         try:
             return getattr(library, function)(*arguments)
         except (library.NVMLError, *_SHAPE_FAILURES) as exc:
-            if type(exc).__name__ not in missing and (reading or function) not in self._warned:
+            is_answer = type(exc).__name__ == "NVMLError_NotFound"  # there is no such device
+            if not is_answer and (reading or function) not in self._warned:
                 self._warned.add(reading or function)
                 figure = f"its part of the {reading}" if reading else "this reading"
                 logger.warning("NVML cannot answer %s (%s); %s stays unknown", function, exc, figure)
