@@ -1,4 +1,4 @@
-"""What this package asks of ComfyUI: the user's settings, flags, folders, the device, and the wrapper loaded in it."""
+"""What this package reads from ComfyUI: the user's settings, flags, folders, the device, and the loaded wrapper."""
 
 from __future__ import annotations
 
@@ -48,7 +48,6 @@ NO_SWAPPING = {
 }
 """Devices on which nothing is swapped, and why."""
 
-
 MOST_GIB = 1024
 """The largest pin budget that the dialog accepts."""
 
@@ -58,11 +57,11 @@ PIN_BUDGET_GIB = "WanVideoEnhancedBlockSwap.PinBudgetGiB"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preferences:
-    """The user's settings in ComfyUI's dialog, each at its default if it was never set.
+    """The user's settings in ComfyUI's dialog, with defaults for those that the user never set.
 
     Attributes:
-        keep_host_slabs: The page-locked copies are kept from one run to the next, while memory allows.
-        pin_budget_bytes: The most host memory that may be page-locked; None for the host's own limit.
+        keep_host_slabs: Keep the page-locked copies from one run to the next, while memory allows.
+        pin_budget_bytes: The most host memory to page-lock; None for the host's own limit.
     """
 
     keep_host_slabs: bool = True
@@ -70,10 +69,10 @@ class Preferences:
 
     @classmethod
     def read(cls, path: Path) -> Preferences:
-        """Reads ComfyUI's file of settings; without a file, everything is at its default.
+        """Reads ComfyUI's file of settings; without a file, gives the defaults.
 
         Raises:
-            SettingsError: The file cannot be read, or has a value of ours that the dialog cannot have written.
+            SettingsError: The file cannot be read, or has a value of ours that the dialog never writes.
         """
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
@@ -83,26 +82,16 @@ class Preferences:
             raise SettingsError(f"{path.name} cannot be read as JSON: {exc}") from exc
         if not isinstance(stored, Mapping):
             raise SettingsError(f"{path.name}: expected a JSON object, got {type(stored).__name__}")
-        return cls(
-            keep_host_slabs=_checked_switch(stored.get(KEEP_HOST_SLABS, True)),
-            pin_budget_bytes=_checked_gib(stored.get(PIN_BUDGET_GIB, 0)),
-        )
-
-
-def _checked_switch(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise SettingsError(f"{KEEP_HOST_SLABS}: expected true or false, got {value!r}; set it again")
-    return value
-
-
-def _checked_gib(value: object) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST_GIB:
-        raise SettingsError(f"{PIN_BUDGET_GIB}: expected 0 to {MOST_GIB} GiB, got {value!r}; set it again")
-    return int(value * GIB) or None
+        keep, budget = stored.get(KEEP_HOST_SLABS, True), stored.get(PIN_BUDGET_GIB, 0)
+        if not isinstance(keep, bool):
+            raise SettingsError(f"{KEEP_HOST_SLABS}: expected true or false, got {keep!r}; set it again")
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget <= MOST_GIB:
+            raise SettingsError(f"{PIN_BUDGET_GIB}: expected 0 to {MOST_GIB} GiB, got {budget!r}; set it again")
+        return cls(keep_host_slabs=keep, pin_budget_bytes=int(budget * GIB) or None)
 
 
 class ComfyMachine(TorchMachine):
-    """The machine, with ComfyUI's own figures for a device whose torch module does not report its memory."""
+    """The machine, with ComfyUI's own figures where a device's torch module does not report its memory."""
 
     def memory(self) -> DeviceMemory:
         try:
@@ -117,17 +106,16 @@ class ComfyMachine(TorchMachine):
 
 
 class ComfyUI:
-    """The ComfyUI of this process. Holds what all nodes share: the gate, and the limit of page-locked memory."""
+    """The ComfyUI of this process, with what all nodes share: the gate, and the limit of page-locked memory.
+
+    Attributes:
+        gate: None until a node has run.
+    """
 
     def __init__(self) -> None:
-        self._gate: Gate | None = None
-        self._pins: PinBudget | None = None
+        self.gate: Gate | None = None
+        self._pins = PinBudget(0)
         self._warned: set[str] = set()
-
-    @property
-    def gate(self) -> Gate | None:
-        """The gate; None until a node has been run."""
-        return self._gate
 
     def install_gate(self) -> Gate:
         """Installs the gate, unless it is installed and whole, and returns it.
@@ -136,47 +124,41 @@ class ComfyUI:
             WrapperMissingError: The wrapper is absent.
             WrapperError: It has changed, or is too old.
         """
-        if self._gate is not None and not self._gate.is_whole:
-            self._gate.restore()
-            self._gate = None
-        if self._gate is None:
+        if self.gate is not None and not self.gate.is_whole:
+            self.gate.restore()
+            self.gate = None
+        if self.gate is None:
             import nodes
 
-            self._gate = Gate(
+            self.gate = Gate(
                 find_wrapper(nodes.NODE_CLASS_MAPPINGS),
                 self._make_run,
                 on_start=self._on_start,
                 on_set=self._on_set,
                 keeps_slabs=lambda: self._preferences().keep_host_slabs,
             )
-        self._gate.install()
-        return self._gate
+        self.gate.install()
+        return self.gate
 
     def why_not_swapped(self, settings: SwapSettings) -> str | None:
-        """Why the device or ComfyUI's flags leave nothing to swap; None where swapping is on."""
+        """Why the device or ComfyUI's flags rule out swapping; None where swapping is on."""
         import comfy.model_management
         from comfy.cli_args import args
 
         device = comfy.model_management.get_torch_device()
-        kind = getattr(device, "type", None)  # DirectML gives an object of its own
-        if kind is None or kind in NO_SWAPPING:
-            return f"{device}: {NO_SWAPPING.get(kind or 'privateuseone')}"
+        kind = getattr(device, "type", "privateuseone")  # DirectML gives an object of its own
+        if kind in NO_SWAPPING:
+            return f"{device}: {NO_SWAPPING[kind]}"
         if not settings.auto_hardware_tuning:
             return None
         if probe_device(device).is_integrated:
-            why_not = f"{device} shares the host's memory, so that swapping frees nothing"
-            return f"{why_not}; a manual blocks_to_swap still works"
+            return f"{device} shares the host's memory, so swapping frees nothing; a manual blocks_to_swap still works"
         if args.gpu_only or args.highvram:
             return f"ComfyUI runs with {'--gpu-only' if args.gpu_only else '--highvram'}, which keeps models on the GPU"
         return None
 
     def preview(self, patcher: Any, settings: SwapSettings, shape: tuple[int, int, int]) -> tuple[SwapPlan, str]:
-        """The plan that would be made if the sampler ran now, and the name of the device.
-
-        Args:
-            patcher: The wrapper's loaded model.
-            settings: What the user asked for.
-            shape: Width, height and frames of the video.
+        """The plan for a sampler that runs now, of a video of (width, height, frames), and the name of the device.
 
         Raises:
             BlockSwapError: The model or the shape is not valid, or no plan fits.
@@ -191,7 +173,7 @@ class ComfyUI:
         machine = ComfyMachine(device, cache_dir=_user_folder())
         backend = backend_for(device, pin_budget=self._pin_budget())
         memory, limits = machine.memory(), limits_within(_limits(), backend)
-        # The sampler has ComfyUI unload its models first, and loads what is outside the blocks.
+        # The sampler makes ComfyUI unload its models first, and loads the weights outside the blocks.
         unloaded = sum(loaded.model_loaded_memory() for loaded in comfy.model_management.current_loaded_models)
         free = min(memory.total_bytes, memory.free_bytes + unloaded + machine.unused_cache_bytes())
         free_bytes = max(0, free - found.model.other_bytes)
@@ -212,7 +194,7 @@ class ComfyUI:
             logger.warning("%s", message)
 
     def report_off(self, why: str, *, node: str | None) -> None:
-        """Reports why we swap nothing: in the log, and on the node with this id."""
+        """Reports why we swap nothing, in the log and on the node with this id."""
         self.warn_once(why)
         progress = None if node is None else self.progress_on(node)
         if progress is not None:
@@ -239,17 +221,11 @@ class ComfyUI:
 
     def _on_set(self, patcher: Any, arguments: Any) -> None:
         wrong = wrong_with_setting(patcher, arguments)
-        if wrong is None:
-            return
-        if wrong.lost is None:
-            self.warn_once(wrong.why)
-        else:
-            self.report_off(wrong.why, node=node_of(wrong.lost))
+        if wrong is not None:
+            self.report_off(wrong.why, node=None if wrong.lost is None else node_of(wrong.lost))
 
     def _pin_budget(self) -> PinBudget:
         """The limit of page-locked memory under the user's present settings."""
-        if self._pins is None:
-            self._pins = PinBudget(0)
         try:
             limit = read_host_memory().pin_budget_bytes
         except READING_FAILURES as failure:
@@ -292,7 +268,7 @@ class ComfyUI:
 
 
 def _running_workflow(server: Any) -> str | None:
-    """The id of the workflow that ComfyUI executes now; None for prompts without one, as through the API."""
+    """The id of the workflow that ComfyUI executes now; None for prompts without a workflow, as through the API."""
     running = getattr(getattr(server, "prompt_queue", None), "currently_running", None) or {}
     for item in list(running.values()):  # of one executor, at most one: number, id, prompt, extra data, outputs
         extra = item[3] if len(item) > 3 and isinstance(item[3], dict) else {}  # noqa: PLR2004 - as listed above

@@ -1,4 +1,4 @@
-"""NodeProgress: a run's progress on its node in the browser: an event for our memory bar, and ComfyUI's own text."""
+"""NodeProgress: shows a run on its node in the browser: an event for our memory bar, and ComfyUI's own text."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ SendText = Callable[[str, str], None]
 
 
 class NodeProgress:
-    """Sends what a run is doing to the browsers that show its node. If sending fails, the run goes on.
+    """Sends a run's progress to the browsers that show its node. If sending fails, the run goes on.
 
     Args:
         node: The node's id, as ComfyUI executes it ("7:12" inside a subgraph).
-        workflow: The id of its workflow; None if that is not known.
-        send_event: Sends an event by name with its data.
-        send_text: Sends a text for a node by its id.
-        clock: In seconds.
+        send_event: Takes an event's name and its data.
+        send_text: Takes a text and the id of its node.
+        workflow: The id of the node's workflow; None if unknown.
     """
 
     def __init__(

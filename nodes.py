@@ -1,4 +1,4 @@
-"""The nodes as ComfyUI sees them: their widgets, the node classes, and what these say when nothing is swapped."""
+"""The nodes as ComfyUI sees them: their widgets, their classes, and their texts for when nothing is swapped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .hardware import HardwareUnavailableError
 logger = logging.getLogger(__name__)
 
 COMFYUI = ComfyUI()
-"""The ComfyUI of this process. Nothing is asked of it before a node runs."""
+"""The ComfyUI of this process, which is not read before a node runs."""
 
 CATEGORY = "WanVideoWrapper/Enhanced"
 
@@ -24,7 +24,6 @@ NOT_FOLLOWED = (
     "only if WanVideo Set BlockSwap gives it ours after this node"
 )
 """Added to a plan for a model that has other arguments."""
-
 
 Widget = tuple[str, dict[str, Any]]
 """ComfyUI's type of an input, and its options."""
@@ -41,9 +40,7 @@ def _widget(name: str, tooltip: str, *, step: float = 1, advanced: bool = False)
     else:
         kind, number = ("INT", int) if isinstance(default, int) else ("FLOAT", float)
         options |= {"min": number(RANGES[name].lowest), "max": number(RANGES[name].highest), "step": step}
-    options["tooltip"] = tooltip
-    if advanced:
-        options["advanced"] = True
+    options |= {"tooltip": tooltip} | ({"advanced": True} if advanced else {})
     return name, (kind, options)
 
 
@@ -51,7 +48,7 @@ _WIDGETS = (
     _widget(
         "blocks_to_swap",
         "How many transformer blocks live in host memory and stream to the GPU. Read only when auto_hardware_tuning "
-        "is off. Wan 14B has 40 blocks, 1.3B and 5B have 30; a larger number is cut, and said in the log.",
+        "is off. Wan 14B has 40 blocks, 1.3B and 5B have 30; a larger number is cut, with a note in the log.",
     ),
     _widget(
         "enable_cuda_optimization",
@@ -89,15 +86,9 @@ _WIDGETS = (
         step=0.05,
         advanced=True,
     ),
-    _widget(
-        "offload_txt_emb",
-        "Move the text embedding layers to host memory after use. Saves little.",
-        advanced=True,
-    ),
-    _widget(
-        "offload_img_emb",
-        "Move the image embedding layers to host memory after use. Saves little.",
-        advanced=True,
+    *(
+        _widget(name, f"Move the {kind} embedding layers to host memory after use. Saves little.", advanced=True)
+        for name, kind in (("offload_txt_emb", "text"), ("offload_img_emb", "image"))
     ),
     _widget(
         "vace_blocks_to_swap",
@@ -125,15 +116,12 @@ MODEL = (
 )
 
 SHAPE_WIDGETS: dict[str, Widget] = {
-    "width": ("INT", {"default": 832, "min": 64, "max": 8192, "step": 16, "tooltip": "Width of the video in pixels."}),
-    "height": (
-        "INT",
-        {"default": 480, "min": 64, "max": 8192, "step": 16, "tooltip": "Height of the video in pixels."},
-    ),
-    "num_frames": (
-        "INT",
-        {"default": 81, "min": 1, "max": 10001, "step": 4, "tooltip": "Frames of the video: 4 n + 1."},
-    ),
+    name: ("INT", {"default": default, "min": lowest, "max": highest, "step": step, "tooltip": tooltip})
+    for name, default, lowest, highest, step, tooltip in (
+        ("width", 832, 64, 8192, 16, "Width of the video in pixels."),
+        ("height", 480, 64, 8192, 16, "Height of the video in pixels."),
+        ("num_frames", 81, 1, 10001, 4, "Frames of the video: 4 n + 1."),
+    )
 }
 """Widgets of the plan node beside its connections."""
 
@@ -207,7 +195,7 @@ class WanVideoBlockSwapPlan:
             if why_not is not None or not is_ours(block_swap_args):
                 return f"nothing is planned: {why_not or _why_not_ours(block_swap_args)}"
             settings = SwapSettings.from_blockswapargs(block_swap_args)
-            assert settings is not None, "is_ours has found them"
+            assert settings is not None, "is_ours is true"
             plan, card = COMFYUI.preview(model, settings, shape)
         except (BlockSwapError, HardwareUnavailableError) as failure:
             return str(failure)
@@ -238,9 +226,9 @@ class WanVideoBlockSwapReport:
         why_not, gate = why_not_the_wrappers(model), COMFYUI.gate
         if why_not is None and gate is not None:
             run = gate.run_of(model.model.diffusion_model)
-            found = None if run is None else run.report()
-            if found is not None:
-                return summary(found)
+            report = None if run is None else run.report()
+            if report is not None:
+                return summary(report)
         try:
             why_not = why_not or _why_not_ours(arguments_of(model))
         except HardwareUnavailableError as failure:
@@ -249,7 +237,7 @@ class WanVideoBlockSwapReport:
 
 
 def _why_not_ours(arguments: Any) -> str:
-    """Why nothing is swapped by us for a model with these BLOCKSWAPARGS."""
+    """Why we swap nothing for a model with these BLOCKSWAPARGS."""
     if arguments is None:
         # Our node gives None if device or flags rule out the defaults; a manual blocks_to_swap may still work.
         why_not = COMFYUI.why_not_swapped(SwapSettings())
@@ -273,12 +261,7 @@ def _native_swapping(settings: SwapSettings) -> str:
 
 
 def native_arguments(settings: SwapSettings, *, node: str | None) -> dict[str, object]:
-    """Arguments for the wrapper's own swapping: the user's counts, or every block with automatic tuning.
-
-    Args:
-        settings: What the user asked for.
-        node: Id of the node that gives them; None if there is none.
-    """
+    """Arguments for the wrapper's own swapping: the user's counts, or every block with automatic tuning."""
     is_auto = settings.auto_hardware_tuning
     return {
         "blocks_to_swap": EVERY_BLOCK if is_auto else settings.blocks_to_swap,

@@ -1,4 +1,4 @@
-"""`demo`: a real Wan transformer denoises, first unswapped, then swapped; outputs, bytes and times are compared."""
+"""`demo`: runs a real Wan transformer unswapped, then swapped, and compares outputs, bytes and times."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def demo(options: Namespace) -> Result:
     is_simulated = device.type == "cpu"
     refuse_if_too_large(options.preset, preset, available_bytes=host.available_bytes, is_simulated=is_simulated)
     model = build(preset, seed=options.seed)
-    make_stage = Stage if is_simulated else DeviceStage
     inputs = make_inputs(preset, shape, device, seed=options.seed)
+    make_stage = Stage if is_simulated else DeviceStage
     stage = make_stage(model, inputs, device, steps=options.steps, quiet=options.json)
     profile = stage.profile
     vram_bytes = _vram_bytes(options.vram, profile, device)
@@ -73,10 +73,8 @@ def demo(options: Namespace) -> Result:
     timing = _timing(options, device, compute_ms, profile.blocks[0].slab_bytes)
     # Only CUDA, HIP and the simulated device have streams and page-locking.
     overlaps = device.type in ("cpu", "cuda")
-    plan = make_plan(
-        profile,
-        replace(on_card, blocks_to_swap=count, overlap=overlaps, pin=overlaps, slots=options.slots, timing=timing),
-    )
+    on_card = replace(on_card, overlap=overlaps, pin=overlaps, timing=timing)
+    plan = make_plan(profile, replace(on_card, blocks_to_swap=count, slots=options.slots))
     swapped = stage.run_swapped(plan, timing, PinBudget(host.pin_budget_bytes))
     title = f"{options.preset}: {plan.swapped_count} of {len(plan.swapped)} blocks swapped, the last step"
     draw_timeline(swapped.spans, Path(options.picture), title=title)
@@ -91,7 +89,7 @@ def demo(options: Namespace) -> Result:
 
 
 def _vram_bytes(text: str | None, profile: ModelProfile, device: torch.device) -> int:
-    """Memory of the card: as given; else so much that half of the blocks fit below the node's threshold."""
+    """Memory of the card: as given; else enough for half of the blocks below the node's threshold."""
     memory = read_device_memory(device)
     total = None if memory is None else memory.total_bytes
     if text is None:
@@ -110,15 +108,11 @@ def _timing(options: Namespace, device: torch.device, compute_ms: tuple[float, .
         speed = speed if options.link is None else options.link * 1e9
         return Timing(compute_ms=compute_ms, pinned_bytes_per_s=speed, streams=options.streams or 1)
     link = measure_link(device, cache_dir=cache_dir())
+    timing = Timing(compute_ms=compute_ms, pageable_bytes_per_s=link.pageable)
     if not link.pinned:
-        return Timing(compute_ms=compute_ms, pageable_bytes_per_s=link.pageable)
-    best, speed = link.best()
-    return Timing(
-        compute_ms=compute_ms,
-        pinned_bytes_per_s=speed,
-        pageable_bytes_per_s=link.pageable,
-        streams=options.streams or best,
-    )
+        return timing
+    streams, speed = link.best()
+    return replace(timing, pinned_bytes_per_s=speed, streams=options.streams or streams)
 
 
 @dataclass(slots=True)
@@ -131,18 +125,17 @@ class Moved:
 
 @dataclass(slots=True)
 class Run:
-    """What one run of the denoising loop gave.
+    """Result and figures of one run of the denoising loop.
 
     Attributes:
-        latents: The result.
         step_ms: Duration of each step, by the device's clock.
         stall_ms: The time of each step in which compute waited for copies.
-        spans: Of the last step.
-        moved: Bytes copied between host and device in one step, adopt and release included.
+        spans: Those of the last step.
+        moved: Bytes copied between host and device in one step, with adopt and release.
         above_weights_bytes: Peak of the device memory beside the weights, on a real device.
-        weight_bytes: Peak of the device memory that block weights took; on a real device, activations included.
+        weight_bytes: Peak of the device memory of block weights; on a real device, with activations.
         slab_bytes: Host memory of the slabs.
-        pinned_bytes: Host memory that was page-locked.
+        pinned_bytes: Page-locked host memory.
     """
 
     latents: torch.Tensor
@@ -157,7 +150,7 @@ class Run:
 
 
 def _figures(stage: Stage, plan: SwapPlan, unswapped: Run, swapped: Run) -> dict[str, Any]:
-    """What both runs gave, beside what was planned."""
+    """Figures of both runs, and of the plan."""
     blocks = stage.profile.blocks
     return {
         "outputs_equal": torch.equal(unswapped.latents, swapped.latents),
@@ -232,18 +225,10 @@ def _table(data: dict[str, Any]) -> str:
 
 
 class Stage:
-    """Runs the model unswapped and swapped, on a simulated device.
-
-    Args:
-        model: The transformer, on the host.
-        inputs: On the device.
-        device: Where blocks run.
-        steps: Denoising steps of a run.
-        quiet: Without a progress bar.
-    """
+    """Runs the model, given on the host, unswapped and swapped on a simulated device."""
 
     name = "simulated"
-    clock = "virtual"  # compute lasts as long as measured on this CPU, copies as long as the assumed link makes them
+    clock = "virtual"  # compute takes as long as measured on this CPU, copies as long as over the assumed link
     measured_by = "accounting"  # the engine's own counters
 
     def __init__(self, model: nn.Module, inputs: Inputs, device: torch.device, *, steps: int, quiet: bool) -> None:
@@ -258,23 +243,15 @@ class Stage:
     def run_unswapped(self) -> tuple[Run, tuple[float, ...]]:
         """The run that gives the true output, and the duration of each block in ms."""
         compute_ms = self._time_blocks(InlineStreams(self.device))
-        run = Run(self._loop(self._steps, "unswapped"))
-        run.step_ms = [FORWARDS_PER_STEP * sum(compute_ms)]
-        return run, compute_ms
+        latents = self._loop(self._steps, "unswapped")
+        return Run(latents, step_ms=[FORWARDS_PER_STEP * sum(compute_ms)]), compute_ms
 
     def run_swapped(self, plan: SwapPlan, timing: Timing, pins: PinBudget) -> Run:
-        """The same loop, with the blocks swapped.
-
-        Args:
-            plan: Which blocks are swapped, and through how many slots.
-            timing: Duration of each block, and the speed of the link, which a simulated device needs.
-            pins: How much host memory may be page-locked.
-        """
+        """The same loop, swapped; a simulated device needs the timing of blocks and link."""
         assert timing.compute_ms is not None
         assert timing.pinned_bytes_per_s is not None
-        hardware = SimulatedHardware(
-            link_bytes_per_ms=timing.pinned_bytes_per_s / 1e3, compute_ms=dict(enumerate(timing.compute_ms))
-        )
+        speed, compute_ms = timing.pinned_bytes_per_s / 1e3, dict(enumerate(timing.compute_ms))
+        hardware = SimulatedHardware(link_bytes_per_ms=speed, compute_ms=compute_ms)
         streams = SimulatedStreams(hardware, count=plan.streams)
         backend = simulated_backend(streams, pin_budget=pins)
         run = self._run_session(plan, backend, lambda: streams.compute_stream.now_ms)
@@ -283,7 +260,7 @@ class Stage:
         return run
 
     def _time_blocks(self, streams: Streams) -> tuple[float, ...]:
-        """Median duration of each block over the forwards of two steps, without the first step, a warm-up."""
+        """Median duration of each block over the forwards of a step, after a step of warm-up."""
         marks: list[list[Any]] = [[] for _ in self.blocks]  # of each block: begin, end, begin, end, …
 
         def mark(found: list[Any], *_: object) -> None:
@@ -310,7 +287,7 @@ class Stage:
                 run.spans = trace.spans()
                 run.stall_ms.append(total_ms(run.spans, STALL))
                 trace.start()
-                before = now_ms()  # reading the trace is no part of the next step
+                before = now_ms()  # the next step begins after the trace is read
 
             trace.start()
             run.latents = self._loop(self._steps, "swapped", session.forward, after_step)
@@ -318,7 +295,7 @@ class Stage:
         return run
 
     def _count_one_step(self, plan: SwapPlan, backend: Backend) -> Moved:
-        """Bytes that the engine itself counts in one step, adopt and release included."""
+        """Bytes that the engine itself counts in one step, with adopt and release."""
         with SwapSession(self.blocks, lambda profile, held: plan, backend) as session:
             self._loop(1, "counting", session.forward)
         counters = session.counters
@@ -391,11 +368,7 @@ class DeviceStage(Stage):
 
 
 class DeviceMeter:
-    """Reads what a device's torch module counts.
-
-    Args:
-        device: A device with memory of its own.
-    """
+    """Reads the counters of a device's torch module; the device has memory of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -411,12 +384,12 @@ class DeviceMeter:
         self._module.reset_peak_memory_stats(self.device)
 
     def peak(self) -> int:
-        """Most bytes allocated at a time since `reset_peak`."""
+        """Most bytes allocated at once since `reset_peak`."""
         return int(self._module.max_memory_allocated(self.device))
 
     @contextlib.contextmanager
     def count_copies(self) -> Iterator[Callable[[], Moved]]:
-        """Counts the copies made inside: with the device's own counters if it has any, else in torch's dispatcher."""
+        """Counts the copies inside the block, with the device's own counters or else in torch's dispatcher."""
         stats = getattr(self._module, "copy_stats", None)
         if stats is None:
             with CopyCounter() as counter:
@@ -437,14 +410,11 @@ class CopyCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.copy_.default:
-            self._count(args[1], args[0])
-        elif func is torch.ops.aten._to_copy.default:
-            self._count(args[0], result)
+        if func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+            source = args[1 if func is torch.ops.aten.copy_.default else 0]
+            match source.device.type == "cpu", result.device.type == "cpu":
+                case True, False:
+                    self.moved.to_device += source.nbytes
+                case False, True:
+                    self.moved.to_host += source.nbytes
         return result
-
-    def _count(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        if source.device.type == "cpu" and target.device.type != "cpu":
-            self.moved.to_device += source.nbytes
-        elif source.device.type != "cpu" and target.device.type == "cpu":
-            self.moved.to_host += source.nbytes

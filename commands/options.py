@@ -1,4 +1,4 @@
-"""Values from what a person writes on the command line: sizes, counts, shapes, a device, a card's budget."""
+"""Parses values of the command line: sizes, counts, shapes, a device, a card's budget."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from ..blockswap.model.layout import ModelProfile
 from ..blockswap.plan.swap_plan import PlanInputs
 from ..hardware import MIB, HardwareUnavailableError, HostMemory, format_bytes, parse_bytes, probe_device
 
-LARGEST_SIDE = 100_000
-"""Pixels or frames; far above any video."""
+_LARGEST_SIDE = 100_000  # pixels or frames, far above any video
 
 
 def parse_size(option: str, text: str) -> int:
@@ -34,18 +33,14 @@ def parse_count(text: str | None, blocks: int) -> int | None:
     """A number of blocks, from `0` to `blocks`, `half` or `all`; None means automatic and stays None."""
     if text is None:
         return None
-    named = {"half": blocks // 2, "all": blocks}
-    if text in named:
-        return named[text]
     try:
-        count = int(text)
+        count = {"half": blocks // 2, "all": blocks}.get(text)
+        count = int(text) if count is None else count
     except ValueError:
         count = -1
     if not 0 <= count <= blocks:
-        raise SettingsError(
-            f"--blocks-to-swap: expected a whole number from 0 to {blocks} (the number of blocks), half or all, "
-            f"got {text[:40]!r}"
-        )
+        expected = f"a whole number from 0 to {blocks} (the number of blocks), half or all"
+        raise SettingsError(f"--blocks-to-swap: expected {expected}, got {text[:40]!r}")
     return count
 
 
@@ -55,16 +50,16 @@ def parse_shape(text: str) -> tuple[int, int, int]:
         width, height, frames = (int(part) for part in text.lower().split("x"))
     except ValueError:
         raise SettingsError(f"--shape: expected WxHxF such as 832x480x81, got {text[:40]!r}") from None
-    if max(width, height, frames) > LARGEST_SIDE:
-        raise SettingsError(f"--shape: expected at most {LARGEST_SIDE} for each number, got {text[:40]!r}")
+    if max(width, height, frames) > _LARGEST_SIDE:
+        raise SettingsError(f"--shape: expected at most {_LARGEST_SIDE} for each number, got {text[:40]!r}")
     return width, height, frames
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; for `auto` the current GPU, or the CPU if there is no GPU.
+    """The device called `name`; for `auto` the current GPU, or the CPU without a GPU.
 
     Raises:
-        SettingsError: The name is not a device's, or this machine has no such device.
+        SettingsError: torch has no device of this name, or this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -78,7 +73,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def cache_dir() -> Path | None:
-    """The user's cache folder for this package; None, which caches nothing, if platformdirs is not installed."""
+    """The user's cache folder for this package; None, which caches nothing, without platformdirs."""
     try:
         from platformdirs import user_cache_path
     except ImportError:
@@ -87,22 +82,15 @@ def cache_dir() -> Path | None:
 
 
 def card_inputs(profile: ModelProfile, vram_bytes: int, host: HostMemory, *, held_bytes: int) -> PlanInputs:
-    """What a plan is made from on a card that holds the model and nothing else; the card need not be in this machine.
-
-    Args:
-        profile: The model.
-        vram_bytes: Memory of the card.
-        host: Memory of the host.
-        held_bytes: Bytes of the blocks that the host holds already.
+    """Inputs of a plan for a card that holds only the model, with `held_bytes` of its blocks in the host already.
 
     Raises:
         SettingsError: The weights outside the blocks alone are larger than the card.
     """
     if vram_bytes < profile.other_bytes:
-        raise SettingsError(
-            f"--vram: not enough for the weights outside the blocks: {format_bytes(profile.other_bytes)} needed, "
-            f"{format_bytes(vram_bytes)} given; take a larger GPU or a smaller model"
-        )
+        figures = f"{format_bytes(profile.other_bytes)} needed, {format_bytes(vram_bytes)} given"
+        message = f"--vram: not enough for the weights outside the blocks: {figures}"
+        raise SettingsError(f"{message}; take a larger GPU or a smaller model")
     return PlanInputs(
         device_total_bytes=vram_bytes,
         device_free_bytes=vram_bytes - profile.other_bytes,

@@ -1,4 +1,4 @@
-"""What a command prints: `Result`, and the texts that several commands share."""
+"""The output of a command: `Result`, and the texts that several commands share."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Result:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns of text, the first left-aligned, the others right-aligned."""
-    first, *others = (max(len(row[i]) for row in rows) for i in range(len(rows[0])))
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], others, strict=True)]
-        lines.append("  ".join([row[0].ljust(first), *cells]).rstrip())
+    for head, *row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, others, strict=True)]
+        lines.append("  ".join([head.ljust(first), *cells]).rstrip())
     return "\n".join(lines)
 
 

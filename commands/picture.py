@@ -13,12 +13,12 @@ COPY_COLOUR = "#6aa84f"
 
 
 def check_picture(path: Path) -> None:
-    """Checks, before anything runs, that the picture can be drawn afterwards.
+    """Checks before the run that the picture can be drawn after it.
 
     Raises:
         SettingsError: The path is not that of a PNG file in a folder that exists.
     """
-    import matplotlib  # noqa: F401 - raises ImportError now and not after the run
+    import matplotlib  # noqa: F401 - so that an ImportError comes before the run
 
     if path.suffix.lower() != ".png" or path.is_dir():
         raise SettingsError(f"--picture: expected the path of a .png file, got {str(path)!r}")
@@ -42,9 +42,8 @@ def draw_timeline(spans: Sequence[Span], path: Path, *, title: str) -> None:
     axes = figure.add_subplot()
     for lane, height in lanes.items():
         bars = [(span.begin_ms, span.duration_ms) for span in spans if span.lane == lane]
-        axes.broken_barh(
-            bars, (height - 0.4, 0.8), color=COLOURS.get(lane, COPY_COLOUR), edgecolor="white", linewidth=0.4
-        )
+        colour = COLOURS.get(lane, COPY_COLOUR)
+        axes.broken_barh(bars, (height - 0.4, 0.8), color=colour, edgecolor="white", linewidth=0.4)
     begin, end = min(s.begin_ms for s in spans), max(s.end_ms for s in spans)
     for span in spans:
         if span.lane != STALL and span.duration_ms > (end - begin) / 80:
@@ -57,6 +56,5 @@ def draw_timeline(spans: Sequence[Span], path: Path, *, title: str) -> None:
     try:
         figure.savefig(path, dpi=110)
     except OSError as cause:
-        raise BlockSwapError(
-            f"the picture cannot be written to {path}: {cause}; give another path with --picture"
-        ) from cause
+        message = f"the picture cannot be written to {path}: {cause}"
+        raise BlockSwapError(f"{message}; give another path with --picture") from cause

@@ -1,7 +1,8 @@
-"""`plan`: what would be swapped on a GPU, from the header of a checkpoint file alone."""
+"""`plan`: the swap plan for a GPU, from the header of a checkpoint file alone."""
 
 from __future__ import annotations
 
+import contextlib
 from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,10 +38,8 @@ class Card:
     """The card of the plan: this machine's, or one that is only named.
 
     Attributes:
-        spec: Its name and properties.
-        memory: Its memory, without the model.
-        link: Its link, measured or given; None if unknown.
-        rates: Its assumed compute rates; None if unknown.
+        memory: Without the model.
+        link: Measured or given.
     """
 
     spec: DeviceSpec
@@ -59,10 +58,9 @@ def plan(options: Namespace) -> Result:
     """
     checkpoint = read_checkpoint(Path(options.model))
     card = _card(options)
-    tokens = None
-    if options.shape is not None:
-        tokens = tokens_for(checkpoint.architecture, *parse_shape(options.shape))
+    tokens = None if options.shape is None else tokens_for(checkpoint.architecture, *parse_shape(options.shape))
     beside = [read_checkpoint(Path(name)).model for name in options.beside]
+    beside_bytes = sum(model.nbytes for model in beside)
     settings = _settings(options, checkpoint.architecture)
     readings = _readings(checkpoint.model, card, _host(options.ram))
     known = _known(checkpoint, card, tokens)
@@ -70,17 +68,16 @@ def plan(options: Namespace) -> Result:
         readings, locked = _with(beside, settings, readings, known)
         decided = make_plan(checkpoint.model, _inputs(checkpoint.model, settings, readings, known, locked))
     except PlanError as failure:
-        others = sum(model.nbytes for model in beside)
-        taken = f"; --beside takes {format_bytes(others)} of the host" if others else ""
+        taken = f"; --beside takes {format_bytes(beside_bytes)} of the host" if beside else ""
         raise PlanError(f"{failure} (--ram and --vram change the machine of the plan{taken})") from failure
     data = _data(checkpoint, decided)
     data |= {"card": card.spec.name, "vram_bytes": card.memory.total_bytes, "tokens": tokens}
-    data |= {"beside_bytes": sum(model.nbytes for model in beside)}
+    data |= {"beside_bytes": beside_bytes}
     return Result(data, _text(options, checkpoint, decided, readings, card), succeeded=decided.fits is not False)
 
 
 def _with(beside: list[ModelProfile], settings: SwapSettings, readings: Readings, known: Known) -> tuple[Readings, int]:
-    """The machine with these models in the host as well, and what their own plans page-lock."""
+    """The machine with these models in the host too, and the bytes that their own plans page-lock."""
     locked = 0
     for model in beside:
         inputs = _inputs(model, settings, readings, replace(known, compute_ms=None), locked)
@@ -103,18 +100,12 @@ def _inputs(
 
 
 def _settings(options: Namespace, architecture: WanArchitecture) -> SwapSettings:
-    ceiling = options.vram_threshold_percent
-    if options.blocks_to_swap is None:
-        return SwapSettings(vram_threshold_percent=ceiling)
+    settings = SwapSettings(vram_threshold_percent=options.vram_threshold_percent)
     count = parse_count(options.blocks_to_swap, architecture.blocks)
-    assert count is not None
+    if count is None:
+        return settings
     vace = {"half": architecture.vace_blocks // 2, "all": architecture.vace_blocks}.get(options.blocks_to_swap, 0)
-    return SwapSettings(
-        auto_hardware_tuning=False,
-        blocks_to_swap=count,
-        vace_blocks_to_swap=vace,
-        vram_threshold_percent=ceiling,
-    )
+    return replace(settings, auto_hardware_tuning=False, blocks_to_swap=count, vace_blocks_to_swap=vace)
 
 
 def _card(options: Namespace) -> Card:
@@ -123,42 +114,29 @@ def _card(options: Namespace) -> Card:
         rates = None if options.gpu is None else find_gpu(options.gpu)
     except ValueError as cause:
         if options.vram is None:
-            raise SettingsError(
-                f"--gpu: {cause}; to plan for another GPU, add its memory, such as --vram 16GiB"
-            ) from cause
+            message = f"--gpu: {cause}; to plan for another GPU, add its memory, such as --vram 16GiB"
+            raise SettingsError(message) from cause
         rates = None
     link = None if options.link is None else LinkSpeed(((1, options.link * 1e9),), None)
     if options.vram is not None:
-        return Card(*_named(options.gpu or "a GPU", parse_size("--vram", options.vram)), link, rates)
+        return _named(options.gpu or "a GPU", parse_size("--vram", options.vram), link, rates)
     if rates is not None:
-        return Card(*_named(rates.name, rates.total_bytes), link, rates)
+        return _named(rates.name, rates.total_bytes, link, rates)
     device = choose_device("auto")
     memory = read_device_memory(device)
     if memory is None:
         raise SettingsError("no GPU in this machine: give one with --vram 12GiB or --gpu 'RTX 4090'")
     spec = probe_device(device)
-    try:
+    with contextlib.suppress(ValueError):  # of an unknown GPU, memory and link are known and only durations are not
         rates = find_gpu(spec.name)
-    except ValueError:
-        rates = None  # memory and link are still known; only durations are not
     return Card(spec, memory, link or measure_link(device, cache_dir=cache_dir()), rates)
 
 
-def _named(name: str, size: int) -> tuple[DeviceSpec, DeviceMemory]:
+def _named(name: str, size: int, link: LinkSpeed | None, rates: KnownGpu | None) -> Card:
     """A card of which only the name and the memory are known, with nothing in use."""
-    spec = DeviceSpec(
-        name=name,
-        vendor=Vendor.AMD if name.startswith("RX ") else Vendor.NVIDIA,
-        torch_device="",
-        uuid=None,
-        pci_bus_id=None,
-        compute_units=None,
-        is_integrated=False,
-        driver=None,
-        total_bytes=size,
-        pcie=None,
-    )
-    return spec, DeviceMemory(size, size, "as given")
+    vendor = Vendor.AMD if name.startswith("RX ") else Vendor.NVIDIA
+    spec = DeviceSpec(name, vendor, torch_device="", is_integrated=False, total_bytes=size)
+    return Card(spec, DeviceMemory(size, size, "as given"), link, rates)
 
 
 def _host(ram: str | None) -> HostMemory:
@@ -172,7 +150,7 @@ def _host(ram: str | None) -> HostMemory:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is worked out of a forward before any has run; None is unknown."""
+    """What is computed of a forward before any has run; None is unknown."""
 
     compute_ms: tuple[float, ...] | None = None
     activations: Activations | None = None
@@ -182,15 +160,14 @@ def _readings(model: ModelProfile, card: Card, host: HostMemory) -> Readings:
     """The machine when the model's other weights are on the card."""
     free = card.memory.free_bytes - model.other_bytes
     if free < 0:
-        raise SettingsError(
-            f"not enough VRAM for the weights outside the blocks: {format_bytes(model.other_bytes)} needed, "
-            f"{format_bytes(card.memory.free_bytes)} free; take a larger GPU (--vram) or a smaller model"
-        )
+        figures = f"{format_bytes(model.other_bytes)} needed, {format_bytes(card.memory.free_bytes)} free"
+        message = f"not enough VRAM for the weights outside the blocks: {figures}"
+        raise SettingsError(f"{message}; take a larger GPU (--vram) or a smaller model")
     return Readings(spec=card.spec, memory=replace(card.memory, free_bytes=free), host=host, link=card.link)
 
 
 def _known(checkpoint: CheckpointProfile, card: Card, tokens: int | None) -> Known:
-    """What a forward of so many tokens takes."""
+    """Compute time and activations of a forward of so many tokens."""
     model, architecture = checkpoint.model, checkpoint.architecture
     if tokens is None:
         return Known()
@@ -264,4 +241,4 @@ def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, 
         rows.append(["compute per forward", f"{forward.compute:,.0f} ms {at}"])
         rows.append(["transfer per forward", f"{forward.transferred:,.0f} ms"])
         rows.append(["stall per forward", f"{forward.stall:,.0f} ms"])
-    return "\n".join([table([[a, b] for a, b in rows]), "", *(f"- {reason}" for reason in decided.reasons)])
+    return "\n".join([table(rows), "", *(f"- {reason}" for reason in decided.reasons)])

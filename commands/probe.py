@@ -1,4 +1,4 @@
-"""`probe`: what the hardware layer reads, and the measured link."""
+"""`probe`: the readings of the hardware layer, and the measured link."""
 
 from __future__ import annotations
 
@@ -26,20 +26,17 @@ def probe(options: Namespace) -> Result:
     if memory is not None:
         tuning = tune(spec, host, link, vram_threshold_percent=SwapSettings().vram_threshold_percent)
     readings = {"device": spec, "device_memory": memory, "host_memory": host, "link": link, "tuning": tuning}
-    data = {name: None if value is None else _plain(asdict(value)) for name, value in readings.items()}
+    data = {name: None if value is None else asdict(value, dict_factory=_plain) for name, value in readings.items()}
     rows: list[tuple[str, str]] = []
-    for name, value in data.items():
-        fields = {"": "unknown"} if value is None else value
-        rows += [(f"{name}.{field}" if field else name, _words(field, one)) for field, one in fields.items()]
+    for name, fields in data.items():
+        rows += [(f"{name}.{field}", _words(field, value)) for field, value in (fields or {}).items()]
+        rows += [] if fields else [(name, "unknown")]
     width = max(len(name) for name, _ in rows)
     return Result(data, "\n".join(f"{name.ljust(width)}  {words}" for name, words in rows))
 
 
-def _plain(fields: dict[str, object]) -> dict[str, object]:
-    return {
-        name: value.value if isinstance(value, Enum) else _plain(value) if isinstance(value, dict) else value
-        for name, value in fields.items()
-    }
+def _plain(fields: list[tuple[str, object]]) -> dict[str, object]:
+    return {name: value.value if isinstance(value, Enum) else value for name, value in fields}
 
 
 def _words(field: str, value: object) -> str:

@@ -13,12 +13,9 @@ from ..blockswap.plan.schedule import Ring, VirtualTime, steady_time
 from ..blockswap.plan.swap_plan import PlanInputs, SwapPlan, Timing
 from .output import Result
 
+# Mean size of a block; any size would do, since only the ratio of transfer to compute matters.
 BLOCK_BYTES = 1 << 30
-"""Mean size of a block; any size would do, since only the ratio of transfer to compute matters."""
-
 UNLIMITED = 1 << 62
-
-WHOLE_PERCENT = 100.0
 
 
 def simulate(options: Namespace) -> Result:
@@ -30,7 +27,8 @@ def simulate(options: Namespace) -> Result:
         SettingsError: An option has an impossible value.
     """
     count, vace = options.blocks, options.vace
-    swapped, sizes = _swapped(options.swapped, count), _sizes(count + vace, options.uneven, options.seed)
+    swapped, generator = _swapped(options.swapped, count), random.Random(options.seed)
+    sizes = [1.0 + options.uneven * generator.uniform(-1.0, 1.0) for _ in range(count + vace)]  # mean 1
     patterns = _patterns(options, count, vace)
     plan = _plan(sizes, count, vace, swapped, options)
     transfer = [size * options.ratio for size in sizes]
@@ -66,24 +64,17 @@ def simulate(options: Namespace) -> Result:
 def _swapped(text: str, count: int) -> int:
     """A number of blocks, from a number or a share of `count`."""
     try:
-        swapped = round(count * float(text[:-1]) / 100) if text.endswith("%") else int(text)
-    except (ValueError, OverflowError):
+        asked = count * float(text[:-1]) / 100 if text.endswith("%") else int(text)
+    except ValueError:
         raise SettingsError(f"--swapped: expected a number of blocks or a share such as 50%, got {text!r}") from None
-    if not 0 <= swapped <= count or (text.endswith("%") and not float(text[:-1]) <= WHOLE_PERCENT):
-        raise SettingsError(
-            f"--swapped: expected 0 to {count} (the number of --blocks), got {swapped}; lower it or raise --blocks"
-        )
-    return swapped
-
-
-def _sizes(count: int, uneven: float, seed: int) -> list[float]:
-    """Block sizes with mean 1, each within 1 +- `uneven`."""
-    generator = random.Random(seed)
-    return [1.0 + uneven * generator.uniform(-1.0, 1.0) for _ in range(count)]
+    if not 0 <= asked <= count:
+        expected = f"0 to {count} (the number of --blocks)"
+        raise SettingsError(f"--swapped: expected {expected}, got {asked:g}; lower it or raise --blocks")
+    return round(asked)
 
 
 def _patterns(options: Namespace, count: int, vace: int) -> Sequence[Sequence[int]]:
-    """The blocks of each forward: all, or all and then what runs in every second forward."""
+    """The blocks of each forward: all, or all and then those of every second forward."""
     everything = list(range(vace + count))
     skipped = {vace + i for i in options.skip}
     unknown = [i for i in options.skip if not 0 <= i < count]
@@ -98,12 +89,9 @@ def _patterns(options: Namespace, count: int, vace: int) -> Sequence[Sequence[in
 
 def _plan(sizes: Sequence[float], count: int, vace: int, swapped: int, options: Namespace) -> SwapPlan:
     """The planner's choice of blocks and, unless given, of slots, with unlimited memory."""
-
-    def block(name: str, size: float) -> BlockProfile:
-        return BlockProfile(name, (TensorProfile("weight", round(size * BLOCK_BYTES), Placement.STREAMED),))
-
     names = [f"vace_blocks.{i}" for i in range(vace)] + [f"blocks.{i}" for i in range(count)]
-    profile = ModelProfile(tuple(block(name, size) for name, size in zip(names, sizes, strict=True)))
+    weights = (TensorProfile("weight", round(size * BLOCK_BYTES), Placement.STREAMED) for size in sizes)
+    profile = ModelProfile(tuple(BlockProfile(name, (weight,)) for name, weight in zip(names, weights, strict=True)))
     speed = BLOCK_BYTES / options.ratio * 1e3 if options.ratio else float(UNLIMITED)
     inputs = PlanInputs(
         device_total_bytes=UNLIMITED,

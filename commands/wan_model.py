@@ -15,34 +15,26 @@ from ..blockswap.errors import HostMemoryError
 from ..blockswap.model.wan import WanArchitecture
 from ..hardware import format_bytes
 
+# Scale of classifier-free guidance: Wan's own default for text to video.
 GUIDANCE = 5.0
-"""Scale of classifier-free guidance: Wan's own default for text to video."""
-
+# Random numbers that are drawn once and repeated over the weights: 14 billion draws would take minutes.
 POOL_ELEMENTS = 1 << 22
-"""Random numbers that are drawn once and repeated over the weights: 14 billion draws would take minutes."""
-
+# The pool starts this much later for each part that it fills: a prime, so that the same offset comes back late.
 POOL_STEP = 1_048_583
-"""The pool starts this much later for each part that it fills: a prime, so that the same offset comes back late."""
-
+# Host memory that a model needs, over its bytes: the host holds a block twice while it fills the slab, and the rest of
+# the model, Python and torch need memory too.
 HOST_SHARE = 1.1
-"""Host memory that a model needs, over its bytes: a block is held twice while its slab is filled, and the rest of the
-model, Python and torch need memory too."""
-
+# The same for a simulated device, whose memory is in the host too.
 SIMULATED_SHARE = 2.1
-"""The same if the device is simulated: the device's memory is in the host too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """Dimensions of a Wan transformer, and of the video that it denoises.
+    """Dimensions of a Wan transformer, widths in channels, and of the video that it denoises.
 
     Attributes:
         layers: Number of blocks.
-        heads: Attention heads.
-        head_width: Channels of a head.
-        ffn_width: Channels inside the feed-forward layers.
-        text_width: Channels of the text embedding.
-        shape: Width, height and frames of the video in pixels.
+        shape: Width and height of the video in pixels, and its frames.
     """
 
     layers: int
@@ -83,17 +75,12 @@ def expected_bytes(preset: Preset) -> int:
 
 
 def refuse_if_too_large(name: str, preset: Preset, *, available_bytes: int, is_simulated: bool) -> None:
-    """Checks that the host can hold the model.
-
-    Raises:
-        HostMemoryError: It cannot.
-    """
+    """Raises HostMemoryError if the host cannot hold the model."""
     need = int(expected_bytes(preset) * (SIMULATED_SHARE if is_simulated else HOST_SHARE))
     if need > available_bytes:
-        raise HostMemoryError(
-            f"not enough host memory for --preset {name}, {preset.layers} blocks in bf16: {format_bytes(need)} needed, "
-            f"{format_bytes(available_bytes)} available; take a smaller preset or a machine with more memory"
-        )
+        figures = f"{format_bytes(need)} needed, {format_bytes(available_bytes)} available"
+        message = f"not enough host memory for --preset {name}, {preset.layers} blocks in bf16: {figures}"
+        raise HostMemoryError(f"{message}; take a smaller preset or a machine with more memory")
 
 
 def build(preset: Preset, *, seed: int, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -127,7 +114,7 @@ def skeleton(preset: Preset, *, dtype: torch.dtype) -> nn.Module:
 
 
 def complete(model: Any, preset: Preset) -> nn.Module:
-    """Makes a model whose weights are loaded ready to run: its rotary table is not a weight and has no data yet."""
+    """Makes a model with loaded weights ready to run: its rotary table is not a weight and has no data yet."""
     model.rope = type(model.rope)(preset.head_width, (1, 2, 2), model.rope.max_seq_len)
     return model.train(mode=False).requires_grad_(requires_grad=False)
 
@@ -153,7 +140,7 @@ def _fill(model: nn.Module, seed: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a run starts from, on the device: latents `(1, 16, frames, rows, columns)`, text `(1, 512, text_width)`."""
+    """The start of a run, on the device: latents `(1, 16, frames, rows, columns)`, text `(1, 512, text_width)`."""
 
     latents: torch.Tensor
     positive: torch.Tensor
@@ -178,14 +165,8 @@ def denoise(
     forward: Callable[[], contextlib.AbstractContextManager[object]],
     after_step: Callable[[], object],
 ) -> torch.Tensor:
-    """Latents after `steps` Euler steps of flow matching with classifier-free guidance: two forwards per step.
-
-    Args:
-        model: The transformer.
-        inputs: What to start from.
-        steps: Number of steps.
-        forward: Gives the context that each forward runs in.
-        after_step: Called after each step.
+    """Latents after `steps` Euler steps of flow matching with classifier-free guidance: two forwards per step, each in
+    a context that `forward` makes.
     """
     latents = inputs.latents
     sigmas = [1.0 - i / steps for i in range(steps + 1)]

@@ -1,4 +1,4 @@
-"""What a torch device is and how busy it is, from torch and from the vendor's library for the same device."""
+"""What a torch device is, from torch and from the vendor's library for the same device."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 import psutil
 import torch
 
+from .files import read_text
 from .nvml import Nvml
-from .records import DeviceSpec, HardwareUnavailableError, PcieLink, Utilisation, Vendor
+from .records import DeviceSpec, HardwareUnavailableError, PcieLink, Vendor
 from .rocm import Rocm
 
 logger = logging.getLogger(__name__)
@@ -42,12 +43,12 @@ _APU_ARCHITECTURES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class OpenDevice:
-    """A device other than the CPU that is there.
+    """A device other than the CPU that exists.
 
     Attributes:
         module: torch's module for its type, such as torch.cuda.
         device: the device, with its index.
-        properties: what the module reports of it; None where the module has no such function.
+        properties: what the module reports of the device; None where the module has no such function.
     """
 
     module: Any
@@ -56,13 +57,13 @@ class OpenDevice:
 
     @property
     def name(self) -> str:
-        """The name its driver gives, or else its type."""
+        """The name that its driver gives, or else its type."""
         name = getattr(self.properties, "name", None) or call(self.module, "get_device_name", self.device)
         return str(name or self.device.type)
 
     @property
     def vendor(self) -> Vendor:
-        """Whose library can be asked about it."""
+        """The vendor, whose library reads the device."""
         if self.device.type != "cuda":
             return Vendor.OTHER
         return Vendor.AMD if self.runs_on_hip else Vendor.NVIDIA
@@ -81,12 +82,9 @@ class OpenDevice:
         reported = self.number("is_integrated")
         if self.device.type == "cuda" and _DISCRETE.search(self.name):
             return False
-        if reported is None and self.device.type == "cuda":
-            return self._is_system_on_chip()
-        return None if reported is None else bool(reported)
-
-    def _is_system_on_chip(self) -> bool:
-        architecture = getattr(self.properties, "gcnArchName", "").split(":")[0]  # torch built for HIP alone has it
+        if reported is not None or self.device.type != "cuda":
+            return None if reported is None else bool(reported)
+        architecture = getattr(self.properties, "gcnArchName", "").split(":")[0]  # only a torch built for HIP has it
         if _INTEGRATED.search(self.name) or architecture in _APU_ARCHITECTURES:
             return True
         return not architecture and _NAMELESS.search(self.name) is not None
@@ -100,12 +98,11 @@ class OpenDevice:
     @property
     def pci_bus_id(self) -> str | None:
         """domain:bus:device.function; None where this torch has none (before 2.8 or so)."""
-        parts = (self.number(name) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id"))
-        domain, bus, slot = parts
+        domain, bus, slot = (self.number(name) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id"))
         return None if domain is None or bus is None or slot is None else f"{domain:04x}:{bus:02x}:{slot:02x}.0"
 
     def number(self, name: str) -> int | None:
-        """A number of the properties; None where they lack it."""
+        """A number of the properties; None where the properties lack it."""
         value = getattr(self.properties, name, None)
         return None if value is None else int(value)
 
@@ -135,12 +132,13 @@ def open_device(device: torch.device) -> OpenDevice:
         resolved = torch.device(device.type, index)
         return OpenDevice(module, resolved, call(module, "get_device_properties", resolved))
     except MODULE_FAILURES as exc:
-        message = f"{device} is there but does not open: {exc}"
-        raise HardwareUnavailableError(f"{message}; check the driver, or use another device") from exc
+        raise HardwareUnavailableError(
+            f"{device} exists but does not open: {exc}; check the driver, or use another device"
+        ) from exc
 
 
 def call(module: Any, function: str, *arguments: object) -> Any:
-    """What a device module's function gives; None if the module lacks it, as modules of other vendors do."""
+    """The result of a device module's function; None if the module lacks it, as modules of other vendors do."""
     found = getattr(module, function, None)
     return None if found is None else found(*arguments)
 
@@ -156,13 +154,23 @@ def probe_device(device: torch.device) -> DeviceSpec:
             or this torch was built without support for it.
     """
     if device.type == "cpu":
-        return _probe_cpu()
+        return DeviceSpec(
+            name=_cpu_name(),
+            vendor=Vendor.OTHER,
+            torch_device="cpu",
+            compute_units=os.cpu_count(),
+            total_bytes=psutil.virtual_memory().total,
+        )
     opened = open_device(device)
     uuid, driver, link = opened.uuid, None, None
     if opened.vendor is Vendor.NVIDIA:
         uuid, driver, link = _ask_nvml(opened)
     elif opened.vendor is Vendor.AMD:
-        driver, link = _ask_rocm(opened)
+        driver = Rocm().driver()
+        if opened.pci_bus_id is None:
+            logger.warning("torch reports no PCI address of %s; its link stays unknown", opened.device)
+        else:
+            link = Rocm().pcie(opened.pci_bus_id)
     return DeviceSpec(
         name=opened.name,
         vendor=opened.vendor,
@@ -177,37 +185,8 @@ def probe_device(device: torch.device) -> DeviceSpec:
     )
 
 
-def read_utilisation(spec: DeviceSpec, *, reader: Nvml | Rocm | None = None) -> Utilisation:
-    """How busy the device was over its driver's last sampling period; None for what is unknown.
-
-    Args:
-        spec: the device, from `probe_device`.
-        reader: an open vendor library to ask, for callers that sample: it warns once about what it does not know, where
-            each reading without one opens the library and warns again. None opens the one of the device's vendor.
-    """
-    if reader is None:
-        return _open_and_read_utilisation(spec)
-    if isinstance(reader, Rocm):
-        return Utilisation(None) if spec.pci_bus_id is None else reader.utilisation(spec.pci_bus_id)
-    handle = reader.find(uuid=spec.uuid, pci_bus_id=spec.pci_bus_id, name=spec.name)
-    return Utilisation(None) if handle is None else reader.utilisation(handle)
-
-
-def _open_and_read_utilisation(spec: DeviceSpec) -> Utilisation:
-    if spec.vendor is Vendor.AMD:
-        with Rocm() as rocm:
-            return read_utilisation(spec, reader=rocm)
-    if spec.vendor is Vendor.NVIDIA:
-        try:
-            with Nvml() as nvml:
-                return read_utilisation(spec, reader=nvml)
-        except HardwareUnavailableError as exc:
-            logger.warning("utilisation of %s stays unknown: %s", spec.torch_device, exc)
-    return Utilisation(None)
-
-
 def _ask_nvml(opened: OpenDevice) -> tuple[str | None, str | None, PcieLink | None]:
-    """(UUID, driver, link) from NVML; torch's UUID, and None, for what it does not tell."""
+    """(UUID, driver, link) from NVML; torch's UUID, and None, for what NVML does not report."""
     uuid, address = opened.uuid, opened.pci_bus_id
     try:
         with Nvml() as nvml:
@@ -223,34 +202,7 @@ def _ask_nvml(opened: OpenDevice) -> tuple[str | None, str | None, PcieLink | No
         return uuid, None, None
 
 
-def _ask_rocm(opened: OpenDevice) -> tuple[str | None, PcieLink | None]:
-    """(driver, link) of an AMD card; None for what is unknown."""
-    with Rocm() as rocm:
-        if opened.pci_bus_id is None:
-            logger.warning("torch reports no PCI address of %s; its link stays unknown", opened.device)
-            return rocm.driver(), None
-        return rocm.driver(), rocm.pcie(opened.pci_bus_id)
-
-
-def _probe_cpu() -> DeviceSpec:
-    return DeviceSpec(
-        name=_cpu_name(),
-        vendor=Vendor.OTHER,
-        torch_device="cpu",
-        uuid=None,
-        pci_bus_id=None,
-        compute_units=os.cpu_count(),
-        is_integrated=None,
-        driver=None,
-        total_bytes=psutil.virtual_memory().total,
-        pcie=None,
-    )
-
-
 def _cpu_name() -> str:
     """Model of the CPU where Linux reports it, otherwise the architecture."""
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        match = None
+    match = re.search(r"^model name\s*:\s*(.+)$", read_text(Path("/proc/cpuinfo")) or "", re.MULTILINE)
     return match.group(1).strip() if match else platform.machine()

@@ -1,4 +1,4 @@
-"""Small JSON files in a user's folders, written whole or not at all; needs no torch."""
+"""Small files: text that the system may withhold, and JSON that is written whole or not at all; needs no torch."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ from pathlib import Path
 from typing import Any
 
 
-def write_json(path: Path, content: Mapping[str, Any], *, indent: int | None = None) -> None:
-    """Replaces the file at `path` by all of `content`, or leaves it as it is; makes the folder.
+def read_text(path: Path) -> str | None:
+    """Text of a small file, stripped; None if it is absent, forbidden, or fails in a driver (EIO, ENODEV in sysfs)."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
 
-    Links are not followed: the draft must be a new file, and a link at `path` is replaced, not written through.
+
+def write_json(path: Path, content: Mapping[str, Any], *, indent: int | None = None) -> None:
+    """Replaces the file at `path` with all of `content`, or leaves it as it is; makes the folder.
+
+    It follows no links: the draft must be a new file, and a link at `path` is replaced, not written through.
 
     Raises:
-        OSError: the folder cannot be made or the file cannot be written, usually because the disk is full or rights are
-            missing.
-        ValueError: the content has a number that JSON does not know.
+        OSError: the folder or the file cannot be written, usually because the disk is full or rights are missing.
+        ValueError: the content has a number that JSON cannot express.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")

@@ -10,24 +10,22 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
+from .files import read_text
 from .records import HostMemory, HostPlatform
 
 logger = logging.getLogger(__name__)
 
 
 def read_host_memory(*, root: Path = Path("/")) -> HostMemory:
-    """Host memory now.
+    """Host memory now, with /proc and /sys looked up below `root`.
 
     Page cache counts as available, both for the machine and in the control group: reading a checkpoint fills it, and
     the kernel drops it when memory is needed.
-
-    Args:
-        root: where /proc and /sys are looked up.
     """
     memory = psutil.virtual_memory()
     limit, headroom = _read_cgroup(root)
     if limit is not None and limit >= memory.total:
-        limit = None  # limits nothing; version 1 writes "no limit" as almost 2^63 bytes
+        limit = None  # it limits nothing; version 1 writes "no limit" as almost 2^63 bytes
     available = memory.available if headroom is None else min(memory.available, headroom)
     return HostMemory(
         physical_bytes=memory.total,
@@ -39,17 +37,13 @@ def read_host_memory(*, root: Path = Path("/")) -> HostMemory:
 
 
 def read_platform(*, root: Path = Path("/")) -> HostPlatform:
-    """The operating system.
-
-    Args:
-        root: where /proc is looked up.
-    """
+    """The operating system, with /proc looked up below `root`."""
     if sys.platform == "win32":
         return HostPlatform.WINDOWS
     if sys.platform == "darwin":
         return HostPlatform.MACOS
-    release = _read_text(root / "proc/sys/kernel/osrelease") or ""
-    # WSL1 names Microsoft as well, but shows no GPU at all.
+    release = read_text(root / "proc/sys/kernel/osrelease") or ""
+    # WSL1 has Microsoft in its name too, but shows no GPU at all.
     return HostPlatform.WSL2 if "microsoft" in release.lower() else HostPlatform.LINUX
 
 
@@ -70,21 +64,21 @@ def _read_cgroup(root: Path) -> tuple[int | None, int | None]:
     """
     limits: list[int] = []
     headrooms: list[int] = []
-    for folder, names in _memory_groups(root):
-        limit = _read_count(folder / names[0])
-        usage = _read_count(folder / names[1])
+    for folder, (limit_name, usage_name, cache_name) in _memory_groups(root):
+        limit, usage = _read_count(folder / limit_name), _read_count(folder / usage_name)
         if limit is None:
             continue
         limits.append(limit)
         if usage is None:
             _warn_once(folder, limit)
             continue
-        cache = _read_stat(folder / "memory.stat", names[2])
+        stat = dict(line.partition(" ")[::2] for line in (read_text(folder / "memory.stat") or "").splitlines())
+        cache = int(stat.get(cache_name, 0))  # without it, less memory counts as available
         headrooms.append(max(0, limit - max(0, usage - cache)))
-    return (min(limits) if limits else None), (min(headrooms) if headrooms else None)
+    return min(limits, default=None), min(headrooms, default=None)
 
 
-@functools.cache  # host memory is read at every forward; the group's files stay as they are
+@functools.cache  # host memory is read at every forward, but these files do not change
 def _warn_once(folder: Path, limit: int) -> None:
     logger.warning("%s limits memory to %d bytes but its use is not readable", folder, limit)
 
@@ -96,9 +90,8 @@ def _memory_groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
     """
     version1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     version2 = ("memory.max", "memory.current", "inactive_file")
-    for line in (_read_text(root / "proc/self/cgroup") or "").splitlines():
-        hierarchy, _, rest = line.partition(":")
-        controllers, _, group = rest.partition(":")
+    for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
+        hierarchy, controllers, group = line.split(":", 2)
         if "memory" in controllers.split(","):
             mount, names = root / "sys/fs/cgroup/memory", version1
         elif hierarchy == "0" and not controllers:
@@ -114,24 +107,7 @@ def _memory_groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
                 yield folder, names
 
 
-def _read_text(path: Path) -> str | None:
-    """Text of a small file, or None if it is absent or forbidden."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-
-
 def _read_count(path: Path) -> int | None:
-    """A byte count from a file; None if there is none, or the word "max"."""
-    text = (_read_text(path) or "").strip()
+    """A byte count from a file; None without a file, or for the word "max"."""
+    text = read_text(path) or ""
     return int(text) if text.isdecimal() else None
-
-
-def _read_stat(path: Path, key: str) -> int:
-    """One figure of memory.stat in bytes; 0 if it is not there, which only makes the reading more careful."""
-    for line in (_read_text(path) or "").splitlines():
-        name, _, value = line.partition(" ")
-        if name == key and value.isdecimal():
-            return int(value)
-    return 0

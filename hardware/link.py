@@ -1,4 +1,4 @@
-"""Measured host-to-device bandwidth, by number of copy streams; kept on disk per device and driver if asked."""
+"""Measured host-to-device bandwidth, by number of copy streams; optionally kept on disk per device and driver."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ logger = logging.getLogger(__name__)
 _STREAM_COUNTS = (1, 2, 4, 8, 12, 16)
 # 64 MiB take 3 ms over PCIe 5.0 x16 and 11 ms over 3.0 x8: long beside a launch, short beside a second.
 _NBYTES = 64 * MIB
-# The median of three, after one copy that is not counted: the first wakes an idle link from a lower generation.
+# The median of three, after one copy that does not count: the first wakes an idle link from a lower generation.
 _REPEATS = 3
-# About what 64 MiB take over PCIe 3.0 x8. Over a slower link (an external GPU: 0.5 to 3 GB/s) copies are cut to it:
-# they are as long beside a launch, and the 28 of a measurement, two of them whole, stay below 0.6 s at 0.5 GB/s.
+# About what 64 MiB take over PCIe 3.0 x8. Over a slower link (an external GPU: 0.5 to 3 GB/s) copies are cut to this
+# time: still long beside a launch, and the 28 of a measurement, two of them whole, stay below 0.6 s at 0.5 GB/s.
 _SECONDS_PER_COPY = 0.010
-# A figure whose copies take longer however small they are is made of fewer.
+# A figure takes fewer copies where even small ones take longer.
 _SECONDS_PER_FIGURE = 0.1
 CONTRADICTION = 0.20
-"""Share by which a speed seen in a run may differ from the measured one: beyond it, the link is measured again."""
+"""Share by which a run's speed may differ from the measured one before the link is measured again."""
 
 
 def measure_link(
@@ -46,19 +46,19 @@ def measure_link(
     cache_dir: Path | None = None,
     again: bool = False,
 ) -> LinkSpeed:
-    """How fast the device takes bytes from host memory, measured with copies; well under a second.
+    """Bandwidth from host memory to the device, measured with copies in well under a second.
 
     Costs `nbytes` of device memory and, one after the other, `nbytes` of ordinary and of page-locked host memory while
-    it runs. Other work on the device slows both the work and the figure. A figure that could not be taken is left out,
+    it runs. Other work on the device slows both the work and the figure. A figure that cannot be measured is left out,
     with one warning.
 
     Args:
-        device: where to. On devices other than CUDA and HIP, which have no streams here, only the pageable figure is
-            taken; for the CPU that is a copy inside host memory.
+        device: where to copy. Devices other than CUDA and HIP have no streams here and get only the pageable figure;
+            for the CPU that is a copy inside host memory.
         stream_counts: how many streams share a copy, each count measured on its own, from page-locked memory.
         nbytes: size of a copy in bytes; over a slow link only the first copies have it.
-        cache_dir: folder in which complete measurements are kept and looked up; None neither looks nor keeps.
-        again: measures even if a measurement is kept, and keeps the new one in its place.
+        cache_dir: folder of complete measurements, which are looked up and kept there; None for neither.
+        again: measures even if a measurement is kept, and replaces it.
 
     Raises:
         HardwareUnavailableError: there is no such device.
@@ -81,12 +81,8 @@ def measure_link(
 
 
 def contradicts(link: LinkSpeed, *, streams: int, seen_bytes_per_second: float) -> bool:
-    """Whether a speed seen in a run differs from the measured one by more than `CONTRADICTION` of it.
-
-    Args:
-        link: what was measured.
-        streams: how many streams the run's copies had.
-        seen_bytes_per_second: what they reached together, from page-locked memory.
+    """Whether a run's speed over so many streams, from page-locked memory, differs from the measured one by more than
+    `CONTRADICTION` of it.
     """
     if not link.pinned:
         return False
@@ -97,20 +93,26 @@ def contradicts(link: LinkSpeed, *, streams: int, seen_bytes_per_second: float) 
 def _measure(device: torch.device, counts: tuple[int, ...], nbytes: int) -> LinkSpeed:
     try:
         target = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        pageable = _measure_pageable(target)
+        pageable = _measure_copy(_host_buffer(nbytes), target)
         pinned, host_copy = _measure_pinned(target, counts) if device.type == "cuda" else ((), None)
     except (RuntimeError, OSError, MemoryError) as exc:
         if isinstance(exc, RuntimeError) and not is_out_of_memory(exc):
             raise
-        logger.warning("measuring the link to %s takes %d free bytes on both sides: %s", device, nbytes, exc)
+        logger.warning("measuring the link to %s needs %d free bytes on both sides: %s", device, nbytes, exc)
         return LinkSpeed((), None)
     return LinkSpeed(pinned, pageable, host_copy)
 
 
-def _measure_pageable(target: torch.Tensor) -> float:
+def _host_buffer(nbytes: int) -> torch.Tensor:
+    """Ordinary memory `(nbytes,)`, written, since untouched pages all map to one page of zeros.
+
+    An anonymous mapping is page-locked at its exact size, whereas torch's pin_memory rounds up to a power of two.
+    """
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8).fill_(1)
+
+
+def _measure_copy(source: torch.Tensor, target: torch.Tensor) -> float:
     """Bytes per second from ordinary memory, by the host's clock, because the host takes part in every such copy."""
-    # Written: untouched pages all map to one page of zeros.
-    source = torch.frombuffer(mmap.mmap(-1, target.nbytes), dtype=torch.uint8).fill_(1)
     module = torch.get_device_module(target.device)
 
     def copy(nbytes: int) -> float:
@@ -129,8 +131,7 @@ def _measure_pinned(
 
     Empty and None if the driver refuses to page-lock.
     """
-    # An anonymous mapping is page-locked at its exact size, whereas torch's pin_memory rounds up to a power of two.
-    source = torch.frombuffer(mmap.mmap(-1, target.nbytes), dtype=torch.uint8).fill_(1)
+    source = _host_buffer(target.nbytes)
     cuda: Any = torch.cuda  # untyped, as are streams and events below
     registrar = CudaRegistrar(target.device)
     with cuda.device(target.device):
@@ -141,7 +142,8 @@ def _measure_pinned(
             logger.warning("page-locking %d bytes failed (%s): the link has no pinned figure", source.nbytes, why)
             return (), None
         try:
-            host_copy, pace = _measure_host_copy(source), _Pace(target.nbytes, least_bytes=max(counts))
+            host_copy = _measure_copy(_host_buffer(source.nbytes), source)  # in one thread, as the staging worker does
+            pace = _Pace(target.nbytes, least_bytes=max(counts))
             return tuple((count, _measure_streams(source, target, count, pace)) for count in counts), host_copy
         finally:
             cuda.synchronize()  # the device may still read the pages if a copy raised
@@ -149,18 +151,6 @@ def _measure_pinned(
             if code != 0:
                 registrar.consume_error()
                 logger.warning("unlocking %d bytes failed (%s)", source.nbytes, register_result(code))
-
-
-def _measure_host_copy(locked: torch.Tensor) -> float:
-    """Bytes per second from ordinary memory to page-locked memory in one thread, as the staging worker copies."""
-    ordinary = torch.zeros_like(locked).fill_(1)
-
-    def copy(nbytes: int) -> float:
-        start = time.perf_counter()
-        locked[:nbytes].copy_(ordinary[:nbytes])
-        return time.perf_counter() - start
-
-    return _Pace(locked.nbytes).typical_speed(copy)
 
 
 def _measure_streams(source: torch.Tensor, target: torch.Tensor, count: int, pace: _Pace) -> float:
@@ -187,13 +177,13 @@ def _measure_streams(source: torch.Tensor, target: torch.Tensor, count: int, pac
 
 @dataclass(slots=True)
 class _Pace:
-    """How large the copies over one link are: the first as asked, and then none that takes longer than it need.
+    """Sizes of the copies over one link: the first of `most_bytes`, then none much longer than `_SECONDS_PER_COPY`.
 
     Attributes:
-        most_bytes: size of a copy as asked.
-        least_bytes: size below which no copy is cut.
-        fastest: bytes per second that a copy has reached at best, so that one which was held up cuts none for long; 0
-            before the first.
+        most_bytes: the largest size.
+        least_bytes: the smallest size.
+        fastest: bytes per second of the fastest copy, so that a delayed one does not shrink those after it; 0 before
+            the first.
     """
 
     most_bytes: int
@@ -201,11 +191,7 @@ class _Pace:
     fastest: float = 0.0
 
     def typical_speed(self, copy: Callable[[int], float]) -> float:
-        """Median bytes per second of copies after one that is not counted.
-
-        Args:
-            copy: copies so many bytes and gives the seconds that took.
-        """
+        """Median bytes per second; `copy` copies a number of bytes and gives the seconds, the first time uncounted."""
         self._speed(copy)
         speeds: list[float] = []
         spent = 0.0
@@ -224,7 +210,7 @@ class _Pace:
 
     def _speed(self, copy: Callable[[int], float]) -> float:
         nbytes = self.nbytes
-        # A clock may be too coarse for a copy of a few bytes; one tick of it is then the best that is known.
+        # The clock may be too coarse for a copy of a few bytes: count one tick.
         speed = nbytes / max(copy(nbytes), time.get_clock_info("perf_counter").resolution)
         self.fastest = max(self.fastest, speed)
         return speed
@@ -232,13 +218,13 @@ class _Pace:
 
 FORMAT = 2
 
+# Bytes per second that a kept measurement may have: PCIe 1.0 x1 is at 2e8, NVLink of 2026 at 1e12.
 SLOWEST, FASTEST = 1e3, 1e13
-"""Bytes per second that a kept measurement may have: PCIe 1.0 x1 is at 2e8, NVLink of 2026 at 1e12."""
 
 
 @dataclass(frozen=True, slots=True)
 class MeasurementKey:
-    """What a measurement belongs to; a change in any of it asks for a new one."""
+    """What a measurement depends on: if any of it changes, the link is measured again."""
 
     name: str
     uuid: str | None
@@ -250,13 +236,13 @@ class MeasurementKey:
 
 
 def cache_name(key: MeasurementKey) -> str:
-    """A file name for the device, of letters and digits alone whatever its driver calls it."""
+    """A file name for the device; its name may have characters that a file name may not."""
     identity = json.dumps([key.name, key.uuid, key.pci_bus_id])
     return f"link-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
 
 
 def read_measurement(path: Path, key: MeasurementKey) -> LinkSpeed | None:
-    """The measurement kept for this key; None if there is none, or, with one warning, if the file is damaged."""
+    """The measurement kept for this key; None without one, or, with one warning, if the file is damaged."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["format"] != FORMAT or record["key"] != _as_json(key):
@@ -274,7 +260,7 @@ def read_measurement(path: Path, key: MeasurementKey) -> LinkSpeed | None:
 
 
 def keep_measurement(path: Path, key: MeasurementKey, speed: LinkSpeed) -> None:
-    """Keeps a measurement; one warning if it cannot be written."""
+    """Keeps a measurement; logs one warning if it cannot."""
     try:
         write_json(path, {"format": FORMAT, "key": _as_json(key)} | asdict(speed), indent=1)
     except OSError as exc:
@@ -282,5 +268,5 @@ def keep_measurement(path: Path, key: MeasurementKey, speed: LinkSpeed) -> None:
 
 
 def _as_json(key: MeasurementKey) -> Any:
-    """The key as reading its JSON gives it: lists for tuples."""
+    """The key as it reads back from JSON: lists for tuples."""
     return json.loads(json.dumps(asdict(key)))

@@ -1,4 +1,4 @@
-"""How a device's memory stands: torch's reading where it can be true, and a stated estimate where it cannot."""
+"""Memory of a device: torch's reading where it is possible, else the vendor's or an estimate."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from .device import MODULE_FAILURES, OpenDevice, call, open_device
 from .host import read_host_memory, read_platform
 from .nvml import Nvml
 from .records import DeviceMemory, HardwareUnavailableError, HostPlatform, Vendor
-from .rocm import Rocm
+from .rocm import Rocm, amdsmi_memory
 from .units import format_bytes
 
 logger = logging.getLogger(__name__)
 
-# Where HIP sees this process alone, what the desktop and others hold is unknown; this much is set aside for them.
+# Where HIP sees this process alone, the memory of the desktop and others is unknown; this much is set aside for them.
 _OTHERS_PERCENT = 15
-# Without any reading, the same share, and what this process holds, are taken for used.
+# Without any reading, the same share, and what this process holds, count as used.
 _ESTIMATED_FREE_PERCENT = 100 - _OTHERS_PERCENT
 # torch and the vendor differ by what the driver keeps for itself, 1 to 3 % of a device; its parts differ by much more.
 _SAME_DEVICE_PERCENT = 10
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation and hipErrorOutOfMemory: the driver's own refusal
-# AMD's documentation of hipMemGetInfo says of Windows that free "only accounts for memory allocated by this process".
+# AMD's documentation of hipMemGetInfo, on Windows: free "only accounts for memory allocated by this process".
 # On WSL2 that depends on the library between HIP and the driver: librocdxg counts the other processes.
 _WHY_NOT_BELIEVED = {
     HostPlatform.WINDOWS: "HIP on Windows sees this process alone",
@@ -32,8 +32,8 @@ _WHY_NOT_BELIEVED = {
 
 
 def is_out_of_memory(failure: BaseException) -> bool:
-    """Whether a failure is a device's refusal of memory: of torch's allocator, or of the driver where it was not asked
-    (AcceleratorError of torch 2.8 and later, which carries the driver's code).
+    """Whether torch's allocator refused memory, or the driver did without it (AcceleratorError of torch 2.8 and later,
+    which carries the driver's code).
     """
     return isinstance(failure, torch.OutOfMemoryError) or (
         isinstance(failure, RuntimeError) and getattr(failure, "error_code", None) == _OUT_OF_MEMORY
@@ -42,23 +42,19 @@ def is_out_of_memory(failure: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """What torch reports, true or not; `free_bytes` is None where it does not."""
+    """What torch reports, possible or not; `free_bytes` is None where torch does not report it."""
 
     total_bytes: int
     free_bytes: int | None
     source: str
     sees_others: bool = True
 
-    @property
-    def is_possible(self) -> bool:
-        return self.free_bytes is not None and 0 <= self.free_bytes <= self.total_bytes
-
 
 def read_device_memory(device: torch.device) -> DeviceMemory | None:
     """Memory of the device now; None for the CPU, which has only host memory.
 
-    A free figure that cannot be true, or that leaves out other processes, is replaced by an estimate, which says what
-    it is and why: a plan can be made for every GPU.
+    An estimate, whose source says why, replaces a free figure that is impossible or leaves out other processes: a plan
+    can be made for every GPU.
 
     Args:
         device: any torch device; without an index, the current one of its type.
@@ -70,35 +66,44 @@ def read_device_memory(device: torch.device) -> DeviceMemory | None:
         return None
     opened = open_device(device)
     reading = _ask_torch(opened)
+    total, free, source = reading.total_bytes, reading.free_bytes, reading.source
     if opened.is_integrated:
-        return _shared_memory(opened, reading)
+        return _shared_memory(opened, total)
     why_not = _WHY_NOT_BELIEVED.get(read_platform()) if opened.runs_on_hip else None
-    if why_not is not None and reading.free_bytes is not None and reading.free_bytes >= 0:
-        reserve = reading.total_bytes * _OTHERS_PERCENT // 100
-        free = max(0, min(reading.free_bytes, reading.total_bytes) - reserve)
-        source = f"{reading.source} less {_OTHERS_PERCENT} % of the total: {why_not}"
-        return DeviceMemory(reading.total_bytes, free, source, is_estimate=True)
-    if reading.is_possible and reading.free_bytes is not None:
-        return DeviceMemory(reading.total_bytes, reading.free_bytes, reading.source, not reading.sees_others)
-    figure = "no free memory" if reading.free_bytes is None else f"{format_bytes(reading.free_bytes)} free"
-    why = f"{reading.source} reports {figure} of {format_bytes(reading.total_bytes)}"
-    logger.warning("%s: %s, which cannot be true; asking the driver", opened.device, why)
-    return _ask_vendor(opened, reading.total_bytes) or _estimate(opened, reading.total_bytes, why)
+    if why_not is not None and free is not None and free >= 0:
+        free = max(0, min(free, total) - total * _OTHERS_PERCENT // 100)
+        source += f" less {_OTHERS_PERCENT} % of the total: {why_not}"
+        return DeviceMemory(total, free, source, is_estimate=True)
+    if free is not None and 0 <= free <= total:
+        return DeviceMemory(total, free, source, is_estimate=not reading.sees_others)
+    figure = "no free memory" if free is None else f"{format_bytes(free)} free"
+    why = f"{source} reports {figure} of {format_bytes(total)}"
+    logger.warning("%s: %s, which is impossible; asking the driver", opened.device, why)
+    read = _ask_vendor(opened, total)
+    if read is not None:
+        return read
+    source = f"{_ESTIMATED_FREE_PERCENT} % of the total less what this process has reserved: {why}"
+    return DeviceMemory(total, _estimated_free(opened, total), source, is_estimate=True)
 
 
 def _ask_torch(opened: OpenDevice) -> _Reading:
-    """What the device's torch module reports, through whichever memory functions it has.
+    """What the device's torch module reports, through the memory functions that it has.
 
     Raises:
-        HardwareUnavailableError: it does not report the total either.
+        HardwareUnavailableError: it reports no total.
     """
     module, name = opened.module, f"torch.{opened.device.type}"
     total, source = opened.number("total_memory"), f"{name}.mem_get_info"
     try:
         if hasattr(module, "mem_get_info"):
-            return _mem_get_info(opened, source, total)
+            free, read_total = module.mem_get_info(opened.device)
+            return _Reading(int(read_total) or total or 0, int(free), source)
         used = call(module, "memory_allocated", opened.device)
     except MODULE_FAILURES as exc:
+        # HIP answers "invalid argument" where the kernel driver hides the figure, as in some containers.
+        if total is not None and opened.runs_on_hip and getattr(exc, "error_code", None) != _OUT_OF_MEMORY:
+            logger.debug("%s of %s failed: %s", source, opened.device, exc)
+            return _Reading(total, None, source)
         raise HardwareUnavailableError(f"memory of {opened.device} cannot be read: {exc}; check the driver") from exc
     if total is None or used is None:
         wanted = f"{source}, or its total memory and memory_allocated"
@@ -107,33 +112,18 @@ def _ask_torch(opened: OpenDevice) -> _Reading:
     return _Reading(total, max(0, total - int(used)), f"{name}, which sees this process alone", sees_others=False)
 
 
-def _mem_get_info(opened: OpenDevice, source: str, total: int | None) -> _Reading:
-    """The reading of the whole device; without its free figure where the driver refuses to give it.
+def _shared_memory(opened: OpenDevice, total_bytes: int) -> DeviceMemory:
+    """Memory of a device that shares the host's: the available host memory.
 
-    HIP answers "invalid argument" where the kernel driver keeps the figure from the process, as in some containers.
-    """
-    try:
-        free, read_total = opened.module.mem_get_info(opened.device)
-    except MODULE_FAILURES as exc:
-        if total is None or not opened.runs_on_hip or getattr(exc, "error_code", None) == _OUT_OF_MEMORY:
-            raise
-        logger.debug("%s of %s failed: %s", source, opened.device, exc)
-        return _Reading(total, None, source)
-    return _Reading(int(read_total) or total or 0, int(free), source)
-
-
-def _shared_memory(opened: OpenDevice, reading: _Reading) -> DeviceMemory:
-    """Memory of a device that takes it from the host: what the host has available.
-
-    The device's own figure counts page cache as used (CUDA), or more as free than there is (HIP). What a device has
-    beyond all of the host's RAM, its firmware has set aside for it; what others use of that part is unknown.
+    The device's own figure counts page cache as used (CUDA), or more as free than there is (HIP). The firmware has set
+    aside for the device the part beyond all of the host's RAM; the use of that part by others is unknown.
     """
     host = read_host_memory()
-    own = max(0, reading.total_bytes - host.physical_bytes)
-    shared = reading.total_bytes - own
+    own = max(0, total_bytes - host.physical_bytes)
+    shared = total_bytes - own
     if host.cgroup_limit_bytes is not None:
         shared = min(shared, host.cgroup_limit_bytes)
-    free = min(shared, host.available_bytes) + max(0, own * _ESTIMATED_FREE_PERCENT // 100 - _reserved(opened))
+    free = min(shared, host.available_bytes) + _estimated_free(opened, own)
     source = "available host memory, which an integrated device shares"
     if own:
         source += f", and {format_bytes(own)} that the firmware sets aside for it"
@@ -141,21 +131,20 @@ def _shared_memory(opened: OpenDevice, reading: _Reading) -> DeviceMemory:
 
 
 def _ask_vendor(opened: OpenDevice, total_bytes: int) -> DeviceMemory | None:
-    """The vendor's reading, for when torch's cannot be true; None without one.
+    """The vendor's reading, for when torch's is impossible; None without one.
 
-    A reading whose total is far from torch's is of something else: of the GPU that holds a MIG instance.
+    A reading with a total far from torch's is of something else: of the GPU that holds a MIG instance.
     """
     reading = None
     if opened.vendor is Vendor.AMD and opened.pci_bus_id is not None:
-        with Rocm() as rocm:
-            reading = rocm.memory(opened.pci_bus_id)
+        reading = amdsmi_memory(opened.pci_bus_id) or Rocm().memory(opened.pci_bus_id)
     elif opened.vendor is Vendor.NVIDIA:
         try:
             with Nvml() as nvml:
                 handle = nvml.find(uuid=opened.uuid, pci_bus_id=opened.pci_bus_id, name=opened.name)
                 reading = None if handle is None else nvml.memory(handle)
         except HardwareUnavailableError as exc:
-            logger.warning("the driver cannot be asked for the memory of %s: %s", opened.device, exc)
+            logger.warning("NVML cannot read the memory of %s: %s", opened.device, exc)
     return reading if reading is not None and is_of_device(reading, total_bytes) else None
 
 
@@ -164,12 +153,7 @@ def is_of_device(reading: DeviceMemory, total_bytes: int) -> bool:
     return abs(reading.total_bytes - total_bytes) * 100 <= _SAME_DEVICE_PERCENT * total_bytes
 
 
-def _estimate(opened: OpenDevice, total_bytes: int, why: str) -> DeviceMemory:
-    free = max(0, total_bytes * _ESTIMATED_FREE_PERCENT // 100 - _reserved(opened))
-    source = f"{_ESTIMATED_FREE_PERCENT} % of the total less what this process has reserved: {why}"
-    return DeviceMemory(total_bytes, free, source, is_estimate=True)
-
-
-def _reserved(opened: OpenDevice) -> int:
-    """What torch's allocator holds of the device in this process; 0 where the module does not report it."""
-    return int(call(opened.module, "memory_reserved", opened.device) or 0)
+def _estimated_free(opened: OpenDevice, nbytes: int) -> int:
+    """What is free of so many bytes, less what torch's allocator holds in this process, if the module reports that."""
+    reserved = int(call(opened.module, "memory_reserved", opened.device) or 0)
+    return max(0, nbytes * _ESTIMATED_FREE_PERCENT // 100 - reserved)

@@ -1,4 +1,4 @@
-"""Page-locking of host memory for a device; no other file calls the driver for it."""
+"""Page-locks host memory for a device; no other file calls the driver for it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-REGISTER_RESULTS = {
+# Return codes of cudaHostRegister and hipHostRegister (cudaError_t).
+_REGISTER_RESULTS = {
     1: "the driver cannot page-lock this memory",
     2: "out of page-lockable memory",
     712: "already registered",
     713: "not registered",
     801: "not supported on this platform",
 }
-"""What the return codes of cudaHostRegister and hipHostRegister mean (cudaError_t)."""
 
 
 def register_result(code: int) -> str:
     """A return code of the driver in words."""
-    return f"code {code}, {REGISTER_RESULTS.get(code, 'a driver error')}"
+    return f"code {code}, {_REGISTER_RESULTS.get(code, 'a driver error')}"
 
 
 class Registrar(Protocol):
@@ -40,21 +40,19 @@ class Registrar(Protocol):
 
 
 class CudaRegistrar:
-    """cudaHostRegister through torch, which has one binding for CUDA and ROCm builds. Not `pin_memory()`: its allocator
-    rounds each block up to a power of two, 1.53 times the bytes of Wan 14B.
+    """cudaHostRegister through torch, which has one binding for CUDA and ROCm builds.
 
-    Both calls run with the device as the current one: a registration belongs to a context.
+    Not `pin_memory()`, whose allocator rounds each block up to a power of two: 1.53 times the bytes of Wan 14B. Both
+    calls run with the device as the current one, because a registration belongs to a context.
     """
-
-    PORTABLE = 1
-    """cudaHostRegisterPortable: locked for every context, on CUDA and HIP alike."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def register(self, pointer: int, nbytes: int) -> int:
+        portable = 1  # cudaHostRegisterPortable: locked for every context, on CUDA and HIP alike
         with torch.cuda.device(self._device):
-            return int(torch.cuda.cudart().cudaHostRegister(pointer, nbytes, self.PORTABLE))
+            return int(torch.cuda.cudart().cudaHostRegister(pointer, nbytes, portable))
 
     def unregister(self, pointer: int) -> int:
         with torch.cuda.device(self._device):
@@ -70,16 +68,11 @@ class CudaRegistrar:
 
 @dataclass(slots=True)
 class PinBudget:
-    """The page-locked host memory that all stores of a process may take together; they lock in different threads.
-
-    Attributes:
-        limit_bytes: The most that may be locked.
-        used_bytes: What is locked now.
-    """
+    """Page-locked host memory of a process: limit and use of all its stores, which lock in different threads."""
 
     limit_bytes: int
     used_bytes: int = 0
-    # Reentrant: a garbage collection inside may drop pages of this thread, which gives their bytes back.
+    # Reentrant: a garbage collection inside may drop pages of this thread, which returns their bytes.
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False, compare=False)
 
     def take(self, nbytes: int) -> None:
@@ -94,5 +87,5 @@ class PinBudget:
 
     @property
     def left_bytes(self) -> int:
-        """What may still be locked."""
+        """Bytes that may still be locked."""
         return max(0, self.limit_bytes - self.used_bytes)

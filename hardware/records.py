@@ -10,10 +10,12 @@ from .units import GIB
 
 # Windows drivers refuse at about half of RAM, and faults are reported near that limit.
 _WINDOWS_PIN_SHARE = 0.40
-# Linux lets a process page-lock nearly all RAM, but what is locked can be neither swapped nor reclaimed, so that the
-# rest of the system needs a share and an absolute floor of its own.
+# Linux lets a process page-lock nearly all RAM, but the kernel can neither swap nor reclaim locked pages, so the rest
+# of the system needs a share and an absolute floor of its own.
 _LINUX_PIN_SHARE = 0.90
 _LINUX_RESERVE_BYTES = 4 * GIB
+# Share of the best speed within which two speeds of a link are equal: two runs of one measurement differ by about this.
+_EQUAL_SPEED_SHARE = 0.02
 
 
 class HardwareUnavailableError(RuntimeError):
@@ -21,18 +23,18 @@ class HardwareUnavailableError(RuntimeError):
 
 
 class Vendor(Enum):
-    """Who made the device, which decides the library that can be asked about it."""
+    """Who made the device, which decides the library that can read it."""
 
-    NVIDIA = "nvidia"  # a CUDA device of a torch built for CUDA; NVML knows it
-    AMD = "amd"  # a torch.cuda device of a torch built for HIP; amdsmi or sysfs know it
-    OTHER = "other"  # the CPU and every device that only its torch module knows
+    NVIDIA = "nvidia"  # a CUDA device of a torch built for CUDA; NVML reads it
+    AMD = "amd"  # a torch.cuda device of a torch built for HIP; amdsmi or sysfs read it
+    OTHER = "other"  # the CPU, and every device that only its torch module can read
 
 
 class HostPlatform(Enum):
     """The operating system, as far as host memory behaves differently on it."""
 
     LINUX = "linux"
-    WSL2 = "wsl2"  # a Linux kernel whose GPU driver is the one of Windows
+    WSL2 = "wsl2"  # a Linux kernel with the GPU driver of Windows
     WINDOWS = "windows"
     MACOS = "macos"
 
@@ -41,20 +43,20 @@ class HostPlatform(Enum):
 class PcieLink:
     """The PCI Express link of a device, as the device itself reports it.
 
-    A Radeon card has a switch of its own between the slot and the GPU, and what the GPU reports may be the link to that
-    switch: only a measurement shows a slot that is narrower.
+    A Radeon card has a switch of its own between the slot and the GPU, and the GPU may report the link to that switch:
+    only a measurement shows a slot that is narrower.
 
     Attributes:
-        generation: the generation in use now; idle GPUs fall back to a lower one.
-        width: the lanes in use now.
-        max_generation: the highest generation that the device and its slot support.
+        generation: in use now; idle GPUs fall back to a lower one.
+        width: lanes in use now.
+        max_generation: the highest that the device and its slot support.
         max_width: the most lanes that the device and its slot support.
     """
 
-    generation: int | None
-    width: int | None
-    max_generation: int | None
-    max_width: int | None
+    generation: int | None = None
+    width: int | None = None
+    max_generation: int | None = None
+    max_width: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,6 @@ class DeviceSpec:
     """What a device is: facts that do not change while the process runs.
 
     Attributes:
-        name: the name its driver gives.
-        vendor: who made it.
         torch_device: the device as torch writes it, with its index, such as "cuda:0".
         uuid: the vendor's identifier; NVIDIA's with the prefix "GPU-" or "MIG-" where NVML confirmed it.
         pci_bus_id: domain:bus:device.function, such as "0000:01:00.0".
@@ -71,19 +71,18 @@ class DeviceSpec:
         is_integrated: whether the device shares the host's memory.
         driver: version of the kernel driver.
         total_bytes: memory of the device, or of the host for a CPU.
-        pcie: its link to the host.
     """
 
     name: str
     vendor: Vendor
     torch_device: str
-    uuid: str | None
-    pci_bus_id: str | None
-    compute_units: int | None
-    is_integrated: bool | None
-    driver: str | None
-    total_bytes: int | None
-    pcie: PcieLink | None
+    uuid: str | None = None
+    pci_bus_id: str | None = None
+    compute_units: int | None = None
+    is_integrated: bool | None = None
+    driver: str | None = None
+    total_bytes: int | None = None
+    pcie: PcieLink | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +90,9 @@ class DeviceMemory:
     """Total and free memory of a device at one moment, counting all processes.
 
     Attributes:
-        total_bytes: all of it.
-        free_bytes: what no process uses, between 0 and total_bytes.
+        free_bytes: memory that no process uses, between 0 and total_bytes.
         source: who read it, and what was corrected.
-        is_estimate: whether free_bytes is an estimate, because no reading of it could be true.
+        is_estimate: free_bytes is an estimate, because no reading of it was possible.
     """
 
     total_bytes: int
@@ -109,26 +107,14 @@ class DeviceMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class Utilisation:
-    """How busy the device was in the last sampling period of its driver, at most a second.
-
-    Attributes:
-        gpu_percent: the time in which at least one kernel ran, 0 to 100.
-    """
-
-    gpu_percent: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class HostMemory:
     """Host memory at one moment, as this process may use it.
 
     Attributes:
         physical_bytes: RAM of the machine.
-        available_bytes: what can be taken without swapping, already limited by the control group.
+        available_bytes: what this process can take without swapping, within the limit of its control group.
         cgroup_limit_bytes: the tightest memory limit of the control groups above this process; None without one.
         memlock_bytes: RLIMIT_MEMLOCK; None where it is unlimited or the platform has none. GPU drivers ignore it.
-        platform: the operating system.
     """
 
     physical_bytes: int
@@ -139,11 +125,11 @@ class HostMemory:
 
     @property
     def pin_budget_bytes(self) -> int:
-        """The most host memory to page-lock, bytes.
+        """The most host memory to page-lock, in bytes.
 
         40 % of RAM on Windows; elsewhere 90 %, and always 4 GiB less than all of it. RAM is the control group's limit
         where that is lower. On WSL2 the true cap belongs to the Windows driver, which does not report it, and varies
-        from below 1 GiB upwards: there the figure is the Linux one, to be tried until the driver refuses.
+        from below 1 GiB upwards: the Linux figure is tried there until the driver refuses.
         """
         ram = self.physical_bytes
         if self.cgroup_limit_bytes is not None:
@@ -160,7 +146,7 @@ class LinkSpeed:
     Attributes:
         pinned: (stream count, bytes per second) from page-locked memory, by rising stream count; empty where the device
             has no streams or the driver refused to page-lock.
-        pageable: bytes per second from ordinary memory, the host waiting; None if it could not be measured.
+        pageable: bytes per second from ordinary memory, the host waiting; None if the measurement failed.
         host_copy: bytes per second from ordinary to page-locked host memory in one thread; None if not measured.
     """
 
@@ -177,38 +163,35 @@ class LinkSpeed:
         if not all(math.isfinite(speed) and speed > 0 for speed in speeds):
             raise ValueError(f"speeds of a link: expected positive bytes per second, got {speeds}")
 
-    def best(self, tolerance: float = 0.02, *, max_streams: int | None = None) -> tuple[int, float]:
-        """The smallest stream count whose pinned speed is within a share of the best, and that speed.
+    def best(self, *, max_streams: int | None = None) -> tuple[int, float]:
+        """The smallest stream count whose pinned speed is within 2 % of the best, and that speed.
 
         Args:
-            max_streams: counts above it are left out; the lowest count measured never is. None leaves out none.
-            tolerance: how much slower than the best may count as equal, as a share of the best. Two runs of the same
-                measurement differ by about this much.
+            max_streams: leaves out higher counts, but never the lowest that was measured; None leaves out none.
 
         Raises:
-            HardwareUnavailableError: nothing was measured from pinned memory, usually because the device has no streams
-                or the driver refused to page-lock.
+            HardwareUnavailableError: `pinned` is empty.
         """
         if not self.pinned:
             message = "no speed from page-locked memory was measured"
             raise HardwareUnavailableError(f"{message}; use the one from pageable memory, {self.pageable} bytes/s")
         fewest = self.pinned[0][0]
         allowed = [pair for pair in self.pinned if max_streams is None or pair[0] <= max(max_streams, fewest)]
-        floor = (1 - tolerance) * max(speed for _, speed in allowed)
+        floor = (1 - _EQUAL_SPEED_SHARE) * max(speed for _, speed in allowed)
         return next((count, speed) for count, speed in allowed if speed >= floor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """Figures over the readings of a run; None for what no reading gave. What happens between two readings is missed.
+    """Figures over the readings of a run; None for what no reading gave. Peaks between two readings are missed.
 
     Attributes:
         count: how many times everything was read.
         gpu_percent_mean: share of the time in which at least one kernel ran, 0 to 100; the mean of the readings.
-        gpu_percent_max: the highest of them.
-        vram_used_peak_bytes: device memory in use at most, counting all processes.
-        rss_peak_bytes: host memory of this process at most, pages of files that it has mapped included.
-        host_available_least_bytes: host memory that was available at least, within the control group.
+        gpu_percent_max: the highest of these readings.
+        vram_used_peak_bytes: device memory in use, counting all processes.
+        rss_peak_bytes: host memory of this process, with the pages of files that it has mapped.
+        host_available_least_bytes: available host memory, within the control group.
     """
 
     count: int

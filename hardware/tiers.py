@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .records import DeviceSpec, HostMemory, HostPlatform, LinkSpeed, Vendor
@@ -11,14 +10,10 @@ from .units import GIB
 
 # From this many compute units on, an unknown GPU gets its tier from a formula instead of the lowest tier.
 _FORMULA_MIN_UNITS = 100
-_FORMULA_UNITS_PER_STREAM = 10
-_FORMULA_STREAMS = (8, 16)
-_FORMULA_BANDWIDTH = (0.7, 0.9)
 
-_FULL_PERCENT = 100.0
 _MEMORY_SIZE = re.compile(r"\b(\d+)\s*gb\b")
 _TOKEN = re.compile(r"[a-z]+|\d+")
-# Words that drivers and people add to, or leave out of, the name of one and the same GPU.
+# Words that drivers and people add to, or leave out of, the name of the same GPU.
 _NOISE = frozenset({"nvidia", "geforce", "amd", "radeon", "gpu", "graphics", "tm", "r"})
 _SERIES = frozenset({"rtx", "rx"})
 
@@ -28,10 +23,9 @@ class GpuTier:
     """Upper limits for the automatic settings on one class of GPU.
 
     Attributes:
-        name: the class.
-        max_streams: the most copy streams; a measurement of the link picks the count below it.
+        max_streams: the most copy streams; a measurement of the link picks the count up to it.
         bandwidth_target: share of the available device memory that block weights and window may fill, 0 to 1.
-        reason: why this class.
+        reason: why the GPU is in this class.
     """
 
     name: str
@@ -42,14 +36,13 @@ class GpuTier:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """The automatic settings for one device: what its tier allows, and what was measured.
+    """The automatic settings for one device, from its tier and the measured link.
 
     Attributes:
-        tier: the class of the GPU, whose limits hold.
-        streams: copy streams: the smallest number that is as fast as the tier's limit lets any be.
-        bandwidth_target: share of the available device memory that block weights and window may fill, 0 to 1.
-        pin: whether host memory is to be page-locked.
-        reasons: why, as sentences for the report.
+        streams: copy streams: the smallest number that is as fast as any within the tier's limit.
+        bandwidth_target: that of the tier.
+        pin: whether to page-lock host memory.
+        reasons: sentences for the report.
     """
 
     tier: GpuTier
@@ -61,97 +54,69 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True)
 class KnownGpu:
-    """Figures for planning for a GPU that is not there.
+    """Figures for planning for a GPU that is not in this machine.
 
     Attributes:
-        name: the model.
-        total_bytes: its memory.
         linear_flops: floating-point operations per second reached in bf16 linear layers.
         attention_flops: the same in bf16 attention.
-        source: where the figures come from.
     """
 
     name: str
     total_bytes: int
     linear_flops: float
     attention_flops: float
-    source: str
 
 
-@dataclass(frozen=True, slots=True)
-class _TierRow:
-    """One class of GPU and the exact models in it."""
-
-    name: str
-    models: Sequence[str]
-    max_streams: int
-    bandwidth_target: float
-
-
-# Streams and ratios are the product's published table. It names the first models of each row; the rest of the row are
-# models of the same chip family, link and about the same memory: the Ti models of the 30 series, and the D models of
-# the Chinese market. Laptop GPUs bear the name of a bigger desktop GPU but have a smaller chip and less memory, so they
-# are in no row, nor is the RX 7900 GRE.
+# Class, exact models, max_streams, bandwidth_target. Streams and ratios are the product's published table. It names the
+# first models of each row; the rest of the row are models of the same chip family, link and about the same memory: the
+# Ti models of the 30 series, and the D models of the Chinese market. Laptop GPUs have the name of a bigger desktop GPU
+# but a smaller chip and less memory, so they are in no row, nor is the RX 7900 GRE.
 _TIERS = (
-    _TierRow("RTX 5090/4090", ("RTX 5090", "RTX 4090", "RTX 5090 D", "RTX 4090 D"), 16, 0.90),
-    _TierRow("RTX 3090/3080", ("RTX 3090", "RTX 3080", "RTX 3090 Ti", "RTX 3080 Ti"), 12, 0.80),
-    _TierRow("RX 7900 XTX", ("RX 7900 XTX",), 12, 0.80),
-    _TierRow("RX 7900 XT", ("RX 7900 XT",), 10, 0.80),
+    ("RTX 5090/4090", ("RTX 5090", "RTX 4090", "RTX 5090 D", "RTX 4090 D"), 16, 0.90),
+    ("RTX 3090/3080", ("RTX 3090", "RTX 3080", "RTX 3090 Ti", "RTX 3080 Ti"), 12, 0.80),
+    ("RX 7900 XTX", ("RX 7900 XTX",), 12, 0.80),
+    ("RX 7900 XT", ("RX 7900 XT",), 10, 0.80),
 )
-_OTHER = _TierRow("other GPUs", (), 8, 0.70)
 
-
-# Rates are typical of what kernels reach at video sizes. The H200's memory is what CUDA shows of its 141 GB. Links are
-# not assumed: the same card has 4 to 16 lanes of whatever generation its slot has.
-_ASSUMED = "assumed, not measured: nominal memory and typical achieved bf16 rates"
+# Assumed, not measured: nominal memory, and rates that kernels typically reach at video sizes. The H200's memory is
+# what CUDA shows of its 141 GB. Links are not assumed: a card has 4 to 16 lanes of whatever generation its slot has.
 _KNOWN_GPUS = (
-    KnownGpu("RTX 3060 12GB", 12 * GIB, 22e12, 18e12, _ASSUMED),
-    KnownGpu("RTX 3090", 24 * GIB, 60e12, 50e12, _ASSUMED),
-    KnownGpu("RTX 4090", 24 * GIB, 150e12, 130e12, _ASSUMED),
-    KnownGpu("RTX 5090", 32 * GIB, 200e12, 170e12, _ASSUMED),
-    KnownGpu("RX 7900 XTX", 24 * GIB, 75e12, 35e12, _ASSUMED),
-    KnownGpu("H200", 139 * GIB, 600e12, 450e12, _ASSUMED),
+    KnownGpu("RTX 3060 12GB", 12 * GIB, 22e12, 18e12),
+    KnownGpu("RTX 3090", 24 * GIB, 60e12, 50e12),
+    KnownGpu("RTX 4090", 24 * GIB, 150e12, 130e12),
+    KnownGpu("RTX 5090", 32 * GIB, 200e12, 170e12),
+    KnownGpu("RX 7900 XTX", 24 * GIB, 75e12, 35e12),
+    KnownGpu("H200", 139 * GIB, 600e12, 450e12),
 )
 
 
 def tier_for(spec: DeviceSpec, *, vram_threshold_percent: float) -> GpuTier:
     """The class of a GPU, by its exact model, then by its compute units.
 
-    Args:
-        spec: the device.
-        vram_threshold_percent: the ceiling on device memory in percent, 0 to 100; the formula for large unknown GPUs
-            lowers the ratio as it rises.
+    The formula for large unknown GPUs lowers the ratio as the ceiling on device memory rises, 0 to 100 percent.
 
     Raises:
         ValueError: the threshold is outside 0 to 100 or not a number.
     """
-    if not 0 <= vram_threshold_percent <= _FULL_PERCENT:
+    if not 0 <= vram_threshold_percent <= 100:  # noqa: PLR2004 - percent
         raise ValueError(f"vram_threshold_percent: expected 0 to 100, got {vram_threshold_percent}")
     words = _words(spec.name)
-    for row in _TIERS:
-        if any(words == _words(model) for model in row.models):
-            return GpuTier(row.name, row.max_streams, row.bandwidth_target, f"{spec.name} is in the table of tiers")
+    for name, models, streams, ratio in _TIERS:
+        if any(words == _words(model) for model in models):
+            return GpuTier(name, streams, ratio, f"{spec.name} is in the table of tiers")
     units = spec.compute_units
     if units is not None and units >= _FORMULA_MIN_UNITS:
-        low, high = _FORMULA_STREAMS
-        streams = min(high, max(low, units // _FORMULA_UNITS_PER_STREAM))
-        least, most = _FORMULA_BANDWIDTH
-        ratio = min(most, max(least, (_FULL_PERCENT - vram_threshold_percent) / _FULL_PERCENT))
+        streams = min(16, max(8, units // 10))
+        ratio = min(0.9, max(0.7, (100 - vram_threshold_percent) / 100))
         reason = f"{spec.name} is not in the table: limits follow from its {units} compute units"
         return GpuTier(f"{units} compute units", streams, ratio, reason)
     counted = "an unknown number of" if units is None else str(units)
-    reason = f"{spec.name} is not in the table and has {counted} compute units, {_FORMULA_MIN_UNITS} are asked for"
-    return GpuTier(_OTHER.name, _OTHER.max_streams, _OTHER.bandwidth_target, reason)
+    reason = f"{spec.name} is not in the table and has {counted} compute units, {_FORMULA_MIN_UNITS} are needed"
+    return GpuTier("other GPUs", 8, 0.70, reason)
 
 
 def tune(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None, *, vram_threshold_percent: float) -> Tuning:
-    """The automatic settings: the tier is the upper limit, the measured link chooses below it.
-
-    Args:
-        spec: the device.
-        host: the host it is in; page-locking misbehaves on some.
-        link: what was measured; None or an empty pinned figure leaves one stream.
-        vram_threshold_percent: as for `tier_for`.
+    """The automatic settings: the tier is the upper limit, and the measured link, if any, chooses up to it.
 
     Raises:
         ValueError: the threshold is outside 0 to 100 or not a number.
@@ -172,7 +137,7 @@ def tune(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None, *, vram_thr
 
 
 def _why_not_pinned(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None) -> str | None:
-    """Why page-locked memory cannot be had, or does harm here; None where it does not."""
+    """Why page-locked memory is refused or does harm here; None where it works."""
     if link is not None and not link.pinned and link.pageable is not None:
         return "the driver refused to page-lock memory for the measurement: copies come from pageable memory"
     if spec.vendor is not Vendor.AMD:
@@ -192,11 +157,8 @@ def find_gpu(name: str) -> KnownGpu:
     Case, vendor, series and memory size may be left out; nothing else may, because a Ti, an XT or a laptop model is
     another GPU.
 
-    Args:
-        name: the model.
-
     Raises:
-        ValueError: no known GPU has this name, or several models begin like it. The message lists the known names.
+        ValueError: no known GPU has this name, or several do. The message lists the known names.
     """
     words, sizes = _words(name), set(_MEMORY_SIZE.findall(name.lower()))
     sized = [gpu for gpu in _KNOWN_GPUS if sizes <= {str(gpu.total_bytes // GIB)}]
@@ -212,6 +174,6 @@ def find_gpu(name: str) -> KnownGpu:
 
 
 def _words(name: str) -> frozenset[str]:
-    """The parts of a GPU's name that tell it from others: "NVIDIA GeForce RTX 3080Ti 12GB" gives rtx, 3080 and ti."""
+    """The parts of a GPU's name that distinguish it: "NVIDIA GeForce RTX 3080Ti 12GB" gives rtx, 3080 and ti."""
     tokens = _TOKEN.findall(_MEMORY_SIZE.sub(" ", name.lower()))
     return frozenset(tokens) - _NOISE

@@ -9,35 +9,20 @@ KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
-_FACTORS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": KIB,
-    "mib": MIB,
-    "gib": GIB,
-    "tib": 1 << 40,
-}
+_FACTORS = {"": 1, "b": 1}
+_FACTORS |= {f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)} | {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
-_STEP = 1024
 # The largest size that is accepted: 1 EiB, far above any machine, so that a slip of the keyboard is an error at once.
 _MAX_BYTES = 1 << 60
 
 
 def format_bytes(n: int) -> str:
-    """A byte count for people, in the largest binary unit up to GiB, such as "12.3 GiB".
-
-    Args:
-        n: bytes; a negative count keeps its sign.
-    """
+    """A byte count in the largest binary unit up to GiB, such as "12.3 GiB"; a negative count keeps its sign."""
     sign, size = ("-", -n) if n < 0 else ("", n)
     if size < KIB:
         return f"{sign}{size} B"
     for unit, name in ((KIB, "KiB"), (MIB, "MiB")):
-        if round(size / unit, 1) < _STEP:
+        if round(size / unit, 1) < KIB:
             return f"{sign}{size / unit:.1f} {name}"
     return f"{sign}{size / GIB:.1f} GiB"
 
@@ -48,15 +33,14 @@ def format_count(number: int, thing: str) -> str:
 
 
 def parse_bytes(text: str) -> int:
-    """The byte count that a person wrote, such as "12GiB", "8 GB", "1.5 GiB" or "123".
+    """The byte count that a person wrote, such as "12GiB", "8 GB", "1.5 GiB" or "123"; fractions of a byte are cut.
 
     Args:
         text: a number and a unit in any case: none or B for bytes, KB to TB for powers of ten, KiB to TiB for powers of
-            two. Fractions of a byte are cut.
+            two.
 
     Raises:
-        ValueError: the text is no size. The usual causes are a bare "G", which could mean either kind of unit, and a
-            negative number.
+        ValueError: the text is no size, usually a negative number or a bare "G", which could mean either kind of unit.
     """
     match = _SIZE.fullmatch(text)
     factor = _FACTORS.get(match.group(2).lower()) if match else None

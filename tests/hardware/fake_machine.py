@@ -22,13 +22,13 @@ from wanvideo_enhanced_blockswap.hardware import (
     DeviceMemory,
     DeviceSpec,
     HostMemory,
-    Rocm,
     device,
     probe_device,
     read_device_memory,
     read_host_memory,
 )
 from wanvideo_enhanced_blockswap.hardware.host import read_platform
+from wanvideo_enhanced_blockswap.hardware.rocm import Rocm
 
 VISIBILITY = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 

@@ -21,12 +21,12 @@ from wanvideo_enhanced_blockswap.hardware import (
     DeviceMemory,
     DeviceSpec,
     LinkSpeed,
-    PcieLink,
     Vendor,
     find_gpu,
     format_bytes,
     tune,
 )
+from wanvideo_enhanced_blockswap.hardware.records import PcieLink
 
 GOLDEN = Path(__file__).parent / "machines.txt"
 INTRODUCTION = """\

@@ -220,7 +220,7 @@ def simulate(monkeypatch):
     def measure(speed, **changes):
         target = torch.empty(link._NBYTES, dtype=torch.uint8)
         simulated = SimulatedLink(monkeypatch, target, speed, **changes)
-        pageable = link._measure_pageable(target)
+        pageable = link._measure_copy(link._host_buffer(target.nbytes), target)
         monkeypatch.setattr(torch, "cuda", FakeCuda())
         pinned, host_copy = link._measure_pinned(target, link._STREAM_COUNTS)
         return simulated, LinkSpeed(pinned, pageable, host_copy)

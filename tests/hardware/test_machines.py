@@ -15,7 +15,9 @@ from machines import MACHINES, Machine, linux, rtx_3060, rtx_3090
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
 from wanvideo_enhanced_blockswap.blockswap.plan.budget import SAFETY_RESERVE
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import SwapPlan
-from wanvideo_enhanced_blockswap.hardware import GIB, HostPlatform, PcieLink, Vendor, probe_device, read_utilisation
+from wanvideo_enhanced_blockswap.hardware import GIB, HostPlatform, Vendor, probe_device
+from wanvideo_enhanced_blockswap.hardware.monitor import GPU_PERCENT, open_readings
+from wanvideo_enhanced_blockswap.hardware.records import PcieLink
 
 MOST_WARNINGS = 3
 BY_LABEL = {machine.label: machine for machine in MACHINES}
@@ -82,9 +84,10 @@ def test_the_utilisation_of_a_machine_is_read_or_unknown_with_one_warning(machin
     with in_place(machine, tmp_path):
         spec = probe_device(torch.device(machine.device))
         caplog.clear()
-        found = read_utilisation(spec)
+        with open_readings(spec) as readings:
+            found = dict(readings)[GPU_PERCENT]()
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
-    is_unknown = spec.vendor is not Vendor.OTHER and found.gpu_percent is None
+    is_unknown = spec.vendor is not Vendor.OTHER and found is None
     assert len(warnings) == int(is_unknown)
 
 

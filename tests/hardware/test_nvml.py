@@ -17,7 +17,9 @@ from fake_vendors import (
     NVMLError_NoPermission,
     NVMLError_NotSupported,
 )
-from wanvideo_enhanced_blockswap.hardware import DeviceMemory, HardwareUnavailableError, Nvml, PcieLink, Utilisation
+from wanvideo_enhanced_blockswap.hardware import DeviceMemory, HardwareUnavailableError
+from wanvideo_enhanced_blockswap.hardware.nvml import Nvml
+from wanvideo_enhanced_blockswap.hardware.records import PcieLink
 
 
 def warnings_in(caplog):
@@ -32,7 +34,7 @@ def test_every_query_answers_on_a_card_that_supports_them_all(install_nvml):
         assert nvml.name(gpu) == "NVIDIA GeForce RTX 4090"
         assert nvml.uuid(gpu) == f"GPU-{UUID}"
         assert nvml.memory(gpu) == DeviceMemory(1000, 700, "NVML")
-        assert nvml.utilisation(gpu) == Utilisation(83.0)
+        assert nvml.utilisation(gpu) == 83.0
         assert nvml.pcie(gpu) == PcieLink(1, 16, 4, 16)
 
 
@@ -56,14 +58,14 @@ def test_an_unsupported_query_leaves_the_others_alone(install_nvml):
     with Nvml() as nvml:
         gpu = nvml.find(uuid=UUID, pci_bus_id=None)
         assert nvml.memory(gpu) is None
-        assert nvml.utilisation(gpu) == Utilisation(83.0)
+        assert nvml.utilisation(gpu) == 83.0
 
 
 def test_an_unsupported_query_warns_once_however_often_it_is_asked(install_nvml, caplog):
     install_nvml(nvmlDeviceGetUtilizationRates=NVMLError_NotSupported("no"))
     with Nvml() as nvml:
         gpu = nvml.find(uuid=UUID, pci_bus_id=None)
-        assert {nvml.utilisation(gpu) for _ in range(3)} == {Utilisation(None)}
+        assert {nvml.utilisation(gpu) for _ in range(3)} == {None}
     assert len(warnings_in(caplog)) == 1
     assert "nvmlDeviceGetUtilizationRates" in warnings_in(caplog)[0]
 

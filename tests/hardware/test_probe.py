@@ -8,19 +8,15 @@ import sys
 import psutil
 import pytest
 import torch
-from fake_vendors import ADDRESS, UUID, Lookup, NVMLError_NotSupported
+from fake_vendors import ADDRESS, UUID, Lookup
 from wanvideo_enhanced_blockswap.hardware import (
     DeviceSpec,
     HardwareUnavailableError,
-    Nvml,
-    PcieLink,
-    Rocm,
-    Utilisation,
     Vendor,
     probe_device,
     read_device_memory,
-    read_utilisation,
 )
+from wanvideo_enhanced_blockswap.hardware.records import PcieLink
 
 CUDA = torch.device("cuda:0")
 NO_IDENTITY = {"uuid": None, "pci_domain_id": None, "pci_bus_id": None, "pci_device_id": None}
@@ -31,20 +27,11 @@ def warnings_in(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
-def spec(vendor, *, uuid=UUID, address=ADDRESS):
-    return DeviceSpec("GPU", vendor, "cuda:0", uuid, address, None, None, None, None, None)
-
-
 def test_the_cpu_is_described_as_it_is():
     found = probe_device(torch.device("cpu"))
     assert found.name
     assert (found.vendor, found.torch_device, found.pcie) == (Vendor.OTHER, "cpu", None)
     assert found.total_bytes == psutil.virtual_memory().total
-
-
-def test_the_utilisation_of_the_cpu_is_unknown_without_a_warning(caplog):
-    assert read_utilisation(probe_device(torch.device("cpu"))) == Utilisation(None)
-    assert not warnings_in(caplog)
 
 
 @no_gpu
@@ -136,7 +123,6 @@ def test_which_of_two_cards_of_one_name_is_meant_stays_unknown_with_one_warning(
     assert "2 devices named NVIDIA GeForce RTX 4090" in warnings_in(caplog)[0]
 
 
-@pytest.mark.usefixtures("no_amdsmi")
 def test_an_amd_card_without_an_address_has_an_unknown_link_with_one_warning(install_cuda, caplog):
     install_cuda(hip="6.0", name="AMD Radeon RX 6800", **NO_IDENTITY)
     assert probe_device(CUDA).pcie is None
@@ -150,13 +136,11 @@ def test_an_address_is_written_in_hexadecimal(install_cuda, install_nvml):
     assert probe_device(CUDA).pci_bus_id == "0001:c1:1f.0"
 
 
-@pytest.mark.usefixtures("no_amdsmi")
 def test_a_torch_built_for_hip_makes_the_card_an_amd_one(install_cuda):
     install_cuda(hip="6.4", name="AMD Radeon RX 7900 XTX")
     assert probe_device(CUDA).vendor is Vendor.AMD
 
 
-@pytest.mark.usefixtures("no_amdsmi")
 def test_an_amd_card_behind_zluda_is_not_taken_for_an_nvidia_one(install_cuda):
     install_cuda(name="AMD Radeon RX 6800 [ZLUDA]")
     assert probe_device(CUDA).vendor is Vendor.AMD
@@ -166,41 +150,3 @@ def test_a_device_of_another_vendor_is_described_by_what_its_module_has(install_
     found = probe_device(install_hpu(get_device_name=lambda _device: "GAUDI3"))
     assert (found.name, found.vendor, found.torch_device) == ("GAUDI3", Vendor.OTHER, "hpu:0")
     assert (found.total_bytes, found.compute_units, found.is_integrated) == (None, None, None)
-
-
-def test_utilisation_of_an_nvidia_card_comes_from_nvml(install_nvml):
-    install_nvml()
-    assert read_utilisation(spec(Vendor.NVIDIA)) == Utilisation(83.0)
-
-
-def test_utilisation_of_an_amd_card_comes_from_its_address(install_amdsmi):
-    install_amdsmi()
-    assert read_utilisation(spec(Vendor.AMD)) == Utilisation(64.0)
-
-
-def test_without_nvml_utilisation_is_unknown_with_one_warning(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert read_utilisation(spec(Vendor.NVIDIA)) == Utilisation(None)
-    assert len(warnings_in(caplog)) == 1
-
-
-def test_sampling_with_an_open_reader_initialises_once(install_nvml):
-    module = install_nvml()
-    with Nvml() as nvml:
-        for _ in range(3):
-            read_utilisation(spec(Vendor.NVIDIA), reader=nvml)
-    assert [call for call in module.calls if call[0] == "nvmlInit"] == [("nvmlInit",)]
-
-
-def test_sampling_with_an_open_reader_warns_once(install_nvml, caplog):
-    install_nvml(nvmlDeviceGetUtilizationRates=NVMLError_NotSupported("no"))
-    with Nvml() as nvml:
-        for _ in range(3):
-            read_utilisation(spec(Vendor.NVIDIA), reader=nvml)
-    assert len(warnings_in(caplog)) == 1
-
-
-@pytest.mark.usefixtures("no_amdsmi")
-def test_utilisation_of_a_card_without_an_address_is_unknown():
-    with Rocm() as rocm:
-        assert read_utilisation(spec(Vendor.AMD, address=None), reader=rocm) == Utilisation(None)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 
 import pytest
 from fake_vendors import ADDRESS, AmdSmiException, Lookup
-from wanvideo_enhanced_blockswap.hardware import MIB, DeviceMemory, PcieLink, Rocm, Utilisation
+from wanvideo_enhanced_blockswap.hardware import MIB, DeviceMemory
+from wanvideo_enhanced_blockswap.hardware.records import PcieLink
+from wanvideo_enhanced_blockswap.hardware.rocm import Rocm, amdsmi_memory
 
 FILES = {
     "mem_info_vram_total": "25753026560\n",
@@ -40,22 +43,19 @@ def warnings_in(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
-def test_amdsmi_is_asked_about_the_card_at_the_address_not_about_the_first(install_amdsmi, tmp_path):
+def test_amdsmi_is_asked_about_the_card_at_the_address_not_about_the_first(install_amdsmi):
     install_amdsmi()
-    with Rocm(sysfs_root=tmp_path) as rocm:
-        assert rocm.memory(ADDRESS) == DeviceMemory(24560 * MIB, 24000 * MIB, "amdsmi")
-        assert rocm.utilisation(ADDRESS) == Utilisation(64.0)
+    assert amdsmi_memory(ADDRESS) == DeviceMemory(24560 * MIB, 24000 * MIB, "amdsmi")
 
 
 @pytest.mark.parametrize(
     "raised", ["KeyError('libamd_smi.so')", "SystemExit(1)", "OSError('undefined symbol')", "AttributeError('x')"]
 )
-def test_an_amdsmi_that_breaks_at_import_leaves_sysfs(monkeypatch, tmp_path, sysfs, raised):
+def test_an_amdsmi_that_breaks_at_import_gives_nothing(monkeypatch, tmp_path, raised):
     (tmp_path / "amdsmi.py").write_text(f"raise {raised}\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "amdsmi", raising=False)
-    with Rocm(sysfs_root=sysfs()) as rocm:
-        assert rocm.memory(ADDRESS) == SYSFS_MEMORY
+    assert amdsmi_memory(ADDRESS) is None
 
 
 @pytest.mark.parametrize(
@@ -75,58 +75,42 @@ def test_an_amdsmi_that_breaks_at_import_leaves_sysfs(monkeypatch, tmp_path, sys
         {"amdsmi_get_gpu_vram_usage": object()},
     ],
 )
-def test_where_amdsmi_does_not_know_the_memory_sysfs_does(install_amdsmi, sysfs, changes):
+def test_an_amdsmi_that_does_not_know_the_memory_gives_nothing_without_a_warning(install_amdsmi, caplog, changes):
     install_amdsmi(**changes)
-    with Rocm(sysfs_root=sysfs()) as rocm:
-        assert rocm.memory(ADDRESS) == SYSFS_MEMORY
+    assert amdsmi_memory(ADDRESS) is None
+    assert not warnings_in(caplog)
 
 
 @pytest.mark.parametrize("missing", [("amdsmi_init",), ("AmdSmiException",), ("amdsmi_init", "AmdSmiException")])
-def test_a_module_of_the_same_name_that_is_another_leaves_sysfs(install_amdsmi, sysfs, missing):
+def test_a_module_of_the_same_name_that_is_another_gives_nothing(install_amdsmi, missing):
     module = install_amdsmi(amdsmi_get_gpu_vram_usage=KeyError("vram_total"))
     for name in missing:
         delattr(module, name)
-    with Rocm(sysfs_root=sysfs()) as rocm:
-        assert rocm.memory(ADDRESS) == SYSFS_MEMORY
+    assert amdsmi_memory(ADDRESS) is None
 
 
-def test_an_amdsmi_query_that_fails_leaves_the_other_queries_to_amdsmi(install_amdsmi, sysfs):
-    install_amdsmi(amdsmi_get_gpu_vram_usage=AmdSmiException("not supported"))
-    with Rocm(sysfs_root=sysfs()) as rocm:
-        assert rocm.memory(ADDRESS).source == "sysfs"
-        assert rocm.utilisation(ADDRESS) == Utilisation(64.0)
-
-
-def test_a_figure_that_amdsmi_lacks_is_taken_from_sysfs_alone(install_amdsmi, sysfs):
-    install_amdsmi(amdsmi_get_gpu_activity={"gfx_activity": "N/A"})
-    with Rocm(sysfs_root=sysfs()) as rocm:
-        assert rocm.utilisation(ADDRESS) == Utilisation(17.0)
-
-
-def test_amdsmi_is_shut_down_after_an_exception(install_amdsmi):
-    module = install_amdsmi()
-    with pytest.raises(KeyboardInterrupt), Rocm():
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, KeyError])
+def test_amdsmi_is_shut_down_after_an_exception(install_amdsmi, raised):
+    module = install_amdsmi(amdsmi_get_gpu_vram_usage=raised())
+    with contextlib.suppress(KeyboardInterrupt):
+        amdsmi_memory(ADDRESS)
     assert module.calls[-1] == ("amdsmi_shut_down",)
 
 
-@pytest.mark.usefixtures("no_amdsmi")
-def test_sysfs_alone_answers_every_query(sysfs):
-    with Rocm(sysfs_root=sysfs()) as rocm:
-        assert rocm.memory(ADDRESS) == SYSFS_MEMORY
-        assert rocm.utilisation(ADDRESS) == Utilisation(17.0)
-        assert rocm.pcie(ADDRESS) == PcieLink(1, 16, 4, 16)
+def test_sysfs_answers_every_query(sysfs):
+    rocm = Rocm(sysfs_root=sysfs())
+    assert rocm.memory(ADDRESS) == SYSFS_MEMORY
+    assert rocm.utilisation(ADDRESS) == 17
+    assert rocm.pcie(ADDRESS) == PcieLink(1, 16, 4, 16)
 
 
-@pytest.mark.usefixtures("no_amdsmi")
 def test_an_address_in_capitals_finds_the_card(sysfs):
     root = sysfs()
     (root / "bus/pci/devices" / ADDRESS).rename(root / "bus/pci/devices/0000:c1:00.0")
-    with Rocm(sysfs_root=root) as rocm:
-        assert rocm.memory("0000:C1:00.0") == SYSFS_MEMORY
+    rocm = Rocm(sysfs_root=root)
+    assert rocm.memory("0000:C1:00.0") == SYSFS_MEMORY
 
 
-@pytest.mark.usefixtures("no_amdsmi")
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -138,31 +122,22 @@ def test_an_address_in_capitals_finds_the_card(sysfs):
     ],
 )
 def test_a_part_of_the_link_that_sysfs_cannot_tell_is_unknown(sysfs, changes, expected):
-    with Rocm(sysfs_root=sysfs(**changes)) as rocm:
-        assert rocm.pcie(ADDRESS) == expected
+    rocm = Rocm(sysfs_root=sysfs(**changes))
+    assert rocm.pcie(ADDRESS) == expected
 
 
-@pytest.mark.usefixtures("no_amdsmi")
 @pytest.mark.parametrize("text", [None, "", "garbage"])
 def test_a_memory_file_that_is_absent_or_garbled_makes_memory_unknown(sysfs, text):
-    with Rocm(sysfs_root=sysfs(mem_info_vram_used=text)) as rocm:
-        assert rocm.memory(ADDRESS) is None
+    rocm = Rocm(sysfs_root=sysfs(mem_info_vram_used=text))
+    assert rocm.memory(ADDRESS) is None
 
 
-@pytest.mark.usefixtures("no_amdsmi")
-@pytest.mark.parametrize(("query", "unknown"), [("memory", None), ("pcie", None), ("utilisation", Utilisation(None))])
-def test_a_reading_that_nobody_knows_warns_once_however_often_it_is_asked(tmp_path, caplog, query, unknown):
-    with Rocm(sysfs_root=tmp_path) as rocm:
-        assert [getattr(rocm, query)(ADDRESS) for _ in range(3)] == [unknown] * 3
+@pytest.mark.parametrize("query", ["memory", "pcie", "utilisation"])
+def test_a_reading_that_nobody_knows_warns_once_however_often_it_is_asked(tmp_path, caplog, query):
+    rocm = Rocm(sysfs_root=tmp_path)
+    assert [getattr(rocm, query)(ADDRESS) for _ in range(3)] == [None] * 3
     assert len(warnings_in(caplog)) == 1
     assert ADDRESS in warnings_in(caplog)[0]
-
-
-def test_a_working_sysfs_behind_a_broken_amdsmi_gives_no_warning(install_amdsmi, sysfs, caplog):
-    install_amdsmi(amdsmi_init=AmdSmiException("no driver"))
-    with Rocm(sysfs_root=sysfs()) as rocm:
-        rocm.memory(ADDRESS)
-    assert not warnings_in(caplog)
 
 
 @pytest.mark.parametrize(("version", "expected"), [("6.12.12\n", "6.12.12"), (None, None)])

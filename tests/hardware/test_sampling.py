@@ -18,13 +18,13 @@ from fake_vendors import ADDRESS, UUID, NVMLError_NotSupported
 from wanvideo_enhanced_blockswap.hardware import (
     DeviceSpec,
     HardwareUnavailableError,
-    Rocm,
     Sampler,
     Samples,
     Vendor,
     probe_device,
 )
 from wanvideo_enhanced_blockswap.hardware import monitor as sampling
+from wanvideo_enhanced_blockswap.hardware.rocm import Rocm
 
 NEVER_S = 3600.0
 """An interval that does not pass while a test runs."""

@@ -53,10 +53,6 @@ def test_the_best_stream_count_is_the_smallest_within_two_percent_of_the_fastest
     assert LinkSpeed(pinned, None).best() == expected
 
 
-def test_a_tolerance_of_zero_asks_for_the_fastest():
-    assert LinkSpeed(((1, 24.9e9), (2, 25e9)), None).best(0) == (2, 25e9)
-
-
 def test_asking_for_the_best_of_nothing_names_the_pageable_figure():
     with pytest.raises(HardwareUnavailableError, match=r"pageable.*5000000000\.0"):
         LinkSpeed((), 5e9).best()

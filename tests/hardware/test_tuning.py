@@ -196,11 +196,6 @@ def test_a_name_that_several_models_share_is_refused_with_what_it_could_be(name,
     assert option in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["3060", "3090", "4090", "5090", "7900 xtx", "h200"])
-def test_the_figures_of_a_known_gpu_say_that_nobody_measured_them(name):
-    assert "assumed, not measured" in find_gpu(name).source
-
-
 def test_the_figures_of_a_known_gpu_are_in_bytes_and_operations_per_second():
     gpu = find_gpu("rtx 4090")
     assert gpu.total_bytes == 24 * GIB
