@@ -35,10 +35,10 @@ def test_a_second_run_finds_its_weights_in_their_slabs_and_copies_none_on_the_ho
     workflow.sample()
     store = bench.run_of(workflow).session._holds.store
     assert store is not None
-    slabs = {block: slab.memory.data_ptr() for block, slab in store.slabs.items()}
+    slabs = {block: slab.pages.tensor.data_ptr() for block, slab in store.slabs.items()}
     monkeypatch.setattr(Slab, "fill", None)  # would raise
     assert torch.equal(workflow.sample(), truth(variant))
-    assert {block: slab.memory.data_ptr() for block, slab in store.slabs.items()} == slabs
+    assert {block: slab.pages.tensor.data_ptr() for block, slab in store.slabs.items()} == slabs
 
 
 def test_the_loader_holds_the_weights_of_swapped_blocks_in_our_slabs_and_not_a_second_time(bench: GateBench) -> None:
@@ -48,7 +48,7 @@ def test_the_loader_holds_the_weights_of_swapped_blocks_in_our_slabs_and_not_a_s
     store = bench.run_of(workflow).session._holds.store
     assert store is not None
     for block, slab in store.slabs.items():
-        low, high = slab.memory.data_ptr(), slab.memory.data_ptr() + slab.memory.nbytes
+        low, high = slab.pages.tensor.data_ptr(), slab.pages.tensor.data_ptr() + slab.pages.tensor.nbytes
         weights = [t for name, t in stored.items() if name.startswith(f"blocks.{block}.") and t.nbytes >= 1024]
         assert weights
         assert all(low <= t.data_ptr() < high for t in weights)

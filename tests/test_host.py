@@ -101,13 +101,13 @@ def point(tensors: Sequence[torch.Tensor], slab: Slab) -> None:
 def test_a_slab_has_the_fewest_whole_pages_that_hold_it(elements: int) -> None:
     slab = store_with(None).put(0, weights(elements), tier=PAGEABLE)
     assert slab.pages.size == -(-elements * 4 // PAGE) * PAGE
-    assert slab.memory.nbytes == slab.pages.size
-    assert slab.memory.data_ptr() % PAGE == 0
+    assert slab.pages.tensor.nbytes == slab.pages.size
+    assert slab.pages.tensor.data_ptr() % PAGE == 0
 
 
 def test_tensors_lie_one_behind_the_other_each_aligned_to_256_bytes() -> None:
     slab = store_with(None).put(0, weights(1, 64, 65, 3), tier=PAGEABLE)
-    offsets = [view.data_ptr() - slab.memory.data_ptr() for view in slab.views]
+    offsets = [view.data_ptr() - slab.pages.tensor.data_ptr() for view in slab.views]
     assert offsets == [0, 256, 512, 1024]
     assert slab.used_bytes == 1024 + 12
 
@@ -136,7 +136,7 @@ def test_a_master_has_the_bytes_strides_shape_and_dtype_of_its_source(tensor: to
 def test_slab_memory_made_inside_inference_mode_is_a_normal_tensor_that_a_worker_may_read_and_write() -> None:
     with torch.inference_mode():
         slab = store_with(None).put(0, [torch.randn(8)], tier=PAGEABLE)
-    assert not slab.memory.is_inference()
+    assert not slab.pages.tensor.is_inference()
 
 
 def test_each_byte_is_held_once() -> None:
@@ -151,7 +151,7 @@ def test_each_byte_is_held_once() -> None:
 def test_a_slab_is_filled_before_it_is_locked() -> None:
     registrar, tensors = Recorder(), weights(700, 300)
     slab = put(store_with(registrar), 0, tensors, tier=PINNED)
-    assert torch.equal(registrar.bytes_at_lock[0], slab.memory)
+    assert torch.equal(registrar.bytes_at_lock[0], slab.pages.tensor)
     assert torch.equal(registrar.bytes_at_lock[0][:2800].view(torch.float32), tensors[0])
 
 
@@ -180,7 +180,7 @@ def test_pages_are_unlocked_before_they_are_unmapped_when_nobody_closed() -> Non
     registrar, tensors = Recorder(), weights(5000)
     store = store_with(registrar)
     put(store, 0, tensors, tier=PINNED)
-    pointer = store.slabs[0].memory.data_ptr()
+    pointer = store.slabs[0].pages.tensor.data_ptr()
     del store, tensors
     gc.collect()
     assert registrar.readable_at_unlock == [1]

@@ -16,12 +16,12 @@ def test_living_storage_handed_out_again_is_not_copied_again() -> None:
     source = weights(5000)[0]
     store = store_with(None)
     first = store.put(0, [torch.nn.Parameter(source, requires_grad=False)], tier=PAGEABLE)
-    version = first.memory._version
+    version = first.pages.tensor._version
     first.views[0].untyped_storage()[0] = 77  # a mark that a second copy would wipe out
     again = store.put(0, [torch.nn.Parameter(source, requires_grad=False)], tier=PAGEABLE)
     assert again is first
-    assert again.memory[0] == 77
-    assert again.memory._version == version
+    assert again.pages.tensor[0] == 77
+    assert again.pages.tensor._version == version
 
 
 def test_living_storage_that_was_edited_is_copied_again() -> None:
@@ -117,7 +117,7 @@ def test_a_slab_is_written_again_only_after_its_last_copy() -> None:
     with streams.guard():
         slot, event = streams.allocate(4096), streams.event()
         streams.wait(streams.copy_streams[0], recorded(streams, streams.compute_stream))
-        streams.copy(slot, slab.memory, streams.copy_streams[0])
+        streams.copy(slot, slab.pages.tensor, streams.copy_streams[0])
         streams.record(event, streams.copy_streams[0])
     slab.pages.in_flight[:] = [event]
     put(store, 0, weights(1024, seed=1), tier=PINNED)

@@ -115,22 +115,22 @@ MUTANTS = [
     Mutant(
         "rule 6: no host wait for copies that were struck",
         "engine/transfer.py",
-        "                self.streams.host_wait(event)  # Rule 6: a copy that was struck",
+        "                self.streams.host_wait(event)  # Rule 6: an interrupted copy",
         "                pass  #",
         "test_rule_6_a_slab_is_unlocked_behind_copies_that_were_struck_amid",
     ),
     Mutant(
         "rule 6: no host wait for a copy that was struck in the worker",
         "engine/transfer.py",
-        "                    self.streams.host_wait(event)  # Rule 6: nor with a staging slab\n",
+        "                    self.streams.host_wait(event)  # Rule 6: a failed job has left no event behind\n",
         "                    pass\n",
         "test_rule_6_a_staging_slab_is_unlocked_behind_a_copy_that_was_struck_amid",
     ),
     Mutant(
         "rule 7: the window goes while the worker fills it",
         "engine/transfer.py",
-        "            ended_well = self._join_worker()\n",
-        "            ended_well = True\n",
+        "            succeeded = self._join_worker()\n",
+        "            succeeded = True\n",
         "test_rule_7_the_window_goes_only_when_the_worker_is_done",
     ),
     Mutant(

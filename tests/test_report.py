@@ -76,7 +76,7 @@ MEASURED = Measured(
     slab_bytes=14 * GIB,
     pinned_bytes=13 * GIB,
     original_bytes=12 * GIB,
-    refusals=("a slab expects 100 bytes of the pin budget but 10 are left",),
+    refusals=("not enough pin budget for a slab: 100 bytes needed, 10 left",),
     replans=("the settings have changed",),
     blocks=tuple(BlockTimes(name=f"blocks.{i}", swapped=bool(i % 2), compute_ms=30.0) for i in range(40)),
     samples=SAMPLES,
@@ -130,8 +130,8 @@ def test_a_summary_puts_what_was_predicted_beside_what_was_measured() -> None:
         "(link 25.0 GB/s); back: nothing\n"
         "tuning: tier RTX 5090/4090: at most 16 streams, 90% of what is available, since NVIDIA GeForce RTX 4090 is in "
         "the table of tiers; link: 25.0 GB/s with 4 streams, as fast as with up to 16\n"
-        "host memory: 14.0 GiB of slabs; 13.0 GiB page-locked; not page-locked: a slab expects 100 bytes of the pin "
-        "budget but 10 are left\n"
+        "host memory: 14.0 GiB of slabs; 13.0 GiB page-locked; not page-locked: not enough pin budget for a slab: "
+        "100 bytes needed, 10 left\n"
         "the loader keeps 12.0 GiB of the same weights beside the slabs\n"
         "120 samples: GPU busy 93 % (at most 100 %); VRAM in use at most 11.0 GiB; RAM of this process at most "
         "30.0 GiB; RAM available at least 20.0 GiB\n"

@@ -191,7 +191,7 @@ def test_a_native_model_that_has_come_past_comfyuis_types_is_told_with_what_to_u
     passed_samples, report = REPORT().report(samples, model)
     assert passed_samples is samples
     for text in (plan, report):
-        assert "block swapping expects a WANVIDEOMODEL but got" in text
+        assert "expected a WANVIDEOMODEL, got" in text
         assert "load the file with WanVideo Model Loader" in text
         assert text.endswith("ComfyUI offloads those by itself")
         assert "\n" not in text
@@ -203,5 +203,5 @@ def test_our_arguments_set_on_a_native_model_are_told_and_change_nothing(
     model, arguments = native_model(), ours()
     assert SetBlockSwap().loadmodel(model, arguments) == (model,)
     (said,) = warnings(caplog)
-    assert said.startswith("block swapping expects a WANVIDEOMODEL but got WAN21; load the file with")
+    assert said.startswith("expected a WANVIDEOMODEL, got WAN21; load the file with")
     assert [(event["node"], event["phase"], event["text"]) for event in events] == [("3", "off", said)]

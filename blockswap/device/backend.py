@@ -1,4 +1,4 @@
-"""Backend: what a session needs of one device, chosen once: streams, page-locking, a worker."""
+"""Backend: what a session uses of one device: streams, page-locking, a worker."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 import torch
 
 from ...hardware.pinning import CudaRegistrar, PinBudget, Registrar
-from .streams import CudaStreams, InlineStreams, Streams
+from .streams import CudaStreams, InlineStreams, Streams, with_index
 from .worker import ThreadWorker, Worker
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One device, as the engine sees it.
+    """One device, as the engine uses it.
 
     Attributes:
         device: Where blocks run.
-        open_streams: Makes the device's primitives from the number of copy streams and whether copies overlap compute.
+        open_streams: Makes the device's streams from the number of copy streams and whether copies overlap compute.
         registrar: Page-locks host memory for the device; None where nothing can be locked.
-        pin_budget: What all sessions may lock together; every backend of a process shares it.
+        pin_budget: Bytes that all sessions of the process may lock together; shared by all backends.
         make_worker: Makes the worker of the staged tier.
-        overlap: Copies can overlap compute, on streams of their own.
+        overlap: Whether the device can copy on separate streams while it computes.
     """
 
     device: torch.device
@@ -34,10 +34,7 @@ class Backend:
 
 
 def backend_for(device: torch.device, *, pin_budget: PinBudget) -> Backend:
-    """The backend of a real device.
-
-    CUDA and HIP have streams and page-locking; any other device type gets synchronous copies.
-    """
+    """The backend of a real device: streams and page-locking on CUDA and HIP, synchronous copies on all other types."""
     if device.type != "cuda":
         return Backend(
             device,
@@ -48,9 +45,8 @@ def backend_for(device: torch.device, *, pin_budget: PinBudget) -> Backend:
             overlap=False,
         )
 
-    index = torch.cuda.current_device() if device.index is None else device.index
-    device = torch.device(device.type, index)
-    # Kept: torch takes streams from a pool of 32 per device, so that new ones at each adopt would soon be shared.
+    device = with_index(device)
+    # Reused, since torch takes streams from a pool of 32 per device: new ones at each adopt would soon be shared.
     opened: dict[int, Streams] = {}
 
     def open_streams(count: int, overlap: bool) -> Streams:  # noqa: FBT001 - called through Backend.open_streams

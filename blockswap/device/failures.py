@@ -1,4 +1,4 @@
-"""Failures of a device, translated into our errors: the only place that does so."""
+"""Translates the errors of a device into this package's errors; no other file does."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ R = TypeVar("R")
 
 
 def translate_device_errors(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """For functions that call a device and nothing else: a driver's RuntimeError, which names no block, becomes a
-    TransferError, or a DeviceMemoryError where the device refused memory.
+    """Decorates functions that call only the device: a RuntimeError of the driver becomes a TransferError, or a
+    DeviceMemoryError if the device ran out of memory.
 
     Args:
-        what: What the function does, as in "while ...".
+        what: What the function does, as a clause after "while".
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -29,9 +29,9 @@ def translate_device_errors(what: str) -> Callable[[Callable[P, R]], Callable[P,
         def translated(*arguments: P.args, **keywords: P.kwargs) -> R:
             try:
                 return function(*arguments, **keywords)
+            except BlockSwapError:
+                raise
             except RuntimeError as failure:
-                if isinstance(failure, BlockSwapError):
-                    raise
                 raise device_error(failure, what) from failure
 
         return translated
@@ -40,12 +40,7 @@ def translate_device_errors(what: str) -> Callable[[Callable[P, R]], Callable[P,
 
 
 def device_error(failure: RuntimeError, what: str) -> BlockSwapError:
-    """Our error for a driver's.
-
-    Args:
-        failure: What the driver or torch's allocator raised.
-        what: What was being done, as in "while ...".
-    """
+    """This package's error for one that the driver or torch's allocator raised; `what` as for the decorator."""
     if is_out_of_memory(failure):
         return DeviceMemoryError(f"the device ran out of memory while {what}: {failure}")
     return TransferError(
@@ -54,13 +49,13 @@ def device_error(failure: RuntimeError, what: str) -> BlockSwapError:
 
 
 def staged_failure(failure: BaseException) -> TransferError:
-    """The host thread's error for a failure in the staging worker."""
+    """The error that the host thread raises for a failure in the staging worker."""
     return TransferError(f"a staged copy to the device failed: {failure}")
 
 
 @contextlib.contextmanager
 def translate_out_of_memory(device: torch.device, nbytes: int) -> Iterator[None]:
-    """For an allocation whose size is known: a refusal names the device and the bytes."""
+    """Wraps an allocation of known size: the error names the device and the bytes if the device has too little left."""
     try:
         yield
     except RuntimeError as failure:

@@ -1,4 +1,4 @@
-"""What a device offers to a transfer: streams, events, memory, copies; on CUDA or HIP, and where it has no streams."""
+"""Streams, events, memory and copies of a device: of CUDA and HIP, and of devices without streams."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .failures import translate_out_of_memory
 
 
 class Streams(ABC):
-    """The primitives of one device. `Transfer` keeps the rules of order; an implementation keeps none.
+    """The primitives of one device. The rules of order are in `Transfer`; an implementation orders nothing by itself.
 
-    A stream and an event are opaque. The last five methods are notices of what happens to memory outside of copies: a
-    real device has no use for them, the simulated one checks the order with them and keeps its clocks.
+    Streams and events are opaque. The last five methods report uses of memory other than copies. They do nothing on a
+    real device; the simulated one uses them to check the order and to advance its clocks.
 
     Attributes:
         device: Where memory is allocated.
@@ -29,31 +29,27 @@ class Streams(ABC):
 
     @abstractmethod
     def guard(self) -> contextlib.AbstractContextManager[object]:
-        """Makes `device` the current one while the rules run."""
+        """A context in which `device` is the current device."""
 
     @abstractmethod
     def current(self) -> Any:
-        """The compute stream: the one on which the caller's kernels are queued at this moment."""
+        """The compute stream: the one on which the caller queues kernels now."""
 
     @abstractmethod
     def event(self) -> Any:
-        """A new event, not recorded."""
+        """A new event, not recorded yet."""
 
     @abstractmethod
     def record(self, event: Any, stream: Any) -> None:
-        """`event` now stands for everything queued on `stream` so far."""
+        """Makes `event` stand for everything queued on `stream` so far."""
 
     @abstractmethod
     def wait(self, stream: Any, event: Any) -> None:
-        """What is queued on `stream` from now on runs after `event`'s last record."""
+        """Makes all later work on `stream` run after the last record of `event`."""
 
     @abstractmethod
     def host_wait(self, event: Any) -> None:
-        """Blocks the calling thread until `event`'s last record has been reached."""
-
-    @abstractmethod
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """Device memory, uint8, `(nbytes,)`, ordered on the compute stream."""
+        """Blocks the calling thread until the device has reached the last record of `event`."""
 
     @abstractmethod
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
@@ -61,31 +57,40 @@ class Streams(ABC):
 
     @abstractmethod
     def mark(self, stream: Any) -> Any:
-        """A point in time on `stream`, to be read later with `elapsed_ms`."""
+        """Records a point in time on `stream`, for `elapsed_ms`."""
 
     @abstractmethod
     def reached(self, mark: Any) -> bool:
-        """Whether the device has passed a mark; does not wait."""
+        """Whether the device has passed the mark; does not wait."""
 
     @abstractmethod
     def elapsed_ms(self, begin: Any, end: Any) -> float:
-        """Milliseconds between two marks; waits until the device has passed them."""
+        """Milliseconds between two marks; waits until the device has passed both."""
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Device memory, uint8, `(nbytes,)`, ordered on the compute stream; a normal tensor, not an inference tensor.
+
+        Raises:
+            DeviceMemoryError: The device has less left.
+        """
+        with translate_out_of_memory(self.device, nbytes), torch.inference_mode(mode=False):
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def host_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copies bytes from host memory to host memory in the calling thread."""
         target.copy_(source)
 
     def free(self, memory: torch.Tensor) -> None:
-        """The caller drops `memory`: the compute stream may give it to others from here on."""
+        """The caller drops `memory`: later work on the compute stream may reuse it."""
 
     def reads(self, memory: torch.Tensor, nbytes: int, stream: Any) -> None:
-        """Kernels on `stream` read the first `nbytes` of `memory` at this point."""
+        """Kernels on `stream` read the first `nbytes` of `memory` now."""
 
     def host_writes(self, address: int, nbytes: int) -> None:
-        """The host writes, unregisters or frees this memory at this point."""
+        """The host writes, unregisters or frees this memory now."""
 
     def forget(self, address: int, nbytes: int) -> None:
-        """This memory goes back to the system: other data may lie at its address from here on."""
+        """This memory goes back to the system: its address may hold other data from now on."""
 
     def computed(self, block: int, stream: Any) -> None:
         """The kernels of `block` have been queued on `stream`."""
@@ -96,14 +101,12 @@ class CudaStreams(Streams):
 
     Args:
         device: The device, with or without index.
-        count: Number of copy streams; 0 for none of their own: copies run on the stream that is current now, in order
-            with its kernels.
+        count: Number of copy streams; with 0, copies run on the stream that is current now, in order with its kernels.
     """
 
     def __init__(self, device: torch.device, *, count: int) -> None:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self.device = torch.device(device.type, index)
-        # Copies queued here overlap the kernels of the compute stream; several overlap one another's launch gaps.
+        self.device = with_index(device)
+        # These copies overlap the kernels of the compute stream; with several streams, also each other's launch gaps.
         own = tuple(torch.cuda.Stream(self.device) for _ in range(count))
         self.copy_streams = own or (torch.cuda.current_stream(self.device),)
 
@@ -114,7 +117,7 @@ class CudaStreams(Streams):
         return torch.cuda.current_stream(self.device)
 
     def event(self) -> torch.cuda.Event:
-        # Blocking: a thread that waits for it, the staging worker above all, gives its core away meanwhile.
+        # Blocking: a thread that waits for the event, such as the staging worker, leaves its core to others meanwhile.
         return torch.cuda.Event(blocking=True)
 
     def record(self, event: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
@@ -125,9 +128,6 @@ class CudaStreams(Streams):
 
     def host_wait(self, event: torch.cuda.Event) -> None:
         event.synchronize()
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        return allocate_bytes(self.device, nbytes)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream) -> None:
         with torch.cuda.stream(stream):
@@ -148,16 +148,14 @@ class CudaStreams(Streams):
 
 
 class InlineStreams(Streams):
-    """A device without streams: a copy is over when `copy` returns, so that every event has been reached at once."""
+    """A device without streams: `copy` returns when the copy is complete, so that each event is reached at once."""
 
     def __init__(self, device: torch.device) -> None:
-        if device.index is None and device.type != "cpu":
-            device = torch.device(device.type, torch.get_device_module(device).current_device())
-        self.device = device
+        self.device = with_index(device)
         self.copy_streams = ("inline",)
 
     def guard(self) -> contextlib.AbstractContextManager[object]:
-        return _NO_GUARD
+        return contextlib.nullcontext()
 
     def current(self) -> str:
         return "inline"
@@ -165,17 +163,11 @@ class InlineStreams(Streams):
     def event(self) -> str:
         return "reached"
 
-    def record(self, event: str, stream: str) -> None:
-        """What it stands for is over."""
+    def record(self, event: str, stream: str) -> None: ...
 
-    def wait(self, stream: str, event: str) -> None:
-        """What it waits for is over."""
+    def wait(self, stream: str, event: str) -> None: ...
 
-    def host_wait(self, event: str) -> None:
-        """What it waits for is over."""
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        return allocate_bytes(self.device, nbytes)
+    def host_wait(self, event: str) -> None: ...
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: str) -> None:
         target.copy_(source)
@@ -192,24 +184,14 @@ class InlineStreams(Streams):
         return (end - begin) * 1e3
 
 
-_NO_GUARD = contextlib.nullcontext()
-
-
-def allocate_bytes(device: torch.device, nbytes: int) -> torch.Tensor:
-    """Bytes on a device, as a normal (not an inference) tensor.
-
-    Raises:
-        DeviceMemoryError: The device has less left.
-    """
-    with translate_out_of_memory(device, nbytes), torch.inference_mode(mode=False):
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+def with_index(device: torch.device) -> torch.device:
+    """The device with its index: that of the current device where `device` has none."""
+    if device.index is not None or device.type == "cpu":
+        return device
+    return torch.device(device.type, torch.get_device_module(device).current_device())
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of any kind on a device.
-
-    Raises:
-        DeviceMemoryError: The device has less left.
-    """
+    """A tensor of any kind on a device; raises DeviceMemoryError if the device has too little memory left."""
     with translate_out_of_memory(device, tensor.numel() * tensor.element_size()):
         return tensor.to(device)

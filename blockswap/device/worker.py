@@ -1,4 +1,4 @@
-"""Jobs that run beside the host thread, in order, and the thread that runs them."""
+"""Runs jobs in order in a thread beside the host thread."""
 
 from __future__ import annotations
 
@@ -17,58 +17,54 @@ class Job(Protocol):
         """Blocks the host until the work is done; raises what it raised."""
 
     def join(self) -> bool:
-        """Blocks the host until the work is over, however it ended; whether it ended well."""
+        """Blocks the host until the work has ended, also in failure; returns whether it succeeded."""
 
 
 class Worker(Protocol):
-    """Runs jobs in the order of `submit`, beside the host thread."""
+    """Runs jobs in the order of `submit`, in parallel with the host thread."""
 
     def submit(self, work: Callable[[], None]) -> Job:
         """Queues `work`."""
 
     def stop(self) -> None:
-        """Finishes what is queued and ends."""
+        """Finishes the queued jobs and ends."""
 
 
 class _ThreadJob:
     def __init__(self, work: Callable[[], None]) -> None:
         self._work: Callable[[], None] | None = work
         self._done = threading.Event()
-        self._ended_well = True
+        self._succeeded = False
+        # Its traceback holds this job and the slot that the job fills. `wait` and `join` clear it: the cycle would hold
+        # device memory until the garbage collector runs.
         self._failure: BaseException | None = None
 
     def run(self) -> None:
-        # Finished work must not keep the slot it filled alive: device memory must be free at release.
+        # Finished work must not keep its slot alive: `release` promises that the device memory is free.
         work, self._work = self._work, None
         assert work is not None, "a job runs once"
         try:
             work()
-        except BaseException as failure:  # noqa: BLE001 - handed to the host thread, which raises it in `wait`
-            self._ended_well, self._failure = False, failure
+            self._succeeded = True
+        except BaseException as failure:  # noqa: BLE001 - the host thread raises it in `wait`
+            self._failure = failure
         finally:
             self._done.set()
 
     def wait(self) -> None:
         self._done.wait()
-        failure = self._take_failure()
+        failure, self._failure = self._failure, None
         if failure is not None:
             raise staged_failure(failure) from failure
 
     def join(self) -> bool:
         self._done.wait()
-        self._take_failure()
-        return self._ended_well
-
-    def _take_failure(self) -> BaseException | None:
-        """The failure, once. Its traceback holds this job and the slot it filled: kept here, it would be a cycle that
-        holds device memory until the garbage collector runs.
-        """
-        failure, self._failure = self._failure, None
-        return failure
+        self._failure = None
+        return self._succeeded
 
 
 class ThreadWorker:
-    """One daemon thread. Jobs of torch copies release the GIL, so the host thread runs on beside them."""
+    """One daemon thread. Copies by torch release the GIL, so that the host thread keeps running meanwhile."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[_ThreadJob | None] = queue.SimpleQueue()

@@ -1,4 +1,4 @@
-"""A block's tensors, and what each is made to point at."""
+"""A block's tensors, and the bytes that each points at."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ import torch
 from ..model.profile import HOST_NAMES, TensorEntry
 from ..model.tensors import copy_bytes, storage_key, version_of
 
-VERSION = operator.attrgetter("_version")
-"""Reads how many in-place edits a tensor counts, without a Python call for each."""
-
 
 def bind(tensors: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
-    """Points each tensor at the bytes of its target; nothing else in the package re-points a tensor.
+    """Points each tensor at the bytes of its target; no other code of the package re-points a tensor.
 
-    Torch-function subclasses are off meanwhile: 25 GGUF-like assignments take 7 instead of 72 microseconds (torch 2.13,
-    one CPU core at 2 GHz).
+    Torch functions of subclasses are off meanwhile: 25 assignments to GGUF-like tensors take 7 instead of 72
+    microseconds (torch 2.13, one CPU core at 2 GHz).
     """
     with torch._C.DisableTorchFunctionSubclass():
         for tensor, target in zip(tensors, targets, strict=True):
@@ -28,13 +25,13 @@ def bind(tensors: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> No
 
 @dataclass(slots=True)
 class TensorBinding:
-    """A tensor as it was found, and its copy on the device.
+    """A tensor as it was at adopt, and its copy on the device.
 
     Attributes:
-        entry: Where it is held.
+        entry: The module and name that hold it.
         tensor: The Parameter or buffer object.
-        master: Its bytes on the host (or where it was found, if that is the device already).
-        copy: Its bytes on the device for as long as the swapper lives; None for a streamed tensor of a swapped block.
+        master: Its bytes on the host (or on the device, if they were there at adopt).
+        copy: Its bytes on the device while the swapper lives; None for a streamed tensor of a swapped block.
         version: In-place edits counted when it was bound; None if the tensor does not count them.
     """
 
@@ -45,7 +42,7 @@ class TensorBinding:
     version: int | None
 
     def write_back(self) -> int:
-        """Copies the device's bytes to the master if they were written to since, or may have been; returns how many."""
+        """Copies the device's bytes to the master if a forward wrote them, or may have; returns the bytes copied."""
         version = version_of(self.tensor)
         uncounted = version is None and self.entry.may_change
         if self.copy is None or (version == self.version and not uncounted):
@@ -54,10 +51,11 @@ class TensorBinding:
         return self.master.nbytes
 
     def restore_master(self, inside: Container[int]) -> int:
-        """Points at the master again, after writing back what a forward has changed; returns how many bytes that were.
+        """Points the tensor at its master again, after `write_back`; returns the bytes copied. A buffer that a forward
+        has replaced moves to the device of its master.
 
         Args:
-            inside: Keys of the storage that is about to be given up; a tensor that points elsewhere is left alone.
+            inside: Keys of the storage that is about to be given up; a tensor that points elsewhere stays as it is.
         """
         edited = 0
         with torch.no_grad():
@@ -66,41 +64,37 @@ class TensorBinding:
                     edited = self.write_back()
                 finally:
                     bind((self.tensor,), (self.master,))
-            self.fetch_replacement()
+            now = self.entry.holder.get(self.entry.name)
+            if self.entry.is_buffer and now is not None and now is not self.tensor:
+                self.entry.holder[self.entry.name] = now.to(self.master.device)
         return edited
-
-    def fetch_replacement(self) -> None:
-        """Moves a buffer that a forward has assigned anew to the device of the one it replaced."""
-        now = self.entry.holder.get(self.entry.name)
-        if self.entry.is_buffer and now is not None and now is not self.tensor:
-            self.entry.holder[self.entry.name] = now.to(self.master.device)
 
 
 def bring_back(entry: TensorEntry, original: torch.Tensor, moved: torch.Tensor) -> None:
-    """Puts a tensor that was replaced by a moved one in its place again, unless the moved one was replaced since."""
+    """Puts the original of a moved tensor back in its place, unless the moved one was replaced since."""
     if entry.holder.get(entry.name) is moved:
         entry.holder[entry.name] = original
 
 
 @dataclass(slots=True)
 class BlockBinding:
-    """One block's tensors, laid out for the hot path: lists of equal length.
+    """One block's tensors in lists for the hot path; `watched` and `streamed` begin lists of equal length.
 
     Attributes:
-        watched: Every tensor that must still be what and where it was left. Small buffers are not among them: a
-            forward may assign them anew.
-        moved: Tensors that cannot be re-pointed, with the dict and name that hold their moved copy.
-        buffers: Each module's dict of buffers, with the names that hold one and those among them that stream.
-        bare: Dicts of buffers that hold none, and must not be given any.
-        device: Where all of them but the streamed ones must be.
+        watched: Tensors that a forward must find as they were placed. Small buffers are not among them, since a forward
+            may replace them.
         holders: The dict that holds each watched tensor.
-        names: Its name there.
-        addresses: Where each watched tensor's bytes are between forwards.
+        names: Its name in that dict.
+        addresses: The address of its bytes between forwards.
+        moved: Tensors that cannot be re-pointed: the dict and name that hold the moved copy, and the copy.
+        buffers: Each module's dict of buffers, the names in it, and those of them that stream.
+        bare: Dicts without buffers, which must stay empty.
+        device: Where all buffers must be that do not stream, and all moved tensors.
         counting: The streamed tensors of a swapped block that count in-place edits.
-        versions: What they counted last.
-        streamed: The tensors that an activation re-points; empty for a resident block.
-        masters: What each points at between forwards.
-        slots: For each slot, what each points at while the block runs from it.
+        versions: Their counts at the last look.
+        streamed: The tensors that a swapped block re-points; empty for a resident block.
+        masters: The bytes that each points at between forwards.
+        slots: For each slot, the bytes that each points at while the block runs from it.
     """
 
     watched: list[torch.Tensor]
@@ -118,32 +112,26 @@ class BlockBinding:
     slots: list[list[torch.Tensor]] = field(default_factory=list)
 
     def is_unchanged(self) -> bool:
-        """Whether each tensor of the block is still the one that was placed, where it was placed."""
+        """Whether the block still has the tensors that were placed, at the addresses where they were placed."""
         with torch._C.DisableTorchFunctionSubclass():
             if list(map(torch.Tensor.data_ptr, self.watched)) != self.addresses:
                 return False
-        if not all(map(operator.is_, map(dict.get, self.holders, self.names), self.watched)):
+        if any(self.bare) or not all(map(operator.is_, map(dict.get, self.holders, self.names), self.watched)):
             return False
-        return not any(self.bare) and (not (self.moved or self.buffers) or self._is_the_rest_unchanged())
-
-    def _is_the_rest_unchanged(self) -> bool:
-        return all(
-            holder.get(name) is moved and moved.device == self.device for holder, name, moved in self.moved
-        ) and all(self._are_buffers_in_place(*held) for held in self.buffers)
-
-    def _are_buffers_in_place(
-        self, holder: dict[str, torch.Tensor | None], names: set[str], streamed: set[str]
-    ) -> bool:
-        """Whether each buffer is still there, no other is, and all that do not stream are on the device."""
-        return all(
-            name in HOST_NAMES or name in streamed or (name in names and tensor.device == self.device)
-            for name, tensor in holder.items()
-            if tensor is not None
-        )
+        for holder, name, moved in self.moved:
+            if holder.get(name) is not moved or moved.device != self.device:
+                return False
+        for holder, names, streamed in self.buffers:
+            for name, tensor in holder.items():
+                if tensor is None or name in HOST_NAMES or name in streamed:
+                    continue
+                if name not in names or tensor.device != self.device:
+                    return False
+        return True
 
     def was_edited(self) -> bool:
         """Whether a tensor of the block was edited in place since the last call."""
         with torch._C.DisableTorchFunctionSubclass():
-            versions = list(map(VERSION, self.counting))
+            versions = list(map(operator.attrgetter("_version"), self.counting))  # without a Python call for each
         edited, self.versions = versions != self.versions, versions
         return edited

@@ -1,4 +1,4 @@
-"""Trace: what happened when, in the device's own time."""
+"""Trace: when blocks, copies and forwards ran, in the device's own time."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ..device.streams import Streams
 from ..spans import FORWARD, Span
 
 MOST_SPANS = 200_000
-"""Spans kept: 40 blocks of 14B with two copy streams in some 1,000 forwards. Later ones are not recorded."""
+"""Spans that are kept: those of about 1,000 forwards of 40 blocks (14B) with two copy streams."""
 
 
 @dataclass(slots=True)
 class Trace:
-    """Records marks while it runs and turns them into spans afterwards: reading a mark waits for the device.
+    """Records marks while blocks run and turns them into spans later, since reading a mark waits for the device.
 
-    What is recorded is kept until the next `start`. The staging worker adds its copies while the host thread collects.
+    Spans are kept until the next `start`. The staging worker adds its copies while the host thread collects.
 
     Attributes:
-        streams: Where the marks are set.
-        dropped: Spans beyond `MOST_SPANS`, which were not recorded.
+        streams: Where the marks are recorded.
+        dropped: Number of spans beyond `MOST_SPANS`, which were not recorded.
         forward_ms: Duration of each forward that the device has passed, in order.
     """
 
@@ -35,32 +35,32 @@ class Trace:
 
     @translate_device_errors("a trace was beginning")
     def start(self) -> None:
-        """Forgets what was recorded; time counts from here."""
+        """Drops all spans; their times count from here on."""
         self._marks, self._spans, self.forward_ms = deque(), [], []
         with self.streams.guard():
             self._origin = self.streams.mark(self.streams.current())
 
     def add(self, lane: str, block: int, begin: Any, end: Any) -> None:
-        """One stretch between two marks."""
+        """Records a span between two marks."""
         if len(self._marks) + len(self._spans) < MOST_SPANS:
             self._marks.append((lane, block, begin, end))
         else:
             self.dropped += 1
 
     def read_reached(self) -> None:
-        """Turns the marks that the device has passed into spans; does not wait."""
+        """Makes spans of the marks that the device has passed; does not wait."""
         while self._marks and self.streams.reached(self._marks[0][3]):
             self._read(*self._marks.popleft())
 
     @translate_device_errors("a trace was being read")
     def collect(self) -> tuple[Span, ...]:
-        """The spans whose marks the device has passed, in the order they were recorded; does not wait."""
+        """The spans that the device has passed, in the order of `add`; does not wait."""
         self.read_reached()
         return tuple(self._spans)
 
     @translate_device_errors("a trace was being read")
     def spans(self) -> tuple[Span, ...]:
-        """All spans so far, in the order they were recorded; waits until the device has passed the last."""
+        """All spans so far, in the order of `add`; waits until the device has passed the last."""
         while self._marks:
             self._read(*self._marks.popleft())
         return tuple(self._spans)

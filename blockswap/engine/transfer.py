@@ -1,4 +1,4 @@
-"""Onload, wait, release: the order of copies and kernels, by eight happens-before rules.
+"""Onload, wait, release: the order of copies and kernels, in eight happens-before rules.
 
 [Note: happens-before]
 
@@ -29,12 +29,13 @@ from ..device.streams import Streams
 from ..device.worker import Job
 from ..host.slabs import Slab
 from ..host.staging import Staging
+from ..model.layout import align
 from ..plan.swap_plan import HostTier
 from ..spans import COPY
 from .trace import Trace
 
 CHUNK_ALIGNMENT = 4096
-"""Bytes at which a slab is cut between copy streams: whole pages, so that no page is read by two copies."""
+"""A slab is cut for the copy streams at multiples of these bytes: whole pages, so that no two copies read one page."""
 
 
 @dataclass(slots=True)
@@ -43,14 +44,14 @@ class Slot:
 
     Attributes:
         memory: uint8, `(slot_bytes,)`.
-        free: Recorded on C when the block that used the slot is over.
-        ready: One per copy stream, recorded behind its chunk.
-        pending: The ready events of the present content.
-        consumed: Whether C waits for `pending`, so that `free`, recorded behind that wait, covers them.
-        filling: The staging job that fills the slot, while the worker may not have recorded `pending` yet.
-        filled_bytes: Bytes of the present content.
-        block: The block of the present content, for labels.
-        chunks: Views of the slot and of what it was filled from, made once for each block and source.
+        free: Recorded on C when the block that used the slot has ended.
+        ready: One per copy stream, recorded after its chunk.
+        pending: The ready events of the current content.
+        consumed: Whether C waits for `pending`, so that `free`, recorded after that wait, covers them.
+        filling: The staging job that fills the slot, until the worker has recorded `pending`.
+        filled_bytes: Bytes of the current content.
+        block: The block of the current content, for labels.
+        chunks: Per block and source, made once: copy stream, view of the slot and view of the source of each chunk.
     """
 
     memory: torch.Tensor
@@ -70,9 +71,9 @@ class Counters:
 
     Attributes:
         onloads: Copies of a slab into a slot.
-        onloaded_bytes: Bytes of these.
-        placed_bytes: Bytes of residents and small tensors copied to the device at adopt.
-        returned_bytes: Bytes copied back to the host: of buffers that a forward has changed, never of weights.
+        onloaded_bytes: Bytes of the onloads.
+        placed_bytes: Bytes of residents and small tensors, copied to the device at adopt.
+        returned_bytes: Bytes copied back to the host: only buffers that a forward has changed, never weights.
     """
 
     onloads: int = 0
@@ -84,16 +85,16 @@ class Counters:
 class Transfer:
     """A window of slots on one device, filled from slabs. See [Note: happens-before].
 
-    For each block, in this order and inside the streams' guard: `computed` for the block before, `follow`, `release`
-    and `start` as the ring says, `wait`.
+    For each block, inside the streams' guard, the caller calls `computed` for the previous block, `follow`, `release`
+    and `start` as the ring requires, then `wait`.
 
     Args:
         streams: The device's primitives.
-        counters: Counts what is done; a fresh one if None.
+        counters: Counts the copies; new counters if None.
 
     Attributes:
         staging: Page-locked staging slabs with their worker; None if no slab is staged.
-        trace: Receives the spans of copies; None records nothing. May be switched between blocks.
+        trace: Receives the spans of copies; None records nothing. May change between blocks.
     """
 
     def __init__(self, streams: Streams, counters: Counters | None = None) -> None:
@@ -103,31 +104,30 @@ class Transfer:
         self.trace: Trace | None = None
         self._slots: tuple[Slot, ...] = ()
         self._compute: Any = None  # the stream that the last block was queued on
-        self._home: Any = None  # the stream that memory was allocated on, to which the allocator gives it back
+        self._home: Any = None  # the stream that memory was allocated on, and to which the allocator returns it
 
-    def open_window(self, *, slots: int, slot_bytes: int) -> tuple[torch.Tensor, ...]:
-        """Allocates the window; returns each slot's memory, uint8 `(slot_bytes,)`.
+    def open_window(self, *, slots: int, slot_bytes: int) -> None:
+        """Allocates the window.
 
         Raises:
-            DeviceMemoryError: The device cannot hold it; `close_window` gives up what it does hold.
+            DeviceMemoryError: The device cannot hold all slots; `close_window` gives up those it holds.
         """
         with self.streams.guard():  # Rule 8
             self._home = self._compute = self.streams.current()
             for _ in range(slots):
-                # One by one: what has been allocated when a later one fails is given up by `close_window`.
+                # One by one, so that `close_window` gives up the slots before one that fails.
                 free, *ready = (self.streams.event() for _ in range(1 + len(self.streams.copy_streams)))
                 slot = Slot(self.streams.allocate(slot_bytes), free, tuple(ready))
                 self._slots = (*self._slots, slot)
                 self.streams.record(slot.free, self._compute)  # Rule 1
-        return self.window
 
     def close_window(self) -> None:
-        """Gives the window up; a prefetch in flight is waited for on the device, not on the host."""
+        """Gives the window up; the device waits for a prefetch in flight, the host does not."""
         with self.streams.guard():  # Rule 8
-            ended_well = self._join_worker()
+            succeeded = self._join_worker()
             for event in self._drain_to_compute():
-                if not ended_well:
-                    self.streams.host_wait(event)  # Rule 6: nor with a staging slab
+                if not succeeded:
+                    self.streams.host_wait(event)  # Rule 6: a failed job has left no event behind
             slots, self._slots = self._slots, ()
             for slot in slots:
                 self.streams.free(slot.memory)
@@ -141,42 +141,40 @@ class Transfer:
         """Device memory beside the window, uint8 `(nbytes,)`.
 
         Raises:
-            DeviceMemoryError: The device has no such amount left.
+            DeviceMemoryError: The device has less left.
         """
         with self.streams.guard():  # Rule 8
             return self.streams.allocate(nbytes)
 
     def free(self, memory: torch.Tensor) -> None:
-        """Gives memory beside the window up; call `close_window` first."""
+        """Gives up memory beside the window; call `close_window` first."""
         with self.streams.guard():  # Rule 8
             self.streams.free(memory)
 
     def mark(self) -> Any:
-        """A point in time on the compute stream, for the trace."""
+        """Records a point in time on the compute stream, for the trace."""
         with self.streams.guard():  # Rule 8
             return self.streams.mark(self.streams.current())
 
     def computed(self, block: int, index: int | None) -> None:
-        """The kernels of `block`, which read slot `index` if there is one, have been queued in full."""
+        """All kernels of `block`, which read slot `index` unless that is None, have been queued."""
         if index is not None:
             slot = self._slots[index]
             self.streams.reads(slot.memory, slot.filled_bytes, self._compute)
         self.streams.computed(block, self._compute)
 
     def follow(self) -> None:
-        """A block is about to begin, or a forward has ended: the compute stream is the one that is current now. If that
-        is another than before, it waits for the old one.
-        """
+        """Reads the compute stream again, before a block and after a forward; a new one waits for the previous one."""
         before, self._compute = self._compute, self.streams.current()
         if before is not None and self._compute != before:
             self._wait_for(self._compute, before)  # Rule 3
 
     def release(self, index: int) -> None:
-        """The block in slot `index` is over: the slot may be overwritten."""
+        """The block in slot `index` has ended: the slot may be overwritten."""
         self.streams.record(self._slots[index].free, self._compute)  # Rule 4
 
     def start(self, index: int, slab: Slab, *, block: int) -> None:
-        """Starts to copy `slab`, that of `block`, into slot `index`; returns at once, except from pageable memory."""
+        """Starts to copy the slab of `block` into slot `index`; returns at once, except from pageable memory."""
         slot = self._slots[index]
         if slot.filling is not None:
             self._await_worker(slot)
@@ -191,7 +189,7 @@ class Transfer:
         self.counters.onloaded_bytes += nbytes
 
     def wait(self, index: int) -> None:
-        """What is queued on the compute stream from now on finds slot `index` filled."""
+        """Makes all later work on the compute stream wait until slot `index` is filled."""
         slot = self._slots[index]
         if slot.filling is not None:
             self._await_worker(slot)  # Rule 7
@@ -200,13 +198,9 @@ class Transfer:
         slot.consumed = True
         self.streams.reads(slot.memory, slot.filled_bytes, self._compute)
 
-    def block_in(self, index: int) -> int:
-        """The block that slot `index` was filled with last."""
-        return self._slots[index].block
-
     def _drain_to_compute(self) -> list[Any]:
-        """Makes the compute stream wait for the copy streams, and the home stream for both, so that what they use may
-        be given up. Returns the events behind the copies.
+        """Makes the compute stream wait for the copy streams, and the home stream for both, so that their memory may be
+        given up. Returns the events behind the copies.
         """
         self.follow()
         compute = self._compute
@@ -216,25 +210,25 @@ class Transfer:
         return events
 
     def _wait_for(self, stream: Any, other: Any) -> Any:
-        """`stream` waits for all that is queued on `other`; returns the event between them."""
+        """Makes `stream` wait for everything queued on `other`; returns the event between them."""
         event = self.streams.event()
         self.streams.record(event, other)
         self.streams.wait(stream, event)
         return event
 
     def reset(self) -> None:
-        """After an exception at any point: waits for all copies on the host; every slot is empty and free."""
+        """After an exception at any point: waits on the host for all copies, then empties and frees every slot."""
         with self.streams.guard():  # Rule 8
             self._join_worker()
             for event in self._drain_to_compute():
-                self.streams.host_wait(event)  # Rule 6: a copy that was struck has left no event with its slab
+                self.streams.host_wait(event)  # Rule 6: an interrupted copy has left no event with its slab
             compute = self.streams.current()
             for slot in self._slots:
                 slot.pending, slot.consumed, slot.filled_bytes = (), True, 0
                 self.streams.record(slot.free, compute)  # Rule 4
 
     def close(self) -> None:
-        """Gives the window and the staging slabs up and ends the worker."""
+        """Gives up the window and the staging slabs, and ends the worker."""
         staging, self.staging = self.staging, None
         try:
             self.close_window()
@@ -243,9 +237,8 @@ class Transfer:
                 staging.close()
 
     def _copy_chunks(self, slot: Slot, source: torch.Tensor, nbytes: int, block: int) -> tuple[Any, ...]:
-        """Queues copies of `source` into `slot`, a chunk for each copy stream; returns the events behind them.
-
-        Runs in the worker for staged slabs.
+        """Queues copies of `source` into `slot`, one chunk per copy stream; returns the events behind them. The worker
+        calls it for staged slabs.
         """
         chunks = slot.chunks.get((block, source.data_ptr()))
         if chunks is None:
@@ -256,7 +249,7 @@ class Transfer:
             self.streams.wait(copies, slot.free)  # Rules 1 and 2
             for previous in before:
                 self.streams.wait(copies, previous)  # Rule 2
-        trace = self.trace  # one for all chunks: the host switches it while the worker copies
+        trace = self.trace  # read once for all chunks: the host may change it while the worker copies
         for i, (copies, target, part) in enumerate(chunks):
             begin = None if trace is None else self.streams.mark(copies)
             self.streams.copy(target, part, copies)
@@ -268,10 +261,8 @@ class Transfer:
     def _cut(self, slot: Slot, source: torch.Tensor, nbytes: int) -> list[tuple[Any, torch.Tensor, torch.Tensor]]:
         """For each copy stream that gets a chunk: the stream, the chunk of the slot, the chunk of the source."""
         copies = self.streams.copy_streams
-        chunk = -(-nbytes // len(copies))
-        chunk = max(1, -(-chunk // CHUNK_ALIGNMENT)) * CHUNK_ALIGNMENT
-        begins = range(0, nbytes, chunk)
-        parts = [slice(begin, min(begin + chunk, nbytes)) for begin in begins]
+        chunk = align(max(1, -(-nbytes // len(copies))), CHUNK_ALIGNMENT)
+        parts = [slice(begin, min(begin + chunk, nbytes)) for begin in range(0, nbytes, chunk)]
         with torch.inference_mode(mode=False):
             return [(stream, slot.memory[part], source[part]) for stream, part in zip(copies, parts, strict=False)]
 
@@ -279,35 +270,32 @@ class Transfer:
         """Waits until the worker has recorded the slot's ready events; raises what the worker raised."""
         assert slot.filling is not None
         slot.filling.wait()
-        slot.filling = None  # only now: `reset` joins the job whose wait was interrupted
+        slot.filling = None  # only now: `reset` joins a job whose wait was interrupted
 
     def _join_worker(self) -> bool:
-        """Waits for the worker, which may queue copies until then; whether all ended well. Drops what it raised."""
-        ended_well = True
+        """Waits for the worker, which queues copies until then, and drops its errors; whether all jobs succeeded."""
+        succeeded = True
         for slot in self._slots:
             job, slot.filling = slot.filling, None
             if job is not None:
-                ended_well = job.join() and ended_well
-        return ended_well
+                succeeded = job.join() and succeeded
+        return succeeded
 
 
 class LabelledTransfer:
-    """A transfer whose steps have names in a profiler's trace, each with its block's index."""
+    """The steps of a transfer under labels in a profiler's trace, each with the index of its block."""
 
     def __init__(self, transfer: Transfer) -> None:
         self._transfer = transfer
 
     def start(self, index: int, slab: Slab, *, block: int) -> None:
-        """As the transfer's."""
         with record_function(f"blockswap::onload ({block})"):
             self._transfer.start(index, slab, block=block)
 
     def wait(self, index: int) -> None:
-        """As the transfer's."""
-        with record_function(f"blockswap::wait ({self._transfer.block_in(index)})"):
+        with record_function(f"blockswap::wait ({self._transfer._slots[index].block})"):
             self._transfer.wait(index)
 
     def release(self, index: int) -> None:
-        """As the transfer's."""
-        with record_function(f"blockswap::release ({self._transfer.block_in(index)})"):
+        with record_function(f"blockswap::release ({self._transfer._slots[index].block})"):
             self._transfer.release(index)

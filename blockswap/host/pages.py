@@ -7,6 +7,7 @@ import logging
 import mmap
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 class _Pages(mmap.mmap):
-    """Anonymous pages that call back before the system takes them: `mmap` unmaps before weak references are cleared, so
-    that a `weakref.finalize` would unregister memory that is gone.
+    """Anonymous pages that call back before they are unmapped. `weakref.finalize` would call too late: `mmap` unmaps
+    before weak references are cleared.
     """
 
     before_unmap: Callable[[], None] | None = None
@@ -32,9 +33,7 @@ class _Pages(mmap.mmap):
 
 
 def _anonymous_pages(size: int) -> _Pages:
-    """Private where the platform has a choice: Linux gives shared anonymous memory no huge pages by default, and both
-    filling and locking go page by page.
-    """
+    # Private, since Linux by default gives huge pages to private memory only, and filling and locking go page by page.
     if sys.platform == "win32":
         return _Pages(-1, size)
     pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -47,8 +46,8 @@ def _anonymous_pages(size: int) -> _Pages:
 class PageMemory:
     """Whole pages of anonymous host memory as a uint8 tensor; can be page-locked.
 
-    Parameters point into the pages, so they may outlive this object; what must happen before they go (no copy reads
-    them, no lock is left) is done by the pages themselves.
+    Parameters point into the pages, which may therefore outlive this object. Before they are unmapped, the pages
+    themselves wait for the last copy and unlock.
 
     Attributes:
         size: Bytes, in whole pages.
@@ -63,7 +62,7 @@ class PageMemory:
         except OSError as cause:
             raise HostMemoryError(
                 f"not enough host memory: the system refused {self.size:,} bytes for a block's weights; "
-                "close other programs or take a quantised model"
+                "close other programs or use a quantised model"
             ) from cause
         with torch.inference_mode(mode=False):
             self.tensor = torch.frombuffer(self._pages, dtype=torch.uint8)
@@ -77,19 +76,19 @@ class PageMemory:
         return self._use.lock is not None
 
     def use(self, streams: Streams) -> None:
-        """From here on `streams` read the pages; call `settle` first."""
+        """Sets the device that reads the pages from now on; call `settle` first."""
         self._use.streams = streams
 
     def settle(self) -> None:
-        """Waits on the host until no copy reads the pages any more: they may be written."""
+        """Waits on the host until no copy reads the pages, so that they may be written."""
         self._use.settle()
 
     def pin(self, registrar: Registrar, budget: PinBudget) -> int:
-        """Locks the pages, once they have been filled (locking touches every page); 0, or the driver's error code."""
+        """Locks the pages; returns 0 or the driver's error code. Fill them first: locking touches every page."""
         try:
             result = registrar.register(self.tensor.data_ptr(), self.size)
         except BaseException:
-            registrar.unregister(self.tensor.data_ptr())  # an interrupt may have come after the registration
+            registrar.unregister(self.tensor.data_ptr())  # the interrupt may have come after the registration
             registrar.consume_error()
             raise
         if result != 0:
@@ -100,25 +99,25 @@ class PageMemory:
         return 0
 
     def unpin(self) -> None:
-        """Unlocks the pages after their last copy; they stay."""
+        """Unlocks the pages after their last copy."""
         self._use.unlock()
 
 
+@dataclass(slots=True)
 class _Use:
-    """How the device uses some pages: the copies that read them, and their lock."""
+    """How the device uses pages: the copies that read them, and their lock. It lives as long as the pages."""
 
-    def __init__(self, pointer: int, size: int, streams: Streams) -> None:
-        self.in_flight: list[Any] = []
-        self.lock: tuple[Registrar, PinBudget] | None = None
-        self._pointer = pointer
-        self._size = size
-        self.streams = streams
+    pointer: int
+    size: int
+    streams: Streams
+    in_flight: list[Any] = field(default_factory=list)
+    lock: tuple[Registrar, PinBudget] | None = None
 
     def settle(self) -> None:
         for event in self.in_flight:
             self.streams.host_wait(event)  # Rule 6
         self.in_flight.clear()
-        self.streams.host_writes(self._pointer, self._size)
+        self.streams.host_writes(self.pointer, self.size)
 
     def unlock(self) -> None:
         if self.lock is None:
@@ -126,7 +125,7 @@ class _Use:
         try:
             self.settle()
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # a device that cannot be waited for twice runs no copy any more
+            with contextlib.suppress(RuntimeError):  # if the device failed, it runs no copy any more
                 self.settle()  # an interrupt ends the wait, but not the copy
             raise
         finally:
@@ -136,21 +135,19 @@ class _Use:
         assert self.lock is not None
         (registrar, budget), self.lock = self.lock, None
         try:
-            result = registrar.unregister(self._pointer)
+            result = registrar.unregister(self.pointer)
         except BaseException:
-            registrar.unregister(self._pointer)  # an interrupt may have come first; unregistering twice is harmless
+            registrar.unregister(self.pointer)  # the interrupt may have come first; unregistering twice is harmless
             raise
         finally:
-            budget.give_back(self._size)
+            budget.give_back(self.size)
         if result != 0:
             registrar.consume_error()
-            logger.warning("unregistering %d bytes of host memory failed: %s", self._size, register_result(result))
+            logger.warning("%d bytes of host memory could not be unlocked: %s", self.size, register_result(result))
 
     def end(self) -> None:
-        """The pages are about to be unmapped."""
+        """Called before the pages are unmapped."""
         try:
-            if self.lock is None:
-                self.settle()
-            self.unlock()
+            self.settle() if self.lock is None else self.unlock()
         finally:
-            self.streams.forget(self._pointer, self._size)
+            self.streams.forget(self.pointer, self.size)

@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Slab:
-    """One block's streamed tensors in host memory, one behind the other, each 256-byte aligned, strides kept.
+    """One block's streamed tensors in host memory, one after the other, each 256-byte aligned, with its strides.
 
     Attributes:
         pages: The memory.
-        used_bytes: Length from the first tensor's first byte to the last one's last: what an onload copies.
-        views: The master of each tensor: its dtype, shape and strides over the slab's bytes.
+        used_bytes: Bytes that an onload copies: from the first tensor's first byte to the last tensor's last.
+        views: The master of each tensor: a view of the slab with its dtype, shape and strides.
         tier: How the bytes travel.
-        sources: Where each tensor's bytes came from; empty once they were edited.
-        bound: The tensors that point at the masters, held weakly, and the in-place edits each had counted.
+        sources: Where each tensor's bytes came from; empty once the slab has been edited.
+        bound: The tensors that point at the masters, held weakly, and the in-place edits that each had counted.
         checksums: Of the masters as they were filled; None until debug mode needs them.
     """
 
@@ -46,28 +46,14 @@ class Slab:
     bound: tuple[tuple[weakref.ref[torch.Tensor], int | None], ...] = ()
     checksums: tuple[int, ...] | None = None
 
-    @property
-    def memory(self) -> torch.Tensor:
-        """The bytes, uint8, `(whole pages,)`."""
-        return self.pages.tensor
-
-    @property
-    def is_staged(self) -> bool:
-        """Whether copies go through the worker."""
-        return self.tier is HostTier.STAGED
-
     def unlock(self) -> None:
         """Waits for the last copy, then unlocks the pages."""
         self.tier = HostTier.PAGEABLE
         self.pages.unpin()
 
-    def settle(self) -> None:
-        """Waits on the host until no copy reads the slab any more. The worker has ended by then, with the window."""
-        self.pages.settle()
-
     def fill(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Copies the tensors' bytes into their masters, except for tensors that point at them already."""
-        self.settle()
+        """Copies the tensors' bytes into their masters, except those of tensors that point at their master already."""
+        self.pages.settle()
         for view, tensor in zip(self.views, tensors, strict=True):
             if tensor.data_ptr() != view.data_ptr():
                 copy_bytes(view, tensor)
@@ -75,42 +61,42 @@ class Slab:
         self.checksums = None
 
     def watch(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Remembers which tensors point at the masters now, for `notice_edits`."""
+        """Records the tensors that point at the masters now, for `notice_edits`."""
         self.bound = tuple((weakref.ref(tensor), version_of(tensor)) for tensor in tensors)
 
     def notice_edits(self) -> None:
-        """Forgets where the bytes came from if a watched tensor was edited since."""
+        """Clears `sources` if a watched tensor has been edited since `watch`."""
         for reference, version in self.bound:
             tensor = reference()
             if tensor is not None and version_of(tensor) != version:
                 self.sources = ()
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether the slab's bytes are these tensors': its own masters, or the living storage it was filled from."""
+        """Whether the slab has the bytes of these tensors: they are its masters, or what it was filled from."""
         return self.fits(tensors) and all(
             tensor.data_ptr() == view.data_ptr() or (bool(self.sources) and self.sources[i].matches(tensor))
             for i, (view, tensor) in enumerate(zip(self.views, tensors, strict=True))
         )
 
     def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether tensors of these dtypes, shapes, strides and kinds lie in the slab as they are."""
+        """Whether these tensors have the dtypes, shapes, strides and kinds of the masters."""
         return len(tensors) == len(self.views) and all(map(same_layout, tensors, self.views))
 
     def is_only_ours(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether only the slab and `tensors` refer to its bytes: no weight kept aside, state dict or other block."""
+        """Whether only the slab and `tensors` refer to its bytes: no state dict, other block, or other tensor."""
         own = sum(tensor.data_ptr() == view.data_ptr() for tensor, view in zip(tensors, self.views, strict=True))
-        # The views, `memory`, and the storage object of this very call.
-        return torch._C._storage_Use_Count(storage_key(self.memory)) <= len(self.views) + own + 2
+        # 2: the pages' tensor, and the storage object of this call.
+        return torch._C._storage_Use_Count(storage_key(self.pages.tensor)) <= len(self.views) + own + 2
 
 
 SAMPLED_ELEMENTS = 4096
-"""Elements of an inference tensor, which counts no edits, that are compared with those read before. An edit as a LoRA
-makes it changes nearly all elements."""
+"""Elements that are compared to find edits of an inference tensor, which does not count them. An edit by a LoRA
+changes nearly all elements."""
 
 
 @dataclass(slots=True)
 class TensorFingerprint:
-    """Where a slab's tensor came from, held weakly: living storage at the same place is the same bytes."""
+    """Where a slab's tensor came from, held weakly: while its storage lives, the same place has the same bytes."""
 
     storage: StorageWeakRef
     place: tuple[Any, ...]
@@ -132,29 +118,29 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Some bytes of a tensor that does not count its edits; None for one that does."""
+    """Some bytes of a tensor that does not count its edits; None for a tensor that does."""
     if version_of(tensor) is not None or tensor.numel() == 0:
         return None
     elements = flat(tensor)
-    # On the host: a fingerprint of weights on the device must not keep memory there.
+    # On the host: a fingerprint must not hold device memory.
     sample = elements[:: max(1, elements.numel() // SAMPLED_ELEMENTS)]
     return sample.to("cpu", copy=True).view(torch.uint8)
 
 
 class Locking:
-    """One thread that locks one slab's pages, beside the host thread that fills the next slab.
+    """One thread that locks one slab's pages while the host thread fills the next slab.
 
-    The driver walks every page, and lets Python's other threads run meanwhile. The first of two does the work, the
-    thread or the caller of `result`: where an interrupt has kept the thread from being started, nothing waits for it.
+    Locking takes long, since the driver walks every page, but it releases the GIL. The thread or the caller of `result`
+    does the work, whichever comes first, so that nothing waits for a thread that an interrupt kept from starting.
 
     Args:
         pages: Filled pages.
-        registrar: Locks them; a refusal is followed by one more try.
+        registrar: Locks them; a refusal is tried again once.
         budget: Counts the locked bytes.
     """
 
     def __init__(self, pages: PageMemory, registrar: Registrar, budget: PinBudget) -> None:
-        self._pages = [pages]  # taken out when they are locked: a thread that is ending must not hold them
+        self._pages = [pages]  # taken out before they are locked: a thread that is ending must not hold them
         self._registrar = registrar
         self._budget = budget
         self._code = -1
@@ -163,24 +149,22 @@ class Locking:
         self._over = threading.Event()
 
     def start(self) -> None:
-        """Starts the thread; where the system has none left, `result` does the work."""
-        try:
-            _thread.start_new_thread(self._lock, ())  # Thread.start would wait for the thread to run
-        except RuntimeError:
-            return
+        """Starts the thread; if the system has none left, `result` does the work."""
+        with contextlib.suppress(RuntimeError):
+            _thread.start_new_thread(self._lock, ())  # Thread.start would wait until the thread runs
 
     @property
     def is_over(self) -> bool:
-        """Whether the work is done, or failed."""
+        """Whether the work has ended, also in failure."""
         return self._over.is_set()
 
     def result(self) -> int:
-        """Waits for the end, through interrupts; 0, or the driver's error code. Raises what locking raised."""
+        """Waits for the end, through an interrupt too; 0, or the driver's error code. Raises what locking raised."""
         try:
             self._lock()
             self._over.wait()
         except BaseException:
-            self._over.wait()  # an interrupt ends the wait, but not the driver's work
+            self._over.wait()  # an interrupt ends the wait, but not the work of the driver
             raise
         failure, self._failure = self._failure, None
         if failure is None:
@@ -188,7 +172,7 @@ class Locking:
         try:
             raise failure
         finally:
-            del failure  # its traceback holds this frame: a cycle that would hold the pages
+            del failure  # its traceback holds this frame: the cycle would hold the pages
 
     def _lock(self) -> None:
         if not self._claim.acquire(blocking=False):
@@ -202,7 +186,7 @@ class Locking:
 
 
 def lock(pages: PageMemory, registrar: Registrar, budget: PinBudget) -> int:
-    """Locks pages, with one retry; 0, or the driver's error code."""
+    """Locks pages, with one retry; returns 0 or the driver's error code."""
     return pages.pin(registrar, budget) and pages.pin(registrar, budget)
 
 
@@ -215,7 +199,7 @@ class HostStore:
         registrar: Page-locks host memory for the device; None where nothing can be locked.
         budget: Shared by all stores of the process.
         slabs: Slab of each swapped block.
-        refusals: Why blocks are in a tier below the planned one, since the last adopt.
+        refusals: Why blocks are in a tier below the planned one; cleared by each adopt.
     """
 
     streams: Streams
@@ -228,12 +212,13 @@ class HostStore:
 
     @property
     def pinned_bytes(self) -> int:
-        """Page-locked bytes of the slabs."""
+        """Page-locked bytes of the slabs, in whole pages."""
         return sum(slab.pages.size for slab in self.slabs.values() if slab.pages.is_pinned)
 
     def put(self, block: int, tensors: Sequence[torch.Tensor], *, tier: HostTier) -> Slab:
-        """The slab that holds the tensors of `block`, made or filled if need be, in `tier` or the best below it. A
-        thread may still be locking it; `finish_locking` waits for that, before the first copy.
+        """The slab that holds the tensors of `block`, made or filled if needed, in `tier` or the best below it.
+
+        A thread may still lock it; call `finish_locking` before the first copy.
 
         Args:
             block: Index of the block.
@@ -241,7 +226,7 @@ class HostStore:
             tier: The planned tier.
 
         Raises:
-            HostMemoryError: The system has no memory for it.
+            HostMemoryError: The system has too little memory for the slab.
         """
         slab = self.slabs.get(block)
         if slab is not None:
@@ -255,43 +240,44 @@ class HostStore:
         return slab
 
     def drop(self, block: int) -> None:
-        """Gives up the slab of `block`, if there is one; masters live on as long as parameters point at them."""
+        """Gives up the slab of `block`, if there is one; masters live as long as parameters point at them."""
         slab = self.slabs.pop(block, None)
         if slab is not None:
             with contextlib.ExitStack() as stack:
                 stack.callback(slab.pages.unpin)
-                stack.callback(slab.settle)
-                self.finish_locking()  # a lock that succeeds after the unlocking would stay
+                stack.callback(slab.pages.settle)
+                self.finish_locking()  # first: a lock that succeeds after the unlocking would stay
 
     def unlock(self) -> None:
-        """Unlocks everything after its last copy; slabs stay, and the next adopt chooses their tiers anew."""
+        """Unlocks every slab after its last copy; slabs stay, and the next adopt chooses their tiers anew."""
         with contextlib.ExitStack() as stack:
             for slab in self.slabs.values():
-                stack.callback(slab.unlock)  # each of them, even if another fails
+                stack.callback(slab.unlock)  # each slab, even if another fails
             self.finish_locking()
 
     def release(self) -> None:
-        """Unlocks everything after its last copy. Masters live on as long as parameters point at them."""
+        """Drops every slab."""
         with contextlib.ExitStack() as stack:
-            for block in list(self.slabs):
-                stack.callback(self.drop, block)  # each of them, even if another fails
+            for block in self.slabs:
+                stack.callback(self.drop, block)  # each slab, even if another fails
 
     def use(self, streams: Streams) -> None:
-        """A new adopt: `streams` read the slabs from here on, once the copies of other streams are over."""
+        """Called at an adopt: waits for the copies of other streams; from now on `streams` read the slabs."""
         self.refusals.clear()
         if streams is not self.streams:
             for slab in self.slabs.values():
-                slab.settle()
+                slab.pages.settle()
                 slab.pages.use(streams)
             self.streams = streams
 
     def make_staging(self) -> list[PageMemory]:
-        """Page-locked staging slabs for the staged blocks; none if there are no such blocks, or if the pages cannot be
-        locked: then the blocks become pageable. After a refusal, as many pinned slabs are unlocked to make room first.
-        Waits for the last slab to be locked.
+        """Page-locked staging slabs for the staged blocks; waits first until the last slab is locked.
+
+        After a refusal, as many pinned slabs are unlocked to make room. If the staging slabs cannot be locked, the
+        staged blocks become pageable. Returns an empty list then, and if no block is staged.
         """
         self.finish_locking()
-        staged = [slab for slab in self.slabs.values() if slab.is_staged]
+        staged = [slab for slab in self.slabs.values() if slab.tier is HostTier.STAGED]
         if not staged:
             return []
         if self.refusals:
@@ -305,27 +291,23 @@ class HostStore:
         with contextlib.ExitStack() as stack:
             for page in pages:
                 stack.callback(page.unpin)
-            if all(self.lock(page, "a staging slab", again=True) for page in pages):
+            if all(self._lock_staging(page) for page in pages):
                 stack.pop_all()
                 return pages
         for slab in staged:
             slab.tier = HostTier.PAGEABLE
         return []
 
-    def lock(self, pages: PageMemory, what: str, *, again: bool = False) -> bool:
-        """Page-locks, with one retry; after a refusal, which is logged, only `again` makes it try another."""
-        if not self._may_lock(pages, what, again=again):
+    def _lock_staging(self, pages: PageMemory) -> bool:
+        if self.registrar is None or not self._is_within_budget(pages, "a staging slab"):
             return False
-        assert self.registrar is not None
-        return self._is_locked(lock(pages, self.registrar, self.budget), pages, what)
+        return self._is_locked(lock(pages, self.registrar, self.budget), pages, "a staging slab")
 
-    def _may_lock(self, pages: PageMemory, what: str, *, again: bool) -> bool:
-        if self.registrar is None or (self.refusals and not again):
-            return False
-        if pages.size <= self.budget.left_bytes:
-            return True
-        self._refuse(f"{what} expects {pages.size:,} bytes of the pin budget but {self.budget.left_bytes:,} are left")
-        return False
+    def _is_within_budget(self, pages: PageMemory, what: str) -> bool:
+        left = self.budget.left_bytes
+        if pages.size > left:
+            self._refuse(f"not enough pin budget for {what}: {pages.size:,} bytes needed, {left:,} left")
+        return pages.size <= left
 
     def _is_locked(self, code: int, pages: PageMemory, what: str) -> bool:
         if code:
@@ -333,7 +315,7 @@ class HostStore:
         return not code
 
     def finish_locking(self) -> None:
-        """Waits for the slab that is being locked; one that cannot be locked keeps the tier below."""
+        """Waits until the slab that is being locked is locked; if it cannot be, it keeps the tier below."""
         if self._locking is None:
             return
         slab, locking = self._locking
@@ -349,7 +331,7 @@ class HostStore:
         self.refusals.append(why)
         if why not in self._logged:
             self._logged.add(why)
-            logger.warning("%s; what is left stays pageable, and its copies are slower", why)
+            logger.warning("%s; the rest stays pageable, and its copies are slower", why)
 
     def _make(self, tensors: Sequence[torch.Tensor]) -> Slab:
         offsets, used_bytes = slab_offsets(map(span_bytes, tensors))
@@ -360,14 +342,13 @@ class HostStore:
         return Slab(pages, used_bytes, views, HostTier.PAGEABLE)
 
     def _move(self, slab: Slab, tier: HostTier) -> None:
-        """Moves a filled slab to a tier; one that cannot be locked goes to the tier below pinned."""
+        """Moves a filled slab to a tier, and to the tier below pinned until or unless it is locked."""
         self.finish_locking()  # one at a time: after the first refusal no other lock is tried
         if tier is not HostTier.PINNED:
             slab.pages.unpin()
         elif not slab.pages.is_pinned:
             tier = HostTier.STAGED
-            if self._may_lock(slab.pages, "a slab", again=False):
-                assert self.registrar is not None
+            if self.registrar is not None and not self.refusals and self._is_within_budget(slab.pages, "a slab"):
                 self._locking = slab, Locking(slab.pages, self.registrar, self.budget)
-                self._locking[1].start()  # only now: what gives slabs up must know of the lock
+                self._locking[1].start()  # only now: `drop` and `unlock` must know of the lock
         slab.tier = tier

@@ -1,4 +1,4 @@
-"""The staged tier: a worker copies pageable slabs through two page-locked staging slabs, while the host goes on."""
+"""The staged tier: a worker copies pageable slabs through page-locked staging slabs while the host thread goes on."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Staging:
         self._turn = 0
 
     def submit(self, slab: Slab, copy: Callable[[torch.Tensor], tuple[Any, ...]]) -> Job:
-        """Queues: fill the next staging slab from `slab`, then `copy` it to the device.
+        """Queues a job: fill the next staging slab from `slab`, then `copy` it to the device.
 
         Args:
-            slab: A pageable slab.
-            copy: Queues the copies from the staging memory it is given; returns the events behind them.
+            slab: A slab that is not page-locked.
+            copy: Queues copies from the staging memory, uint8, to the device; returns the events behind them.
         """
         staging = self.slabs[self._turn]
         self._turn = (self._turn + 1) % len(self.slabs)
@@ -43,7 +43,7 @@ class Staging:
             with self._streams.guard():  # Rule 8
                 staging.settle()  # Rule 7
                 nbytes = slab.used_bytes
-                self._streams.host_copy(staging.tensor[:nbytes], slab.memory[:nbytes])
+                self._streams.host_copy(staging.tensor[:nbytes], slab.pages.tensor[:nbytes])
                 staging.in_flight[:] = copy(staging.tensor)
 
         return self._worker.submit(work)
@@ -52,5 +52,5 @@ class Staging:
         """Ends the worker, then gives the staging slabs up."""
         with contextlib.ExitStack() as stack:
             for staging in self.slabs:
-                stack.callback(staging.unpin)  # each of them, even if another fails
+                stack.callback(staging.unpin)  # each slab, even if another fails
             self._worker.stop()

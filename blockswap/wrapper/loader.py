@@ -1,4 +1,4 @@
-"""The state dict that the wrapper's loader keeps beside the transformer: the same weights, before they are loaded."""
+"""The state dict that the wrapper's loader keeps beside the transformer: the same weights, not loaded yet."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 def stored_tensors(model: Any, patches: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    """The tensors that a loaded model's transformer will have on the host once a run loads its weights.
+    """The tensors that a model's transformer will have on the host once a run has loaded its weights.
 
     Args:
         model: The wrapper's model.
-        patches: Unmerged LoRA weights by the name of the weight they change.
+        patches: Unmerged LoRA weights by the name of the weight that they change.
     """
     readers, stored = entry(model, "gguf_reader"), entry(model, "sd")
     found: dict[str, TensorInfo] = {}
@@ -39,10 +39,10 @@ def stored_tensors(model: Any, patches: Mapping[str, Any]) -> dict[str, TensorIn
 
 
 def _tensors_of_gguf(reader: Any) -> dict[str, TensorInfo]:
-    """The tensor table of the GGUFReader from which the wrapper has loaded the model."""
+    """The tensor table of a GGUFReader of the wrapper."""
     tensors = {}
     for tensor in reader.tensors:
-        # ComfyUI's converters flatten tensors that GGML's quantisation cannot hold and note their shape here.
+        # ComfyUI's converters flatten tensors that GGML cannot quantise, and write their shape to this field.
         noted = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")
         shape = noted.contents() if noted else reversed(tensor.shape.tolist())
         tensors[tensor.name] = TensorInfo(tuple(map(int, shape)), tensor.tensor_type.name, int(tensor.n_bytes))
@@ -50,7 +50,7 @@ def _tensors_of_gguf(reader: Any) -> dict[str, TensorInfo]:
 
 
 def _as_loaded(name: str, tensor: torch.Tensor, dtype: Any, weights: Mapping[str, Any]) -> TensorInfo:
-    """A tensor as the wrapper will load it: in the model's weight type if it is a matrix of a block without a scale."""
+    """A tensor as the wrapper will load it: a block's matrix without a scale gets the model's weight type."""
     is_matrix = "blocks." in name and name.endswith(".weight") and tensor.dim() > 1
     has_scale = name.replace(".weight", ".scale_weight") in weights
     kind = dtype if is_matrix and not has_scale and isinstance(dtype, torch.dtype) else tensor.dtype
@@ -58,7 +58,7 @@ def _as_loaded(name: str, tensor: torch.Tensor, dtype: Any, weights: Mapping[str
 
 
 def _bytes_in(value: Any) -> int:
-    """Bytes of the tensors inside nested lists and tuples, and in objects that keep them in `weights`."""
+    """Bytes of the tensors in nested lists and tuples, and in objects with an attribute `weights`."""
     if isinstance(value, torch.Tensor):
         return value.nbytes
     if isinstance(value, (list, tuple)):
@@ -67,9 +67,9 @@ def _bytes_in(value: Any) -> int:
 
 
 def offload_state_dict(transformer: nn.Module, model: Any) -> None:
-    """Replaces entries for blocks on the GPU by the copies that the wrapper has just made on the host.
+    """Replaces the blocks' entries that are on the GPU by the copies that the wrapper has just made on the host.
 
-    With load_device=main_device the loader keeps its state dict on the GPU, so that swapping would free nothing.
+    With load_device=main_device the loader keeps its state dict on the GPU: swapping would free no memory.
     """
     stored = entry(model, "sd")
     if not isinstance(stored, dict):
@@ -85,13 +85,13 @@ def offload_state_dict(transformer: nn.Module, model: Any) -> None:
             stored[name] = tensor.detach() if is_same else held.to("cpu")
             moved += held.nbytes
     if moved:
-        logger.info("%d bytes of weights that load_device=main_device kept on the GPU are on the host now", moved)
+        logger.info("moved %d bytes of weights to the host that load_device=main_device kept on the GPU", moved)
 
 
 def replace_in(model: Any) -> Callable[[str, int, torch.Tensor], None] | None:
-    """Makes a function that puts masters into the loader's state dict in place of the very bytes they were filled from.
+    """Makes a function that puts masters into the loader's state dict in place of the tensors they were copied from.
 
-    The host then holds each weight once, and the next run finds it in its slab. None for GGUF, whose file is read anew.
+    The host then holds each weight once, and the next run finds it in its slab. None for GGUF: its file is read again.
     """
     if entry(model, "gguf_reader") is not None or not isinstance(entry(model, "sd"), dict):
         return None
@@ -101,13 +101,9 @@ def replace_in(model: Any) -> Callable[[str, int, torch.Tensor], None] | None:
         alive = reference()
         stored: dict[str, Any] = (None if alive is None else alive["sd"]) or {}
         held = stored.get(name)
-        if (
-            isinstance(held, torch.Tensor)
-            and held.device.type == "cpu"
-            and held.data_ptr() == address
-            and (held.dtype, held.shape, held.stride()) == (master.dtype, master.shape, master.stride())
-        ):
-            # A tensor of its own over the slab's bytes, so that their storage counts one more owner.
-            stored[name] = master.detach()
+        if not isinstance(held, torch.Tensor) or held.device.type != "cpu" or held.data_ptr() != address:
+            return
+        if (held.dtype, held.shape, held.stride()) == (master.dtype, master.shape, master.stride()):
+            stored[name] = master.detach()  # a new tensor over the slab, so that its storage counts one more owner
 
     return replace

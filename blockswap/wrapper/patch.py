@@ -1,4 +1,4 @@
-"""Replaces functions in the modules that hold them, and `forward` on one object, and restores both exactly."""
+"""Replaces functions in modules and `forward` on one object, and restores both exactly."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import torch
 from torch import nn
 
 Notice = Callable[[Any, Mapping[str, Any]], None]
-"""Called with the transformer (None where none is among the arguments) and all arguments by name."""
+"""Called with the transformer (None if it is not among the arguments) and with all arguments by name."""
 
 RunForward = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""Runs a forward: called with the module, its original function, and the arguments."""
+"""Runs a forward; called with the module, its original function, and the arguments."""
 
 
 class Watched:
-    """One function of the wrapper, wrapped wherever a module holds it, or holds what another pack has made of it.
+    """Wraps one function of the wrapper in every module that holds it or another pack's wrapping of it.
 
     Args:
-        name: Its name in the modules.
-        modules: Those that hold something callable of that name; a class holds a method.
+        name: Name of the function.
+        modules: The modules that hold a callable of that name, or the class that holds a method of that name.
         before: Called before the function. If it raises, the function does not run, unless `always`.
-        after: Called with the transformer after the function, even if that failed; None for no call.
-        always: The function runs even if `before` raises, whose error is then raised.
+        after: Called with the transformer after the function, also if the function raised; None for no call.
+        always: Whether the function runs even if `before` raises; the error of `before` is raised afterwards.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Watched:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every module still holds what was put there."""
+        """Whether every module still holds our function."""
         return all(vars(module).get(self._name) is wrapped for module, _, wrapped in self._held)
 
     def restore(self) -> None:
-        """Puts the original back in every module that still holds ours; idempotent."""
+        """Puts the original back in every module that still holds our function; idempotent."""
         for module, original, wrapped in self._held:
             if vars(module).get(self._name) is wrapped:
                 setattr(module, self._name, original)
@@ -69,37 +69,32 @@ class Watched:
 
         @functools.wraps(function)
         def watched(*arguments: Any, **keywords: Any) -> Any:
-            if self._is_inside:  # another pack's wrapper calls the function of a second module, which is ours too
+            if self._is_inside:  # another pack's wrapper calls the function of a second module, which we wrap too
                 return function(*arguments, **keywords)
+            bound = signature.bind_partial(*arguments, **keywords).arguments
+            transformer = bound.get("transformer")
             self._is_inside = True
             try:
-                return self._run(function, signature, arguments, keywords)
+                try:
+                    self._before(transformer, bound)
+                except BaseException:
+                    if self._always:
+                        function(*arguments, **keywords)
+                    raise
+                return function(*arguments, **keywords)
             finally:
                 self._is_inside = False
+                if self._after is not None:
+                    self._after(transformer)
 
         return watched
-
-    def _run(self, function: Any, signature: inspect.Signature, arguments: Any, keywords: Any) -> Any:
-        bound = signature.bind_partial(*arguments, **keywords).arguments
-        transformer = bound.get("transformer")
-        try:
-            try:
-                self._before(transformer, bound)
-            except BaseException:
-                if self._always:
-                    function(*arguments, **keywords)
-                raise
-            return function(*arguments, **keywords)
-        finally:
-            if self._after is not None:
-                self._after(transformer)
 
 
 class Forward:
     """Our `forward` in the attributes of one module, between the start and the end of a run.
 
-    Once disarmed, it calls what it has replaced, for other packs that have kept it. Nothing else holds what it has
-    replaced, so that both go with the module. A deep copy of the module gets its own original.
+    Other packs may keep it: once disarmed, it calls what it has replaced. It alone holds what it has replaced, so that
+    both go with the module. A deep copy of the module gets the copy's own original instead.
 
     Args:
         module: The module.
@@ -108,25 +103,21 @@ class Forward:
 
     def __init__(self, module: nn.Module, run: RunForward) -> None:
         found = vars(module).get("forward")
-        self._replaced = found.replaced if isinstance(found, Forward) else found
+        # None if the module itself has no `forward`, so that the method of its class counts.
+        self._replaced: Any = found._replaced if isinstance(found, Forward) else found
         self._module = weakref.ref(module)
         self._run: RunForward | None = run
-        # Not when the class is made: it imports the compiler, which is slow and sets environment variables.
+        # Not in the class body: it imports the compiler, which is slow and sets environment variables.
         self._uncompiled = torch.compiler.disable(Forward._forward)
 
     @classmethod
     def on(cls, module: nn.Module, run: RunForward) -> Forward:
-        """Puts a new one in place."""
+        """Makes a new one the `forward` of the module."""
         forward = vars(module)["forward"] = cls(module, run)
         return forward
 
-    @property
-    def replaced(self) -> Any:
-        """What the module's own attributes held before; None if nothing, so that the class's method counts."""
-        return self._replaced
-
     def disarm(self) -> None:
-        """Puts back what it has replaced, unless another pack has put something else there since; idempotent."""
+        """Puts back what it has replaced, unless another pack has replaced it since; idempotent."""
         self._run = None
         module = self._module()
         if module is None or vars(module).get("forward") is not self:
@@ -142,7 +133,8 @@ class Forward:
     def _forward(self, *arguments: Any, **keywords: Any) -> Any:
         module = self._module()
         assert module is not None, "its own attribute is being called"
-        original = self._original(module)
+        # The class's method is looked up now: another pack may have patched the class since.
+        original = functools.partial(type(module).forward, module) if self._replaced is None else self._replaced
         if self._run is None:
             return original(*arguments, **keywords)
         return self._run(module, original, arguments, keywords)
@@ -150,7 +142,3 @@ class Forward:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self._module()))
         return self if copied is None else functools.partial(type(copied).forward, copied)
-
-    def _original(self, module: nn.Module) -> Callable[..., Any]:
-        # The class is looked up now: others may have patched it since.
-        return functools.partial(type(module).forward, module) if self._replaced is None else self._replaced

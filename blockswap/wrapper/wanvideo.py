@@ -1,5 +1,5 @@
-"""What we rely on of ComfyUI-WanVideoWrapper, in order: its names, finding it, models that cannot be swapped, what is
-read from a transformer, and what is set on one.
+"""What this package relies on in ComfyUI-WanVideoWrapper: its names, how to find it, models that cannot be swapped, and
+what is read from a transformer and set on it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ..run.history import Workload
 from ..settings import EVERY_BLOCK
 
 LOAD, START, END = "load_weights", "init_blockswap", "offload_transformer"
-"""Functions that the wrapper calls to load a run's weights, to start the run, and to end it."""
+"""Functions that the wrapper calls to load the weights of a run, to start the run, and to end it."""
 
 SET = "loadmodel"
-"""Method of the node that gives a loaded model other arguments."""
+"""Method of the wrapper's node that gives a loaded model new arguments."""
 
 PARAMETERS = {
     LOAD: ("transformer", "block_swap_args"),
@@ -41,24 +41,24 @@ SOURCE_PHRASES = {
     "forward": ("enumerate(self.blocks)", "self.blocks_to_swap > 0"),
     "forward_vace": ("before_proj", "block.forward(", "after_proj", "self.vace_blocks_to_swap > 0"),
 }
-"""What the source of each method of the model must contain: there is the wrapper's own swapping, and there is ours."""
+"""What the source of the model's methods must contain, where the wrapper swaps and this package does instead."""
 
 COUNTERS = {"blocks_to_swap": -1, "vace_blocks_to_swap": -1, "prefetch_blocks": 0}
-"""Attributes that control the wrapper's own swapping, and their values in a new model, which switch it off."""
+"""Attributes that control the wrapper's own swapping, with their values in a new model, which switch it off."""
 
 ATTRIBUTES = ("blocks", "main_device", "offload_device", "patched_linear", *COUNTERS)
 """Attributes that a transformer must have."""
 
 HINTS_TO_HOST = 0.5
-"""As `vace_blocks_to_swap`: above 0, so that hints go to the host, and below 1, so that no VACE block is moved."""
+"""A `vace_blocks_to_swap` above 0, so that hints go to the host, and below 1, so that no VACE block moves."""
 
 CACHES = {"teacache": "TeaCache", "magcache": "MagCache", "easycache": "EasyCache"}
-"""Step caches: with one of these a forward changes what it keeps for later ones before its blocks run. A transformer
-has a switch, a first and a last step of each.
+"""Step caches: a forward with one of these changes state of later forwards before its blocks run. A transformer has a
+switch, a first step and a last step for each.
 """
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
-"""Modes of torch.compile that replay kernels at fixed addresses, which a block in changing slots does not have."""
+"""Modes of torch.compile that replay kernels at fixed addresses; a block in changing slots has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,22 +66,22 @@ class Wrapper:
     """The loaded wrapper.
 
     Attributes:
-        holders: For LOAD, START and END, the modules that hold this function, or what another pack has made of it; for
-            SET, the node class that has this method, in wrappers that have such a node.
+        holders: For LOAD, START and END: the modules that hold the function, or another pack's wrapping of it. For SET:
+            the node class with the method, or none in a wrapper without that node.
     """
 
     holders: Mapping[str, Sequence[ModuleType | type]]
 
 
 def find_wrapper(node_classes: Mapping[str, type]) -> Wrapper:
-    """Finds the wrapper behind ComfyUI's registered nodes and checks it.
+    """Finds the wrapper from ComfyUI's registered nodes and checks it.
 
     Args:
         node_classes: ComfyUI's NODE_CLASS_MAPPINGS.
 
     Raises:
-        WrapperMissingError: It is not installed.
-        WrapperError: It lacks something we rely on; the message names all of it.
+        WrapperMissingError: The wrapper is not loaded.
+        WrapperError: The wrapper lacks something that this package relies on; the message names all of it.
     """
     needed = ("WanVideoModelLoader", "WanVideoSampler")
     missing = [f"node {name}" for name in needed if name not in node_classes]
@@ -93,7 +93,7 @@ def find_wrapper(node_classes: Mapping[str, type]) -> Wrapper:
     if missing:
         raise _changed(missing)
     loader, sampler = (sys.modules[node_classes[name].__module__] for name in needed)
-    functions = {LOAD: getattr(loader, LOAD, None)} | {name: getattr(sampler, name, None) for name in (START, END)}
+    functions = {name: getattr(loader if name == LOAD else sampler, name, None) for name in (LOAD, START, END)}
     missing = _missing_of_functions(functions) + _missing_of_model(getattr(loader, "WanModel", None))
     if missing:
         raise _changed(missing)
@@ -109,7 +109,7 @@ def find_wrapper(node_classes: Mapping[str, type]) -> Wrapper:
 
 
 def _changed(missing: Sequence[str]) -> WrapperError:
-    """What it lacks does not show whether it is newer than we know or too old."""
+    # What is missing does not show whether the wrapper is too new or too old.
     return WrapperError(
         f"ComfyUI-WanVideoWrapper has changed, or is too old: {', '.join(missing)} "
         f"{'is' if len(missing) == 1 else 'are'} not as expected; update it and WanVideo Enhanced BlockSwap"
@@ -117,14 +117,13 @@ def _changed(missing: Sequence[str]) -> WrapperError:
 
 
 def _missing_of_functions(functions: Mapping[str, Any]) -> list[str]:
-    missing = [name for name, function in functions.items() if not callable(function)]
-    return missing + [
-        f"{name}({parameter}=…)"
-        for name, function in functions.items()
-        if callable(function)
-        for parameter in PARAMETERS[name]
-        if parameter not in _parameters(function)
-    ]
+    missing = []
+    for name, function in functions.items():
+        if callable(function):
+            missing += [f"{name}({one}=…)" for one in PARAMETERS[name] if one not in _parameters(function)]
+        else:
+            missing.append(name)
+    return missing
 
 
 def _missing_of_model(model: Any) -> list[str]:
@@ -153,20 +152,18 @@ def _parameters(function: Callable[..., Any]) -> Sequence[str]:
 
 
 def check_transformer(transformer: nn.Module) -> None:
-    """Raises WrapperError if the transformer lacks an attribute that its swapping needs."""
+    """Raises WrapperError if the transformer lacks an attribute that block swapping needs."""
     missing = [name for name in ATTRIBUTES if not hasattr(transformer, name)]
     if missing:
         raise WrapperError(
-            f"{type(transformer).__name__} has no {', '.join(missing)}, which block swapping needs; update WanVideo "
+            f"{type(transformer).__name__} lacks {', '.join(missing)}, which block swapping needs; update WanVideo "
             "Enhanced BlockSwap"
         )
 
 
 def refuse_cuda_graphs(compile_args: Mapping[str, Any] | None) -> None:
     """Raises WrapperError if blocks are compiled into CUDA graphs."""
-    if compile_args is None:
-        return
-    mode, backend = compile_args.get("mode"), compile_args.get("backend")
+    mode, backend = ((compile_args or {}).get(key) for key in ("mode", "backend"))
     if mode in CUDA_GRAPH_MODES or backend == "cudagraphs":
         what = f"mode {mode}" if mode in CUDA_GRAPH_MODES else f"backend {backend}"
         raise WrapperError(
@@ -176,9 +173,9 @@ def refuse_cuda_graphs(compile_args: Mapping[str, Any] | None) -> None:
 
 
 def refuse_vram_management(transformer: Any, model: Any = None) -> None:
-    """Raises WrapperError if the wrapper's own VRAM management has the model: it moves the same weights.
+    """Raises WrapperError if the wrapper's own VRAM management, which moves the same weights, has the model.
 
-    Either mark counts: weights are loaded without the model at hand, and older wrappers make no such entry.
+    Either mark counts: `model` is unknown while weights are loaded, and older wrappers make no such entry in it.
     """
     if getattr(transformer, "vram_management_enabled", False) or entry(model, "auto_cpu_offload"):
         raise WrapperError(
@@ -188,7 +185,7 @@ def refuse_vram_management(transformer: Any, model: Any = None) -> None:
 
 
 def entry(model: Any, key: str) -> Any:
-    """An entry of the wrapper's model, which is no mapping but has items; None if it has none of that name."""
+    """An item of the wrapper's model, which is not a mapping; None if it has no item of that name."""
     try:
         return model[key]
     except (KeyError, TypeError, AttributeError):
@@ -196,39 +193,39 @@ def entry(model: Any, key: str) -> Any:
 
 
 def unwrapped(module: Any) -> Any:
-    """The module inside torch.compile's OptimizedModule, however often it is wrapped."""
+    """The module inside any number of torch.compile's OptimizedModules."""
     while (inner := getattr(module, "_orig_mod", None)) is not None:
         module = inner
     return module
 
 
 def current_blocks(transformer: nn.Module) -> list[nn.Module]:
-    """The modules that a forward will call: torch.compile wraps the blocks anew at every run."""
+    """The modules that a forward will call; torch.compile wraps the blocks anew at every run."""
     return [block for _, block in blocks_of(transformer)]
 
 
 def named_blocks(transformer: nn.Module) -> tuple[tuple[str, nn.Module], ...]:
-    """Name and module of each block, without torch.compile's wrapping."""
+    """Name and module of each block, without the wrapping by torch.compile."""
     return tuple((name, unwrapped(block)) for name, block in blocks_of(transformer))
 
 
 def vace_blocks_of(transformer: Any) -> Sequence[nn.Module]:
-    """The VACE blocks, as they are now; none in a model without VACE."""
+    """The current VACE blocks; none in a model without VACE."""
     return tuple(getattr(transformer, "vace_blocks", None) or ())
 
 
 def host_weight_bytes(transformer: nn.Module) -> int:
-    """Bytes of the blocks' weights that are in host memory now."""
-    tensors = [tensor for _, block in named_blocks(transformer) for tensor in block.parameters()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.device.type == "cpu")
+    """Bytes of the blocks' weights in host memory now."""
+    weights = [weight for _, block in named_blocks(transformer) for weight in block.parameters()]
+    return sum(weight.numel() * weight.element_size() for weight in weights if weight.device.type == "cpu")
 
 
 def workload_of(transformer: Any, latents: Any, *, hints_to_host: bool) -> Workload | None:
-    """The workload of a forward with these latents; None if they are not what the wrapper gives.
+    """The workload of a forward; None if the latents are not of the shape that the wrapper passes.
 
     Args:
         transformer: The model.
-        latents: A list of `(channels, frames, rows, columns)`, or one tensor with a batch before that.
+        latents: A list of `(channels, frames, rows, columns)`, or one tensor with a batch dimension before these.
         hints_to_host: VACE hints take no device memory.
     """
     patch = getattr(transformer, "patch_size", None)
@@ -250,15 +247,15 @@ def workload_of(transformer: Any, latents: Any, *, hints_to_host: bool) -> Workl
 
 
 def retry_blocker(transformer: Any, original: Any, *, step: int) -> str | None:
-    """Why a forward that has begun cannot be repeated with the same result, as a clause; None if it can.
+    """Why a second call of a started forward could give another result, as a clause; None if it cannot.
 
-    The wrapper's own forward leaves its arguments alone and keeps nothing that a second call would meet, except in its
-    step caches. What other packs put in its place, or behind its blocks, may keep anything.
+    The wrapper's own forward leaves its arguments unchanged and keeps no state except in its step caches. A forward or
+    hook of another pack may keep state.
 
     Args:
         transformer: The model.
-        original: Its forward, as found when ours was put in front of it.
-        step: The sampling step that the forward belongs to.
+        original: The forward that ours calls.
+        step: The sampling step of the forward.
     """
     caches = [name for cache, name in CACHES.items() if _cache_acts(transformer, cache, step)]
     if caches:
@@ -278,18 +275,13 @@ def _cache_acts(transformer: Any, cache: str, step: int) -> bool:
 
 
 @contextlib.contextmanager
-def native_swapping_disabled(transformer: nn.Module, *, hints_to_host: bool) -> Iterator[None]:
-    """Meanwhile the wrapper's loop finds nothing to swap.
-
-    Args:
-        transformer: The model.
-        hints_to_host: VACE hints go to the host.
-    """
+def native_swapping_disabled(transformer: Any, *, hints_to_host: bool) -> Iterator[None]:
+    """A context in which the wrapper's loop finds nothing to swap; VACE hints go to the host if `hints_to_host`."""
     before = {name: getattr(transformer, name) for name in COUNTERS}
-    neutral = COUNTERS | ({"vace_blocks_to_swap": HINTS_TO_HOST} if hints_to_host else {})
     try:
-        for name, value in neutral.items():
-            setattr(transformer, name, value)
+        reset_counters(transformer)
+        if hints_to_host:
+            transformer.vace_blocks_to_swap = HINTS_TO_HOST
         yield
     finally:
         for name, value in before.items():
@@ -298,9 +290,9 @@ def native_swapping_disabled(transformer: nn.Module, *, hints_to_host: bool) -> 
 
 @contextlib.contextmanager
 def vace_blocks_entered(transformer: nn.Module, enter: Callable[[int], None]) -> Iterator[None]:
-    """Meanwhile `enter` is called before each VACE block runs. The wrapper calls their `forward` itself, which skips
-    all hooks on them: block 0 is entered before its `before_proj`, each other one after the `after_proj` of the block
-    before it.
+    """A context in which `enter` is called with the index of each VACE block before it runs. The wrapper calls
+    `block.forward`, which skips hooks on the block, so that the hooks are on its parts: block 0 is entered before its
+    `before_proj`, and each other block after the `after_proj` of the previous one.
     """
     handles: list[RemovableHandle] = []
     blocks = vace_blocks_of(transformer)
@@ -319,20 +311,20 @@ def vace_blocks_entered(transformer: nn.Module, enter: Callable[[int], None]) ->
 
 
 def reset_counters(transformer: nn.Module) -> None:
-    """Switches the wrapper's own swapping off: it never resets a count by itself, so that ours would stay for ever."""
+    """Switches the wrapper's own swapping off. The wrapper never resets a count by itself."""
     for name, value in COUNTERS.items():
         setattr(transformer, name, value)
 
 
 def reset_our_count(transformer: nn.Module) -> None:
-    """Resets the counters if the count is ours: a run that failed before its start has left it behind."""
+    """Resets the counters if the count is ours, left by a run that failed before it started."""
     if getattr(transformer, "blocks_to_swap", 0) == EVERY_BLOCK:
         reset_counters(transformer)
 
 
 def discard_packed_weights(transformer: nn.Module) -> None:
-    """Empties the packed (GGUF) weights of the blocks. The wrapper's loader would keep them on the device that they are
-    on; now it reads them anew.
+    """Empties the packed (GGUF) weights of the blocks, so that the wrapper's loader reads them again instead of keeping
+    them on their device.
     """
     for _, block in named_blocks(transformer):
         for module in block.modules():

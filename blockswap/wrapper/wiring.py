@@ -1,4 +1,4 @@
-"""Wiring: nodes that do not go together on one model, each case with its cause and remedy; pure."""
+"""Finds nodes that conflict on one model, each case with its cause and remedy; pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ..settings import NODE_KEY, is_ours
 
 MARK = "blocks_to_swap"
-"""Attribute that the wrapper's transformers have and ComfyUI's own have not."""
+"""Attribute that the wrapper's transformers have and those of ComfyUI lack."""
 
 THEIRS_WIN = (
     "WanVideo Set BlockSwap replaces the model's block_swap_args from WanVideo Enhanced BlockSwap by those of another "
@@ -23,11 +23,11 @@ OURS_WIN = (
 
 @dataclass(frozen=True, slots=True)
 class Miswired:
-    """Two nodes that do not go together.
+    """Two nodes that conflict.
 
     Attributes:
         why: Cause and remedy.
-        lost: Our arguments, if they have no effect; None if they have.
+        lost: Our arguments if they have no effect; None if they have an effect.
     """
 
     why: str
@@ -42,16 +42,16 @@ def arguments_of(patcher: Any) -> Any:
 
 
 def is_theirs(arguments: Any) -> bool:
-    """Whether BLOCKSWAPARGS come from another node. Ours puts its id into those for the wrapper's own swapping, too."""
+    """Whether BLOCKSWAPARGS come from another node; ours adds its id, also to those for the wrapper's own swapping."""
     return isinstance(arguments, Mapping) and NODE_KEY not in arguments and not is_ours(arguments)
 
 
 def wrong_with_setting(patcher: Any, given: Any) -> Miswired | None:
-    """What is wrong with replacing a loaded model's arguments by these; None if nothing is.
+    """The conflict between the arguments of a loaded model and new ones; None without a conflict.
 
     Args:
-        patcher: The model that comes to WanVideo Set BlockSwap.
-        given: The new arguments; None leaves the model as it is.
+        patcher: The model at WanVideo Set BlockSwap.
+        given: The new arguments; None keeps those of the model.
     """
     present = arguments_of(patcher)
     if not is_ours(given):
@@ -63,14 +63,14 @@ def wrong_with_setting(patcher: Any, given: Any) -> Miswired | None:
 
 
 def why_not_the_wrappers(patcher: Any) -> str | None:
-    """Why this is no model of the wrapper's loader; None if it is one.
+    """Why this model is not from the wrapper's loader; None if it is.
 
-    ComfyUI checks the types of links, but not behind nodes that pass anything on, such as switches.
+    ComfyUI checks the types of links, but not across nodes that pass any type on, such as switches.
     """
     model = getattr(patcher, "model", patcher)
     if hasattr(getattr(model, "diffusion_model", None), MARK):
         return None
     return (
-        f"block swapping expects a WANVIDEOMODEL but got {type(model).__name__}; load the file with WanVideo Model "
-        "Loader, or leave swapping off for ComfyUI's own Wan models (MODEL): ComfyUI offloads those by itself"
+        f"expected a WANVIDEOMODEL, got {type(model).__name__}; load the file with WanVideo Model Loader, or leave "
+        "swapping off for ComfyUI's own Wan models (MODEL): ComfyUI offloads those by itself"
     )
