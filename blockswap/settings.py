@@ -43,7 +43,7 @@ class SwapSettings:
         blocks_to_swap: Number of blocks to swap if `auto_hardware_tuning` is off. The plan cuts a count above the
             model's, and says so.
         enable_cuda_optimization: Copies overlap compute on streams of their own; off: copies use the compute stream.
-        enable_dram_optimization: Streamed weights are page-locked; off: pageable, and copies block the host.
+        enable_dram_optimization: Streamed weights are page-locked; off: pageable, with slower copies.
         auto_hardware_tuning: Budget, link and GPU determine count, streams and share of VRAM.
         vram_threshold_percent: Upper limit of VRAM use once the weights are placed, in percent of the card.
         num_cuda_streams: Number of copy streams if `auto_hardware_tuning` is off.

@@ -18,11 +18,13 @@ from wanvideo_enhanced_blockswap.blockswap.engine import binding, transfer
 from wanvideo_enhanced_blockswap.blockswap.engine.session import EVERY_FORWARD, SwapSession
 from wanvideo_enhanced_blockswap.blockswap.engine.trace import Trace
 from wanvideo_enhanced_blockswap.blockswap.errors import TransferError
+from wanvideo_enhanced_blockswap.blockswap.model.profile import profile_model
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import predict
 from wanvideo_enhanced_blockswap.blockswap.plan.schedule import Ring, VirtualTime, spread, steady_time
-from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, Timing
 from wanvideo_enhanced_blockswap.blockswap.simulation.races import WORKER
 from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware
-from wanvideo_enhanced_blockswap.blockswap.spans import COMPUTE, COPY, STALL, total_ms
+from wanvideo_enhanced_blockswap.blockswap.spans import COMPUTE, COPY, FORWARD, STALL, total_ms
 
 LATENESS = [0.0, 1.0]
 
@@ -327,6 +329,20 @@ def test_compute_and_copies_in_virtual_time_take_what_the_schedule_says() -> Non
         predicted = steady_time(time, [range(8)])
         assert total_ms(spans, STALL) == pytest.approx(predicted.stall)
         assert total_ms(spans, COMPUTE) == pytest.approx(predicted.compute)
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize(("compute_ms", "copy_ms"), [(50.0, 30.0), (50.0, 50.0), (30.0, 50.0)])
+def test_pageable_copies_overlap_compute_as_predicted(compute_ms: float, copy_ms: float, slots: int) -> None:
+    planner = fixed_plan([True] * 8, slots=slots, tiers=HostTier.PAGEABLE)
+    spans = timed(toy(8), planner, compute_ms=compute_ms, copy_ms=copy_ms, forwards=12).spans()
+    (forward,) = (span.duration_ms for span in spans if span.lane == FORWARD)
+    assert forward <= 1.1 * 8 * max(compute_ms, copy_ms)
+    profile = profile_model(toy(8).named).profile
+    timing = Timing(pageable_bytes_per_s=profile.blocks[0].slab_bytes / copy_ms * 1e3, compute_ms=(compute_ms,) * 8)
+    predicted = predict(profile, [True] * 8, slots, [HostTier.PAGEABLE] * 8, timing, overlap=True)
+    assert predicted is not None
+    assert forward == pytest.approx(predicted.elapsed)
 
 
 def test_a_violation_names_both_accesses() -> None:

@@ -143,7 +143,7 @@ MUTANTS = [
     Mutant(
         "rule 7: the worker overwrites a staging slab that is being copied",
         "host/staging.py",
-        "                staging.settle()  # Rule 7\n",
+        "                    source.settle()  # Rule 7\n",
         "",
         "test_rule_7_the_worker_waits_for_the_last_copy_from_its_staging_slab",
     ),
@@ -153,6 +153,13 @@ MUTANTS = [
         "            self._await_worker(slot)  # Rule 7\n",
         "            pass\n",
         "test_rule_7_a_block_waits_until_the_worker_has_recorded",
+    ),
+    Mutant(
+        "pageable slabs are copied in the host thread",
+        "engine/session.py",
+        "        if plan.overlap and any(tier is not HostTier.PINNED for tier in self.tiers.values()):\n",
+        "        if staging:\n",
+        "test_pageable_copies_overlap_compute_as_predicted",
     ),
     Mutant(
         "rule 8: a copy is started with another device current",

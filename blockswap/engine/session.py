@@ -17,7 +17,7 @@ from ..device.backend import Backend
 from ..device.failures import translate_device_errors
 from ..errors import BlockSwapError, UnsupportedModelError
 from ..host.slabs import HostStore, Slab
-from ..host.staging import Staging
+from ..host.staging import UnlockedCopies
 from ..model.layout import ModelProfile
 from ..model.profile import ProfiledModel, profile_model, refuse_grad
 from ..plan.swap_plan import HeldMemory, HostTier, SwapPlan
@@ -190,8 +190,8 @@ class SwapSession:
         transfer = holds.transfer = Transfer(streams, self.counters)
         swapper = holds.swapper = BlockSwapper(model, plan, holds.store, transfer, self.listeners)
         staging = holds.store.make_staging()
-        if staging:
-            transfer.staging = Staging(streams, staging, backend.make_worker(streams))
+        if plan.overlap and any(tier is not HostTier.PINNED for tier in self.tiers.values()):
+            transfer.unlocked = UnlockedCopies(streams, staging, backend.make_worker(streams))
         self.log.start(transfer)
         swapper.prefetch()
 
@@ -347,7 +347,7 @@ class Holdings:
     def staging_bytes(self) -> int:
         """Host memory of the staging slabs."""
         transfer = self.transfer
-        return 0 if transfer is None or transfer.staging is None else sum(p.size for p in transfer.staging.slabs)
+        return 0 if transfer is None or transfer.unlocked is None else sum(p.size for p in transfer.unlocked.slabs)
 
     def drop_device(self) -> None:
         """Points tensors at their masters and frees window, residents and staging, even if a step fails."""

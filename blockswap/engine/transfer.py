@@ -28,7 +28,7 @@ from torch.profiler import record_function
 from ..device.streams import Streams
 from ..device.worker import Job
 from ..host.slabs import Slab
-from ..host.staging import Staging
+from ..host.staging import UnlockedCopies
 from ..model.layout import align
 from ..plan.swap_plan import HostTier
 from ..spans import COPY
@@ -93,14 +93,14 @@ class Transfer:
         counters: Counts the copies; new counters if None.
 
     Attributes:
-        staging: Page-locked staging slabs with their worker; None if no slab is staged.
+        unlocked: Copies slabs that are not page-locked; None to copy them in the host thread.
         trace: Receives the spans of copies; None records nothing. May change between blocks.
     """
 
     def __init__(self, streams: Streams, counters: Counters | None = None) -> None:
         self.streams = streams
         self.counters = counters or Counters()
-        self.staging: Staging | None = None
+        self.unlocked: UnlockedCopies | None = None
         self.trace: Trace | None = None
         self._slots: tuple[Slot, ...] = ()
         self._compute: Any = None  # the stream that the last block was queued on
@@ -174,14 +174,15 @@ class Transfer:
         self.streams.record(self._slots[index].free, self._compute)  # Rule 4
 
     def start(self, index: int, slab: Slab, *, block: int) -> None:
-        """Starts to copy the slab of `block` into slot `index`; returns at once, except from pageable memory."""
+        """Starts to copy the slab of `block` into slot `index`; returns at once, unless the host thread copies pageable
+        memory.
+        """
         slot = self._slots[index]
         if slot.filling is not None:
             self._await_worker(slot)
         nbytes = slab.used_bytes
-        if slab.tier is HostTier.STAGED:
-            assert self.staging is not None, "a staged slab needs a transfer with staging"
-            slot.filling = self.staging.submit(slab, lambda source: self._copy_chunks(slot, source, nbytes, block))
+        if self.unlocked is not None and slab.tier is not HostTier.PINNED:
+            slot.filling = self.unlocked.submit(slab, lambda source: self._copy_chunks(slot, source, nbytes, block))
         else:
             slab.pages.in_flight[:] = self._copy_chunks(slot, slab.pages.tensor, nbytes, block)
         slot.block, slot.filled_bytes = block, nbytes
@@ -229,16 +230,16 @@ class Transfer:
 
     def close(self) -> None:
         """Gives up the window and the staging slabs, and ends the worker."""
-        staging, self.staging = self.staging, None
+        unlocked, self.unlocked = self.unlocked, None
         try:
             self.close_window()
         finally:
-            if staging is not None:
-                staging.close()
+            if unlocked is not None:
+                unlocked.close()
 
     def _copy_chunks(self, slot: Slot, source: torch.Tensor, nbytes: int, block: int) -> tuple[Any, ...]:
         """Queues copies of `source` into `slot`, one chunk per copy stream; returns the events behind them. The worker
-        calls it for staged slabs.
+        calls it for slabs that are not page-locked.
         """
         chunks = slot.chunks.get((block, source.data_ptr()))
         if chunks is None:

@@ -210,7 +210,9 @@ def _by_count(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, a
 def _saving(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, choice: Choice, other: Choice) -> float:
     """Share of a forward that `other` saves against `choice`; 0 if it is unknown or within the prediction's error."""
     before, after = (
-        predict(profile, swapped, slots, _tiers(profile, budget, inputs, swapped)[0], inputs.timing)
+        predict(
+            profile, swapped, slots, _tiers(profile, budget, inputs, swapped)[0], inputs.timing, overlap=inputs.overlap
+        )
         for swapped, slots in (choice, other)
     )
     if before is None or after is None or after.elapsed >= (1 - WORTH_A_SLOT) * before.elapsed:
@@ -260,6 +262,8 @@ def predict(
     slots: int,
     tiers: Sequence[HostTier | None],
     timing: Timing,
+    *,
+    overlap: bool,
 ) -> ForwardTime | None:
     """One forward of all blocks in virtual time, in ms; None if a speed is unknown."""
     if timing.compute_ms is None:
@@ -271,7 +275,7 @@ def predict(
             if speed is None:
                 return None
             transfer[i] = profile.blocks[i].slab_bytes / speed * 1e3
-    blocking = {i for i, tier in enumerate(tiers) if tier is HostTier.PAGEABLE}
+    blocking = () if overlap else range(len(swapped))
     ring = Ring(swapped, slots=slots)
     time = VirtualTime(ring, compute=timing.compute_ms, transfer=transfer, blocking=blocking)
     return steady_time(time, [range(len(swapped))])
@@ -351,7 +355,7 @@ def _complete(
         pinned_bytes=sum(block.slab_host_bytes for block in pinned) + staging_bytes,
         staging_bytes=staging_bytes,
         streamed_bytes=sum(block.slab_bytes for block in inside) if slots < len(inside) else 0,
-        predicted=predict(profile, swapped, slots, tiers, inputs.timing),
+        predicted=predict(profile, swapped, slots, tiers, inputs.timing, overlap=inputs.overlap),
         over_ceiling=device_bytes > limit,
         reasons=(*why, budget.reason, *reasons, *tuning, *inputs.notes),
         tuning=tuning,

@@ -19,7 +19,7 @@ class HostTier(Enum):
     STAGED = "staged"
     """Pageable: a worker thread copies through page-locked staging slabs."""
     PAGEABLE = "pageable"
-    """Pageable: the copy blocks the host."""
+    """Pageable: a worker thread copies, at the speed of the driver's own staging."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -96,7 +96,7 @@ class Planner:
         """A forward of the present workload with `plan`, in virtual time; None where a speed or time is unknown."""
         assert self.profile is not None, "a plan comes first"
         timing = timing_of(self.link, streams=plan.streams, compute_ms=self._compute_ms(self.profile))
-        return predict(self.profile, plan.swapped, plan.slots, plan.tiers, timing)
+        return predict(self.profile, plan.swapped, plan.slots, plan.tiers, timing, overlap=plan.overlap)
 
     def is_over_budget(self, plan: SwapPlan, *, own_bytes: int) -> bool:
         """Whether the weights exceed the present budget, by another amount than when this was last true.

@@ -81,6 +81,8 @@ class SimulatedRegistrar:
     def __init__(self, *, refuse_after: int | None = None, streams: SimulatedStreams | None = None) -> None:
         self.locked: dict[int, int] = {}
         self._streams = streams
+        if streams is not None:
+            streams.locked = self.locked
         self._left = refuse_after
 
     def register(self, pointer: int, nbytes: int) -> int:

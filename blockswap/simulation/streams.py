@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -95,6 +95,10 @@ class SimulatedStreams(Streams):
     Args:
         hardware: Speeds and memory; may be replaced between forwards.
         count: Number of copy streams; with 0, copies run on the first compute stream, as with `CudaStreams`.
+
+    Attributes:
+        locked: Address and bytes of page-locked memory; copies from other memory take the calling thread's time. None
+            takes all memory for page-locked.
     """
 
     def __init__(self, hardware: SimulatedHardware | None = None, *, count: int = 1) -> None:
@@ -107,6 +111,7 @@ class SimulatedStreams(Streams):
         self.allocated_bytes = 0
         self.peak_bytes = 0
         self.copied_bytes = 0
+        self.locked: Mapping[int, int] | None = None
         self._current_device = {HOST: 1, WORKER: 1}
         self._compute_streams = 0
         self._homes: dict[int, tuple[int, int, SimulatedStream]] = {}
@@ -179,14 +184,15 @@ class SimulatedStreams(Streams):
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: SimulatedStream) -> None:
         self._issue(stream, "queueing a copy")
-        first, last = target.data_ptr(), target.data_ptr() + target.nbytes
-        if not any(start <= first and last <= start + nbytes for start, nbytes, _ in self._homes.values()):
+        if not is_within(target, ((start, nbytes) for start, nbytes, _ in self._homes.values())):
             raise TransferError(f"a copy writes {target.nbytes:,} bytes of device memory that is not allocated")
         self.log.read(stream.name, source.data_ptr(), source.nbytes, "copy to the device")
         self.log.write(stream.name, target.data_ptr(), target.nbytes, "copy to the device")
         self.copied_bytes += target.nbytes
         begin = max(stream.now_ms, self._link_idle_ms)
         stream.now_ms = self._link_idle_ms = begin + target.nbytes / self.hardware.link_bytes_per_ms
+        if self.locked is not None and not is_within(source, self.locked.items()):
+            self._now_ms[self._actor] = max(self._now_ms[self._actor], stream.now_ms)
         target.fill_(POISON)
 
         def land() -> None:
@@ -276,3 +282,9 @@ class SimulatedStreams(Streams):
                 f"{what} needs device 0 to be current for the {self._actor}, but device {current} is; run it inside "
                 "the streams' guard"
             )
+
+
+def is_within(memory: torch.Tensor, ranges: Iterable[tuple[int, int]]) -> bool:
+    """Whether contiguous memory lies in one of the ranges, each an address and a number of bytes."""
+    first, last = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+    return any(start <= first and last <= start + nbytes for start, nbytes in ranges)
