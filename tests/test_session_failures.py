@@ -144,7 +144,7 @@ def threaded(registrar: SimulatedRegistrar) -> Backend:
 
 
 def staging_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "blockswap staging"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("blockswap staging")]
 
 
 def test_a_real_worker_computes_the_same_and_no_thread_is_left_after_close() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 from .failures import staged_failure
@@ -30,58 +30,27 @@ class Worker(Protocol):
         """Finishes the queued jobs and ends."""
 
 
+@dataclass(frozen=True, slots=True)
 class _ThreadJob:
-    def __init__(self, work: Callable[[], None]) -> None:
-        self._work: Callable[[], None] | None = work
-        self._done = threading.Event()
-        self._succeeded = False
-        # Its traceback holds this job and the slot that the job fills. `wait` and `join` clear it: the cycle would hold
-        # device memory until the garbage collector runs.
-        self._failure: BaseException | None = None
-
-    def run(self) -> None:
-        # Finished work must not keep its slot alive: `release` promises that the device memory is free.
-        work, self._work = self._work, None
-        assert work is not None, "a job runs once"
-        try:
-            work()
-            self._succeeded = True
-        except BaseException as failure:  # noqa: BLE001 - the host thread raises it in `wait`
-            self._failure = failure
-        finally:
-            self._done.set()
+    future: Future[None]
 
     def wait(self) -> None:
-        self._done.wait()
-        failure, self._failure = self._failure, None
+        failure = self.future.exception()
         if failure is not None:
             raise staged_failure(failure) from failure
 
     def join(self) -> bool:
-        self._done.wait()
-        self._failure = None
-        return self._succeeded
+        return self.future.exception() is None
 
 
 class ThreadWorker:
-    """One daemon thread. Copies by torch release the GIL, so that the host thread keeps running meanwhile."""
+    """One thread. Copies by torch release the GIL, so that the host thread keeps running meanwhile."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[_ThreadJob | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=_work_off, args=(self._jobs,), name="blockswap staging", daemon=True)
-        self._thread.start()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="blockswap staging")
 
     def submit(self, work: Callable[[], None]) -> Job:
-        job = _ThreadJob(work)
-        self._jobs.put(job)
-        return job
+        return _ThreadJob(self._executor.submit(work))
 
     def stop(self) -> None:
-        self._jobs.put(None)
-        self._thread.join()
-
-
-def _work_off(jobs: queue.SimpleQueue[_ThreadJob | None]) -> None:
-    while (job := jobs.get()) is not None:
-        job.run()
-        del job
+        self._executor.shutdown()

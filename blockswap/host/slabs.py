@@ -163,9 +163,8 @@ class Locking:
         try:
             self._lock()
             self._over.wait()
-        except BaseException:
-            self._over.wait()  # an interrupt ends the wait, but not the work of the driver
-            raise
+        finally:
+            self._over.wait()  # again: an interrupt ends the wait, but not the work of the driver
         failure, self._failure = self._failure, None
         if failure is None:
             return self._code
@@ -249,7 +248,7 @@ class HostStore:
                 self.finish_locking()  # first: a lock that succeeds after the unlocking would stay
 
     def unlock(self) -> None:
-        """Unlocks every slab after its last copy; slabs stay, and the next adopt chooses their tiers anew."""
+        """Unlocks every slab after its last copy; slabs stay, and the next adopt chooses their tiers again."""
         with contextlib.ExitStack() as stack:
             for slab in self.slabs.values():
                 stack.callback(slab.unlock)  # each slab, even if another fails

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..errors import WrapperError, WrapperMissingError
 from ..model.profile import blocks_of
@@ -103,8 +102,7 @@ def find_wrapper(node_classes: Mapping[str, type]) -> Wrapper:
         name: tuple(module for module in inside if _can_be_wrapped(vars(module).get(name), name)) for name in functions
     }
     setter = node_classes.get("WanVideoSetBlockSwap")
-    has_method = setter is not None and _can_be_wrapped(vars(setter).get(SET), SET)
-    holders[SET] = (setter,) if setter is not None and has_method else ()
+    holders[SET] = (setter,) if setter is not None and _can_be_wrapped(vars(setter).get(SET), SET) else ()
     return Wrapper(holders)
 
 
@@ -200,7 +198,7 @@ def unwrapped(module: Any) -> Any:
 
 
 def current_blocks(transformer: nn.Module) -> list[nn.Module]:
-    """The modules that a forward will call; torch.compile wraps the blocks anew at every run."""
+    """The modules that a forward will call; torch.compile wraps the blocks again at every run."""
     return [block for _, block in blocks_of(transformer)]
 
 
@@ -294,20 +292,16 @@ def vace_blocks_entered(transformer: nn.Module, enter: Callable[[int], None]) ->
     `block.forward`, which skips hooks on the block, so that the hooks are on its parts: block 0 is entered before its
     `before_proj`, and each other block after the `after_proj` of the previous one.
     """
-    handles: list[RemovableHandle] = []
     blocks = vace_blocks_of(transformer)
     entering = torch.compiler.disable(enter)
-    try:
+    with contextlib.ExitStack() as stack:  # removes the hooks
         if blocks:
             first = unwrapped(blocks[0]).before_proj
-            handles.append(first.register_forward_pre_hook(lambda module, arguments: entering(0), prepend=True))
+            stack.enter_context(first.register_forward_pre_hook(lambda module, arguments: entering(0), prepend=True))
         for index, block in enumerate(blocks[:-1], start=1):
             after = unwrapped(block).after_proj
-            handles.append(after.register_forward_hook(lambda module, arguments, output, i=index: entering(i)))
+            stack.enter_context(after.register_forward_hook(lambda module, arguments, output, i=index: entering(i)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def reset_counters(transformer: nn.Module) -> None:
