@@ -65,7 +65,9 @@ def test_the_one_block_that_is_asked_for_comes_through_a_slot_and_no_other_does(
         assert counters.onloads >= run.session.adoptions * len(slabs)
         small = sum(small_bytes(block) for block in profile.blocks)
         placed = sum(block.streamed_bytes for block in residents) + small
-        assert counters.placed_bytes == pytest.approx(run.session.adoptions * placed, rel=0.01)
+        resident = [i for i, swapped in enumerate(plan.swapped) if not swapped]
+        aligned = profile.small_device_bytes + profile.resident_device_bytes(resident)
+        assert placed <= counters.placed_bytes / run.session.adoptions <= aligned
 
 
 @pytest.mark.parametrize("asked", [("txt",), ("img",), ("txt", "img")], ids="_".join)

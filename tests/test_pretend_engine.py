@@ -130,7 +130,8 @@ def test_outputs_traffic_and_memory_are_as_promised(
     often = FORWARDS if count > slots else 1
     streamed = often * sum(b.slab_bytes for b, s in zip(profile.blocks, swapped, strict=True) if s)
     moved = cost.h2d_bytes - reference.cost.h2d_bytes
-    assert fixed + streamed <= moved <= fixed + streamed + plan.slots * plan.slot_bytes
+    # A buffer of residents is copied with what aligns its tensors.
+    assert fixed + streamed <= moved <= streamed + plan.device_bytes
     with measured(pretend_stats) as ending:
         session.close()
     assert ending.d2h_bytes == 0

@@ -16,6 +16,7 @@ from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
 from wanvideo_enhanced_blockswap.blockswap.run.machine import LastKnownReadings
 from wanvideo_enhanced_blockswap.blockswap.run.run import SwapRun
+from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedRegistrar
 
 PACKAGE = Path(sys.modules["wanvideo_enhanced_blockswap"].__file__ or "").parent
 TESTS = Path(__file__).parent
@@ -73,7 +74,11 @@ def steady() -> Bench:
     backend = bench.simulation.backend
     streams = Paced()
     in_place = Backend(
-        torch.device("cpu"), lambda count, overlap: streams, None, backend.pin_budget, backend.make_worker
+        torch.device("cpu"),
+        lambda count, overlap: streams,
+        SimulatedRegistrar(),
+        backend.pin_budget,
+        backend.make_worker,
     )
     bench.run = SwapRun(bench.model.named, bench.run.planner.settings, bench.machine, in_place, root=bench.model)
     bench.forward(times=12)

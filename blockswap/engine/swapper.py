@@ -13,12 +13,13 @@ from torch import nn
 from ..device.failures import device_error
 from ..device.streams import to_device
 from ..errors import BlockSwapError, TransferError, UnsupportedModelError
+from ..host.pages import PageMemory
 from ..host.slabs import HostStore, Slab
 from ..model.layout import Placement, device_bytes, slab_offsets
 from ..model.profile import ProfiledModel, TensorEntry
-from ..model.tensors import copy_bytes, element_view, flat, span_bytes, storage_key, version_of
+from ..model.tensors import copy_bytes, element_view, flat, storage_key, version_of
 from ..plan.schedule import Ring, Step
-from ..plan.swap_plan import SwapPlan
+from ..plan.swap_plan import HostTier, SwapPlan
 from ..spans import COMPUTE, STALL
 from .binding import BlockBinding, TensorBinding, bind, bring_back
 from .trace import Trace
@@ -82,6 +83,7 @@ class BlockSwapper:
         self._bound: list[TensorBinding] = []
         self._fixed: list[tuple[TensorEntry, torch.Tensor, torch.Tensor]] = []
         self._memories: list[torch.Tensor] = []
+        self._gathered: PageMemory | None = None  # host memory in which `_copy_to_device` gathers, during `_place`
         self._running: tuple[int, int | None, Any] | None = None  # block, slot, mark at its start
         self._copies: Transfer | LabelledTransfer = transfer
         try:
@@ -233,6 +235,9 @@ class BlockSwapper:
             if block + 1 == len(self._model.entries):
                 self._store.finish_locking()  # so that the last progress update includes the final lock
             self._report_placed(block + 1)
+        if self._gathered is not None:
+            self._gathered.unpin()
+            self._gathered = None
 
     def _report_placed(self, count: int) -> None:
         if self._listeners.on_placed is not None:
@@ -254,25 +259,38 @@ class BlockSwapper:
                 self._listeners.on_master(f"{name}.{entry.path}", address, master)
 
     def _copy_to_device(self, entries: Sequence[TensorEntry]) -> None:
-        """Copies tensors into one new device buffer and points them there; tensors on the device already stay."""
+        """Copies tensors into one new device buffer and points them there; tensors on the device already stay.
+
+        They are gathered in memory of ours first, for one copy. Copies from the loader's file mapping take seconds per
+        tensor with ROCm on Linux (ROCm/ROCm#6523: 5 s where the heap takes 4 ms), and are slow everywhere.
+        """
         device = self._transfer.streams.device
         entries = [e for e in entries if e.tensor.device != device or device.type == "cpu"]
         offsets, end = slab_offsets(entry.extent for entry in entries)
         if not entries:
             return
-        memory = self._transfer.allocate(device_bytes(end))
+        memory, gathered = self._transfer.allocate(device_bytes(end)), self._gather(end)
         self._memories.append(memory)
-        starts = {id(entry): offset for entry, offset in zip(entries, offsets, strict=True)}
-        for entry in entries:
+        offset_of = {id(entry): offset for entry, offset in zip(entries, offsets, strict=True)}
+        starts = [offset_of[id(entry.leader or entry)] + entry.offset for entry in entries]
+        for entry, start in zip(entries, starts, strict=True):
+            copy_bytes(element_view(gathered.tensor, entry.tensor, offset=start), entry.tensor)
+        self._transfer.place(memory, gathered, end)
+        for entry, start in zip(entries, starts, strict=True):
             tensor = entry.tensor
-            start = starts[id(entry.leader or entry)] + entry.offset
             copy = element_view(memory, tensor, offset=start)
-            copy_bytes(copy, tensor)
-            self._transfer.counters.placed_bytes += span_bytes(tensor)
             with torch._C.DisableTorchFunctionSubclass():
                 master = tensor.detach()
             self._bound.append(TensorBinding(entry, tensor, master, copy, version_of(tensor)))
             bind((tensor,), (copy,))
+
+    def _gather(self, nbytes: int) -> PageMemory:
+        """Host memory of at least `nbytes` that no copy reads; page-locked if slabs are, and if that succeeds."""
+        if self._gathered is None or self._gathered.size < nbytes:
+            are_locked = any(tier in (HostTier.PINNED, HostTier.STAGED) for tier in self._plan.tiers)
+            self._gathered = self._store.make_pages(nbytes, pin=are_locked)
+        self._gathered.settle()
+        return self._gathered
 
     def _move(self, entry: TensorEntry) -> None:
         """Replaces a tensor that cannot be pointed elsewhere by a copy on the device; release brings it back."""

@@ -27,6 +27,7 @@ from torch.profiler import record_function
 
 from ..device.streams import Streams
 from ..device.worker import Job
+from ..host.pages import PageMemory
 from ..host.slabs import Slab
 from ..host.staging import UnlockedCopies
 from ..model.layout import align
@@ -72,7 +73,7 @@ class Counters:
     Attributes:
         onloads: Copies of a slab into a slot.
         onloaded_bytes: Bytes of the onloads.
-        placed_bytes: Bytes of residents and small tensors, copied to the device at adopt.
+        placed_bytes: Bytes of residents and small tensors, copied to the device at adopt, with their alignment.
         returned_bytes: Bytes copied back to the host: only buffers that a forward has changed, never weights.
     """
 
@@ -145,6 +146,15 @@ class Transfer:
         """
         with self.streams.guard():  # Rule 8
             return self.streams.allocate(nbytes)
+
+    def place(self, memory: torch.Tensor, source: PageMemory, nbytes: int) -> None:
+        """Queues a copy of the first `nbytes` of `source` to memory beside the window, on the compute stream."""
+        with self.streams.guard():  # Rule 8
+            stream, copied = self.streams.current(), self.streams.event()
+            self.streams.copy(memory[:nbytes], source.tensor[:nbytes], stream)
+            self.streams.record(copied, stream)
+            source.in_flight.append(copied)  # Rule 6
+        self.counters.placed_bytes += nbytes
 
     def free(self, memory: torch.Tensor) -> None:
         """Gives up memory beside the window; call `close_window` first."""

@@ -297,6 +297,18 @@ class HostStore:
             slab.tier = HostTier.PAGEABLE
         return []
 
+    def make_pages(self, nbytes: int, *, pin: bool) -> PageMemory:
+        """Memory for other uses than slabs. `pin` page-locks it where the budget allows and the driver agrees.
+
+        Raises:
+            HostMemoryError: The system has no memory for it.
+        """
+        pages = PageMemory(nbytes, self.streams)
+        if pin and self.registrar is not None and not self.refusals and pages.size <= self.budget.left_bytes:
+            self.finish_locking()
+            pages.pin(self.registrar, self.budget)
+        return pages
+
     def _lock_staging(self, pages: PageMemory) -> bool:
         if self.registrar is None or not self._is_within_budget(pages, "a staging slab"):
             return False

@@ -35,10 +35,19 @@ def swapped_bytes(plan: dict) -> int:
     return sum(n for n, is_swapped in zip(plan["streamed_bytes"], plan["swapped"], strict=True) if is_swapped)
 
 
+def fixed_bytes(plan: dict) -> int:
+    """Residents and small tensors."""
+    return sum(plan["streamed_bytes"]) - swapped_bytes(plan) + sum(plan["small_bytes"])
+
+
 def placed_bytes(plan: dict) -> int:
     """Residents and small tensors, which an adoption copies; and blocks that have a slot each for good."""
-    always = sum(plan["streamed_bytes"]) - swapped_bytes(plan) + sum(plan["small_bytes"])
-    return always + (swapped_bytes(plan) if not streams(plan) else 0)
+    return fixed_bytes(plan) + (swapped_bytes(plan) if not streams(plan) else 0)
+
+
+def alignment_bytes(plan: dict) -> int:
+    """What aligns residents and small tensors in their buffers, and is copied with them."""
+    return plan["device_bytes"] - plan["slots"] * plan["slot_bytes"] - fixed_bytes(plan)
 
 
 def streams(plan: dict) -> bool:
@@ -57,7 +66,7 @@ def to_device(variant: str, run: SimpleNamespace, unswapped: SimpleNamespace) ->
     exact += sum(placed_bytes(plan) for plan in plans.values())
     exact += sum(swapped_bytes(plan) for plan in ran if streams(plan))
     exact += hints_to_host(variant, run)
-    window = sum(plan["slots"] * plan["slot_bytes"] for plan in plans.values())
+    window = sum(plan["slots"] * plan["slot_bytes"] + alignment_bytes(plan) for plan in plans.values())
     return Range((exact - skipped * largest) * (1 - SHARE), exact * (1 + SHARE) + window + skipped * largest)
 
 
