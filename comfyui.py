@@ -225,15 +225,29 @@ class ComfyUI:
             self.report_off(wrong.why, node=None if wrong.lost is None else node_of(wrong.lost))
 
     def _pin_budget(self) -> PinBudget:
-        """The limit of page-locked memory under the user's present settings."""
+        """The limit of page-locked memory under the user's present settings, less what ComfyUI has locked itself."""
         try:
             limit = read_host_memory().pin_budget_bytes
         except READING_FAILURES as failure:
             self.warn_once(f"host memory cannot be read: {failure}; the limit of page-locked memory stays as it is")
             return self._pins
         asked = self._preferences().pin_budget_bytes
-        self._pins.limit_bytes = limit if asked is None else min(limit, asked)
+        limit = limit if asked is None else min(limit, asked)
+        self._pins.limit_bytes = max(0, limit - self._comfyui_locks(limit))
         return self._pins
+
+    def _comfyui_locks(self, limit: int) -> int:
+        """Host memory that ComfyUI has page-locked for its own models. It gives up that of idle models where it leaves
+        less than half of `limit`: two limits of 40 % of RAM are more than Windows locks.
+        """
+        import comfy.model_management as management
+
+        locked = int(getattr(management, "TOTAL_PINNED_MEMORY", 0))  # ComfyUI from 2025-10 on
+        free_registrations = getattr(management, "free_registrations", None)
+        if free_registrations is not None and locked > limit // 2:
+            free_registrations(locked - limit // 2, evict_active=False)
+            locked = int(management.TOTAL_PINNED_MEMORY)
+        return locked
 
     def _preferences(self) -> Preferences:
         """The user's settings; defaults with --multi-user, where each user has a file but memory is shared."""

@@ -64,7 +64,7 @@ def _read_cgroup(root: Path) -> tuple[int | None, int | None]:
     """
     limits: list[int] = []
     headrooms: list[int] = []
-    for folder, (limit_name, usage_name, cache_name) in _memory_groups(root):
+    for folder, (limit_name, usage_name, prefix) in _memory_groups(root):
         limit, usage = _read_count(folder / limit_name), _read_count(folder / usage_name)
         if limit is None:
             continue
@@ -73,7 +73,8 @@ def _read_cgroup(root: Path) -> tuple[int | None, int | None]:
             _warn_once(folder, limit)
             continue
         stat = dict(line.partition(" ")[::2] for line in (read_text(folder / "memory.stat") or "").splitlines())
-        cache = int(stat.get(cache_name, 0))  # without it, less memory counts as available
+        # Both lists of file pages can be dropped; without them, less memory counts as available.
+        cache = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
         headrooms.append(max(0, limit - max(0, usage - cache)))
     return min(limits, default=None), min(headrooms, default=None)
 
@@ -86,10 +87,10 @@ def _warn_once(folder: Path, limit: int) -> None:
 def _memory_groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
     """Folders of this process's memory control groups, innermost first.
 
-    With each come the names of its limit, its usage, and the line of memory.stat with its reclaimable page cache.
+    With each come the names of its limit and its usage, and what precedes the names of its own totals in memory.stat.
     """
-    version1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    version2 = ("memory.max", "memory.current", "inactive_file")
+    version1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    version2 = ("memory.max", "memory.current", "")
     for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
         hierarchy, controllers, group = line.split(":", 2)
         if "memory" in controllers.split(","):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ _ESTIMATED_FREE_PERCENT = 100 - _OTHERS_PERCENT
 # torch and the vendor differ by what the driver keeps for itself, 1 to 3 % of a device; its parts differ by much more.
 _SAME_DEVICE_PERCENT = 10
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation and hipErrorOutOfMemory: the driver's own refusal
+# The driver's text in torch 2.6 and 2.7; cuBLAS, hipBLAS and cuDNN as torch reports them; Triton's CudaUtils.
+_REFUSALS = re.compile(r"(CUDA|HIP) error: out of memory|STATUS_ALLOC_FAILED|Triton Error \[\w+\]: out of memory")
 # AMD's documentation of hipMemGetInfo, on Windows: free "only accounts for memory allocated by this process".
 # On WSL2 that depends on the library between HIP and the driver: librocdxg counts the other processes.
 _WHY_NOT_BELIEVED = {
@@ -32,11 +35,14 @@ _WHY_NOT_BELIEVED = {
 
 
 def is_out_of_memory(failure: BaseException) -> bool:
-    """Whether torch's allocator refused memory, or the driver did without it (AcceleratorError of torch 2.8 and later,
-    which carries the driver's code).
+    """Whether torch's allocator, the driver or a library refused device memory.
+
+    The driver's refusal carries its code since torch 2.8 (AcceleratorError); before that, and from cuBLAS, cuDNN and
+    Triton, it is a RuntimeError with a text.
     """
     return isinstance(failure, torch.OutOfMemoryError) or (
-        isinstance(failure, RuntimeError) and getattr(failure, "error_code", None) == _OUT_OF_MEMORY
+        isinstance(failure, RuntimeError)
+        and (getattr(failure, "error_code", None) == _OUT_OF_MEMORY or _REFUSALS.search(str(failure)) is not None)
     )
 
 

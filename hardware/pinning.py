@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,6 +27,20 @@ _REGISTER_RESULTS = {
 def register_result(code: int) -> str:
     """A return code of the driver in words."""
     return f"code {code}, {_REGISTER_RESULTS.get(code, 'a driver error')}"
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """No garbage collection inside. Between a call that failed and `consume_error`, it could drop a tensor whose
+    deallocation reports the pending error as its own (cudaMallocAsync).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Registrar(Protocol):

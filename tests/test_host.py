@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import mmap
+import sys
 import weakref
 from collections.abc import Sequence
 
@@ -328,3 +330,91 @@ def test_a_system_without_memory_is_said_with_the_bytes(monkeypatch: pytest.Monk
     monkeypatch.setattr(pages, "_Pages", refuse)
     with pytest.raises(HostMemoryError, match=r"refused 20,480 bytes.*close other programs"):
         PageMemory(5000 * 4, InlineStreams(torch.device("cpu")))
+
+
+def advice_of(pages: PageMemory) -> set[str]:
+    """The kernel's flags of the pages."""
+    with open("/proc/self/smaps", encoding="ascii") as maps:
+        inside = False
+        for line in maps:
+            first = line.split(" ", 1)[0]
+            if "-" in first and not first.endswith(":"):
+                begin, end = (int(part, 16) for part in first.split("-"))
+                inside = begin <= pages.tensor.data_ptr() < end
+            elif inside and line.startswith("VmFlags:"):
+                return set(line.split()[1:])
+    raise AssertionError("the pages are not mapped")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's flags are Linux's")
+def test_locked_pages_are_neither_inherited_by_a_fork_nor_made_huge() -> None:
+    budget = PinBudget(1 << 30)
+    pages = PageMemory(1 << 16, InlineStreams(torch.device("cpu")))
+    assert "dc" not in advice_of(pages)
+    pages.pin(Recorder(), budget)
+    assert {"dc", "nh"} <= advice_of(pages)  # do not copy on fork, no huge pages
+    pages.unpin()
+    assert "dc" not in advice_of(pages)
+    assert pages.pin(Recorder(2), budget) == 2
+    assert "dc" not in advice_of(pages)
+
+
+def test_no_garbage_is_collected_between_a_refused_lock_and_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled: list[bool] = []
+
+    class Asked(Recorder):
+        def consume_error(self) -> None:
+            enabled.append(gc.isenabled())
+
+    PageMemory(1, InlineStreams(torch.device("cpu"))).pin(Asked(2), PinBudget(1 << 20))
+    assert (enabled, gc.isenabled()) == ([False], True)
+
+
+class Kernel32:
+    """Windows' VirtualAlloc and VirtualFree, over pages of this system."""
+
+    def __init__(self, *, refuses: bool = False) -> None:
+        self.refuses = refuses
+        self.pages: dict[int, mmap.mmap] = {}
+        self.calls: list[tuple[str, int]] = []
+
+        def allocate(address: None, size: ctypes.c_size_t, kind: int, protection: int) -> int | None:
+            assert (address, kind, protection) == (None, 0x3000, 0x04)
+            if self.refuses:
+                return None
+            pages = mmap.mmap(-1, size.value)
+            at = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+            self.pages[at] = pages
+            self.calls.append(("allocate", size.value))
+            return at
+
+        self.VirtualAlloc = allocate
+
+    def VirtualFree(self, address: ctypes.c_void_p, size: ctypes.c_size_t, kind: int) -> int:  # noqa: N802
+        assert (size.value, kind) == (0, 0x8000)
+        self.calls.append(("free", len(self.pages.pop(address.value or 0))))
+        return 1
+
+
+def test_on_windows_pages_come_from_virtual_alloc_and_unlock_before_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel32, registrar, budget = Kernel32(), Recorder(), PinBudget(1 << 30)
+    monkeypatch.setattr(pages, "_anonymous_pages", lambda size: pages.virtual_pages(size, kernel32))
+    memory = PageMemory(PAGE + 1, InlineStreams(torch.device("cpu")))
+    memory.tensor.fill_(7)
+    memory.pin(registrar, budget)
+    view = memory.tensor[5:10]
+    del memory
+    assert kernel32.calls == [("allocate", 2 * PAGE)]  # a parameter may outlive the memory's own object
+    assert view.tolist() == [7] * 5
+    del view
+    assert registrar.names == ["register", "unregister"]
+    assert kernel32.calls == [("allocate", 2 * PAGE), ("free", 2 * PAGE)]
+    assert (budget.used_bytes, kernel32.pages) == (0, {})
+
+
+def test_a_refusal_of_virtual_alloc_is_our_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "get_last_error", lambda: 1455, raising=False)
+    monkeypatch.setattr(pages, "_anonymous_pages", lambda size: pages.virtual_pages(size, Kernel32(refuses=True)))
+    with pytest.raises(HostMemoryError, match=r"the system refused 4,096 bytes") as failure:
+        PageMemory(1, InlineStreams(torch.device("cpu")))
+    assert "error 1455" in str(failure.value.__cause__)

@@ -382,6 +382,29 @@ def test_the_pin_budget_is_what_the_user_says_at_the_next_run(comfy: SimpleNames
     assert pins.limit_bytes > GIB // 4
 
 
+def test_what_comfyui_has_locked_itself_is_not_locked_again_and_idle_models_give_theirs_up(
+    comfy: SimpleNamespace,
+) -> None:
+    management = sys.modules["comfy.model_management"]
+    (arguments,) = SWAP().setargs(auto_hardware_tuning=False, blocks_to_swap=3)
+    workflow, _ = sampled(arguments)
+    pins = node_module.COMFYUI.gate.run_of(workflow.transformer).planner.pins
+    limit = pins.limit_bytes
+    vars(management).update(TOTAL_PINNED_MEMORY=limit // 4)
+    workflow.sample()
+    assert pins.limit_bytes == limit - limit // 4
+    asked = []
+
+    def free_registrations(shortfall: int, *, evict_active: bool) -> None:
+        asked.append((shortfall, evict_active))
+        vars(management).update(TOTAL_PINNED_MEMORY=limit // 8)
+
+    vars(management).update(TOTAL_PINNED_MEMORY=limit, free_registrations=free_registrations)
+    workflow.sample()
+    assert asked == [(limit - limit // 2, False)]
+    assert pins.limit_bytes == limit - limit // 8
+
+
 def test_a_settings_file_that_cannot_be_read_is_said_once_and_costs_nothing_else(
     comfy: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:

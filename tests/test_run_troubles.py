@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from run_bench import COUNT, LARGE_VIDEO, SMALL_VIDEO, Bench, CountingSampler, X, near_balance
+from wanvideo_enhanced_blockswap.blockswap.device.failures import is_driver_refusal
 from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError, DeviceMemoryError
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 from wanvideo_enhanced_blockswap.blockswap.run.run import TIMED_FORWARDS
@@ -270,3 +271,48 @@ def test_the_marks_of_a_long_run_do_not_pile_up() -> None:
     trace = bench.run.session.trace
     assert trace is not None
     assert len(trace._marks) < 2 * COUNT
+
+
+def test_a_refusal_of_the_driver_is_answered_by_less_page_locked_memory_before_a_smaller_plan() -> None:
+    bench = Bench(room=5, settings=SwapSettings(auto_hardware_tuning=False, blocks_to_swap=4))
+    bench.forward(times=2)
+    plan = bench.run.plan
+    assert plan is not None
+    before, pinned = plan.swapped, plan.pinned_bytes
+    assert pinned > 0
+    locked = []
+    for _ in range(2):
+        bench.run.shrink("CUDA error: out of memory", by_driver=True)
+        assert bench.run.session.pinned_bytes == 0
+        bench.forward()
+        locked.append(bench.run.session.pinned_bytes)
+        assert bench.run.plan is not None
+        assert bench.run.plan.swapped == before
+    assert 0 < locked[0] <= pinned // 2
+    assert locked[1] == 0
+    bench.run.shrink("CUDA error: out of memory", by_driver=True)  # nothing is locked: the plan is to blame
+    bench.forward()
+    assert bench.swapped == COUNT
+    report = bench.run.report()
+    assert report is not None
+    assert report.measured.replans == (
+        *["the driver refused memory: less host memory is page-locked"] * 2,
+        "the device ran out of memory",
+    )
+
+
+@pytest.mark.parametrize(
+    ("failure", "cause", "expected"),
+    [
+        (RuntimeError("CUDA error: out of memory"), None, True),
+        (DeviceMemoryError("the device ran out of memory"), RuntimeError("CUDA error: out of memory"), True),
+        (DeviceMemoryError("not enough VRAM"), torch.OutOfMemoryError("CUDA out of memory."), False),
+        (torch.OutOfMemoryError("CUDA out of memory."), None, False),
+        (RuntimeError("CUDA error: unspecified launch failure"), None, False),
+    ],
+)
+def test_the_driver_s_refusal_is_told_from_the_allocator_s(
+    failure: Exception, cause: Exception | None, expected: bool
+) -> None:
+    failure.__cause__ = cause
+    assert is_driver_refusal(failure) is expected

@@ -48,6 +48,17 @@ def device_error(failure: RuntimeError, what: str) -> BlockSwapError:
     )
 
 
+def is_driver_refusal(failure: BaseException | None) -> bool:
+    """Whether the driver refused memory, and not torch's allocator, here or in what caused the failure. Windows' driver
+    refuses ordinary copies as well where nearly all memory that may be page-locked is locked.
+    """
+    while failure is not None:
+        if is_out_of_memory(failure) and not isinstance(failure, (torch.OutOfMemoryError, DeviceMemoryError)):
+            return True
+        failure = failure.__cause__
+    return False
+
+
 def staged_failure(failure: BaseException) -> TransferError:
     """The error that the host thread raises for a failure in the staging worker."""
     return TransferError(f"a staged copy to the device failed: {failure}")

@@ -22,10 +22,12 @@ class Streams(ABC):
     Attributes:
         device: Where memory is allocated.
         copy_streams: The streams that copies run on.
+        least_chunk_bytes: A slab is not cut into smaller chunks for several copy streams.
     """
 
     device: torch.device
     copy_streams: Sequence[Any]
+    least_chunk_bytes = 1
 
     @abstractmethod
     def guard(self) -> contextlib.AbstractContextManager[object]:
@@ -103,6 +105,8 @@ class CudaStreams(Streams):
         device: The device, with or without index.
         count: Number of copy streams; with 0, copies run on the stream that is current now, in order with its kernels.
     """
+
+    least_chunk_bytes = 32 << 20  # far above what waiting for one more event costs
 
     def __init__(self, device: torch.device, *, count: int) -> None:
         self.device = with_index(device)

@@ -94,7 +94,8 @@ class SwapSession:
         self._planner = planner
         self._backend = backend
         self._holds = Holdings()
-        weakref.finalize(self, self._holds.drop)
+        # Not at exit, where it would unlock gigabytes beside a thread of ComfyUI that still runs: the system does it.
+        weakref.finalize(self, self._holds.drop).atexit = False
         self._handles: list[RemovableHandle] = []
         enter = weakref.WeakMethod(self.enter)
         self._hooks = [block_hook(self._holds, enter, index) for index in range(len(self._named))]

@@ -272,7 +272,7 @@ class Transfer:
     def _cut(self, slot: Slot, source: torch.Tensor, nbytes: int) -> list[tuple[Any, torch.Tensor, torch.Tensor]]:
         """For each copy stream that gets a chunk: the stream, the chunk of the slot, the chunk of the source."""
         copies = self.streams.copy_streams
-        chunk = align(max(1, -(-nbytes // len(copies))), CHUNK_ALIGNMENT)
+        chunk = align(max(-(-nbytes // len(copies)), self.streams.least_chunk_bytes), CHUNK_ALIGNMENT)
         parts = [slice(begin, min(begin + chunk, nbytes)) for begin in range(0, nbytes, chunk)]
         with torch.inference_mode(mode=False):
             return [(stream, slot.memory[part], source[part]) for stream, part in zip(copies, parts, strict=False)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import mmap
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...hardware.pinning import PinBudget, Registrar, register_result
+from ...hardware.pinning import PinBudget, Registrar, collector_paused, register_result
 from ..device.streams import Streams
 from ..errors import HostMemoryError
 from ..model.layout import align
@@ -32,15 +33,52 @@ class _Pages(mmap.mmap):
             self.before_unmap()
 
 
-def _anonymous_pages(size: int) -> _Pages:
-    # Private, since Linux by default gives huge pages to private memory only, and filling and locking go page by page.
+def _anonymous_pages(size: int) -> Any:
+    """A writable buffer of whole pages that calls its `before_unmap` before it goes.
+
+    Raises:
+        OSError: The system has no memory for it.
+    """
     if sys.platform == "win32":
-        return _Pages(-1, size)
+        return virtual_pages(size, ctypes.WinDLL("kernel32", use_last_error=True))
+    # Private, since Linux by default gives huge pages to private memory only, and filling and locking go page by page.
     pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel built without huge pages
-            pages.madvise(mmap.MADV_HUGEPAGE)
+    _advise(pages, "MADV_HUGEPAGE")
     return pages
+
+
+def virtual_pages(size: int, kernel32: Any) -> Any:
+    """Pages from VirtualAlloc. On Windows, `mmap` gives views of the paging file, which no driver promises to lock.
+
+    Raises:
+        OSError: VirtualAlloc refused.
+    """
+    commit, read_write, release = 0x3000, 0x04, 0x8000  # MEM_COMMIT | MEM_RESERVE, PAGE_READWRITE, MEM_RELEASE
+    kernel32.VirtualAlloc.restype = ctypes.c_void_p
+    address = kernel32.VirtualAlloc(None, ctypes.c_size_t(size), commit, read_write)
+    if not address:
+        raise OSError(f"VirtualAlloc refused {size:,} bytes (error {ctypes.get_last_error()})")  # type: ignore[attr-defined,unused-ignore]
+
+    class Pages(ctypes.c_ubyte * size):  # type: ignore[misc]
+        before_unmap: Callable[[], None] | None = None
+
+        def __del__(self) -> None:
+            try:
+                if self.before_unmap is not None:
+                    self.before_unmap()
+            finally:
+                kernel32.VirtualFree(ctypes.c_void_p(address), ctypes.c_size_t(0), release)
+
+    return Pages.from_address(address)
+
+
+def _advise(pages: Any, *names: str) -> None:
+    """Advises the kernel about pages, where the system knows the advice."""
+    for name in names:
+        advice = getattr(mmap, name, None)
+        if advice is not None and isinstance(pages, mmap.mmap):
+            with contextlib.suppress(OSError):  # a kernel built without it
+                pages.madvise(advice)
 
 
 class PageMemory:
@@ -84,15 +122,27 @@ class PageMemory:
         self._use.settle()
 
     def pin(self, registrar: Registrar, budget: PinBudget) -> int:
-        """Locks the pages; returns 0 or the driver's error code. Fill them first: locking touches every page."""
+        """Locks the pages; returns 0 or the driver's error code. Fill them first: locking touches every page.
+
+        A forked process does not inherit locked pages. The kernel would copy them at once (Linux commit 70e806e4e645)
+        or let the device read stale ones where it does not count references (WSL2). And locked pages are not
+        merged into huge pages, since ROCm stops its queues for that.
+        """
+        _advise(self._pages, "MADV_NOHUGEPAGE", "MADV_DONTFORK")
+        result = -1
         try:
-            result = registrar.register(self.tensor.data_ptr(), self.size)
+            with collector_paused():
+                result = registrar.register(self.tensor.data_ptr(), self.size)
+                if result != 0:
+                    registrar.consume_error()
         except BaseException:
             registrar.unregister(self.tensor.data_ptr())  # the interrupt may have come after the registration
             registrar.consume_error()
             raise
+        finally:
+            if result != 0:
+                _advise(self._pages, "MADV_DOFORK")
         if result != 0:
-            registrar.consume_error()
             return result
         budget.take(self.size)
         self._use.lock = registrar, budget
@@ -100,7 +150,9 @@ class PageMemory:
 
     def unpin(self) -> None:
         """Unlocks the pages after their last copy."""
-        self._use.unlock()
+        if self.is_pinned:
+            self._use.unlock()
+            _advise(self._pages, "MADV_DOFORK")
 
 
 @dataclass(slots=True)

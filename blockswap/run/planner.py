@@ -52,6 +52,7 @@ class Planner:
         self.link: LinkSpeed | None = None
         self.next_plan: SwapPlan | None = None
         self._inputs: PlanInputs | None = None
+        self._most_pinned_bytes: int | None = None
         self._room_bytes = 0
         self._activations_changed = False  # since the budget was last computed
         self._over_bytes = 0
@@ -196,6 +197,15 @@ class Planner:
         slots = self.made.slots if all(self.made.swapped) else None
         return self.history.shrink(self.workload, slots=slots, room_bytes=self.made.limit_bytes)
 
+    def lock_less(self, pinned_bytes: int) -> bool:
+        """Makes the coming plans page-lock half of `pinned_bytes` at most, the second time nothing. Returns False if
+        nothing is locked.
+        """
+        if not pinned_bytes:
+            return False
+        self._most_pinned_bytes = pinned_bytes // 2 if self._most_pinned_bytes is None else 0
+        return True
+
     def use(self, settings: SwapSettings) -> None:
         """Sets the settings of the coming plans."""
         if settings.of_the_plan != self.settings.of_the_plan:
@@ -206,13 +216,16 @@ class Planner:
         """The inputs of a plan: readings, our own memory as free, and what is known of the blocks."""
         inputs = plan_inputs(profile, self.settings, readings, self.limits)
         locked_elsewhere = max(0, self.pins.used_bytes - held.pinned_bytes)
+        left = min(inputs.pin_budget_bytes, self.pins.limit_bytes) - locked_elsewhere
+        if self._most_pinned_bytes is not None:
+            left = min(left, self._most_pinned_bytes)
         inputs = replace(
             inputs,
             own_bytes=held.device_bytes,
             host_held_bytes=profile.block_bytes,
             slab_bytes=held.slab_bytes,
             staging_bytes=held.staging_bytes,
-            pin_budget_bytes=max(0, min(inputs.pin_budget_bytes, self.pins.limit_bytes) - locked_elsewhere),
+            pin_budget_bytes=max(0, left),
             activations=self.activations,
             timing=replace(inputs.timing, compute_ms=self._compute_ms(profile)),
         )

@@ -180,17 +180,23 @@ class SwapRun:
         self._prepared = False
         self._trace_what_is_asked()
 
-    def shrink(self, reported: str) -> None:
+    def shrink(self, reported: str, *, by_driver: bool = False) -> None:
         """Frees our device memory after it ran out, in `prepare` or in a forward, and makes the next plan smaller.
 
         Args:
             reported: The device's own message.
+            by_driver: The driver refused, not torch's allocator. Then less host memory is page-locked first.
 
         Raises:
             DeviceMemoryError: There is no smaller plan; the message says what would fit.
         """
+        pinned_bytes = self.session.pinned_bytes
         if self.session.state is SessionState.ADOPTED:
             self.session.release()
+        if by_driver and self.planner.lock_less(pinned_bytes):
+            self.session.unlock()
+            self._stats.replans.append("the driver refused memory: less host memory is page-locked")
+            return
         if not self.planner.shrink():
             raise DeviceMemoryError(oom_message(self._workload, self.planner.made, reported=reported))
         self._stats.replans.append("the device ran out of memory")

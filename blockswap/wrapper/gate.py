@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ...hardware import is_out_of_memory
+from ..device.failures import is_driver_refusal
 from ..engine.session import SessionState
 from ..errors import DeviceMemoryError
 from ..run.history import Workload
@@ -303,9 +304,9 @@ class GatedModel:
             except RuntimeError as failure:
                 if not (isinstance(failure, DeviceMemoryError) or is_out_of_memory(failure)):
                     raise
-                reason = str(failure).partition("\n")[0]
+                reason, by_driver = str(failure).partition("\n")[0], is_driver_refusal(failure)
             # Outside the handler, since the failure's traceback holds what the forward had allocated.
-            self.run.shrink(reason)
+            self.run.shrink(reason, by_driver=by_driver)
             step = keywords.get("current_step", 0)
             blocker = retry_blocker(transformer, original, step=step) if has_started else None
             if blocker is not None:

@@ -141,3 +141,18 @@ def test_the_limit_on_locked_memory_is_the_soft_one_and_none_without_limit(build
 def test_this_machine_can_be_read():
     memory = read_host_memory()
     assert 0 < memory.available_bytes <= memory.physical_bytes == psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_active_file_pages_can_be_dropped_as_well(build, version):
+    folder, prefix = ("sys/fs/cgroup/memory/job", "total_") if version == 1 else ("sys/fs/cgroup/job", "")
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    memory = build(
+        **{
+            "proc/self/cgroup": "5:memory:/job\n" if version == 1 else "0::/job\n",
+            f"{folder}/{names[0]}": str(16 * GIB),
+            f"{folder}/{names[1]}": str(15 * GIB),
+            f"{folder}/memory.stat": f"{prefix}inactive_file {4 * GIB}\n{prefix}active_file {2 * GIB}\nactive_anon 1\n",
+        }
+    )
+    assert memory.available_bytes == 7 * GIB

@@ -11,7 +11,13 @@ import pytest
 import torch
 from fake_machine import look_in, write_files
 from fake_vendors import NVMLError, NVMLError_NotSupported
-from wanvideo_enhanced_blockswap.hardware import MIB, DeviceMemory, HardwareUnavailableError, read_device_memory
+from wanvideo_enhanced_blockswap.hardware import (
+    MIB,
+    DeviceMemory,
+    HardwareUnavailableError,
+    is_out_of_memory,
+    read_device_memory,
+)
 
 CUDA = torch.device("cuda:0")
 
@@ -205,3 +211,23 @@ def test_a_memory_function_that_fails_is_unavailable(install_hpu):
 
     with pytest.raises(HardwareUnavailableError, match="no such counter"):
         read_device_memory(install_hpu(mem_get_info=fail))
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
+        (RuntimeError("HIP error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("Triton Error [HIP]: out of memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("DataLoader worker ran out of memory"), False),
+        (MemoryError("out of memory"), False),
+        (ValueError("CUDA error: out of memory"), False),
+    ],
+)
+def test_a_refusal_of_device_memory_is_known_from_allocator_driver_and_libraries(failure, expected):
+    assert is_out_of_memory(failure) is expected
