@@ -197,13 +197,13 @@ class Planner:
         slots = self.made.slots if all(self.made.swapped) else None
         return self.history.shrink(self.workload, slots=slots, room_bytes=self.made.limit_bytes)
 
-    def lock_less(self, pinned_bytes: int) -> bool:
-        """Makes the coming plans page-lock half of `pinned_bytes` at most, the second time nothing. Returns False if
-        nothing is locked.
+    def lock_less(self) -> bool:
+        """Makes the coming plans page-lock at most half of what the last one does, the second time nothing. Returns
+        False if the last one locks nothing.
         """
-        if not pinned_bytes:
+        if self.made is None or not self.made.pinned_bytes:
             return False
-        self._most_pinned_bytes = pinned_bytes // 2 if self._most_pinned_bytes is None else 0
+        self._most_pinned_bytes = self.made.pinned_bytes // 2 if self._most_pinned_bytes is None else 0
         return True
 
     def use(self, settings: SwapSettings) -> None:

@@ -190,10 +190,9 @@ class SwapRun:
         Raises:
             DeviceMemoryError: There is no smaller plan; the message says what would fit.
         """
-        pinned_bytes = self.session.pinned_bytes
         if self.session.state is SessionState.ADOPTED:
             self.session.release()
-        if by_driver and self.planner.lock_less(pinned_bytes):
+        if by_driver and self.planner.lock_less():
             self.session.unlock()
             self._stats.replans.append("the driver refused memory: less host memory is page-locked")
             return
