@@ -39,21 +39,26 @@ def why_not() -> str | None:
 
 
 def built() -> Path:
-    """The folder of the libraries, which are built first if no earlier process has: that takes about half a minute."""
+    """The folder of the libraries, which are built first if no earlier process has: that takes about half a minute.
+    Waits while another process builds them.
+    """
+    import fcntl  # Linux only
+
     key = hashlib.sha256(f"{TORCH} {_torch()} {sys.implementation.cache_tag}".encode())
     for source in SOURCES:
         key.update(source.read_bytes())
     default = Path(tempfile.gettempdir()) / f"pretend_cuda_{os.getuid()}"
-    folder = Path(os.environ.get("PRETEND_BUILD_DIR") or default) / f"pretend_cuda_{key.hexdigest()[:16]}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            _build(scratch)
-            if not folder.exists():  # another process may have been faster
-                scratch.rename(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    parent = Path(os.environ.get("PRETEND_BUILD_DIR") or default)
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = parent / f"pretend_cuda_{key.hexdigest()[:16]}"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system drops it even if this process is killed while building
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=parent) as scratch:
+                whole = Path(scratch) / "whole"
+                whole.mkdir()
+                _build(whole)
+                whole.rename(folder)
     return folder
 
 

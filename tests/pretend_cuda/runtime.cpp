@@ -143,8 +143,9 @@ API cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
   return ended(cudaSuccess);
 }
-API cudaError_t cudaGetDevice(int* device) { return *device = 0, ended(cudaSuccess); }
-API cudaError_t cudaSetDevice(int device) { return ended(device == 0 ? cudaSuccess : cudaErrorInvalidDevice); }
+// These two hide an error that stays: torch calls them in destructors, and one that fails there ends the process.
+API cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+API cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : ended(cudaErrorInvalidDevice); }
 API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   memset(p, 0, sizeof *p);
   snprintf(p->name, sizeof p->name, "NVIDIA GeForce RTX 4090");
