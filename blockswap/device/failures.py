@@ -16,8 +16,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 STAYS = (700, 702, 710, 714, 715, 716, 717, 718, 719)
-"""Codes of cudaError_t and hipError_t after which, as both document, every further call of the process fails: an illegal
-access, a kernel that was ended, an assertion in one, and the like."""
+"""Codes of cudaError_t and hipError_t after which, as CUDA documents, every further call of the process fails: an
+illegal access, a kernel that was ended, an assertion in one, and the like."""
 
 
 def translate_device_errors(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

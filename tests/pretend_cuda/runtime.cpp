@@ -374,6 +374,9 @@ API cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t, cudaMemPoolAttr attribute
 }
 API cudaError_t cudaMemPoolSetAccess(cudaMemPool_t, const cudaMemAccessDesc*, size_t) { return ended(cudaSuccess); }
 API cudaError_t cudaMemPoolTrimTo(cudaMemPool_t, size_t) { return ended(cudaSuccess); }
+API cudaError_t cudaDeviceGetGraphMemAttribute(int, cudaGraphMemAttributeType, void* value) {
+  return *static_cast<uint64_t*>(value) = 0, ended(cudaSuccess);
+}
 API cudaError_t cudaHostAlloc(void** out, size_t size, unsigned) {
   BEGIN(cudaHostAlloc);
   *out = map_pages(rounded(size, PAGE));

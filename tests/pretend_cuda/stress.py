@@ -38,6 +38,7 @@ from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier  # noq
 
 DEVICE = torch.device("cuda", 0)
 TROUBLES = ("none", "none", "exception", "interrupt", "close inside", "replaced", "no lock", "few locks", "no memory")
+BARE_MODELS = 0.25
 OTHER_STREAM = 0.3
 """Share of forwards, and of releases, that change the stream."""
 
@@ -53,6 +54,17 @@ class Large(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.down(nn.functional.gelu(self.up(self.norm(x)))) * torch.sigmoid(self.table)
+
+
+class Bare(nn.Module):
+    """A block of one matrix: nothing of it is copied at the adopt, so that the host waits for nothing there."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(width, 20 * width) / width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (x @ self.matrix).view(len(x), x.shape[1], 20).sum(dim=2)
 
 
 class StruckError(Exception):
@@ -114,10 +126,14 @@ class RandomSession:
         # Where memory is to run out, slots are larger than what torch keeps in hand.
         count, width = rng.randint(1, 8), 256 if self.trouble == "no memory" else rng.choice([32, 64])
         hidden, dtype = [64, 600, 1500], rng.choice([torch.float32, torch.bfloat16])
-        blocks = [Large(width) if rng.random() < 0.4 else Block(width, rng.choice(hidden), dtype) for _ in range(count)]
+        is_bare = rng.random() < BARE_MODELS
+        blocks: list[nn.Module] = [
+            Bare(width) if is_bare else Large(width) if rng.random() < 0.4 else Block(width, rng.choice(hidden), dtype)
+            for _ in range(count)
+        ]
         self.model = Model(blocks).requires_grad_(False)
         self.kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self.swapped = [rng.random() < 0.8 for _ in range(count)]
+        self.swapped = [is_bare or rng.random() < 0.8 for _ in range(count)]
         tiers = list(HostTier)
         self.plan = {
             "slots": rng.randint(1, 4),
@@ -170,7 +186,7 @@ class RandomSession:
                 if session.state is SessionState.CLOSED:
                     break
                 self.wrong += away_from_masters(session)
-                if rng.random() < 0.2:
+                if rng.random() < 0.4:
                     with torch.cuda.stream(self.other if rng.random() < OTHER_STREAM else stream):
                         session.release()
                 if rng.random() < 0.1 and session.state is SessionState.IDLE:
@@ -185,15 +201,15 @@ class RandomSession:
         trouble = self.trouble if number == 1 else "none"
         strike = self.rng.randrange(len(self.runs[which]))
         side = self.rng.randrange(len(self.runs[which])) if self.rng.random() < OTHER_STREAM else -1
-        limits = contextlib.ExitStack()
-        if trouble == "interrupt":
-            limits.enter_context(interrupted(self.rng.uniform(1e-5, self.seconds / 2)))
+        if self.rng.random() < 0.5:  # kernels that have memory in hand which the session is given next
+            torch.zeros(1 << 18, device=DEVICE).add_(1)
         if trouble == "no memory":
             session.release()
-            limits.enter_context(self.little_memory())
+        soon = self.rng.uniform(1e-5, self.seconds / 2) if trouble == "interrupt" else 0
+        limits = {"interrupt": lambda: interrupted(soon), "no memory": self.little_memory}
         began = time.perf_counter()
         try:
-            with limits, session.forward():
+            with limits.get(trouble, contextlib.nullcontext)(), session.forward():
                 y = self.x
                 for at, block in enumerate(self.runs[which]):
                     if at == strike:
