@@ -15,6 +15,10 @@ from ..errors import BlockSwapError, DeviceMemoryError, TransferError
 P = ParamSpec("P")
 R = TypeVar("R")
 
+STAYS = (700, 702, 710, 714, 715, 716, 717, 718, 719)
+"""Codes of cudaError_t and hipError_t after which, as CUDA documents, every further call of the process fails: an
+illegal access, a kernel that was ended, an assertion in one, and the like."""
+
 
 def translate_device_errors(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates functions that call only the device: a RuntimeError of the driver becomes a TransferError, or a
@@ -43,6 +47,10 @@ def device_error(failure: RuntimeError, what: str) -> BlockSwapError:
     """This package's error for one that the driver or torch's allocator raised; `what` as for the decorator."""
     if is_out_of_memory(failure):
         return DeviceMemoryError(f"the device ran out of memory while {what}: {failure}")
+    if getattr(failure, "error_code", None) in STAYS:  # of torch 2.8 and later
+        return TransferError(
+            f"the device failed while {what}, and will until this process ends: {failure}; restart ComfyUI"
+        )
     return TransferError(
         f"the device failed while {what}: {failure}; if it fails again, restart ComfyUI and read the driver's log"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import time
+import warnings
 
 import pytest
 import torch
@@ -168,9 +169,11 @@ def test_in_steady_state_nothing_is_allocated_and_the_host_waits_for_nothing(
             enter_all()
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_stats(device)["allocation.all.allocated"]
-        monkeypatch.setattr(torch.cuda.Event, "synchronize", None)  # every call fails
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            monkeypatch.setattr(torch.cuda.Event, "synchronize", None)  # every call fails
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns once that the mode is a prototype
+                torch.cuda.set_sync_debug_mode("error")
             for _ in range(5):
                 enter_all()
         finally:
