@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from wanvideo_enhanced_blockswap.blockswap.plan import make_plan as plan
-from wanvideo_enhanced_blockswap.blockswap.plan.schedule import Ring
+from wanvideo_enhanced_blockswap.blockswap.plan.schedule import Onload, Ring
 from wanvideo_enhanced_blockswap.commands.wan_model import PRESETS
 
 from benchmarks import baseline
@@ -56,8 +56,16 @@ def test_no_virtual_time_is_other_than_it_was() -> None:
     assert not other, "keep the better figures with `python -m benchmarks.baseline --write`:\n" + "\n".join(other)
 
 
-def one_block_at_a_time(ring: Ring, position: int) -> tuple[int, ...]:
-    return tuple(i for i in ring._order if i >= position)[:1] or ring._order[:1]
+MOVE = Ring._move
+
+
+def one_block_at_a_time(ring: Ring, position: int) -> tuple[tuple[Onload, ...], tuple[int | None, ...]]:
+    """Only what is needed at once: no prefetch."""
+    due = tuple(onload for onload in MOVE(ring, position)[0] if onload.block == position)
+    content = list(ring.content)
+    for onload in due:
+        content[onload.slot] = onload.block
+    return due, tuple(content)
 
 
 def the_last_blocks(count: int, swapped: int) -> tuple[bool, ...]:
@@ -65,7 +73,7 @@ def the_last_blocks(count: int, swapped: int) -> tuple[bool, ...]:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "slower"), [(Ring, "_window", one_block_at_a_time), (plan, "spread", the_last_blocks)]
+    ("owner", "name", "slower"), [(Ring, "_move", one_block_at_a_time), (plan, "spread", the_last_blocks)]
 )
 def test_a_slower_schedule_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owner, name: str, slower) -> None:
     monkeypatch.setattr(owner, name, slower)
