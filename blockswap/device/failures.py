@@ -52,7 +52,7 @@ def device_error(failure: RuntimeError, what: str) -> BlockSwapError:
     """
     if is_out_of_memory(failure):
         return DeviceMemoryError(f"the device ran out of memory while {what}: {failure}")
-    if getattr(failure, "error_code", None) in STAYS:  # of torch 2.8 and later
+    if _stays(failure):
         return TransferError(
             f"the device failed while {what}, and will until this process ends: {failure}; restart ComfyUI"
         )
@@ -61,8 +61,14 @@ def device_error(failure: RuntimeError, what: str) -> BlockSwapError:
     )
 
 
-def staged_failure(failure: BaseException) -> TransferError:
+def _stays(failure: BaseException) -> bool:
+    return getattr(failure, "error_code", None) in STAYS  # of torch's AcceleratorError, since 2.8
+
+
+def staged_failure(failure: BaseException) -> BlockSwapError:
     """The host thread's error for a failure in the staging worker."""
+    if isinstance(failure, RuntimeError) and (is_out_of_memory(failure) or _stays(failure)):
+        return device_error(failure, "a staged copy was being made")
     return TransferError(f"a staged copy to the device failed: {failure}")
 
 
