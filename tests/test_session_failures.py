@@ -175,7 +175,7 @@ def test_a_real_worker_that_fails_is_said_and_no_thread_is_left_after_close() ->
         raise RuntimeError("the disk is on fire")
 
     streams.host_copy = fail
-    with pytest.raises(TransferError, match=r"staged copy to the device failed: the disk is on fire"):
+    with pytest.raises(TransferError, match=r"a copy to the device failed in the worker: the disk is on fire"):
         run(session, model)
     del streams.host_copy
     assert torch.equal(run(session, model), truth)

@@ -47,7 +47,7 @@ def device_error(failure: RuntimeError, what: str) -> BlockSwapError:
     """This package's error for one that the driver or torch's allocator raised; `what` as for the decorator."""
     if is_out_of_memory(failure):
         return DeviceMemoryError(f"the device ran out of memory while {what}: {failure}")
-    if getattr(failure, "error_code", None) in STAYS:  # of torch 2.8 and later
+    if _stays(failure):
         return TransferError(
             f"the device failed while {what}, and will until this process ends: {failure}; restart ComfyUI"
         )
@@ -67,9 +67,15 @@ def is_driver_refusal(failure: BaseException | None) -> bool:
     return False
 
 
-def staged_failure(failure: BaseException) -> TransferError:
-    """The error that the host thread raises for a failure in the staging worker."""
-    return TransferError(f"a staged copy to the device failed: {failure}")
+def _stays(failure: BaseException) -> bool:
+    return getattr(failure, "error_code", None) in STAYS  # of torch's AcceleratorError, since 2.8
+
+
+def staged_failure(failure: BaseException) -> BlockSwapError:
+    """The error that the host thread raises for a failure in the worker."""
+    if isinstance(failure, RuntimeError) and (is_out_of_memory(failure) or _stays(failure)):
+        return device_error(failure, "the worker was copying weights")
+    return TransferError(f"a copy to the device failed in the worker: {failure}")
 
 
 @contextlib.contextmanager

@@ -130,7 +130,8 @@ struct Gpu {
   std::map<std::string, std::pair<int64_t, int>> faults;  // by function: calls that still succeed, then the code
   std::set<std::string> names;
   std::vector<std::string> violations;
-  cudaError_t sticky = cudaSuccess;
+  cudaError_t sticky = cudaSuccess;  // what every call answers from here on
+  int running = 0;                   // tasks at work
   Gpu() { streams.insert(&legacy); }
 };
 
@@ -173,9 +174,15 @@ inline void work_off(CUstream_st* stream) {  // a stream's thread; without the m
       double delay_ms = may_be_late && all.random() % 2 ? all.settings.late_ms * (all.random() % 1000) / 1000 : 0;
       lock.unlock();
       nap(delay_ms);
-      task.work();
-      task.work = nullptr;
       lock.lock();
+      if (all.sticky == cudaSuccess) {  // a device that has failed runs nothing more: its memory may be gone
+        ++all.running;
+        lock.unlock();
+        task.work();
+        lock.lock();
+        --all.running;
+      }
+      task.work = nullptr;
     }
     task.done->at_ms = now_ms();
     task.done->is_reached = true;

@@ -19,7 +19,7 @@ cudaError_t ended(cudaError_t code) {
   return code;
 }
 
-cudaError_t begin_call(const char* name) {  // counts; the code that this call must fail with
+cudaError_t begin_call(std::unique_lock<std::mutex>& lock, const char* name) {  // counts; the code that this call must fail with
   auto& all = gpu();
   ++all.calls[name];
   if (all.sticky != cudaSuccess) return all.sticky;
@@ -27,13 +27,16 @@ cudaError_t begin_call(const char* name) {  // counts; the code that this call m
   if (it == all.faults.end() || it->second.first-- > 0) return cudaSuccess;
   int code = it->second.second;
   all.faults.erase(it);
-  if (is_sticky(code)) all.sticky = static_cast<cudaError_t>(code);
+  if (is_sticky(code)) {
+    all.sticky = static_cast<cudaError_t>(code);
+    all.reached.wait(lock, [&] { return all.running == 0; });
+  }
   return static_cast<cudaError_t>(code);
 }
 
 #define BEGIN(name)                     \
   std::unique_lock lock(gpu().mutex);   \
-  if (auto failed = begin_call(#name); failed != cudaSuccess) return ended(failed)
+  if (auto failed = begin_call(lock, #name); failed != cudaSuccess) return ended(failed)
 
 #define BEGIN_ON(name, handle)          \
   BEGIN(name);                          \
