@@ -78,7 +78,8 @@ def test_page_locking_refused_midway_still_computes_the_same(locks: int) -> None
     with simulation.session(model, fixed_plan([True] * 5)) as session:
         for _ in range(3):
             assert torch.equal(run(session, model), truth)
-        assert bool(session.refusals) == (locks < 5)
+        # Five slabs, and the memory that small tensors are gathered in.
+        assert bool(session.refusals) == (locks < 6)
     assert_nothing_left(simulation)
 
 

@@ -269,7 +269,8 @@ class BlockSwapper:
         offsets, end = slab_offsets(entry.extent for entry in entries)
         if not entries:
             return
-        memory, gathered = self._transfer.allocate(device_bytes(end)), self._gather(end)
+        gathered = self._gather(end)
+        memory = self._transfer.allocate(device_bytes(end))
         self._memories.append(memory)
         offset_of = {id(entry): offset for entry, offset in zip(entries, offsets, strict=True)}
         starts = [offset_of[id(entry.leader or entry)] + entry.offset for entry in entries]
