@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from copies_seen import assert_placed_in_few_copies_of_our_memory
 from odd_tensors import PackedBlock, PackedParameter, scaled
 from test_swapper import Counting, ScaledBlock
 from torch import nn
@@ -62,6 +63,15 @@ def all_but_blocks_to_device(model: nn.Module) -> None:
 def session_of(model: nn.Module, swapped: Sequence[bool], **options: object) -> SwapSession:
     backend = backend_for(torch.device(DEVICE), pin_budget=PinBudget(1 << 40))
     return SwapSession(list(blocks_of(model)), fixed_plan(swapped, **options), backend, root=model)
+
+
+@pytest.mark.parametrize("count", [0, 1, LAYERS // 2, LAYERS])
+def test_every_copy_of_a_weight_reads_memory_of_ours_and_each_block_is_copied_once(
+    pretend_stats: PretendHpu, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = wan(torch.bfloat16)
+    with session_of(model, spread(LAYERS, count)) as session:
+        assert_placed_in_few_copies_of_our_memory(session, monkeypatch)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,9 +8,11 @@ import warnings
 
 import pytest
 import torch
+from copies_seen import assert_placed_in_few_copies_of_our_memory
 from toys import Block, Model, alternating, fixed_plan
 from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
 from wanvideo_enhanced_blockswap.blockswap.engine.session import EVERY_FORWARD, SwapSession
+from wanvideo_enhanced_blockswap.blockswap.plan.schedule import spread
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 from wanvideo_enhanced_blockswap.blockswap.spans import COMPUTE, COPY, total_ms
 from wanvideo_enhanced_blockswap.hardware.pinning import CudaRegistrar
@@ -57,6 +59,16 @@ def test_outputs_equal_the_unswapped_model(device: torch.device, streams: int, t
         for _ in range(5):
             with session.forward():
                 assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("tier", list(HostTier))
+@pytest.mark.parametrize("swapped", [0, BLOCKS // 2, BLOCKS])
+def test_every_copy_of_a_weight_reads_memory_of_ours_and_each_block_is_copied_once(
+    device: torch.device, tier: HostTier, swapped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = fixed_plan(spread(BLOCKS, swapped), tiers=tier, streams=2)
+    with session_of(large_model(), planner, device) as session:
+        assert_placed_in_few_copies_of_our_memory(session, monkeypatch)
 
 
 @torch.inference_mode()
