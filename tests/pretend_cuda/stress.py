@@ -28,6 +28,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from toys import Block, Model, fixed_plan  # noqa: E402
 from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for  # noqa: E402
+from wanvideo_enhanced_blockswap.blockswap.device.streams import CudaStreams  # noqa: E402
 from wanvideo_enhanced_blockswap.blockswap.engine.session import (  # noqa: E402
     EVERY_FORWARD,
     SessionState,
@@ -36,6 +37,7 @@ from wanvideo_enhanced_blockswap.blockswap.engine.session import (  # noqa: E402
 from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError  # noqa: E402
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier  # noqa: E402
 
+CudaStreams.least_chunk_bytes = 4096  # the small slabs of these models are cut for several streams too
 DEVICE = torch.device("cuda", 0)
 TROUBLES = ("none", "none", "exception", "interrupt", "close inside", "replaced", "no lock", "few locks", "no memory")
 BARE_MODELS = 0.25
