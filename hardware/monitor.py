@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import statistics
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -159,6 +158,18 @@ class Sampler:
         return self._block.samples()
 
 
+class _Figure(NamedTuple):
+    """One figure over all readings that have not failed: a percentage, or whole bytes."""
+
+    count: int
+    total: float
+    least: Any
+    most: Any
+
+    def with_reading(self, value: Any) -> _Figure:
+        return _Figure(self.count + 1, self.total + value, min(self.least, value), max(self.most, value))
+
+
 class _Block:
     """The readings of one `with` block; refers to neither sampler nor run, so that its thread keeps neither alive."""
 
@@ -166,10 +177,7 @@ class _Block:
         self.stop = threading.Event()
         self._lock = threading.Lock()  # samples() may run while the thread reads
         self._count = 0
-        # Whole bytes, or percentages; a reading that failed adds none.
-        self._values: dict[str, list[Any]] = {
-            name: [] for name in (GPU_PERCENT, VRAM_USED_BYTES, RSS_BYTES, HOST_AVAILABLE_BYTES)
-        }
+        self._figures: dict[str, _Figure] = {}  # not the readings: a run may last for days
         self._warned: set[str] = set()
 
     def read(self, spec: DeviceSpec, interval_s: float, open_readings: OpenReadings) -> None:
@@ -183,7 +191,9 @@ class _Block:
                 with self._lock:
                     self._count += 1
                     for name, value in found:
-                        self._values[name] += [] if value is None else [value]
+                        if value is not None:
+                            before = self._figures.get(name, _Figure(0, 0, value, value))
+                            self._figures[name] = before.with_reading(value)
 
     def _read(self, name: str, read: Callable[[], float | None]) -> float | None:
         """One figure; None, with a warning the first time, if the reading fails."""
@@ -198,12 +208,13 @@ class _Block:
     def samples(self) -> Samples:
         """The figures over all readings."""
         with self._lock:
-            gpu = self._values[GPU_PERCENT]
+            names = (GPU_PERCENT, VRAM_USED_BYTES, RSS_BYTES, HOST_AVAILABLE_BYTES)
+            gpu, vram, rss, available = (self._figures.get(name) for name in names)
             return Samples(
                 count=self._count,
-                gpu_percent_mean=statistics.fmean(gpu) if gpu else None,
-                gpu_percent_max=max(gpu, default=None),
-                vram_used_peak_bytes=max(self._values[VRAM_USED_BYTES], default=None),
-                rss_peak_bytes=max(self._values[RSS_BYTES], default=None),
-                host_available_least_bytes=min(self._values[HOST_AVAILABLE_BYTES], default=None),
+                gpu_percent_mean=None if gpu is None else gpu.total / gpu.count,
+                gpu_percent_max=None if gpu is None else gpu.most,
+                vram_used_peak_bytes=None if vram is None else vram.most,
+                rss_peak_bytes=None if rss is None else rss.most,
+                host_available_least_bytes=None if available is None else available.least,
             )
