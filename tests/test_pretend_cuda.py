@@ -85,3 +85,13 @@ def test_a_command_runs_over_it_and_takes_it_for_cuda() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
     assert (told["measured_by"], told["outputs_equal"]) == ("cuda", True)
+
+
+def test_the_comparisons_engines_give_equal_outputs_over_it() -> None:
+    words = ("--shapes=64x64x1", "--swap=half", "--steps=1", "--warmup=1", "--engines=resident,ours", "--json")
+    done = run("tests.pretend_cuda", "-m", "benchmarks.compare", *words)  # its limits are for a GPU's speed
+    rows = json.loads(done.stdout)["rows"]
+    assert [(row["engine"], row["output"], row["reason"]) for row in rows] == [
+        ("resident", "reference", ""),
+        ("ours", "equal", ""),
+    ], done.stderr
