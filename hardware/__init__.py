@@ -3,7 +3,7 @@
 from .device import probe_device
 from .host import read_host_memory
 from .link import contradicts, measure_link
-from .memory import is_out_of_memory, read_device_memory
+from .memory import is_driver_refusal, is_out_of_memory, read_device_memory
 from .monitor import READING_FAILURES, Sampler
 from .records import (
     DeviceMemory,
@@ -36,6 +36,7 @@ __all__ = [
     "contradicts",
     "find_gpu",
     "format_bytes",
+    "is_driver_refusal",
     "is_out_of_memory",
     "measure_link",
     "parse_bytes",

@@ -46,6 +46,15 @@ def is_out_of_memory(failure: BaseException) -> bool:
     )
 
 
+def is_driver_refusal(failure: BaseException) -> bool:
+    """Whether the driver refused device memory, and not torch's allocator, in what first caused the failure. Windows'
+    driver refuses ordinary copies as well where nearly all memory that may be page-locked is locked.
+    """
+    while failure.__cause__ is not None:
+        failure = failure.__cause__
+    return is_out_of_memory(failure) and not isinstance(failure, torch.OutOfMemoryError)
+
+
 @dataclass(frozen=True, slots=True)
 class _Reading:
     """What torch reports, possible or not; `free_bytes` is None where torch does not report it."""

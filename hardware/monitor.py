@@ -161,13 +161,13 @@ class Sampler:
 class _Figure(NamedTuple):
     """One figure over all readings that have not failed: a percentage, or whole bytes."""
 
-    count: int
+    readings: int
     total: float
     least: Any
     most: Any
 
     def with_reading(self, value: Any) -> _Figure:
-        return _Figure(self.count + 1, self.total + value, min(self.least, value), max(self.most, value))
+        return _Figure(self.readings + 1, self.total + value, min(self.least, value), max(self.most, value))
 
 
 class _Block:
@@ -212,7 +212,7 @@ class _Block:
             gpu, vram, rss, available = (self._figures.get(name) for name in names)
             return Samples(
                 count=self._count,
-                gpu_percent_mean=None if gpu is None else gpu.total / gpu.count,
+                gpu_percent_mean=None if gpu is None else gpu.total / gpu.readings,
                 gpu_percent_max=None if gpu is None else gpu.most,
                 vram_used_peak_bytes=None if vram is None else vram.most,
                 rss_peak_bytes=None if rss is None else rss.most,

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 from run_bench import COUNT, LARGE_VIDEO, SMALL_VIDEO, Bench, CountingSampler, X, near_balance
-from wanvideo_enhanced_blockswap.blockswap.device.failures import is_driver_refusal
 from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError, DeviceMemoryError
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 from wanvideo_enhanced_blockswap.blockswap.run.run import TIMED_FORWARDS
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
+from wanvideo_enhanced_blockswap.hardware import is_driver_refusal
 
 
 def test_a_new_plan_that_cannot_be_adopted_leaves_the_one_before_in_place_with_a_note() -> None:

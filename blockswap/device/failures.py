@@ -56,17 +56,6 @@ def device_error(failure: RuntimeError, what: str) -> BlockSwapError:
     )
 
 
-def is_driver_refusal(failure: BaseException | None) -> bool:
-    """Whether the driver refused memory, and not torch's allocator, here or in what caused the failure. Windows' driver
-    refuses ordinary copies as well where nearly all memory that may be page-locked is locked.
-    """
-    while failure is not None:
-        if is_out_of_memory(failure) and not isinstance(failure, (torch.OutOfMemoryError, DeviceMemoryError)):
-            return True
-        failure = failure.__cause__
-    return False
-
-
 def _stays(failure: BaseException) -> bool:
     return getattr(failure, "error_code", None) in STAYS  # of torch's AcceleratorError, since 2.8
 

@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ...hardware import is_out_of_memory
-from ..device.failures import is_driver_refusal
+from ...hardware import is_driver_refusal, is_out_of_memory
 from ..engine.session import SessionState
 from ..errors import DeviceMemoryError
 from ..run.history import Workload
