@@ -12,8 +12,10 @@ from copies_seen import assert_placed_in_few_copies_of_our_memory
 from toys import Block, Model, alternating, fixed_plan
 from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
 from wanvideo_enhanced_blockswap.blockswap.engine.session import EVERY_FORWARD, SwapSession
+from wanvideo_enhanced_blockswap.blockswap.model.profile import profile_model
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import predict
 from wanvideo_enhanced_blockswap.blockswap.plan.schedule import spread
-from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, Timing
 from wanvideo_enhanced_blockswap.blockswap.spans import COMPUTE, COPY, total_ms
 from wanvideo_enhanced_blockswap.hardware.pinning import CudaRegistrar
 
@@ -150,6 +152,43 @@ def test_copies_overlap_compute(device: torch.device) -> None:
     copies_ms = forward_ms(overlap=False, spin=1)
     spin = int(copies_ms / BLOCKS * cycles_per_ms)
     assert forward_ms(overlap=True, spin=spin) < 0.8 * forward_ms(overlap=False, spin=spin)
+
+
+@pytest.mark.parametrize("tier", list(HostTier))
+@torch.inference_mode()
+def test_copies_shorter_than_compute_overlap_it_from_every_tier_as_predicted(
+    device: torch.device, tier: HostTier
+) -> None:
+    model, x = large_model(), torch.randn(4, WIDTH, device=device)
+    cycles_per_ms = SPIN_CYCLES / typical_ms(lambda: torch.cuda._sleep(SPIN_CYCLES))
+    every = [True] * BLOCKS
+
+    def forward_ms(swapped: list[bool], *, overlap: bool, spin: int) -> float:
+        def forward() -> None:
+            with session.forward():
+                y = x
+                for block in model.blocks:
+                    y = block(y)
+                    torch.cuda._sleep(spin)
+
+        with session_of(model, fixed_plan(swapped, tiers=tier, overlap=overlap), device) as session:
+            return typical_ms(forward)
+
+    copies_ms = forward_ms(every, overlap=False, spin=1)
+    spin = int(5 / 3 * copies_ms / BLOCKS * cycles_per_ms)  # as 50 ms of compute beside 30 ms of copies
+    compute_ms = forward_ms([False] * BLOCKS, overlap=True, spin=spin)
+    assert forward_ms(every, overlap=True, spin=spin) <= 1.1 * max(compute_ms, copies_ms)
+    profile = profile_model(model.named).profile
+    speed = profile.blocks[0].slab_bytes / (copies_ms / BLOCKS) * 1e3
+    timing = Timing(
+        compute_ms=(compute_ms / BLOCKS,) * BLOCKS,
+        pinned_bytes_per_s=speed,
+        pageable_bytes_per_s=speed,
+        host_copy_bytes_per_s=speed,
+    )
+    predicted = predict(profile, every, 2, [tier] * BLOCKS, timing, overlap=True)
+    assert predicted is not None
+    assert predicted.elapsed == pytest.approx(max(compute_ms, copies_ms), rel=0.01)
 
 
 @torch.inference_mode()
