@@ -263,3 +263,25 @@ def test_an_interrupted_wait_for_the_worker_leaves_no_copy_behind() -> None:
 
 def raise_interrupt() -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("allocations", [1, 2, 3])
+def test_memory_that_weights_are_gathered_in_is_unlocked_although_the_failure_is_kept(
+    allocations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, simulation = toy(4), Simulation()
+    allocate, left = simulation.streams.allocate, [allocations]
+
+    def refuse(nbytes: int) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            raise DeviceMemoryError("no room")
+        return allocate(nbytes)
+
+    monkeypatch.setattr(simulation.streams, "allocate", refuse)
+    session = simulation.session(model, fixed_plan([False, True, False, False], slots=1))
+    with pytest.raises(DeviceMemoryError) as failure:
+        session.adopt()
+    assert failure.value is not None  # its traceback holds the swapper
+    assert_nothing_left(simulation)
+    session.close()

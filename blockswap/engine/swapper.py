@@ -172,6 +172,7 @@ class BlockSwapper:
         fixed, self._fixed = self._fixed, []
         memories, self._memories, self._running = self._memories, [], None
         with contextlib.ExitStack() as stack:  # runs every step, even if another fails, from the last to the first
+            stack.callback(self._drop_gathered)
             for memory in memories:
                 stack.callback(self._transfer.free, memory)
             stack.callback(self._transfer.close_window)
@@ -235,9 +236,7 @@ class BlockSwapper:
             if block + 1 == len(self._model.entries):
                 self._store.finish_locking()  # so that the last progress update includes the final lock
             self._report_placed(block + 1)
-        if self._gathered is not None:
-            self._gathered.unpin()
-            self._gathered = None
+        self._drop_gathered()
 
     def _report_placed(self, count: int) -> None:
         if self._listeners.on_placed is not None:
@@ -292,6 +291,11 @@ class BlockSwapper:
             self._gathered = self._store.make_pages(nbytes, pin=are_locked)
         self._gathered.settle()
         return self._gathered
+
+    def _drop_gathered(self) -> None:
+        gathered, self._gathered = self._gathered, None
+        if gathered is not None:
+            gathered.unpin()
 
     def _move(self, entry: TensorEntry) -> None:
         """Replaces a tensor that cannot be pointed elsewhere by a copy on the device; release brings it back."""
