@@ -314,15 +314,16 @@ class SwapRun:
         self.session.release()
         try:
             self._adopt()
+            self._stats.replans.append(why)
+            return
         except (PlanError, DeviceMemoryError, HostMemoryError) as failure:
             self._stats.note(f"planning again failed, so that the plan before goes on: {failure}")
-            self.planner.next_plan = present
-            try:
-                self._adopt()
-            finally:
-                self.planner.next_plan = None
-            return
-        self._stats.replans.append(why)
+        # Outside the handler, since the failure's traceback holds device memory of the plan that failed.
+        self.planner.next_plan = present
+        try:
+            self._adopt()
+        finally:
+            self.planner.next_plan = None
 
     # ------------------------------------------------------------------------------------------------------- learning
 
