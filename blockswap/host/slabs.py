@@ -302,7 +302,7 @@ class HostStore:
 
         Args:
             nbytes: Bytes of it.
-            beside: Bytes of slabs, locked or still to be locked, that the budget must hold as well; None to lock nothing.
+            beside: Bytes of slabs, locked already or not yet, that the budget must hold as well; None locks nothing.
 
         Raises:
             HostMemoryError: The system has no memory for it.
