@@ -25,7 +25,9 @@ _ESTIMATED_FREE_PERCENT = 100 - _OTHERS_PERCENT
 _SAME_DEVICE_PERCENT = 10
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation and hipErrorOutOfMemory: the driver's own refusal
 # The driver's text in torch 2.6 and 2.7; cuBLAS, hipBLAS and cuDNN as torch reports them; Triton's CudaUtils.
-_REFUSALS = re.compile(r"(CUDA|HIP) error: out of memory|STATUS_ALLOC_FAILED|Triton Error \[\w+\]: out of memory")
+_REFUSALS = re.compile(
+    r"(CUDA|HIP)( driver)? error: out of memory|STATUS_ALLOC_FAILED|Triton Error \[\w+\]: out of memory"
+)
 # AMD's documentation of hipMemGetInfo, on Windows: free "only accounts for memory allocated by this process".
 # On WSL2 that depends on the library between HIP and the driver: librocdxg counts the other processes.
 _WHY_NOT_BELIEVED = {

@@ -346,6 +346,17 @@ def advice_of(pages: PageMemory) -> set[str]:
     raise AssertionError("the pages are not mapped")
 
 
+def test_an_interrupt_behind_the_driver_s_lock_leaves_nothing_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    registrar, budget, page = Recorder(), PinBudget(1 << 20), PageMemory(PAGE, InlineStreams(torch.device("cpu")))
+    monkeypatch.setattr(PinBudget, "take", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        page.pin(registrar, budget)
+    assert (registrar.locked, page.is_pinned, budget.used_bytes) == ({}, False, 0)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's flags are Linux's")
 def test_locked_pages_are_neither_inherited_by_a_fork_nor_made_huge() -> None:
     budget = PinBudget(1 << 30)

@@ -105,6 +105,26 @@ def test_the_pin_budget_counts_the_slab_that_is_being_locked() -> None:
     assert store.budget.used_bytes == PAGE
 
 
+def test_memory_beside_the_slabs_leaves_the_budget_whole_while_a_slab_is_being_locked() -> None:
+    registrar = Held()
+    store = store_with(registrar, limit=PAGE)
+    store.put(0, weights(10), tier=PINNED)
+    threading.Timer(0.1, registrar.go.set).start()
+    assert not store.make_pages(PAGE, beside=0).is_pinned
+    assert store.budget.used_bytes == PAGE
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3])
+def test_memory_beside_the_slabs_is_locked_only_if_the_planned_slabs_can_be_too(pages: int) -> None:
+    store = store_with(Recorder(), limit=pages * PAGE)
+    store.put(0, weights(10), tier=PINNED)
+    beside = store.make_pages(PAGE, beside=2 * PAGE)
+    assert beside.is_pinned == (pages == 3)
+    store.put(1, weights(10), tier=PINNED)
+    store.finish_locking()
+    assert store.slabs[1].tier is (STAGED if pages == 1 else PINNED)
+
+
 @pytest.mark.parametrize("give_up", ["release", "unlock", "drop"])
 def test_what_is_being_locked_is_unlocked_when_all_is_given_up(give_up: str) -> None:
     registrar = Held()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from run_bench import COUNT, LARGE_VIDEO, SMALL_VIDEO, Bench, CountingSampler, X, near_balance
+from torch.multiprocessing.reductions import StorageWeakRef
 from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError, DeviceMemoryError
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 from wanvideo_enhanced_blockswap.blockswap.run.run import TIMED_FORWARDS
@@ -37,6 +39,29 @@ def test_a_new_plan_that_cannot_be_adopted_leaves_the_one_before_in_place_with_a
     assert report is not None
     assert report.measured.forwards == 6
     assert report.notes == ("planning again failed, so that the plan before goes on: no room",)
+
+
+def test_a_new_plan_that_cannot_be_adopted_holds_no_memory_while_the_one_before_is_placed_again() -> None:
+    bench = near_balance()
+    bench.forward(times=3)
+    allocate, calls = bench.simulation.streams.allocate, itertools.count()
+    first: list[StorageWeakRef] = []
+    is_gone: list[bool] = []
+
+    def refuse_second(nbytes: int) -> torch.Tensor:
+        call = next(calls)
+        if call == 1:
+            raise DeviceMemoryError("no room")
+        if call == 2:
+            is_gone.append(first[0].expired())
+        memory = allocate(nbytes)
+        if call == 0:
+            first.append(StorageWeakRef(memory.untyped_storage()))
+        return memory
+
+    bench.simulation.streams.allocate = refuse_second  # type: ignore[method-assign]
+    bench.forward()
+    assert is_gone == [True]
 
 
 def test_a_forward_that_is_over_is_over_whatever_follows_from_it() -> None:

@@ -18,6 +18,7 @@ from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
 from wanvideo_enhanced_blockswap.blockswap.device.worker import ThreadWorker
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState, SwapSession
+from wanvideo_enhanced_blockswap.blockswap.engine.transfer import Transfer
 from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError, HostMemoryError, PlanError, TransferError
 from wanvideo_enhanced_blockswap.blockswap.host import pages
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
@@ -44,6 +45,50 @@ def test_device_out_of_memory_at_adopt_changes_nothing_and_more_memory_cures_it(
     object.__setattr__(simulation.streams.hardware, "memory_bytes", need)
     assert torch.equal(run(session, model), truth)
     session.close()
+    assert_nothing_left(simulation)
+
+
+@pytest.mark.parametrize("swapped", [0, 3])
+def test_while_the_error_of_an_adopt_is_handled_nothing_is_locked(swapped: int) -> None:
+    """Its traceback holds what the adopt made, and a smaller plan may be tried meanwhile."""
+    simulation, model = Simulation(hardware=SimulatedHardware(memory_bytes=9000)), toy(6)
+    session = simulation.session(model, fixed_plan([i == swapped for i in range(6)]))
+    with pytest.raises(DeviceMemoryError) as failure:
+        session.adopt()
+    assert failure.value is not None
+    assert simulation.registrar.locked == {}
+    assert simulation.pin_budget.used_bytes == 0
+
+
+@pytest.mark.parametrize("struck", ["copy", "record"])
+@pytest.mark.parametrize("index", range(3))
+def test_an_interrupt_while_a_block_is_placed_leaves_no_copy_behind(
+    struck: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulation, model = Simulation(lateness=1.0), toy(4)
+    streams, session = simulation.streams, simulation.session(model, fixed_plan([True, False, False, True]))
+    original, place, placing, left = getattr(streams, struck), Transfer.place, [False], [index]
+
+    def noted(*arguments: object) -> None:
+        placing[0] = True
+        place(*arguments)
+        placing[0] = False
+
+    def striking(*arguments: object) -> None:
+        if struck == "copy":
+            original(*arguments)
+        if placing[0]:
+            left[0] -= 1
+            if left[0] < 0:
+                placing[0] = False
+                raise KeyboardInterrupt
+        if struck == "record":
+            original(*arguments)
+
+    monkeypatch.setattr(Transfer, "place", noted)
+    monkeypatch.setattr(streams, struck, striking)
+    with pytest.raises(KeyboardInterrupt):
+        session.adopt()  # the registrar finds memory that is unlocked under a copy
     assert_nothing_left(simulation)
 
 
@@ -259,6 +304,25 @@ def test_an_interrupted_wait_for_the_worker_leaves_no_copy_behind() -> None:
         del job.wait
         with session.forward():
             assert torch.equal(model(x), truth)
+
+
+@torch.inference_mode()
+def test_an_interrupted_clean_up_knows_its_jobs_still() -> None:
+    """The second try of the clean-up waits for the job whose wait was interrupted in the first."""
+    simulation, model = Simulation(lateness=1.0), toy(4)
+    with simulation.session(model, fixed_plan([True] * 4, slots=1, tiers=HostTier.STAGED)) as session:
+        session.adopt()
+        job = session._holds.transfer._slots[0].filling
+        wait, left = job.join, [1]
+
+        def interrupted_once() -> bool:
+            left[0] -= 1
+            return raise_interrupt() if left[0] == 0 else wait()
+
+        job.join = interrupted_once
+        with pytest.raises(KeyboardInterrupt), session.forward():
+            raise ValueError
+        assert job._done is not None
 
 
 def raise_interrupt() -> None:

@@ -172,12 +172,14 @@ class BlockSwapper:
         fixed, self._fixed = self._fixed, []
         memories, self._memories, self._running = self._memories, [], None
         with contextlib.ExitStack() as stack:  # runs every step, even if another fails, from the last to the first
-            stack.callback(self._drop_gathered)
             for memory in memories:
                 stack.callback(self._transfer.free, memory)
             stack.callback(self._transfer.close_window)
             for entry, original, moved in fixed:
                 stack.callback(bring_back, entry, original, moved)
+            if self._gathered is not None:  # placing has failed, and its error holds this object
+                stack.callback(self._drop_gathered)
+                stack.callback(self._transfer.settle_placed)
             for one in bound:
                 stack.callback(self._restore_master, one, inside)
             with self._transfer.streams.guard():  # Rule 8
@@ -287,8 +289,13 @@ class BlockSwapper:
     def _gather(self, nbytes: int) -> PageMemory:
         """Host memory of at least `nbytes` that no copy reads; page-locked if slabs are, and if that succeeds."""
         if self._gathered is None or self._gathered.size < nbytes:
-            are_locked = any(tier in (HostTier.PINNED, HostTier.STAGED) for tier in self._plan.tiers)
-            self._gathered = self._store.make_pages(nbytes, pin=are_locked)
+            self._drop_gathered()  # first, since both may not fit the budget
+            plan = self._plan
+            are_locked = any(tier in (HostTier.PINNED, HostTier.STAGED) for tier in plan.tiers)
+            # Staging is locked only after this memory has been given up.
+            self._gathered = self._store.make_pages(
+                nbytes, beside=plan.pinned_bytes - plan.staging_bytes if are_locked else None
+            )
         self._gathered.settle()
         return self._gathered
 

@@ -156,6 +156,13 @@ class Transfer:
             source.in_flight.append(copied)  # Rule 6
         self.counters.placed_bytes += nbytes
 
+    def settle_placed(self) -> None:
+        """After an exception in `place`: waits on the host for all its copies."""
+        with self.streams.guard():  # Rule 8
+            copied = self.streams.event()
+            self.streams.record(copied, self.streams.current())
+            self.streams.host_wait(copied)  # Rule 6: an interrupted copy has left no event with its source
+
     def free(self, memory: torch.Tensor) -> None:
         """Gives up memory beside the window; call `close_window` first."""
         with self.streams.guard():  # Rule 8
@@ -287,9 +294,9 @@ class Transfer:
         """Waits for the worker, which queues copies until then, and drops its errors; whether all jobs succeeded."""
         succeeded = True
         for slot in self._slots:
-            job, slot.filling = slot.filling, None
-            if job is not None:
-                succeeded = job.join() and succeeded
+            if slot.filling is not None:
+                succeeded = slot.filling.join() and succeeded
+                slot.filling = None  # only now: an interrupt ends the wait, but not the job
         return succeeded
 
 

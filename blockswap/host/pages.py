@@ -135,18 +135,18 @@ class PageMemory:
                 result = registrar.register(self.tensor.data_ptr(), self.size)
                 if result != 0:
                     registrar.consume_error()
+            if result == 0:
+                self._use.lock = registrar, budget
+                budget.take(self.size)  # last: nothing takes it back
         except BaseException:
+            result, self._use.lock = -1, None
             registrar.unregister(self.tensor.data_ptr())  # the interrupt may have come after the registration
             registrar.consume_error()
             raise
         finally:
             if result != 0:
                 _advise(self._pages, "MADV_DOFORK")
-        if result != 0:
-            return result
-        budget.take(self.size)
-        self._use.lock = registrar, budget
-        return 0
+        return result
 
     def unpin(self) -> None:
         """Unlocks the pages after their last copy."""

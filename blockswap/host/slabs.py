@@ -297,16 +297,22 @@ class HostStore:
             slab.tier = HostTier.PAGEABLE
         return []
 
-    def make_pages(self, nbytes: int, *, pin: bool) -> PageMemory:
-        """Memory for other uses than slabs. `pin` page-locks it where the budget allows and the driver agrees.
+    def make_pages(self, nbytes: int, *, beside: int | None) -> PageMemory:
+        """Memory for other uses than slabs, page-locked where the budget allows and the driver agrees.
+
+        Args:
+            nbytes: Bytes of it.
+            beside: Bytes of slabs, locked already or not yet, that the budget must hold as well; None locks nothing.
 
         Raises:
             HostMemoryError: The system has no memory for it.
         """
         pages = PageMemory(nbytes, self.streams)
-        if pin and self.registrar is not None and not self.refusals and pages.size <= self.budget.left_bytes:
-            self.finish_locking()
-            pages.pin(self.registrar, self.budget)
+        if beside is not None and self.registrar is not None:
+            self.finish_locking()  # first: it takes from the budget, or is refused
+            left = self.budget.left_bytes - max(0, beside - self.pinned_bytes)
+            if not self.refusals and pages.size <= left:
+                pages.pin(self.registrar, self.budget)
         return pages
 
     def _lock_staging(self, pages: PageMemory) -> bool:

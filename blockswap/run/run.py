@@ -25,15 +25,7 @@ from .history import Workload
 from .machine import LastKnownReadings, Machine, PeakMeter
 from .planner import Planner
 from .progress import ProgressFeed, Watcher
-from .replan import (
-    MOST_REPLANS,
-    SLOW,
-    kept_over_budget,
-    slow_link,
-    spill,
-    usual_ms,
-    why_replace,
-)
+from .replan import MOST_REPLANS, SLOW, kept_over_budget, slow_link, spill, usual_ms, why_replace
 from .report import RunReport, RunStats
 from .text import ModelSize, block_table, configuration_lines, oom_message, summary
 from .trace_file import chrome_trace, trace_name, write_trace
@@ -316,13 +308,15 @@ class SwapRun:
             self._adopt()
         except (PlanError, DeviceMemoryError, HostMemoryError) as failure:
             self._stats.note(f"planning again failed, so that the plan before goes on: {failure}")
-            self.planner.next_plan = present
-            try:
-                self._adopt()
-            finally:
-                self.planner.next_plan = None
+        else:
+            self._stats.replans.append(why)
             return
-        self._stats.replans.append(why)
+        # Outside the handler, since the failure's traceback holds device memory of the plan that failed.
+        self.planner.next_plan = present
+        try:
+            self._adopt()
+        finally:
+            self.planner.next_plan = None
 
     # ------------------------------------------------------------------------------------------------------- learning
 

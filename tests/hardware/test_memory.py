@@ -219,6 +219,7 @@ def test_a_memory_function_that_fails_is_unavailable(install_hpu):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
         (RuntimeError("HIP error: out of memory"), True),
+        (RuntimeError("CUDA driver error: out of memory"), True),  # C10_CUDA_DRIVER_CHECK, which gives no code
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("Triton Error [CUDA]: out of memory"), True),
