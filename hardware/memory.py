@@ -24,9 +24,11 @@ _ESTIMATED_FREE_PERCENT = 100 - _OTHERS_PERCENT
 # torch and the vendor differ by what the driver keeps for itself, 1 to 3 % of a device; its parts differ by much more.
 _SAME_DEVICE_PERCENT = 10
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation and hipErrorOutOfMemory: the driver's own refusal
-# The driver's text in torch 2.6 and 2.7; cuBLAS, hipBLAS and cuDNN as torch reports them; Triton's CudaUtils.
-_REFUSALS = re.compile(
-    r"(CUDA|HIP)( driver)? error: out of memory|STATUS_ALLOC_FAILED|Triton Error \[\w+\]: out of memory"
+# The driver's text in torch 2.6 and 2.7, and that of its own interface without a code in all versions.
+_DRIVER_REFUSAL = re.compile(r"(CUDA|HIP)( driver)? error: out of memory")
+# cuBLAS, hipBLAS and cuDNN as torch reports them; Triton's CudaUtils; MIOpen.
+_LIBRARY_REFUSAL = re.compile(
+    r"STATUS_ALLOC_FAILED|DEVICE_ALLOCATION_FAILED|Triton Error \[\w+\]: out of memory|MIOpen Error: out of memory"
 )
 # AMD's documentation of hipMemGetInfo, on Windows: free "only accounts for memory allocated by this process".
 # On WSL2 that depends on the library between HIP and the driver: librocdxg counts the other processes.
@@ -42,19 +44,24 @@ def is_out_of_memory(failure: BaseException) -> bool:
     The driver's refusal carries its code since torch 2.8 (AcceleratorError); before that, and from cuBLAS, cuDNN and
     Triton, it is a RuntimeError with a text.
     """
-    return isinstance(failure, torch.OutOfMemoryError) or (
-        isinstance(failure, RuntimeError)
-        and (getattr(failure, "error_code", None) == _OUT_OF_MEMORY or _REFUSALS.search(str(failure)) is not None)
+    return isinstance(failure, RuntimeError) and (
+        isinstance(failure, torch.OutOfMemoryError)
+        or is_driver_refusal(failure)
+        or _LIBRARY_REFUSAL.search(str(failure)) is not None
     )
 
 
 def is_driver_refusal(failure: BaseException) -> bool:
-    """Whether the driver refused device memory, and not torch's allocator, in what first caused the failure. Windows'
-    driver refuses ordinary copies as well where nearly all memory that may be page-locked is locked.
+    """Whether the driver refused device memory, and not torch's allocator or a library, in the failure's first cause.
+    Windows' driver refuses ordinary copies as well where nearly all memory that may be page-locked is locked.
     """
     while failure.__cause__ is not None:
         failure = failure.__cause__
-    return is_out_of_memory(failure) and not isinstance(failure, torch.OutOfMemoryError)
+    return (
+        isinstance(failure, RuntimeError)
+        and not isinstance(failure, torch.OutOfMemoryError)
+        and (getattr(failure, "error_code", None) == _OUT_OF_MEMORY or _DRIVER_REFUSAL.search(str(failure)) is not None)
+    )
 
 
 @dataclass(frozen=True, slots=True)

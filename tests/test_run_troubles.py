@@ -13,6 +13,7 @@ from run_bench import COUNT, LARGE_VIDEO, SMALL_VIDEO, Bench, CountingSampler, X
 from torch.multiprocessing.reductions import StorageWeakRef
 from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError, DeviceMemoryError
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
+from wanvideo_enhanced_blockswap.blockswap.run.progress import Phase, Progress
 from wanvideo_enhanced_blockswap.blockswap.run.run import TIMED_FORWARDS
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 from wanvideo_enhanced_blockswap.hardware import is_driver_refusal
@@ -334,6 +335,7 @@ def test_a_refusal_of_the_driver_is_answered_by_less_page_locked_memory_before_a
         (DeviceMemoryError("not enough VRAM"), torch.OutOfMemoryError("CUDA out of memory."), False),
         (torch.OutOfMemoryError("CUDA out of memory."), None, False),
         (RuntimeError("CUDA error: unspecified launch failure"), None, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), None, False),
     ],
 )
 def test_the_driver_s_refusal_is_told_from_the_allocator_s(
@@ -341,3 +343,25 @@ def test_the_driver_s_refusal_is_told_from_the_allocator_s(
 ) -> None:
     failure.__cause__ = cause
     assert is_driver_refusal(failure) is expected
+
+
+def test_other_settings_lock_as_much_as_they_are_allowed_again() -> None:
+    bench = Bench(room=5, settings=SwapSettings(auto_hardware_tuning=False, blocks_to_swap=4))
+    bench.forward(times=2)
+    pinned = bench.run.session.pinned_bytes
+    bench.run.shrink("CUDA error: out of memory", by_driver=True)
+    bench.run.use(SwapSettings(auto_hardware_tuning=False, blocks_to_swap=3))
+    bench.forward()
+    assert bench.run.session.pinned_bytes == pinned * 3 // 4
+
+
+def test_a_run_is_not_released_inside_one_of_its_forwards() -> None:
+    bench = Bench(room=5)
+    told: list[Progress] = []
+    bench.run.watcher = told.append
+    with torch.inference_mode(), bench.run.forward(SMALL_VIDEO):
+        with pytest.raises(BlockSwapError, match="cannot be released inside one of its forwards"):
+            bench.run.release()
+        assert torch.equal(bench.model(X), bench.expected)
+    bench.run.release()
+    assert [progress.phase for progress in told if progress.phase in (Phase.DONE, Phase.STOPPED)] == [Phase.DONE]

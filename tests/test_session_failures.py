@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import threading
+import time
 
 import pytest
 import torch
@@ -349,3 +350,50 @@ def test_memory_that_weights_are_gathered_in_is_unlocked_although_the_failure_is
     assert failure.value is not None  # its traceback holds the swapper
     assert_nothing_left(simulation)
     session.close()
+
+
+def test_a_session_that_the_collector_finds_in_its_own_worker_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its finalizer waits for the worker's jobs, of which one is being run."""
+    forgotten, copies = threading.Event(), InlineStreams.copy
+
+    def collect(streams: InlineStreams, target: torch.Tensor, source: torch.Tensor, stream: str) -> None:
+        if threading.current_thread() is not threading.main_thread() and forgotten.wait(10):
+            gc.collect()
+        copies(streams, target, source, stream)
+
+    monkeypatch.setattr(InlineStreams, "copy", collect)
+    model = toy(4)
+    truth, streams = truth_of(model), InlineStreams(torch.device("cpu"))
+    backend = Backend(streams.device, lambda *_: streams, None, PinBudget(0), lambda _: ThreadWorker())
+    session = SwapSession(model.named, fixed_plan([True] * 4, tiers=HostTier.PAGEABLE), backend)
+    session.adopt()
+    holds = session._holds
+    cycle: list[object] = [session]
+    cycle.append(cycle)
+    gc.disable()
+    try:
+        del session, cycle
+        forgotten.set()
+        until = time.monotonic() + 10
+        while holds.store is not None or holds.transfer is not None or holds.swapper is not None:
+            assert time.monotonic() < until, "the worker waits for itself"
+            time.sleep(0.01)
+    finally:
+        gc.enable()
+    assert torch.equal(truth_of(model), truth)
+
+
+def test_a_worker_without_a_thread_has_queued_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[bool] = []
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            ThreadWorker()
+    worker = ThreadWorker()
+    worker.submit(lambda: ran.append(True)).wait()
+    worker.stop()
+    assert ran == [True]

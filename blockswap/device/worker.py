@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,14 +44,32 @@ class _ThreadJob:
         return self.future.exception() is None
 
 
+THREAD_NAME = "blockswap staging"
+
+
 class ThreadWorker:
-    """One thread. Copies by torch release the GIL, so that the host thread keeps running meanwhile."""
+    """One thread. Copies by torch release the GIL, so that the host thread keeps running meanwhile.
+
+    Raises:
+        RuntimeError: The system has no thread left.
+    """
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="blockswap staging")
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=THREAD_NAME)
+        self._executor.submit(int).result()  # starts the thread: `submit` queues its job even if that fails
 
     def submit(self, work: Callable[[], None]) -> Job:
         return _ThreadJob(self._executor.submit(work))
 
     def stop(self) -> None:
         self._executor.shutdown()
+
+
+def run_outside_workers(work: Callable[[], None]) -> None:
+    """Runs work that waits for workers' jobs; in a thread of its own if a worker calls this, where the garbage collector
+    may run a finalizer.
+    """
+    if threading.current_thread().name.startswith(THREAD_NAME):
+        threading.Thread(target=work, name="blockswap finalizer").start()
+    else:
+        work()

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..device.backend import Backend
 from ..device.failures import translate_device_errors
+from ..device.worker import run_outside_workers
 from ..errors import BlockSwapError, UnsupportedModelError
 from ..host.slabs import HostStore, Slab
 from ..host.staging import UnlockedCopies
@@ -95,7 +96,7 @@ class SwapSession:
         self._backend = backend
         self._holds = Holdings()
         # Not at exit, where it would unlock gigabytes beside a thread of ComfyUI that still runs: the system does it.
-        weakref.finalize(self, self._holds.drop).atexit = False
+        weakref.finalize(self, run_outside_workers, self._holds.drop).atexit = False
         self._handles: list[RemovableHandle] = []
         enter = weakref.WeakMethod(self.enter)
         self._hooks = [block_hook(self._holds, enter, index) for index in range(len(self._named))]

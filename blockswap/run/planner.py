@@ -210,6 +210,7 @@ class Planner:
         """Sets the settings of the coming plans."""
         if settings.of_the_plan != self.settings.of_the_plan:
             self.history.forgive()
+            self._most_pinned_bytes = None
         self.settings = settings
 
     def _inputs_from(self, readings: Readings, profile: ModelProfile, held: HeldMemory) -> PlanInputs:

@@ -205,6 +205,8 @@ class SwapRun:
         Args:
             failure: What ended the run; None if it ended well.
         """
+        if self.session.state is SessionState.RUNNING:
+            raise BlockSwapError("a run cannot be released inside one of its forwards; end the forward first")
         was_in_run, report = self._in_run, self._report_or_none() if self._in_run else None
         try:
             self.session.release()

@@ -224,6 +224,8 @@ def test_a_memory_function_that_fails_is_unavailable(install_hpu):
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("Triton Error [CUDA]: out of memory"), True),
         (RuntimeError("Triton Error [HIP]: out of memory"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("MIOpen Error: out of memory"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (RuntimeError("DataLoader worker ran out of memory"), False),
         (MemoryError("out of memory"), False),
