@@ -66,7 +66,7 @@ class ThreadWorker:
 
 
 def run_outside_workers(work: Callable[[], None]) -> None:
-    """Runs work that waits for workers' jobs; in a thread of its own if a worker calls this, where the garbage collector
+    """Runs work that waits for jobs of workers; in its own thread if a worker calls this, where the garbage collector
     may run a finalizer.
     """
     if threading.current_thread().name.startswith(THREAD_NAME):
