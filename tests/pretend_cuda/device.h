@@ -39,6 +39,7 @@ struct Settings {
   double seed = 0;           // of the lateness
   bool late_copies = false, late_compute = false;
   bool poison = false;          // fresh memory, and the target of a copy that is under way, holds NaN
+  bool float_products = false;  // matrix products of 16 bits are computed in float32: some CPUs are faster so
   bool pageable_waits = false;  // a copy from pageable memory blocks the host until it is over
 
   bool set(const std::string& name, const std::string& value) {
@@ -47,7 +48,9 @@ struct Settings {
                                                     {"COPY_GBPS", &copy_gbps},
                                                     {"LATE_MS", &late_ms},
                                                     {"SEED", &seed}};
-    const std::map<std::string, bool*> switches = {{"POISON", &poison}, {"PAGEABLE_WAITS", &pageable_waits}};
+    const std::map<std::string, bool*> switches = {{"POISON", &poison},
+                                                   {"FLOAT_PRODUCTS", &float_products},
+                                                   {"PAGEABLE_WAITS", &pageable_waits}};
     if (auto it = numbers.find(name); it != numbers.end()) *it->second = atof(value.c_str());
     else if (auto it = switches.find(name); it != switches.end()) *it->second = !value.empty() && value != "0";
     else if (name == "LATE") {
@@ -124,6 +127,7 @@ struct Gpu {
   CUstream_st legacy;
   int lanes = 1;
   Clock host{0};
+  size_t copied_to_device = 0, copied_to_host = 0;
   double used = settings.context, pooled = 0, pooled_peak = 0;
   std::unordered_map<const void*, const char*> kernels;
   std::map<std::string, uint64_t> calls;
@@ -316,6 +320,8 @@ inline cudaError_t copy(std::unique_lock<std::mutex>& lock, void* to, const void
                                                : "a copy to the host";
   if (source == Place::device) touch(stream, from, size, false, name);
   if (target == Place::device) touch(stream, to, size, true, name);
+  if (source != Place::device && target == Place::device) all.copied_to_device += size;
+  if (source == Place::device && target != Place::device) all.copied_to_host += size;
   Access access{stream.lane, stream.clock[stream.lane], name};
   uintptr_t pages = 0;
   for (auto [pointer, place] : {std::pair<const void*, Place>{to, target}, {from, source}})

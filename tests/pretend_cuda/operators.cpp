@@ -22,6 +22,7 @@ struct PretendAccess {
   int is_write;
 };
 extern "C" int pretend_launch(cudaStream_t, const char*, const PretendAccess*, size_t, void (*)(void*), void*);
+extern "C" int pretend_float_products();
 extern "C" void pretend_crash(const char*);
 
 namespace {
@@ -87,8 +88,15 @@ struct Work {
   std::vector<Bare> outputs;                  // new tensors that results are copied to
   std::string name;
 
+  // Results that are copied to `outputs` may have another type.
+  bool is_in_float() const {
+    static const std::set<std::string> products = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"};
+    return pretend_float_products() && !outputs.empty() && products.count(name);
+  }
+
   void run() {
     Below below;
+    bool in_float = is_in_float();
     static thread_local bool once = (at::set_num_threads(1), true);
     (void)once;
     try {
@@ -96,7 +104,9 @@ struct Work {
       for (size_t i = 0; i < arguments.size(); ++i) {
         size_t next = 0;
         stack.push_back(mapped(arguments[i], [&](const at::Tensor& t) {
-          return t.defined() && t.is_meta() ? IValue(tensors[i][next++].on_host()) : IValue(t);
+          if (!t.defined() || !t.is_meta()) return IValue(t);
+          auto host = tensors[i][next++].on_host();
+          return IValue(in_float && c10::isReducedFloatingType(t.scalar_type()) ? host.to(at::kFloat) : host);
         }));
       }
       op.callBoxed(&stack);

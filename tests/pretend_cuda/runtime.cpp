@@ -100,6 +100,10 @@ API size_t pretend_locked_bytes() {  // by cudaHostRegister
     if (!one.is_allocated) bytes += one.size;
   return bytes;
 }
+API size_t pretend_copied_bytes(int to_host) {
+  std::lock_guard lock(gpu().mutex);
+  return to_host ? gpu().copied_to_host : gpu().copied_to_device;
+}
 API size_t pretend_calls(char* text, size_t room) {  // "name count" of each function that was called
   std::lock_guard lock(gpu().mutex);
   std::string joined;
@@ -130,6 +134,7 @@ API int pretend_launch(cudaStream_t handle, const char* what, const PretendAcces
   enqueue(*stream, Kind::compute, [=] { work(data); });
   return ended(cudaSuccess);
 }
+API int pretend_float_products() { return gpu().settings.float_products; }
 API void pretend_crash(const char* why) {  // a kernel has failed
   fprintf(stderr, "pretend CUDA: a kernel failed: %s\n", why);
   std::lock_guard lock(gpu().mutex);

@@ -16,7 +16,7 @@ import comfy_watch
 import tiny_wan
 import torch
 from call_arguments import arguments_compared
-from comfy_loading import DEVICE
+from comfy_loading import DEVICE, MEMORY
 
 import nodes
 
@@ -86,12 +86,12 @@ class Cases:
             arguments: `kept_arguments` has, of each forward of the first model, whether it left its arguments alone.
             texts: What the package's other two nodes say: `plan_text` before sampling, `report_text` after it.
         """
-        torch.hpu.set_memory_limit(case.get("limit_bytes"))
+        MEMORY.set_memory_limit(case.get("limit_bytes"))
         try:
             with torch.inference_mode():
                 return self._run(case)
         finally:
-            torch.hpu.set_memory_limit(None)
+            MEMORY.set_memory_limit(None)
 
     def _run(self, case: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
