@@ -15,6 +15,8 @@
 #include <torch/library.h>
 
 #include <set>
+#include <sstream>
+#include <unordered_map>
 
 struct PretendAccess {
   const void* pointer;
@@ -226,8 +228,39 @@ struct Call {
     finish(results);
   }
 
-  // Sizes and strides of the results, from the operator on tensors without bytes.
+  // What sizes and strides of the results follow from; none if values of tensors may be among it.
+  std::optional<std::string> cause() {
+    std::ostringstream text;
+    text << std::hexfloat << op.operator_name();
+    bool has_values = false;
+    for (size_t i = first; i < stack.size(); ++i) {
+      auto bare = mapped(stack[i], [&](const at::Tensor& t) {
+        if (!t.defined()) text << " undefined";
+        else text << ' ' << t.device() << t.scalar_type() << t.sizes() << t.strides() << t.unsafeGetTensorImpl()->is_wrapped_number();
+        has_values |= t.defined() && !t.is_cuda() && t.numel() > 1;
+        return IValue(at::Tensor());
+      });
+      text << '|';
+      if (bare.isOptionalTensorList())
+        for (std::optional<at::Tensor> t : bare.toOptionalTensorList()) text << t.has_value();
+      if (!bare.isTensor() && !bare.isTensorList() && !bare.isOptionalTensorList()) text << bare.tagKind() << bare;
+    }
+    return has_values ? std::nullopt : std::optional(text.str());
+  }
+
+  // Sizes and strides of the results.
   std::optional<Stack> described() {
+    static thread_local std::unordered_map<std::string, Stack> known;
+    auto key = cause();
+    if (!key) return computed_shapes();
+    if (auto it = known.find(*key); it != known.end()) return it->second;
+    auto shapes = computed_shapes();
+    if (shapes) known.emplace(*key, *shapes);
+    return shapes;
+  }
+
+  // From the operator on tensors without bytes; much of that is Python, and slow.
+  std::optional<Stack> computed_shapes() {
     auto made = with(
         [](const at::Tensor& t) { return t.defined() && t.is_cuda() ? IValue(meta_of(t)) : IValue(t); }, at::kMeta);
     try {

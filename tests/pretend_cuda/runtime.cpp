@@ -120,6 +120,8 @@ struct PretendAccess {
 API int pretend_launch(cudaStream_t handle, const char* what, const PretendAccess* accesses, size_t count,
                        void (*work)(void*), void* data) {
   BEGIN_ON(cudaLaunchKernel, handle);
+  // The host runs no further ahead; and it knows no more than before when it goes on.
+  gpu().reached.wait(lock, [&] { return stream->queue.size() < LAUNCHES_AHEAD; });
   advance(*stream);
   const char* name = gpu().names.insert(what).first->c_str();
   for (bool is_write : {false, true})

@@ -98,6 +98,11 @@ def set_memory_limit(nbytes: int | None) -> None:
     runtime.set_to("VRAM", DEVICE_BYTES if nbytes is None else nbytes + _used_by_others())
 
 
+def set_link_speed(gbps: float) -> None:
+    """Of each way; with 0, copies are as fast as the host's."""
+    runtime.set_to("COPY_GBPS", gbps)
+
+
 def _used_by_others() -> int:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
