@@ -26,6 +26,7 @@
 #include "order.h"
 
 constexpr size_t PAGE = 4096, LARGE_PAGE = 2 << 20, POOL_STEP = 512;
+constexpr size_t LAUNCHES_AHEAD = 1024;  // of a stream, as on NVIDIA's cards
 constexpr int POISON = 0xFF;  // NaN in every floating-point type
 constexpr double CYCLES_PER_MS = 2e6;  // of torch.cuda._sleep
 
@@ -34,11 +35,12 @@ constexpr double CYCLES_PER_MS = 2e6;  // of torch.cuda._sleep
 struct Settings {
   double vram = 24e9;        // bytes of the device
   double context = 300e6;    // of these, what the driver takes for itself
-  double copy_gbps = 0;      // speed of copies, of all together; 0: as fast as memcpy
+  double copy_gbps = 0;      // speed of the link, each way; 0: copies are as fast as memcpy
   double late_ms = 3;        // half of the late tasks begin up to so much later
   double seed = 0;           // of the lateness
   bool late_copies = false, late_compute = false;
   bool poison = false;          // fresh memory, and the target of a copy that is under way, holds NaN
+  bool float_products = false;  // matrix products of 16 bits are computed in float32: some CPUs are faster so
   bool pageable_waits = false;  // a copy from pageable memory blocks the host until it is over
 
   bool set(const std::string& name, const std::string& value) {
@@ -47,7 +49,9 @@ struct Settings {
                                                     {"COPY_GBPS", &copy_gbps},
                                                     {"LATE_MS", &late_ms},
                                                     {"SEED", &seed}};
-    const std::map<std::string, bool*> switches = {{"POISON", &poison}, {"PAGEABLE_WAITS", &pageable_waits}};
+    const std::map<std::string, bool*> switches = {{"POISON", &poison},
+                                                   {"FLOAT_PRODUCTS", &float_products},
+                                                   {"PAGEABLE_WAITS", &pageable_waits}};
     if (auto it = numbers.find(name); it != numbers.end()) *it->second = atof(value.c_str());
     else if (auto it = switches.find(name); it != switches.end()) *it->second = !value.empty() && value != "0";
     else if (name == "LATE") {
@@ -115,6 +119,7 @@ struct LockedPages {
 struct Gpu {
   Settings settings;
   std::mutex mutex, link;
+  double link_free_ms[2] = {0, 0};  // each way, when the last copy is over; needs `link`
   std::condition_variable reached;
   std::mt19937 random{static_cast<unsigned>(settings.seed)};
   std::map<uintptr_t, Allocation> allocations;
@@ -124,6 +129,7 @@ struct Gpu {
   CUstream_st legacy;
   int lanes = 1;
   Clock host{0};
+  size_t copied_to_device = 0, copied_to_host = 0;
   double used = settings.context, pooled = 0, pooled_peak = 0;
   std::unordered_map<const void*, const char*> kernels;
   std::map<std::string, uint64_t> calls;
@@ -296,11 +302,14 @@ inline void touch(CUstream_st& stream, const void* pointer, size_t size, bool is
   if (!wrong.empty()) violate(wrong);
 }
 
-inline void take_link_time(size_t size) {  // without the mutex: one copy at a time has the link
+inline void take_link_time(size_t size, bool to_host) {  // without the mutex: one copy at a time has the link, each way
   double gbps = gpu().settings.copy_gbps;
   if (gbps <= 0) return;
-  std::lock_guard one_at_a_time(gpu().link);
-  nap(size / gbps / 1e6);
+  auto& free_ms = gpu().link_free_ms[to_host];
+  std::unique_lock lock(gpu().link);
+  double over_ms = free_ms = std::max(free_ms, now_ms()) + size / gbps / 1e6;  // a nap too long delays no later copy
+  lock.unlock();
+  nap(over_ms - now_ms());
 }
 
 inline cudaError_t copy(std::unique_lock<std::mutex>& lock, void* to, const void* from, size_t size, CUstream_st& stream,
@@ -323,6 +332,8 @@ inline cudaError_t copy(std::unique_lock<std::mutex>& lock, void* to, const void
                                                : "a copy to the host";
   if (source == Place::device) touch(stream, from, size, false, name);
   if (target == Place::device) touch(stream, to, size, true, name);
+  if (source != Place::device && target == Place::device) all.copied_to_device += size;
+  if (source == Place::device && target != Place::device) all.copied_to_host += size;
   Access access{stream.lane, stream.clock[stream.lane], name};
   uintptr_t pages = 0;
   for (auto [pointer, place] : {std::pair<const void*, Place>{to, target}, {from, source}})
@@ -340,7 +351,7 @@ inline cudaError_t copy(std::unique_lock<std::mutex>& lock, void* to, const void
       if (!gpu().locked.count(pages)) return violate("a copy runs after its host memory was unlocked");
     }
     if (poison && target != Place::pageable) memset(to, POISON, size);
-    take_link_time(size);
+    if (source != target) take_link_time(size, target != Place::device);
     memmove(to, staged ? staged.get() : from, size);
   });
   bool on_host = target != Place::device && source != Place::device;

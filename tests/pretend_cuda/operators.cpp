@@ -15,6 +15,8 @@
 #include <torch/library.h>
 
 #include <set>
+#include <sstream>
+#include <unordered_map>
 
 struct PretendAccess {
   const void* pointer;
@@ -22,6 +24,7 @@ struct PretendAccess {
   int is_write;
 };
 extern "C" int pretend_launch(cudaStream_t, const char*, const PretendAccess*, size_t, void (*)(void*), void*);
+extern "C" int pretend_float_products();
 extern "C" void pretend_crash(const char*);
 
 namespace {
@@ -87,8 +90,15 @@ struct Work {
   std::vector<Bare> outputs;                  // new tensors that results are copied to
   std::string name;
 
+  // Results that are copied to `outputs` may have another type.
+  bool is_in_float() const {
+    static const std::set<std::string> products = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"};
+    return pretend_float_products() && !outputs.empty() && products.count(name);
+  }
+
   void run() {
     Below below;
+    bool in_float = is_in_float();
     static thread_local bool once = (at::set_num_threads(1), true);
     (void)once;
     try {
@@ -96,7 +106,9 @@ struct Work {
       for (size_t i = 0; i < arguments.size(); ++i) {
         size_t next = 0;
         stack.push_back(mapped(arguments[i], [&](const at::Tensor& t) {
-          return t.defined() && t.is_meta() ? IValue(tensors[i][next++].on_host()) : IValue(t);
+          if (!t.defined() || !t.is_meta()) return IValue(t);
+          auto host = tensors[i][next++].on_host();
+          return IValue(in_float && c10::isReducedFloatingType(t.scalar_type()) ? host.to(at::kFloat) : host);
         }));
       }
       op.callBoxed(&stack);
@@ -216,8 +228,39 @@ struct Call {
     finish(results);
   }
 
-  // Sizes and strides of the results, from the operator on tensors without bytes.
+  // What sizes and strides of the results follow from; none if values of tensors may be among it.
+  std::optional<std::string> cause() {
+    std::ostringstream text;
+    text << std::hexfloat << op.operator_name();
+    bool has_values = false;
+    for (size_t i = first; i < stack.size(); ++i) {
+      auto bare = mapped(stack[i], [&](const at::Tensor& t) {
+        if (!t.defined()) text << " undefined";
+        else text << ' ' << t.device() << t.scalar_type() << t.sizes() << t.strides() << t.unsafeGetTensorImpl()->is_wrapped_number();
+        has_values |= t.defined() && !t.is_cuda() && t.numel() > 1;
+        return IValue(at::Tensor());
+      });
+      text << '|';
+      if (bare.isOptionalTensorList())
+        for (std::optional<at::Tensor> t : bare.toOptionalTensorList()) text << t.has_value();
+      if (!bare.isTensor() && !bare.isTensorList() && !bare.isOptionalTensorList()) text << bare.tagKind() << bare;
+    }
+    return has_values ? std::nullopt : std::optional(text.str());
+  }
+
+  // Sizes and strides of the results.
   std::optional<Stack> described() {
+    static thread_local std::unordered_map<std::string, Stack> known;
+    auto key = cause();
+    if (!key) return computed_shapes();
+    if (auto it = known.find(*key); it != known.end()) return it->second;
+    auto shapes = computed_shapes();
+    if (shapes) known.emplace(*key, *shapes);
+    return shapes;
+  }
+
+  // From the operator on tensors without bytes; much of that is Python, and slow.
+  std::optional<Stack> computed_shapes() {
     auto made = with(
         [](const at::Tensor& t) { return t.defined() && t.is_cuda() ? IValue(meta_of(t)) : IValue(t); }, at::kMeta);
     try {

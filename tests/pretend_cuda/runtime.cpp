@@ -103,6 +103,10 @@ API size_t pretend_locked_bytes() {  // by cudaHostRegister
     if (!one.is_allocated) bytes += one.size;
   return bytes;
 }
+API size_t pretend_copied_bytes(int to_host) {
+  std::lock_guard lock(gpu().mutex);
+  return to_host ? gpu().copied_to_host : gpu().copied_to_device;
+}
 API size_t pretend_calls(char* text, size_t room) {  // "name count" of each function that was called
   std::lock_guard lock(gpu().mutex);
   std::string joined;
@@ -119,6 +123,8 @@ struct PretendAccess {
 API int pretend_launch(cudaStream_t handle, const char* what, const PretendAccess* accesses, size_t count,
                        void (*work)(void*), void* data) {
   BEGIN_ON(cudaLaunchKernel, handle);
+  // The host runs no further ahead; and it knows no more than before when it goes on.
+  gpu().reached.wait(lock, [&] { return stream->queue.size() < LAUNCHES_AHEAD; });
   advance(*stream);
   const char* name = gpu().names.insert(what).first->c_str();
   for (bool is_write : {false, true})
@@ -133,6 +139,7 @@ API int pretend_launch(cudaStream_t handle, const char* what, const PretendAcces
   enqueue(*stream, Kind::compute, [=] { work(data); });
   return ended(cudaSuccess);
 }
+API int pretend_float_products() { return gpu().settings.float_products; }
 API void pretend_crash(const char* why) {  // a kernel has failed
   fprintf(stderr, "pretend CUDA: a kernel failed: %s\n", why);
   std::lock_guard lock(gpu().mutex);

@@ -26,7 +26,8 @@ ctypes.CDLL(str(_folder / build.DRIVER), ctypes.RTLD_GLOBAL)
 _runtime.pretend_fail.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int]
 for _function in (_runtime.pretend_violations, _runtime.pretend_calls):
     _function.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
-_runtime.pretend_locked_bytes.restype = ctypes.c_size_t
+for _function in (_runtime.pretend_locked_bytes, _runtime.pretend_copied_bytes):
+    _function.restype = ctypes.c_size_t
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a line for each refused allocation
 
 import torch  # noqa: E402
@@ -77,6 +78,11 @@ def violations() -> list[str]:
 def locked_bytes() -> int:
     """Host memory that is page-locked by cudaHostRegister."""
     return int(_runtime.pretend_locked_bytes())
+
+
+def copied_bytes() -> dict[str, int]:
+    """Bytes copied since the process began, to the device and to the host."""
+    return {"h2d_bytes": _runtime.pretend_copied_bytes(0), "d2h_bytes": _runtime.pretend_copied_bytes(1)}
 
 
 def calls() -> dict[str, int]:

@@ -16,7 +16,7 @@ import comfy_watch
 import tiny_wan
 import torch
 from call_arguments import arguments_compared
-from comfy_loading import DEVICE
+from comfy_loading import DEVICE, MEMORY
 
 import nodes
 
@@ -82,16 +82,19 @@ class Cases:
             sample: Inputs of the sampler.
             nodes: Nodes that give further inputs of the sampler.
             limit_bytes: Memory of the device.
+            link_gbps: Speed of the pretend CUDA runtime's link; 0 is no limit. Forwards are timed then.
             fault: See comfy_watch.watched.
             arguments: `kept_arguments` has, of each forward of the first model, whether it left its arguments alone.
             texts: What the package's other two nodes say: `plan_text` before sampling, `report_text` after it.
         """
-        torch.hpu.set_memory_limit(case.get("limit_bytes"))
+        MEMORY.set_memory_limit(case.get("limit_bytes"))
+        if "link_gbps" in case:
+            MEMORY.set_link_speed(case["link_gbps"])
         try:
             with torch.inference_mode():
                 return self._run(case)
         finally:
-            torch.hpu.set_memory_limit(None)
+            MEMORY.set_memory_limit(None)
 
     def _run(self, case: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -102,7 +105,8 @@ class Cases:
             found["load_s"] = time.perf_counter() - began
             if case.get("texts"):
                 found["plan_text"] = _plan_text(case, models[-1])
-            with comfy_watch.watched(_transformers(models), case.get("fault")) as seen, _compared(case, models) as kept:
+            watched = comfy_watch.watched(_transformers(models), case.get("fault"), is_timed="link_gbps" in case)
+            with watched as seen, _compared(case, models) as kept:
                 samples = self._sample_all(case, models)
             found["kept_arguments"] = kept
             found["latents"] = _digest(samples["samples"])

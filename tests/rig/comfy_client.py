@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
@@ -13,8 +14,11 @@ from typing import Any
 
 SCRIPT = Path(__file__).with_name("comfy_process.py")
 
+ON_CUDA = os.environ.get("RIG_DEVICE") == "cuda"
+"""Whether ComfyUI runs on the pretend CUDA runtime, and not on the pretend accelerator."""
+
 SECONDS_TO_START = 300
-"""The accelerator may have to be built first."""
+"""The device may have to be built first."""
 
 SECONDS_TO_ANSWER = 180
 """A hundred times what a case takes: it ends a process that hangs."""

@@ -1,4 +1,4 @@
-"""The real ComfyUI inside this process, with the pretend accelerator as its device; run by comfy_process.py only."""
+"""The real ComfyUI inside this process, on the pretend device that is installed; run by comfy_process.py only."""
 
 from __future__ import annotations
 
@@ -12,24 +12,39 @@ from typing import Any
 
 import torch
 
-DEVICE = torch.device("hpu", 0)
+IS_CUDA = "comfy_cuda" in sys.modules
+
+MEMORY: Any = sys.modules["comfy_cuda"] if IS_CUDA else torch.hpu
+"""What knows the device's memory: how much there is, was used and was copied."""
+
+DEVICE = torch.device("cuda" if IS_CUDA else "hpu", 0)
 
 WRAPPER = "ComfyUI-WanVideoWrapper"
 
 
 def load_comfyui(comfyui: Path, scratch: Path) -> None:
-    """Makes ComfyUI importable, with its folders in `scratch` and DEVICE as the device that models run on.
-
-    It is started for the CPU, since it knows no way to ask this accelerator for its memory; what it asks then is
-    answered from `torch.hpu`.
-    """
+    """Makes ComfyUI importable, with its folders in `scratch` and DEVICE as the device that models run on."""
     for name in ("models/diffusion_models", "models/loras", "custom_nodes", "input", "output", "temp", "user"):
         (scratch / name).mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(comfyui))
-    sys.argv = ["main.py", "--cpu", "--disable-api-nodes", "--base-directory", str(scratch)]
+    sys.argv = ["main.py", "--disable-api-nodes", "--base-directory", str(scratch)]
     import comfy.options
 
-    comfy.options.enable_args_parsing()
+    if IS_CUDA:
+        MEMORY.leave_out_kernels_of_others()
+        comfy.options.enable_args_parsing()
+    else:
+        sys.argv.append("--cpu")
+        comfy.options.enable_args_parsing()
+        _run_on_the_accelerator()
+    import server
+
+    server.PromptServer(asyncio.new_event_loop())  # the wrapper's previews look for it
+
+
+def _run_on_the_accelerator() -> None:
+    """ComfyUI is started for the CPU, since it has no way to ask this device for its memory: `torch.hpu` answers it."""
+    _make_attention_traceable()
     import comfy.model_management as management
 
     def free(device: Any = None, torch_free_too: bool = False) -> Any:
@@ -47,12 +62,9 @@ def load_comfyui(comfyui: Path, scratch: Path) -> None:
     on_cpu = management.get_free_memory, management.get_total_memory
     management.get_torch_device = lambda: DEVICE
     management.get_free_memory, management.get_total_memory = free, total
-    import server
-
-    server.PromptServer(asyncio.new_event_loop())  # the wrapper's previews look for it
 
 
-def make_attention_traceable() -> None:
+def _make_attention_traceable() -> None:
     """Attention on the accelerator is made of plain operators, as torch.compile can follow it: asked for its choice of
     a kernel while it traces, the accelerator would look at values that are not there.
     """
@@ -75,9 +87,18 @@ def load_custom_node(folder: Path) -> None:
         raise RuntimeError(f"ComfyUI could not load {folder}; its log says why")
 
 
+def load_package(folder: Path) -> None:
+    """Loads the package under test."""
+    load_custom_node(folder)
+    if IS_CUDA:
+        MEMORY.cut_small_slabs()
+
+
 def load_wrapper(comfyui: Path) -> None:
     """Loads the wrapper, and has its model believe in CUDA: without, the loop over blocks swaps nothing by itself."""
     load_custom_node(comfyui / "custom_nodes" / WRAPPER)
+    if IS_CUDA:
+        return
     import nodes
 
     package = nodes.NODE_CLASS_MAPPINGS["WanVideoSampler"].__module__.rpartition(".")[0]

@@ -2,7 +2,8 @@
 
     python tests/rig/comfy_process.py COMFYUI_DIR SCRATCH
 
-The interpreter is one that has ComfyUI's and the wrapper's requirements, and what the pretend accelerator needs. The
+The interpreter is one that has ComfyUI's and the wrapper's requirements, and what the pretend accelerator needs, or
+with RIG_DEVICE=cuda in the environment the pretend CUDA runtime. The
 first line that goes out says what is there. The package is not loaded before it is asked for: what comes before has
 never met it.
 """
@@ -25,21 +26,18 @@ def main(comfyui: Path, scratch: Path) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     sys.path.insert(0, str(HERE.parent / "pretend"))
     sys.path.append(str(HERE.parent))  # last: ComfyUI's modules win
-    import pretend_accelerator
 
     if not Path("/proc/self/smaps_rollup").exists():
         _say(answers, {"skip": "the rig reads host memory from /proc/self/smaps_rollup, which only Linux has"})
         return
-    reason = pretend_accelerator.is_supported()
+    reason = _install_device()
     if reason is not None:
         _say(answers, {"skip": reason})
         return
-    pretend_accelerator.install()
     import comfy_loading
     import torch
 
     torch.set_num_threads(1)
-    comfy_loading.make_attention_traceable()
     comfy_loading.load_comfyui(comfyui, scratch)
     comfy_loading.load_wrapper(comfyui)
     import comfy_cases
@@ -54,11 +52,28 @@ def main(comfyui: Path, scratch: Path) -> None:
         _say(answers, _answer(cases, asked))
 
 
+def _install_device() -> str | None:
+    """None if ComfyUI's device is there, else one sentence why not."""
+    if os.environ.get("RIG_DEVICE") == "cuda":
+        from pretend_cuda import build
+
+        reason = build.why_not()
+        if reason is None:
+            import comfy_cuda  # noqa: F401 - the import installs it
+        return reason
+    import pretend_accelerator
+
+    reason = pretend_accelerator.is_supported()
+    if reason is None:
+        pretend_accelerator.install()
+    return reason
+
+
 def _answer(cases: Any, asked: dict[str, Any]) -> dict[str, Any]:
     if asked.get("load_package"):
         import comfy_loading
 
-        comfy_loading.load_custom_node(PACKAGE)
+        comfy_loading.load_package(PACKAGE)
         return {}
     return cases.run(asked)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import comfy.model_management as management
 import torch
+from comfy_loading import DEVICE, IS_CUDA, MEMORY
 from torch import nn
 
 COUNTERS = ("blocks_to_swap", "vace_blocks_to_swap", "prefetch_blocks")
@@ -27,11 +28,16 @@ class Watch:
         forwards: Of each forward: the transformer's index, the blocks that its main loop came to, and, where the
             package swaps it, the number of the adoption that was in force when it ended.
         plans: Of each transformer and adoption, what was planned.
+        began_s: When each forward began, if they are timed.
         block_bytes: Of each transformer, bytes of its blocks as stored when its first forward began.
     """
 
-    def __init__(self, transformers: Sequence[nn.Module], fault: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, transformers: Sequence[nn.Module], fault: Mapping[str, Any] | None, *, is_timed: bool = False
+    ) -> None:
         self.forwards: list[dict[str, Any]] = []
+        self.began_s: list[float] = []
+        self._is_timed = is_timed
         self.plans: dict[str, dict[str, Any]] = {}
         self.block_bytes: dict[int, int] = {}
         self._transformers = transformers
@@ -47,6 +53,9 @@ class Watch:
             inside = [blocks for name in ("vace_blocks", "blocks") if (blocks := getattr(transformer, name, None))]
             self.block_bytes[index] = sum(map(stored_bytes, inside))
         self._inside = index
+        if self._is_timed:
+            torch.get_device_module(DEVICE).current_stream().synchronize()
+            self.began_s.append(time.perf_counter())
         self.forwards.append({"model": index, "blocks": 0, "adoption": None})
 
     def forward_ends(self, index: int) -> None:
@@ -82,22 +91,25 @@ def stored_bytes(module: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def watched(transformers: Sequence[nn.Module], fault: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+def watched(
+    transformers: Sequence[nn.Module], fault: Mapping[str, Any] | None, *, is_timed: bool = False
+) -> Iterator[dict[str, Any]]:
     """Watches what samples with these transformers; the dict has the figures when it is over, however it ends.
 
     Args:
         transformers: In the order in which they are used.
         fault: `{"kind": one of FAULTS, "at": n}`: the fault that is raised at the n-th block.
+        is_timed: Each forward begins when the device has computed what came before, and this time is noted.
     """
-    found: dict[str, Any] = {"before_bytes": torch.hpu.memory_allocated()}
-    watch, handles = Watch(transformers, fault), []
+    found: dict[str, Any] = {"before_bytes": MEMORY.memory_allocated()}
+    watch, handles = Watch(transformers, fault, is_timed=is_timed), []
     for index, transformer in enumerate(transformers):
         handles += [
             transformer.register_forward_pre_hook(lambda *_, i=index: watch.forward_begins(i)),
             transformer.register_forward_hook(lambda *_, i=index: watch.forward_ends(i)),
         ]
-    torch.hpu.reset_copy_stats()
-    torch.hpu.reset_peak_memory_stats()
+    MEMORY.reset_copy_stats()
+    MEMORY.reset_peak_memory_stats()
     began = time.perf_counter()
     try:
         with _told_of_blocks(watch.block_begins):
@@ -105,10 +117,11 @@ def watched(transformers: Sequence[nn.Module], fault: Mapping[str, Any] | None) 
     finally:
         for handle in handles:
             handle.remove()
-        found |= torch.hpu.copy_stats()
-        found["peak_bytes"] = torch.hpu.max_memory_allocated()
+        found |= MEMORY.copy_stats()
+        found["peak_bytes"] = MEMORY.max_memory_allocated()
         found["sampling_s"] = time.perf_counter() - began
         found |= {"forwards": watch.forwards, "plans": watch.plans, "onloaded_bytes": watch.onloaded_bytes()}
+        found["began_s"] = watch.began_s
         found["block_bytes"] = [watch.block_bytes.get(index, 0) for index in range(len(transformers))]
 
 
@@ -133,7 +146,7 @@ def _interrupt(block: nn.Module) -> None:
 
 
 def _run_out_of_memory(block: nn.Module) -> None:
-    torch.hpu.set_memory_limit(torch.hpu.memory_allocated())
+    MEMORY.set_memory_limit(MEMORY.memory_allocated())
 
 
 def _fail(block: nn.Module) -> None:
@@ -158,7 +171,7 @@ def standing(transformers: Sequence[nn.Module]) -> dict[str, Any]:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what glibc keeps for later is not in use
-    device = torch.hpu.memory_allocated()
+    device = MEMORY.memory_allocated()
     runs = [run for run in map(_run_of, transformers) if run is not None]
     return {
         "after_bytes": device,
@@ -170,6 +183,7 @@ def standing(transformers: Sequence[nn.Module]) -> dict[str, Any]:
         "places": sorted({p.device.type for transformer in transformers for p in transformer.parameters()}),
         "has_own_forward": any("forward" in vars(transformer) for transformer in transformers),
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        **(MEMORY.standing() if IS_CUDA else {}),
     }
 
 
@@ -204,6 +218,7 @@ def _facts(run: Any) -> dict[str, Any]:
     return {
         "swapped": list(plan.swapped),
         "slots": plan.slots,
+        "streams": plan.streams,
         "slot_bytes": plan.slot_bytes,
         "device_bytes": plan.device_bytes,
         "streamed_bytes": [block.streamed_bytes for block in profile.blocks],

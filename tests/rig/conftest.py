@@ -4,7 +4,8 @@
 
 COMFYUI_DIR is a ComfyUI whose custom_nodes has ComfyUI-WanVideoWrapper; this package is loaded from the checkout, and
 need not be there. COMFYUI_PYTHON, by default the one that runs pytest, has the requirements of both, and ninja. Models
-are made, and all other files written, in a temporary folder (1 GB).
+are made, and all other files written, in a temporary folder (1 GB). With RIG_DEVICE=cuda, tests/pretend_cuda takes the
+place of the pretend accelerator: see test_rig_cuda.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from comfy_client import Comfy, started
+from comfy_client import ON_CUDA, Comfy, started
 from rig_runs import Runs
 from rig_variants import REMOVED_FROM, VARIANTS
 
@@ -36,6 +37,8 @@ def comfy_without_us(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy
 @pytest.fixture(scope="session")
 def never_installed(comfy_without_us: Comfy) -> dict[str, list[SimpleNamespace]]:
     """Of each variant two runs, the second with the loader cached, in a ComfyUI that has not loaded the package yet."""
+    if ON_CUDA:
+        pytest.skip("measures on the pretend accelerator: unset RIG_DEVICE")
     return {
         name: [comfy_without_us.run(VARIANTS[name], cached=cached) for cached in (False, True)] for name in REMOVED_FROM
     }

@@ -1,0 +1,72 @@
+"""The real wrapper on torch.cuda's streams, over tests/pretend_cuda: right, in order, and nothing stays page-locked.
+
+RIG_DEVICE=cuda COMFYUI_DIR=… COMFYUI_PYTHON=…/bin/python python -m pytest -m rig tests/rig/test_rig_cuda.py
+
+COMFYUI_PYTHON has the CUDA build of torch that tests/pretend_cuda names.
+"""
+
+from __future__ import annotations
+
+import pytest
+from comfy_client import ON_CUDA, Comfy
+from rig_figures import to_host
+from rig_runs import HALF, Runs
+from rig_variants import BLOCKS, VARIANTS, ours
+
+pytestmark = [pytest.mark.rig, pytest.mark.skipif(not ON_CUDA, reason="needs RIG_DEVICE=cuda, see its docstring")]
+
+COUNTS = (HALF, BLOCKS, "auto")
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+every_count = pytest.mark.parametrize("count", COUNTS)
+
+
+@pytest.fixture(scope="module")
+def comfy(comfy_without_us: Comfy) -> Comfy:
+    comfy_without_us.load_package()
+    return comfy_without_us
+
+
+@pytest.fixture(scope="module")
+def runs(comfy: Comfy) -> Runs:
+    return Runs(comfy)
+
+
+@every_variant
+@every_count
+def test_latents_are_those_of_the_unswapped_model(runs: Runs, variant: str, count: object) -> None:
+    assert runs.of(variant, count).latents == runs.unswapped(variant).latents
+
+
+@every_variant
+@every_count
+def test_no_two_accesses_to_the_same_bytes_are_out_of_order(runs: Runs, variant: str, count: object) -> None:
+    assert runs.unswapped(variant).violations == []
+    assert runs.of(variant, count).violations == []
+
+
+@every_variant
+@every_count
+def test_blocks_are_swapped_over_several_copy_streams(runs: Runs, variant: str, count: object) -> None:
+    for plan in runs.of(variant, count).plans.values():
+        assert sum(plan["swapped"]) > plan["slots"] > 1
+        assert plan["streams"] > 1
+
+
+@every_variant
+@every_count
+def test_no_block_weight_is_copied_back(runs: Runs, variant: str, count: object) -> None:
+    run, unswapped = runs.of(variant, count), runs.unswapped(variant)
+    assert run.d2h_bytes in to_host(variant, run, unswapped)
+
+
+@every_variant
+@every_count
+def test_only_what_the_sessions_keep_is_page_locked(runs: Runs, variant: str, count: object) -> None:
+    run = runs.of(variant, count)
+    assert 0 < run.locked_bytes == run.pinned_bytes
+
+
+def test_nothing_stays_page_locked_without_the_models(comfy: Comfy) -> None:
+    assert comfy.run(VARIANTS["stays"], swap=ours(HALF)).locked_bytes > 0
+    assert comfy.run(VARIANTS["bf16"]).locked_bytes == 0
