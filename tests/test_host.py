@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import mmap
@@ -381,51 +380,30 @@ def test_no_garbage_is_collected_between_a_refused_lock_and_its_error(monkeypatc
     assert (enabled, gc.isenabled()) == ([False], True)
 
 
-class Kernel32:
-    """Windows' VirtualAlloc and VirtualFree, over pages of this system."""
-
-    def __init__(self, *, refuses: bool = False) -> None:
-        self.refuses = refuses
-        self.pages: dict[int, mmap.mmap] = {}
-        self.calls: list[tuple[str, int]] = []
-
-        def allocate(address: None, size: ctypes.c_size_t, kind: int, protection: int) -> int | None:
-            assert (address, kind, protection) == (None, 0x3000, 0x04)
-            if self.refuses:
-                return None
-            pages = mmap.mmap(-1, size.value)
-            at = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-            self.pages[at] = pages
-            self.calls.append(("allocate", size.value))
-            return at
-
-        self.VirtualAlloc = allocate
-
-    def VirtualFree(self, address: ctypes.c_void_p, size: ctypes.c_size_t, kind: int) -> int:  # noqa: N802
-        assert (size.value, kind) == (0, 0x8000)
-        self.calls.append(("free", len(self.pages.pop(address.value or 0))))
-        return 1
-
-
-def test_on_windows_pages_come_from_virtual_alloc_and_unlock_before_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel32, registrar, budget = Kernel32(), Recorder(), PinBudget(1 << 30)
-    monkeypatch.setattr(pages, "_anonymous_pages", lambda size: pages.virtual_pages(size, kernel32))
+def test_on_windows_pages_are_the_heap_s_and_unlock_before_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    registrar, budget = Recorder(), PinBudget(1 << 30)
+    monkeypatch.setattr(pages, "_anonymous_pages", pages.heap_pages)
     memory = PageMemory(PAGE + 1, InlineStreams(torch.device("cpu")))
+    assert (memory.tensor.data_ptr() % PAGE, memory.tensor.nbytes) == (0, 2 * PAGE)
     memory.tensor.fill_(7)
     memory.pin(registrar, budget)
     view = memory.tensor[5:10]
     del memory
-    assert kernel32.calls == [("allocate", 2 * PAGE)]  # a parameter may outlive the memory's own object
+    gc.collect()
+    assert registrar.names == ["register"]  # a parameter may outlive the memory's own object
     assert view.tolist() == [7] * 5
     del view
     assert registrar.names == ["register", "unregister"]
-    assert kernel32.calls == [("allocate", 2 * PAGE), ("free", 2 * PAGE)]
-    assert (budget.used_bytes, kernel32.pages) == (0, {})
+    assert registrar.readable_at_unlock == [1]
+    assert budget.used_bytes == 0
 
 
-def test_a_refusal_of_virtual_alloc_is_our_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "get_last_error", lambda: 1455, raising=False)
-    monkeypatch.setattr(pages, "_anonymous_pages", lambda size: pages.virtual_pages(size, Kernel32(refuses=True)))
+@pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), MemoryError()])
+def test_a_refusal_of_host_memory_is_our_error(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refuse(_: int) -> None:
+        raise error
+
+    monkeypatch.setattr(pages, "_anonymous_pages", refuse)
     with pytest.raises(HostMemoryError, match=r"the system refused 4,096 bytes") as failure:
         PageMemory(1, InlineStreams(torch.device("cpu")))
-    assert "error 1455" in str(failure.value.__cause__)
+    assert failure.value.__cause__ is error

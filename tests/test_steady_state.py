@@ -128,7 +128,8 @@ def test_a_slab_is_cut_between_all_copy_streams() -> None:
     copy = counting.copy
 
     def noted(target: torch.Tensor, source: torch.Tensor, stream) -> None:
-        copied[stream.name] += target.nbytes
+        if stream.name != "compute":  # there, what stays on the device is copied once
+            copied[stream.name] += target.nbytes
         copy(target, source, stream)
 
     counting.copy = noted

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import mmap
 import sys
@@ -21,8 +20,8 @@ from ..model.layout import align
 logger = logging.getLogger(__name__)
 
 
-class _Pages(mmap.mmap):
-    """Anonymous pages that call back before they are unmapped. `weakref.finalize` would call too late: `mmap` unmaps
+class _CallsBack:
+    """Calls back before its memory goes. `weakref.finalize` would call too late: both classes below free their memory
     before weak references are cleared.
     """
 
@@ -33,43 +32,35 @@ class _Pages(mmap.mmap):
             self.before_unmap()
 
 
-def _anonymous_pages(size: int) -> Any:
-    """A writable buffer of whole pages that calls its `before_unmap` before it goes.
+class _Pages(_CallsBack, mmap.mmap):
+    """Anonymous pages."""
+
+
+class _Heap(_CallsBack, bytearray):
+    """Memory of the C library's heap."""
+
+
+def _anonymous_pages(size: int) -> tuple[_CallsBack, int]:
+    """A buffer that holds `size` bytes of whole pages, and their offset in it.
 
     Raises:
         OSError: The system has no memory for it.
+        MemoryError: The same.
     """
     if sys.platform == "win32":
-        return virtual_pages(size, ctypes.WinDLL("kernel32", use_last_error=True))
+        return heap_pages(size)
     # Private, since Linux by default gives huge pages to private memory only, and filling and locking go page by page.
     pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     _advise(pages, "MADV_HUGEPAGE")
-    return pages
+    return pages, 0
 
 
-def virtual_pages(size: int, kernel32: Any) -> Any:
-    """Pages from VirtualAlloc. On Windows, `mmap` gives views of the paging file, which no driver promises to lock.
-
-    Raises:
-        OSError: VirtualAlloc refused.
+def heap_pages(size: int) -> tuple[_CallsBack, int]:
+    """For Windows, whose `mmap` gives views of the paging file, which no driver promises to lock. ComfyUI locks the heap's
+    memory there.
     """
-    commit, read_write, release = 0x3000, 0x04, 0x8000  # MEM_COMMIT | MEM_RESERVE, PAGE_READWRITE, MEM_RELEASE
-    kernel32.VirtualAlloc.restype = ctypes.c_void_p
-    address = kernel32.VirtualAlloc(None, ctypes.c_size_t(size), commit, read_write)
-    if not address:
-        raise OSError(f"VirtualAlloc refused {size:,} bytes (error {ctypes.get_last_error()})")  # type: ignore[attr-defined,unused-ignore]
-
-    class Pages(ctypes.c_ubyte * size):  # type: ignore[misc]
-        before_unmap: Callable[[], None] | None = None
-
-        def __del__(self) -> None:
-            try:
-                if self.before_unmap is not None:
-                    self.before_unmap()
-            finally:
-                kernel32.VirtualFree(ctypes.c_void_p(address), ctypes.c_size_t(0), release)
-
-    return Pages.from_address(address)
+    heap = _Heap(size + mmap.PAGESIZE)
+    return heap, -torch.frombuffer(heap, dtype=torch.uint8).data_ptr() % mmap.PAGESIZE
 
 
 def _advise(pages: Any, *names: str) -> None:
@@ -96,14 +87,14 @@ class PageMemory:
     def __init__(self, nbytes: int, streams: Streams) -> None:
         self.size = align(max(nbytes, 1), mmap.PAGESIZE)
         try:
-            self._pages = _anonymous_pages(self.size)
-        except OSError as cause:
+            self._pages, offset = _anonymous_pages(self.size)
+        except (OSError, MemoryError) as cause:
             raise HostMemoryError(
                 f"not enough host memory: the system refused {self.size:,} bytes for a block's weights; "
                 "close other programs or use a quantised model"
             ) from cause
         with torch.inference_mode(mode=False):
-            self.tensor = torch.frombuffer(self._pages, dtype=torch.uint8)
+            self.tensor = torch.frombuffer(self._pages, dtype=torch.uint8, count=self.size, offset=offset)
         self._use = _Use(self.tensor.data_ptr(), self.size, streams)
         self._pages.before_unmap = self._use.end
         self.in_flight = self._use.in_flight
