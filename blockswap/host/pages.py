@@ -56,8 +56,8 @@ def _anonymous_pages(size: int) -> tuple[_CallsBack, int]:
 
 
 def heap_pages(size: int) -> tuple[_CallsBack, int]:
-    """For Windows, whose `mmap` gives views of the paging file, which no driver promises to lock. ComfyUI locks the heap's
-    memory there.
+    """For Windows, whose `mmap` gives views of the paging file, which no driver promises to lock. ComfyUI locks
+    memory of the heap there.
     """
     heap = _Heap(size + mmap.PAGESIZE)
     return heap, -torch.frombuffer(heap, dtype=torch.uint8).data_ptr() % mmap.PAGESIZE
