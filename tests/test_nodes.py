@@ -84,7 +84,7 @@ def test_the_widgets_that_nobody_needs_at_first_are_advanced() -> None:
 
 def test_a_workflow_of_the_predecessor_loads_with_the_same_meaning() -> None:
     saved = [8, True, False, False, 35.0, 12, 0.75, True, False, 3, True]
-    settings = SwapSettings(**dict(zip(inputs_of(SWAP), saved, strict=True)))
+    settings = SwapSettings(**dict(zip(inputs_of(SWAP), saved, strict=False)))  # newer widgets are at their defaults
     assert settings == SwapSettings(
         blocks_to_swap=8,
         enable_dram_optimization=False,

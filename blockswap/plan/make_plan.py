@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from ...hardware.records import DeviceMemory, DeviceSpec, HostMemory, LinkSpeed
 from ...hardware.tiers import tune
-from ...hardware.units import format_bytes
+from ...hardware.units import format_bytes, format_count
 from ..errors import PlanError
 from ..model.layout import ModelProfile
 from ..settings import SwapSettings
@@ -366,7 +366,7 @@ def _refuse_what_does_not_fit(profile: ModelProfile, budget: MemoryBudget, input
     if plan.device_bytes > budget.limit_bytes:
         can_be_less = not (all(plan.swapped) or inputs.is_unified)
         advice = "swap more blocks or leave that to auto_hardware_tuning, " if can_be_less else ""
-        slots = f"{plan.slots} slots of {format_bytes(plan.slot_bytes)}, " if plan.slots else ""
+        slots = f"{format_count(plan.slots, 'slot')} of {format_bytes(plan.slot_bytes)}, " if plan.slots else ""
         raise PlanError(
             f"not enough VRAM: {format_bytes(plan.device_bytes)} needed for block weights "
             f"({slots}{len(plan.swapped) - plan.swapped_count} resident blocks, "
