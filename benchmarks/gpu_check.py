@@ -75,56 +75,59 @@ class Size:
         model: Name of the preset.
         blocks: Numbers of blocks of that size for the comparison, best first.
         shapes: Its shapes, ascending.
-        planned: Number of blocks of the predictions, and their shape.
-        compare: Other options of the comparison.
+        compare: Its other options.
+        planned: Number of blocks of the predictions.
+        planned_shape: Their shape.
         adopt: Options of the adopt.
         link: Options of the link.
-        overhead: Options of the host time per block.
+        overhead: Options of the host time.
         tests: Options of pytest.
     """
 
     model: str = "14b"
     blocks: tuple[int, ...] = (8, 6, 4)
     shapes: tuple[str, ...] = tuple(TERAFLOP)
-    planned: tuple[int, str] = (8, "832x480x17")
-    compare: tuple[str, ...] = ("--dtype", "bf16")
-    adopt: tuple[str, ...] = ("--blocks", "5", "--repeats", "2")
-    link: tuple[str, ...] = ("--sizes", "1MiB,64MiB,512MiB", "--streams", "1,2,4")
-    overhead: tuple[str, ...] = ("--turns", "3")
-    tests: tuple[str, ...] = ()
+    compare: str = "--dtype bf16"
+    planned: int = 8
+    planned_shape: str = "832x480x17"
+    adopt: str = "--blocks 5 --repeats 2"
+    link: str = "--sizes 1MiB,64MiB,512MiB --streams 1,2,4"
+    overhead: str = "--turns 3"
+    tests: str = ""
 
 
 SMALL = Size(
     model="small",
-    blocks=(3,),
+    blocks=(4,),
     shapes=("32x32x1", "32x32x5"),
-    planned=(3, "32x32x1"),
-    compare=("--dtype", "fp32"),  # a CPU, which stands for the GPU in a test, may have no bf16
-    adopt=("--blocks", "3", "--repeats", "1"),
-    link=("--sizes", "64KiB,1MiB", "--streams", "1,2", "--no-busy"),
-    overhead=("--turns", "1"),
-    tests=("-k", "refused_pin"),
+    compare="--dtype fp32",  # a CPU, which stands for the GPU in a test, may have no bf16
+    planned=4,
+    planned_shape="32x32x1",
+    adopt="--blocks 4 --repeats 1",
+    link="--sizes 64KiB,1MiB --streams 1,2 --no-busy",
+    overhead="--turns 1",
+    tests="-k refused_pin",
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One line of the table.
 
     Attributes:
         name: What is checked.
-        words: What Python runs.
         limit_s: Seconds that it may take.
-        figures: What the process has found, from its standard output; ValueError if it is not there.
+        words: What Python runs.
         line: The figures in one line.
+        figures: What the process has found, from its standard output; ValueError or OSError if it is not there.
         codes: Exit codes that come with figures.
     """
 
     name: str
-    words: tuple[str, ...]
     limit_s: float
-    figures: Callable[[str], Any]
+    words: tuple[str, ...]
     line: Callable[[Any], str]
+    figures: Callable[[str], Any] = json.loads
     codes: tuple[int, ...] = (0,)
 
 
@@ -169,10 +172,10 @@ def why_not() -> str | None:
 def requirements() -> list[str]:
     """The packages that the benchmarks and the `gpu` tests need, without torch, which fits the GPU already."""
     try:
-        import tomllib
+        import tomllib as toml
     except ImportError:  # Python 3.10
-        from pip._vendor import tomli as tomllib
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        from pip._vendor import tomli as toml  # type: ignore[no-redef]
+    project = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     pytest = [line for line in extras["test"] if _package(line) == "pytest"]
     return [
@@ -257,94 +260,37 @@ def _last(text: str) -> str:
 
 def steps_before(size: Size, scratch: Path) -> list[Step]:
     """All but the comparison. The limits are about twice what an H100 and its host are expected to take."""
-    blocks, shape = size.planned
-    # In the order of the arguments: the tests of a model of 1.3 billion parameters come last, as they take longest.
-    tests = (
-        f"tests/gpu/test_{name}.py" for name in ("stream_transfer", "automatic_run", "link_benchmark", "predictions")
-    )
-    planned = (
-        "--preset",
-        size.model,
-        "--blocks",
-        str(blocks),
-        "--shapes",
-        shape,
-        "--counts",
-        "half,all",
-        "--steps",
-        "3",
-    )
-    cuda = ("--device", "cuda", "--json")
+    json_of = ("--device", "cuda", "--json")
+    planned = f"--preset {size.model} --blocks {size.planned} --shapes {size.planned_shape} --counts half,all --steps 3"
+    # The tests in the order of their duration, because what comes after the limit is lost: that of the predictions
+    # runs a model of 1.3 billion parameters for a minute.
+    names = ("stream_transfer", "automatic_run", "link_benchmark", "predictions")
+    tests = (*("-m", "pytest", "-v", "-m", "gpu"), *(f"tests/gpu/test_{name}.py" for name in names))
+    adopt = (*json_of, "--model", size.model, *size.adopt.split(), "--scratch", str(scratch))
     return [
-        Step(
-            name="machine",
-            words=("-m", "wanvideo_enhanced_blockswap", "probe", "--json"),
-            limit_s=40,
-            figures=json.loads,
-            line=_machine,
-        ),
-        Step(
-            name="gpu tests",
-            words=("-m", "pytest", "-v", "-m", "gpu", *tests, *size.tests),
-            limit_s=80,
-            figures=_tests,
-            line=_tests_line,
-        ),
-        Step(
-            name="link",
-            words=("-m", "benchmarks.link", *cuda, *size.link),
-            limit_s=50,
-            figures=json.loads,
-            line=_link,
-        ),
-        Step(
-            name="adopt",
-            words=("-m", "benchmarks.adopt", *cuda, "--model", size.model, *size.adopt, "--scratch", str(scratch)),
-            limit_s=50,
-            figures=json.loads,
-            line=_adopt,
-        ),
-        Step(
-            name="host time",
-            words=("-m", "benchmarks.host_overhead", "--json", *size.overhead),
-            limit_s=40,
-            figures=json.loads,
-            line=lambda found: (
-                f"{found['us_per_block_plain']:.1f} µs per block, {found['us_per_block_gguf_like']:.1f} "
-                f"GGUF-like, {found['tensors_per_block']} tensors each"
-            ),
-        ),
-        Step(
-            name="predictions",
-            words=("-m", "benchmarks.predictions", *cuda, *planned),
-            limit_s=70,
-            figures=json.loads,
-            line=lambda found: (
-                f"{blocks} blocks of {size.model}: {found['broken']} of {len(found['rows'])} outside their limits"
-            ),
-            codes=(0, 1),  # 1: one is outside
-        ),
+        Step("machine", 40, ("-m", "wanvideo_enhanced_blockswap", "probe", "--json"), _machine),
+        Step("link", 50, ("-m", "benchmarks.link", *json_of, *size.link.split()), _link),
+        Step("adopt", 50, ("-m", "benchmarks.adopt", *adopt), _adopt),
+        Step("host time", 40, ("-m", "benchmarks.host_overhead", "--json", *size.overhead.split()), _host_time),
+        # Exit code 1: a prediction is outside its limit.
+        Step("predictions", 70, ("-m", "benchmarks.predictions", *json_of, *planned.split()), _broken, codes=(0, 1)),
+        Step("gpu tests", 110, (*tests, *size.tests.split()), _tests_line, _tests),
     ]
 
 
 def comparison(size: Size, blocks: int, shapes: Sequence[str], limit_s: float, scratch: Path) -> Step:
     """The engines side by side; the file has the rows up to the engine that ran last."""
     results = scratch / "comparison" / "results.json"
-    asked = ("--model", size.model, "--blocks", str(blocks), "--shapes", ",".join(shapes), "--swap", "half,all")
-    # A third: an engine that hangs leaves time for the others.
-    short = ("--steps", "1", "--warmup", "1", "--timeout", f"{max(LEAST_S, limit_s / 3):.0f}", *size.compare)
+    asked = f"--device cuda --engines {','.join(ENGINES)} --model {size.model} --blocks {blocks} --swap half,all"
+    # An engine that hangs leaves two thirds of the time to the others.
+    short = f"--steps 1 --warmup 1 --timeout {max(LEAST_S, limit_s / 3):.0f} {size.compare}"
+    words = (*asked.split(), "--shapes", ",".join(shapes), *short.split(), "--out", str(results.parent))
     return Step(
-        name="comparison",
-        words=(
-            *("-m", "benchmarks.compare", "--device", "cuda", "--engines", ",".join(ENGINES), *asked, *short),
-            *("--out", str(results.parent)),
-        ),
-        limit_s=limit_s,
-        figures=lambda _: json.loads(results.read_text(encoding="utf-8")),
-        line=lambda found: (
-            f"{blocks} blocks of {size.model}, link {found['link_bytes_per_s'] / 1e9:.1f} GB/s: "
-            f"{sum(one['met'] for one in found['verdicts'])} of {len(found['verdicts'])} limits met"
-        ),
+        "comparison",
+        limit_s,
+        ("-m", "benchmarks.compare", *words),
+        _limits_met,
+        lambda _: json.loads(results.read_text(encoding="utf-8")),
         codes=(0, 1),  # 1: a limit is not met, or an engine has no figures
     )
 
@@ -360,22 +306,19 @@ def choose(size: Size, left_s: float, s_per_teraflop: float) -> tuple[int, tuple
     """The number of blocks, and the shapes, of a comparison that fits; all shapes before many blocks. None if even
     one shape takes longer.
     """
-    if size is SMALL:
+    if not set(size.shapes) <= set(TERAFLOP):  # a tiny model, for which there is no estimate
         return size.blocks[0], size.shapes
-    for count in range(len(size.shapes), 0, -1):
-        for blocks in size.blocks:
-            if estimate_s(blocks, size.shapes[:count], s_per_teraflop) <= left_s:
-                return blocks, size.shapes[:count]
-    return None
+    ways = ((blocks, size.shapes[:count]) for count in range(len(size.shapes), 0, -1) for blocks in size.blocks)
+    return next((way for way in ways if estimate_s(*way, s_per_teraflop) <= left_s), None)
 
 
 def measured_s_per_teraflop(size: Size, outcomes: Sequence[Outcome]) -> float | None:
-    """This card's speed, from the fastest step of the predictions, which has two forwards; None if it has none."""
-    blocks, shape = size.planned
+    """This card's speed, from the predictions' step, which has two forwards, without its stalls; None if unknown."""
     rows = [row for one in outcomes if one.name == "predictions" and one.figures for row in one.figures["rows"]]
-    if not rows or shape not in TERAFLOP:
+    if not rows or size.planned_shape not in TERAFLOP:
         return None
-    return min(row["measured_step_ms"] for row in rows) / 1e3 / 2 / blocks / TERAFLOP[shape]
+    step_ms = min(row["measured_step_ms"] - row["measured_stall_ms"] for row in rows)
+    return step_ms / 1e3 / 2 / size.planned / TERAFLOP[size.planned_shape]
 
 
 # ---- the figures in one line -----------------------------------------------------------------------------------------
@@ -436,6 +379,22 @@ def _adopt(found: dict[str, Any]) -> str:
         f"{found['load_s'] + found['adopt_s']:.2f} s, page-locking {found['lock_s']:.2f} s of it; a copy in memory "
         f"{found['copy_gbytes_per_s']:.1f} GB/s; page-locked over swapped {found['pinned_over_swapped']:.3f}{refused}"
     )
+
+
+def _host_time(found: dict[str, Any]) -> str:
+    packed = found["us_per_block_gguf_like"]
+    return (
+        f"{found['us_per_block_plain']:.1f} µs a block of {found['tensors_per_block']} tensors, GGUF-like {packed:.1f}"
+    )
+
+
+def _broken(found: dict[str, Any]) -> str:
+    return f"{len(found['rows']) - found['broken']} of {len(found['rows'])} within their limits"
+
+
+def _limits_met(found: dict[str, Any]) -> str:
+    met = sum(one["met"] for one in found["verdicts"])
+    return f"{met} of {len(found['verdicts'])} limits met; link {found['link_bytes_per_s'] / 1e9:.1f} GB/s"
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

@@ -26,6 +26,9 @@ if [ -n "$missing" ]; then
   printf '%s\n' "$missing" >"$here/missing"
   "$python" -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >"$here/constraint"
   if "$python" -m venv --system-site-packages "$here/venv" >"$here/log" 2>&1; then
+    # Where this python3 belongs to a virtual environment itself, the new one would not see its packages.
+    "$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+      >"$(echo "$here"/venv/lib/python3*/site-packages)/torch.pth"
     timeout 120 "$here/venv/bin/python3" -m pip install --quiet --retries 1 --timeout 10 \
       --requirement "$here/missing" --constraint "$here/constraint" >"$here/log" 2>&1 ||
       why="pip install failed ($(grep -v '^$' "$here/log" | tail -n 1))"
