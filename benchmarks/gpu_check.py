@@ -34,6 +34,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 BUDGET_S = 480.0
+END_S = 5.0
+"""Kept for what comes after the last step."""
 COMPARISON_SHARE = 0.4
 """Share of the budget that the steps before the comparison leave to it."""
 LEAST_S = 5.0
@@ -45,7 +47,7 @@ ENGINES = ("resident", "ours", "plain", "diffusers", "mmgp")
 PROCESSES = 9
 """One for the resident model, two (half of the blocks, all) for each other engine; diffusers refuses half."""
 
-TERAFLOP = {"832x480x1": 0.9, "832x480x17": 5.9, "832x480x33": 12.3, "832x480x81": 42.0}
+TERAFLOP = {"832x480x1": 1.05, "832x480x17": 6.04, "832x480x33": 12.6, "832x480x81": 42.0}
 """Floating-point operations of a block of the 14B model, in 1e12 (`block_flops`)."""
 S_PER_TERAFLOP = 0.5 / 42.0
 """An H100 takes at most 0.5 s for a 14B block in bf16 at 832x480x81: used until a step has measured this card."""
@@ -53,13 +55,13 @@ S_PER_TERAFLOP = 0.5 / 42.0
 # [Note: time of the comparison]
 # A process imports torch and diffusers (8 s) and, for each block of 0.7 GB, fills the weights and moves or page-locks
 # them (0.5 s). At each shape it makes 4 forwards: warm-up, the timed step, the step that the host waits for, the step
-# whose copies are counted. 8 processes compute, each at the four shapes with 8 blocks 4 * 8 * 61.1 TFLOP: 23 s on an
+# whose copies are counted. 8 processes compute, each at the four shapes with 8 blocks 4 * 8 * 61.7 TFLOP: 23 s on an
 # H100 at 0.5 s a block, 9 s at the 0.2 s that 200 TFLOP/s give. A block's copy takes 0.06 s at 12 GB/s: ours and mmgp
 # make 1.5 of them (half, all), mmgp twice, diffusers 1, together about 5. The plain swap moves each block there and
 # back from memory that is not page-locked, 0.35 s, and makes 1.5. With 12 s for the link:
-#   8 blocks: 12 + 9 * 12 + 187 (75 at 0.2 s) + 106 = 412 s (300 s)
-#   6 blocks: 12 + 9 * 11 + 140 (56 at 0.2 s) +  79 = 330 s (246 s)
-#   4 blocks: 12 + 9 * 10 +  93 (37 at 0.2 s) +  53 = 248 s (192 s)
+#   8 blocks: 12 + 9 * 12 + 188 (75 at 0.2 s) + 106 = 414 s (301 s)
+#   6 blocks: 12 + 9 * 11 + 141 (56 at 0.2 s) +  79 = 331 s (246 s)
+#   4 blocks: 12 + 9 * 10 +  94 (38 at 0.2 s) +  53 = 249 s (193 s)
 # The other steps take about 200 s with the installation of the packages, and by their limits at most 288 s of 480 s:
 # what is left holds 6 blocks at 0.2 s and 4 blocks at 0.5 s.
 LINK_S, START_S, START_S_PER_BLOCK, FORWARDS = 12.0, 8.0, 0.5, 4
@@ -99,7 +101,7 @@ class Size:
 SMALL = Size(
     model="small",
     blocks=(4,),
-    shapes=("32x32x1", "32x32x5"),
+    shapes=("32x32x1",),
     compare="--dtype fp32",  # a CPU, which stands for the GPU in a test, may have no bf16
     planned=4,
     planned_shape="32x32x1",
@@ -500,8 +502,8 @@ class Check:
 
     @property
     def left_s(self) -> float:
-        """Seconds left of the budget, less one in which processes end and the table is made."""
-        return self._budget_s - 1.0 - (time.monotonic() - self._begin)
+        """Seconds left of the budget, less those in which processes end and the packages are removed."""
+        return self._budget_s - END_S - (time.monotonic() - self._begin)
 
     def run(self, steps: Callable[[Size, Path], list[Step]] = steps_before) -> None:
         """Runs the steps, then the comparison."""
@@ -516,7 +518,7 @@ class Check:
 
     def _step(self, step: Step, folder: Path, *, kept_s: float) -> None:
         limit_s = min(step.limit_s, self.left_s - kept_s)
-        if limit_s < LEAST_S:
+        if limit_s < min(LEAST_S, step.limit_s):
             reason = f"skipped: {max(0.0, self.left_s):.0f} s of {self._budget_s:.0f} s left"
             self.add(
                 Outcome(
@@ -584,29 +586,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for everything (default: 480)")
     parser.add_argument("--out", type=Path, default=ROOT / "gpu_check.json", help="file for all figures")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the check itself")
-    parser.add_argument("--spent", type=float, default=0.0, help=argparse.SUPPRESS)  # seconds of the script before this
+    parser.add_argument("--began", type=float, help=argparse.SUPPRESS)  # when the script began, in seconds since 1970
     parser.add_argument("--packages", default="", help=argparse.SUPPRESS)  # why packages could not be installed
     parser.add_argument("--why-not", action="store_true", help="only check that there is a GPU")
     parser.add_argument("--missing", action="store_true", help="only list the packages that are missing")
     options = parser.parse_args(words)
+    if not options.out.parent.is_dir() or options.out.is_dir():
+        parser.error(f"--out: expected a file in an existing folder, got {str(options.out)!r}")
     if options.missing:
         print("\n".join(missing(requirements())))
         return 0
-    begin = time.monotonic() - options.spent
+    spent = 0.0 if options.began is None else max(0.0, time.time() - options.began)
+    begin = time.monotonic() - spent
     reason = why_not()
     if reason is not None:
         print(reason, file=sys.stderr)
         return 1
     if options.why_not:
         return 0
-    shown = [word for word in words if not word.startswith(("--spent=", "--packages="))]
+    shown = [word for word in words if not word.startswith(("--began=", "--packages="))]
     report = {**describe(shown), "budget_s": options.budget, "out": options.out.name}
     size = SMALL if options.small or os.environ.get("GPU_CHECK_SMALL", "0") not in ("", "0") else Size()
     check = Check(size, budget_s=options.budget, begin=begin, report=report, out=options.out)
     lacking = missing(requirements())
-    if lacking or options.spent:
+    if lacking or spent:
         why = f"{options.packages or 'not installed'}: {', '.join(lacking)}" if lacking else ""
-        check.add(Outcome(name="packages", seconds=options.spent, reason=why, result="" if lacking else "all there"))
+        check.add(Outcome(name="packages", seconds=round(spent, 1), reason=why, result="" if lacking else "all there"))
     check.run()
     for outcome in check.outcomes:
         if outcome.name == "machine" and outcome.figures:

@@ -7,7 +7,7 @@
 # and writes one JSON file (gpu_check.json in this checkout). GPU_CHECK_SMALL=1 tries the check itself with a tiny model.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-SECONDS=0
+began=$(printf '%(%s)T' -1)
 python=$(command -v python3) || { echo "python3 is not on PATH; install Python 3.10 or newer, and a torch that is built for the GPU" >&2; exit 1; }
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
   { echo "$("$python" --version) is too old; install Python 3.10 or newer, and a torch that is built for the GPU" >&2; exit 1; }
@@ -37,4 +37,4 @@ if [ -n "$missing" ]; then
     why="python3 -m venv failed ($(grep -v '^$' "$here/log" | tail -n 1))"
   fi
 fi
-"$python" -m benchmarks.gpu_check "$@" --spent="$SECONDS" --packages="$why"
+"$python" -m benchmarks.gpu_check "$@" --began="$began" --packages="$why"
