@@ -196,7 +196,7 @@ def test_the_comparison_gets_the_shapes_and_then_the_blocks_that_fit(left_s: flo
 
 def test_a_cards_speed_is_that_of_its_predictions_without_the_stalls() -> None:
     rows = [
-        {"measured_step_ms": 1288.0, "measured_stall_ms": 344.0},
+        {"measured_step_ms": 1288.0, "measured_stall_ms": 321.6},
         {"measured_step_ms": 1500.0, "measured_stall_ms": 0.0},
     ]
     known = Outcome(name="predictions", figures={"rows": rows})
