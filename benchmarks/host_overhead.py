@@ -1,6 +1,6 @@
 """Host time that swapping adds to a block of 25 tensors: hooks, ring, activation, copy calls and release together.
 
-    python -m benchmarks.host_overhead [--json]
+    python -m benchmarks.host_overhead [--turns N] [--json]
 
 The same model runs unswapped and swapped in turn, and the difference per swapped block is reported: CPU time of the
 host thread, the median over the forwards of a round, in the fastest of several rounds, because other programs and a
@@ -121,11 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the figures."""
     parser = argparse.ArgumentParser(prog="benchmarks.host_overhead", description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--turns", type=int, default=TURNS, help="number of measurements; the fastest is reported")
     options = parser.parse_args(arguments)
+    if options.turns < 1:
+        parser.error(f"--turns: expected 1 or more, got {options.turns}")
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # In turns, so that a busy second of the machine affects both kinds.
-    turns = [[measure(device, packed=packed) for packed in (False, True)] for _ in range(TURNS)]
+    turns = [[measure(device, packed=packed) for packed in (False, True)] for _ in range(options.turns)]
     plain, packed = (min(kind) for kind in zip(*turns, strict=True))
     result = {
         "us_per_block": round(max(plain, packed), 2),

@@ -28,6 +28,7 @@ from wanvideo_enhanced_blockswap.commands.wan_model import PRESETS, build, make_
 from wanvideo_enhanced_blockswap.hardware import measure_link, read_host_memory
 from wanvideo_enhanced_blockswap.hardware.pinning import PinBudget
 
+from .compare.cells import preset_of
 from .machine import origin
 
 SHAPES = ("128x128x5", "128x128x9", "192x192x9")
@@ -68,7 +69,11 @@ class Row:
 
 def measure(options: argparse.Namespace, device: torch.device) -> list[Row]:
     """All rows, shape by shape."""
-    preset, shapes, counts = PRESETS[options.preset], options.shapes.split(","), options.counts.split(",")
+    preset, shapes, counts = (
+        preset_of(options.preset, options.blocks),
+        options.shapes.split(","),
+        options.counts.split(","),
+    )
     rows: list[Row] = []
     model = build(preset, seed=0)
     link: Timing | None = None
@@ -148,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.predictions", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="auto", help="auto, cpu (simulated), cuda or cuda:N")
     parser.add_argument("--preset", default="small", choices=tuple(PRESETS))
+    parser.add_argument("--blocks", type=int, help="number of blocks of the preset's size (default: as many as it has)")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="WxHxF, separated by commas")
     parser.add_argument(
         "--counts", default=",".join(COUNTS), help="numbers, quarter, half, three quarters, all, separated by commas"
@@ -157,12 +163,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, help="file for the table")
     words = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(words)
+    if options.blocks is not None and options.blocks < 2:
+        parser.error(f"--blocks: expected 2 or more, so that half can be swapped, got {options.blocks}")
     try:
         device = choose_device(options.device)
         for shape in options.shapes.split(","):
             parse_shape(shape)
         for count in options.counts.split(","):
-            _count(count, PRESETS[options.preset].layers)
+            _count(count, preset_of(options.preset, options.blocks).layers)
     except SettingsError as cause:
         parser.error(str(cause).replace("--blocks-to-swap", "--counts").replace("--shape:", "--shapes:"))
     rows = measure(options, device)

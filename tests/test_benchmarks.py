@@ -46,6 +46,16 @@ def test_a_prediction_that_does_not_come_true_fails(
 
 
 @pytest.mark.usefixtures("short_texts")
+def test_predictions_of_a_part_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cpu", "--shapes", "32x32x5", "--blocks", "4", "--steps", "2", "--json"]
+    assert predictions.main([*options, "--counts", "half,all"]) == 0
+    assert [row["blocks_swapped"] for row in json.loads(capsys.readouterr().out)["rows"]] == [2, 4]
+    with pytest.raises(SystemExit):
+        predictions.main([*options, "--counts", "5"])
+    assert "from 0 to 4" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("short_texts")
 def test_a_soak_of_random_runs_leaves_nothing_and_gets_nothing_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     soak.main(["--runs", "12", "--seed", "3", "--json"])  # too short to judge host memory by
     found = json.loads(capsys.readouterr().out)

@@ -161,6 +161,19 @@ def test_the_command_writes_results_table_and_plot(tmp_path: Path, capsys: pytes
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_part_of_a_model_has_blocks_of_its_size(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cpu", "--engines", "resident,ours", "--swap", "half,all", "--shapes", SHAPES[0]]
+    found = []
+    for blocks in ([], ["--blocks", "4"]):
+        assert compare.main([*options, *blocks, "--steps", "2", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    whole, part = found
+    assert [row["swapped"] for row in part["rows"]] == [0, 2, 4]
+    assert part["block_bytes"] == whole["block_bytes"]
+    assert part["rows"][2]["peak_bytes"] < part["rows"][1]["peak_bytes"] <= part["rows"][0]["peak_bytes"]
+    assert part["rows"][0]["step_ms"] == pytest.approx(whole["rows"][0]["step_ms"] * 4 / 12)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -174,6 +187,8 @@ def test_the_command_writes_results_table_and_plot(tmp_path: Path, capsys: pytes
         (["--out", "README.md"], "--out: expected a folder"),
         (["--model", "14b", "--device", "cpu"], "not enough host memory for --model 14b"),
         (["--steps", "0"], "expected 1 or more, got 0 and 2"),
+        (["--blocks", "1"], "--blocks: expected 2 or more"),
+        (["--blocks", "4", "--swap", "5"], "from 0 to 4"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

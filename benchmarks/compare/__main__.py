@@ -26,7 +26,7 @@ from wanvideo_enhanced_blockswap.hardware import read_host_memory
 
 from benchmarks.machine import origin
 
-from .cells import EQUAL, FIRST, SHAPES, Row, parse_swaps
+from .cells import EQUAL, FIRST, SHAPES, Row, parse_swaps, preset_of
 from .comparison import Comparison, compare
 from .engines import NAMES, OURS
 from .limits import verdicts
@@ -49,6 +49,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """The options, with the comparison in `asked`; a wrong one ends the process with one line."""
     parser = argparse.ArgumentParser(prog="benchmarks.compare", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="small", choices=tuple(PRESETS))
+    parser.add_argument("--blocks", type=int, help="number of blocks of the model's size (default: as many as it has)")
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
     parser.add_argument("--shapes", default=",".join(SHAPES), help="WxHxF, separated by commas")
     parser.add_argument("--swap", default="half,all", help="numbers of blocks, half, all, separated by commas")
@@ -62,9 +63,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(words)
     if min(options.steps, options.warmup) < 1:
         parser.error(f"--steps and --warmup: expected 1 or more, got {options.steps} and {options.warmup}")
+    if options.blocks is not None and options.blocks < 2:
+        parser.error(f"--blocks: expected 2 or more, so that half can be swapped, got {options.blocks}")
     if options.out is not None and options.out.exists() and not options.out.is_dir():
         parser.error(f"--out: expected a folder, got {str(options.out)!r}")
-    preset, shapes = PRESETS[options.model], _split(options.shapes)
+    preset, shapes = preset_of(options.model, options.blocks), _split(options.shapes)
     try:
         options.chosen = choose_device(options.device)
         swaps = parse_swaps(options.swap, preset.layers)
@@ -90,6 +93,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         warmup=options.warmup,
         timeout_s=options.timeout,
         quiet=options.json,
+        blocks=options.blocks,
     )
     return options
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError
 from wanvideo_enhanced_blockswap.commands.options import parse_count
@@ -17,6 +17,12 @@ REFERENCE, EQUAL, FIRST = "reference", "equal", "first to finish"
 """Outputs: the resident model's; equal to it; that of the first engine, if the resident model has no output."""
 
 
+def preset_of(model: str, blocks: int | None) -> Preset:
+    """The preset of this name, with `blocks` blocks of its size if a number is given."""
+    preset = PRESETS[model]
+    return preset if blocks is None else replace(preset, layers=blocks)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """One process: one engine, one number of swapped blocks, all shapes.
@@ -25,6 +31,7 @@ class Task:
         engine: Its name.
         swapped: Number of swapped blocks.
         model: Name of the preset.
+        blocks: Number of blocks; None for the preset's own.
         dtype: Type of weights and latents.
         shapes: As WxHxF.
         device: Name of the device; `cpu` is simulated.
@@ -44,11 +51,12 @@ class Task:
     steps: int
     warmup: int
     folder: str
+    blocks: int | None = None
 
     @property
     def preset(self) -> Preset:
         """The model's dimensions."""
-        return PRESETS[self.model]
+        return preset_of(self.model, self.blocks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

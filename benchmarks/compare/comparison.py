@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from wanvideo_enhanced_blockswap.commands.options import choose_device
-from wanvideo_enhanced_blockswap.commands.wan_model import PRESETS, expected_bytes
+from wanvideo_enhanced_blockswap.commands.wan_model import expected_bytes
 from wanvideo_enhanced_blockswap.hardware import measure_link
 
 from benchmarks.link import pinned_bytes_per_s
 
-from .cells import RESIDENT, Row, Task
+from .cells import RESIDENT, Row, Task, preset_of
 from .simulated_testbed import SimulatedCard
 from .worker import ROWS, write_task
 
@@ -46,6 +46,7 @@ class Comparison:
     warmup: int
     timeout_s: float
     quiet: bool
+    blocks: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +69,7 @@ class Found:
 def compare(asked: Comparison) -> Iterator[Found]:
     """Runs engine by engine; yields the results so far after each."""
     streams, link = _link(choose_device(asked.device))
-    preset, dtype = PRESETS[asked.model], getattr(torch, asked.dtype)
+    preset, dtype = preset_of(asked.model, asked.blocks), getattr(torch, asked.dtype)
     block_bytes = expected_bytes(preset) / preset.layers / torch.bfloat16.itemsize * dtype.itemsize
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -120,6 +121,7 @@ def tasks(asked: Comparison, *, streams: int, folder: str) -> list[Task]:
             steps=asked.steps,
             warmup=asked.warmup,
             folder=folder,
+            blocks=asked.blocks,
         )
         for engine, swapped in ways
     ]
