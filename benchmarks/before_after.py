@@ -92,8 +92,8 @@ class Step:
     """A forward of one way at one speed of the link: the shortest of some.
 
     Attributes:
-        transfer_over_compute: Time to copy all blocks, over the first `seconds` without swapping.
-        over_resident: `seconds` over those without swapping that were taken at the same speed of the link.
+        transfer_over_compute: Time to copy all blocks, over `seconds` without swapping.
+        over_resident: `seconds` over those without swapping, which were taken just before.
     """
 
     transfer_over_compute: float
@@ -110,7 +110,6 @@ def measure_steps(variant: str) -> list[Step]:
     prefetching = native(BLOCKS + 1, prefetch=1)
     prefetching["inputs"]["use_non_blocking"] = True
     ways = {
-        RESIDENT: {},
         "wrapper's own, all blocks": {"swap": native(BLOCKS + 1)},
         "wrapper's own, all blocks, its prefetch": {"swap": prefetching},
         "ours, all blocks": {"swap": ours(BLOCKS, num_cuda_streams=1)},
@@ -127,17 +126,18 @@ def measure_steps(variant: str) -> list[Step]:
     steps: list[Step] = []
     with _comfyui() as c:
         _run(c, "ours", case, **ways["ours, half"])  # measures the link, unpaced, for all that follow
-        first = _run(c, RESIDENT, case)
         for ratio in RATIOS:
-            gbps = sum(first.block_bytes) / (ratio * _seconds(first)) / 1e9
-            found = {way: _run(c, way, case, link_gbps=gbps, **changes) for way, changes in ways.items()}
+            resident = _run(c, RESIDENT, case)  # now, since the machine may be busier or idler than before
+            gbps = sum(resident.block_bytes) / (ratio * _seconds(resident)) / 1e9
+            found = {RESIDENT: resident}
+            found |= {way: _run(c, way, case, link_gbps=gbps, **changes) for way, changes in ways.items()}
             steps += [
                 Step(
                     transfer_over_compute=ratio,
                     way=way,
                     seconds=round(_seconds(run), 4),
-                    over_resident=round(_seconds(run) / _seconds(found[RESIDENT]), 3),
-                    same_latents=run.latents == first.latents,
+                    over_resident=round(_seconds(run) / _seconds(resident), 3),
+                    same_latents=run.latents == resident.latents,
                 )
                 for way, run in found.items()
             ]
