@@ -519,12 +519,9 @@ class Check:
     def _step(self, step: Step, folder: Path, *, kept_s: float) -> None:
         limit_s = min(step.limit_s, self.left_s - kept_s)
         if limit_s < min(LEAST_S, step.limit_s):
-            reason = f"skipped: {max(0.0, self.left_s):.0f} s of {self._budget_s:.0f} s left"
-            self.add(
-                Outcome(
-                    name=step.name, reason=f"{reason}, {kept_s:.0f} s kept for the comparison" if kept_s else reason
-                )
-            )
+            kept = f", {kept_s:.0f} s kept for the comparison" if kept_s else ""
+            reason = f"skipped: {max(0.0, self.left_s):.0f} s of {self._budget_s:.0f} s left{kept}"
+            self.add(Outcome(name=step.name, reason=reason))
             return
         print(f"{step.name}: at most {limit_s:.0f} s", file=sys.stderr, flush=True)
         self.add(run(step, limit_s, folder))
