@@ -44,7 +44,7 @@ class Machine(Protocol):
         """Device memory of this process's tensors."""
 
     def peak_bytes(self) -> int:
-        """The highest `allocated_bytes` since the peak was last reset, by whomever."""
+        """The highest `allocated_bytes` since the last reset of the peak, also by others."""
 
     def reset_peak(self) -> bool:
         """Resets the peak; False where it cannot be reset."""
