@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import dataclasses
 import gc
@@ -15,6 +16,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from toys import Simulation, fixed_plan, replan, toy, window_of
 from wanvideo_enhanced_blockswap.blockswap import PinBudget
+from wanvideo_enhanced_blockswap.blockswap.device import worker
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
 from wanvideo_enhanced_blockswap.blockswap.device.worker import ThreadWorker
@@ -190,8 +192,8 @@ def threaded(registrar: SimulatedRegistrar) -> Backend:
     )
 
 
-def staging_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("blockswap staging")]
+def staging_threads() -> list[int]:
+    return sorted(worker.running)
 
 
 def test_a_real_worker_computes_the_same_and_no_thread_is_left_after_close() -> None:
@@ -386,14 +388,28 @@ def test_a_session_that_the_collector_finds_in_its_own_worker_is_dropped(monkeyp
 def test_a_worker_without_a_thread_has_queued_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[bool] = []
 
-    def refuse(_: threading.Thread) -> None:
+    def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
+        patch.setattr(_thread, "start_new_thread", refuse)
         with pytest.raises(RuntimeError, match="new thread"):
             ThreadWorker()
-    worker = ThreadWorker()
-    worker.submit(lambda: ran.append(True)).wait()
-    worker.stop()
+    one = ThreadWorker()
+    one.submit(lambda: ran.append(True)).wait()
+    one.stop()
     assert ran == [True]
+
+
+def test_a_wait_that_is_interrupted_after_its_lock_was_acquired_can_be_repeated() -> None:
+    flag = worker.Flag()
+    flag.set()
+    assert flag._lock.acquire(timeout=1)  # what an interrupted wait leaves
+    flag.wait()
+    one = ThreadWorker()
+    for _ in range(3):
+        job = one.submit(lambda: None)
+        job.wait()
+        assert job.join()
+    one.stop()
+    one._ended.wait()

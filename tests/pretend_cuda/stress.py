@@ -28,6 +28,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from toys import Block, Model, fixed_plan  # noqa: E402
 from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for  # noqa: E402
+from wanvideo_enhanced_blockswap.blockswap.device import worker  # noqa: E402
 from wanvideo_enhanced_blockswap.blockswap.device.streams import CudaStreams  # noqa: E402
 from wanvideo_enhanced_blockswap.blockswap.engine.session import (  # noqa: E402
     EVERY_FORWARD,
@@ -78,7 +79,7 @@ def held() -> tuple[int, int, int]:
     gc.collect()
     gc.collect()  # a tensor in a cycle may take two
     torch.cuda.synchronize()
-    return torch.cuda.memory_allocated(), runtime.locked_bytes(), threading.active_count()
+    return torch.cuda.memory_allocated(), runtime.locked_bytes(), threading.active_count() + len(worker.running)
 
 
 def away_from_masters(session: SwapSession) -> list[str]:
