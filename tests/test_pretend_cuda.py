@@ -41,7 +41,13 @@ def run(*words: str, package: Path | None = None, **environment: str) -> subproc
     """A module with this interpreter, in the checkout; with another copy of the package if one is given."""
     environment = {**os.environ, **environment, **({} if package is None else {"PYTHONPATH": str(package.parent)})}
     return subprocess.run(
-        [sys.executable, "-m", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
     )
 
 
