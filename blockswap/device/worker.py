@@ -73,18 +73,18 @@ class Flag:
     """Set once, by one thread; `wait` in another may be interrupted at any point and called again."""
 
     def __init__(self) -> None:
-        self._is_set = False
+        self.is_set = False
         self._lock = _thread.allocate_lock()
         self._lock.acquire()
 
     def set(self) -> None:
         """Ends every `wait`."""
-        self._is_set = True
+        self.is_set = True
         self._lock.release()
 
     def wait(self) -> None:
         """Blocks until it is set."""
-        while not self._is_set:  # an interrupt may come after the lock was acquired, so never wait for it alone
+        while not self.is_set:  # an interrupt may come after the lock was acquired, so never wait for it alone
             self._lock.acquire(timeout=0.1)
 
 

@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...hardware.pinning import PinBudget, Registrar, register_result
 from ..device.streams import Streams
+from ..device.worker import Flag
 from ..model.layout import slab_offsets
 from ..model.tensors import copy_bytes, element_view, flat, same_layout, span_bytes, storage_key, version_of
 from ..plan.swap_plan import STAGING_SLABS, HostTier
@@ -146,7 +147,7 @@ class Locking:
         self._code = -1
         self._failure: BaseException | None = None
         self._claim = threading.Lock()
-        self._over = threading.Event()
+        self._over = Flag()
 
     def start(self) -> None:
         """Starts the thread; if the system has none left, `result` does the work."""
@@ -156,7 +157,7 @@ class Locking:
     @property
     def is_over(self) -> bool:
         """Whether the work has ended, also in failure."""
-        return self._over.is_set()
+        return self._over.is_set
 
     def result(self) -> int:
         """Waits for the end, through an interrupt too; 0, or the driver's error code. Raises what locking raised."""

@@ -132,26 +132,29 @@ def typical_ms(run, repeats: int = 5) -> float:
     return sorted(times[1:])[repeats // 2]
 
 
+def forward_ms(model: Model, x: torch.Tensor, planner, *, spin: int) -> float:
+    """Median time of a forward in which the device spins for so many cycles behind each block."""
+
+    def forward() -> None:
+        with session.forward():
+            y = x
+            for block in model.blocks:
+                y = block(y)
+                torch.cuda._sleep(spin)
+
+    with session_of(model, planner, x.device) as session:
+        return typical_ms(forward)
+
+
 @torch.inference_mode()
 def test_copies_overlap_compute(device: torch.device) -> None:
     """With compute as long as the copies, a forward takes clearly less than both one behind the other."""
     model, x = large_model(), torch.randn(4, WIDTH, device=device)
     cycles_per_ms = SPIN_CYCLES / typical_ms(lambda: torch.cuda._sleep(SPIN_CYCLES))
-
-    def forward_ms(*, overlap: bool, spin: int) -> float:
-        def forward() -> None:
-            with session.forward():
-                y = x
-                for block in model.blocks:
-                    y = block(y)
-                    torch.cuda._sleep(spin)
-
-        with session_of(model, fixed_plan([True] * BLOCKS, overlap=overlap), device) as session:
-            return typical_ms(forward)
-
-    copies_ms = forward_ms(overlap=False, spin=1)
+    overlapping, taking_turns = (fixed_plan([True] * BLOCKS, overlap=overlap) for overlap in (True, False))
+    copies_ms = forward_ms(model, x, taking_turns, spin=1)
     spin = int(copies_ms / BLOCKS * cycles_per_ms)
-    assert forward_ms(overlap=True, spin=spin) < 0.8 * forward_ms(overlap=False, spin=spin)
+    assert forward_ms(model, x, overlapping, spin=spin) < 0.8 * forward_ms(model, x, taking_turns, spin=spin)
 
 
 @pytest.mark.parametrize("tier", list(HostTier))
@@ -162,22 +165,10 @@ def test_copies_shorter_than_compute_overlap_it_from_every_tier_as_predicted(
     model, x = large_model(), torch.randn(4, WIDTH, device=device)
     cycles_per_ms = SPIN_CYCLES / typical_ms(lambda: torch.cuda._sleep(SPIN_CYCLES))
     every = [True] * BLOCKS
-
-    def forward_ms(swapped: list[bool], *, overlap: bool, spin: int) -> float:
-        def forward() -> None:
-            with session.forward():
-                y = x
-                for block in model.blocks:
-                    y = block(y)
-                    torch.cuda._sleep(spin)
-
-        with session_of(model, fixed_plan(swapped, tiers=tier, overlap=overlap), device) as session:
-            return typical_ms(forward)
-
-    copies_ms = forward_ms(every, overlap=False, spin=1)
+    copies_ms = forward_ms(model, x, fixed_plan(every, tiers=tier, overlap=False), spin=1)
     spin = int(5 / 3 * copies_ms / BLOCKS * cycles_per_ms)  # as 50 ms of compute beside 30 ms of copies
-    compute_ms = forward_ms([False] * BLOCKS, overlap=True, spin=spin)
-    assert forward_ms(every, overlap=True, spin=spin) <= 1.1 * max(compute_ms, copies_ms)
+    compute_ms = forward_ms(model, x, fixed_plan([False] * BLOCKS), spin=spin)
+    assert forward_ms(model, x, fixed_plan(every, tiers=tier), spin=spin) <= 1.1 * max(compute_ms, copies_ms)
     profile = profile_model(model.named).profile
     speed = profile.blocks[0].slab_bytes / (copies_ms / BLOCKS) * 1e3
     timing = Timing(
