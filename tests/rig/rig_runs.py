@@ -33,8 +33,10 @@ class Runs:
         """
         if count != "auto":
             return self._once(variant, count, swap=ours(count))
-        # A device that the whole model would fill: automatic tuning has to swap about half of it.
-        return self._once(variant, count, swap=ours(None), limit_bytes=self.unswapped(variant).peak_bytes)
+        # A device that the model without a quarter of its blocks would fill: automatic tuning has to swap.
+        unswapped = self.unswapped(variant)
+        limit_bytes = unswapped.peak_bytes - sum(unswapped.block_bytes) // 4
+        return self._once(variant, count, swap=ours(None), limit_bytes=limit_bytes)
 
     def unswapped(self, variant: str) -> SimpleNamespace:
         """What came of it without any swapping."""
