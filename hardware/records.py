@@ -14,6 +14,7 @@ _WINDOWS_PIN_SHARE = 0.40
 # of the system needs a share and an absolute floor of its own.
 _LINUX_PIN_SHARE = 0.90
 _LINUX_RESERVE_BYTES = 4 * GIB
+_FLOOR_BYTES = 2 * GIB
 # Share of the best speed within which two speeds of a link are equal: two runs of one measurement differ by about this.
 _EQUAL_SPEED_SHARE = 0.02
 
@@ -122,6 +123,17 @@ class HostMemory:
     cgroup_limit_bytes: int | None
     memlock_bytes: int | None
     platform: HostPlatform
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that may be added to memory which the system cannot drop: what is available above a floor.
+
+        The floor is 2 GiB or 10 % of RAM, whichever is more, for the system, other programs and the files that the
+        model's weights come from; at most a quarter of RAM. RAM is the control group's limit where that is lower.
+        """
+        ram = min(self.physical_bytes, self.cgroup_limit_bytes or self.physical_bytes)
+        floor = max(ram // 10, min(_FLOOR_BYTES, ram // 4))
+        return max(0, self.available_bytes - floor)
 
     @property
     def pin_budget_bytes(self) -> int:

@@ -71,12 +71,14 @@ class TensorProfile:
             FIXED tensor, the device memory that its parts take.
         placement: Where it lives.
         reason: Why it does not stream; empty if it does.
+        in_file: Its bytes are, as they stand, bytes of a file on disk, which the system can drop from memory.
     """
 
     name: str
     nbytes: int
     placement: Placement
     reason: str = ""
+    in_file: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,18 @@ class BlockProfile:
     def slab_bytes(self) -> int:
         """Length of the block's streamed tensors in a slab, with alignment: what one onload copies."""
         return slab_offsets(t.nbytes for t in self.tensors if t.placement is Placement.STREAMED)[1]
+
+    @property
+    def file_bytes(self) -> int:
+        """The part of `streamed_bytes` that is in a file. A slab of the block adds as much to the memory that the
+        system cannot drop; the rest is such memory already, and the slab takes its place.
+        """
+        return sum(t.nbytes for t in self.tensors if t.placement is Placement.STREAMED and t.in_file)
+
+    @property
+    def is_in_file(self) -> bool:
+        """Whether all streamed tensors are in a file, so that the block needs no slab."""
+        return 0 < self.streamed_bytes == self.file_bytes
 
     @property
     def slab_host_bytes(self) -> int:

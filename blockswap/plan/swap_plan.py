@@ -16,6 +16,8 @@ class HostTier(Enum):
 
     PINNED = "pinned"
     """Page-locked: the device copies asynchronously."""
+    FILE = "file"
+    """None of ours: a worker thread reads the block from its file through page-locked staging slabs."""
     STAGED = "staged"
     """Pageable: a worker thread copies through page-locked staging slabs."""
     PAGEABLE = "pageable"
