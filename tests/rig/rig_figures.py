@@ -11,7 +11,7 @@ SHARE = 0.01
 """Share of the bytes to the device that is not accounted for: what GGUF stores in fp32 and runs in bf16."""
 
 COUNTER_BYTES = 4096
-"""Of each model, `_step` buffers of layers (8 bytes each, copied back as a run may have changed them) and `block_id` of
+"""Of each model and adoption, `_step` buffers of layers (8 bytes each, copied back as a run may have changed them) and `block_id` of
 VACE blocks, which the wrapper reads from the device and we keep on the host.
 """
 
@@ -82,5 +82,5 @@ def to_host(variant: str, run: SimpleNamespace, unswapped: SimpleNamespace) -> R
     # With load_device=main_device, it is loading that takes the blocks to the host, this once.
     if unswapped.d2h_bytes > sum(unswapped.block_bytes) and variant != "main_device":
         exact -= sum(unswapped.block_bytes)
-    counters = COUNTER_BYTES * len(unswapped.block_bytes)
+    counters = COUNTER_BYTES * max(len(unswapped.block_bytes), len(run.plans))
     return Range(exact - counters, exact + counters)
