@@ -17,6 +17,7 @@ else:
 ROOT = Path(__file__).parents[1]
 ROOMS = {
     "hardware": (),
+    "hardware/disk": ("hardware",),
     "blockswap": ("hardware",),
     "blockswap/model": ("blockswap", "hardware"),
     "blockswap/plan": ("blockswap/model", "blockswap", "hardware"),
