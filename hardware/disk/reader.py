@@ -94,7 +94,7 @@ class FileReader:
         try:
             for index in range(1, min(READERS, len(chunks))):
                 helper = self._submit(self._files[index % len(self._files)], chunks)
-                helpers.append(helper)  # noqa: PERF401 - those before a failure are waited for
+                helpers.append(helper)  # one by one: those before a failure are waited for
             _drain(self._path, self._files[0], chunks)
         finally:
             chunks.clear()  # after an error, no thread begins another chunk
