@@ -35,6 +35,10 @@ class HostMemoryError(BlockSwapError):
     """The host could not allocate or page-lock the memory of a plan."""
 
 
+class WeightFileError(BlockSwapError):
+    """A model's file has changed, is gone, or could not be read while its weights are used from it."""
+
+
 class DeviceMemoryError(BlockSwapError):
     """The device could not allocate the memory of a plan."""
 

@@ -92,6 +92,7 @@ def test_rule_3_a_new_compute_stream_waits_for_the_old_one_before_a_resident_blo
     monkeypatch.setattr(simulation.streams, "wait", lambda *waits: (waiting.append(waits[0]), wait(*waits))[1])
     with torch.inference_mode(), simulation.session(model, fixed_plan([False] * 2)) as session:
         session.adopt()
+        waiting.clear()
         simulation.streams.use_another_compute_stream()
         with session.forward():
             model(torch.randn(2, 16), [0])

@@ -62,8 +62,8 @@ def test_the_next_slab_is_filled_while_one_is_being_locked(monkeypatch: pytest.M
     store = store_with(registrar)
     fill = Slab.fill
 
-    def filled_while_the_other_is_locked(slab: Slab, tensors) -> None:
-        fill(slab, tensors)
+    def filled_while_the_other_is_locked(slab: Slab, *arguments) -> None:
+        fill(slab, *arguments)
         if len(store.slabs) == 2:
             assert registrar.asked.wait(SECONDS)
             assert registrar.locked == {}

@@ -47,7 +47,7 @@ def counted_fills(monkeypatch: pytest.MonkeyPatch) -> object:
 
     fills: list[int] = []
     fill = Slab.fill
-    monkeypatch.setattr(Slab, "fill", lambda slab, tensors: fills.append(len(tensors)) or fill(slab, tensors))
+    monkeypatch.setattr(Slab, "fill", lambda slab, tensors, *of: fills.append(len(tensors)) or fill(slab, tensors, *of))
     yield fills
 
 

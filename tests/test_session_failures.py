@@ -368,7 +368,7 @@ def test_a_session_that_the_collector_finds_in_its_own_worker_is_dropped(monkeyp
     truth, streams = truth_of(model), InlineStreams(torch.device("cpu"))
     backend = Backend(streams.device, lambda *_: streams, None, PinBudget(0), lambda _: ThreadWorker())
     session = SwapSession(model.named, fixed_plan([True] * 4, tiers=HostTier.PAGEABLE), backend)
-    session.adopt()
+    session.adopt(wait=False)
     holds = session._holds
     cycle: list[object] = [session]
     cycle.append(cycle)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ...hardware import READING_FAILURES, read_host_memory
 from ...hardware.pinning import CudaRegistrar, PinBudget, Registrar
 from .streams import CudaStreams, InlineStreams, Streams, with_index
 from .worker import ThreadWorker, Worker
@@ -23,6 +25,7 @@ class Backend:
         pin_budget: Bytes that all sessions of the process may lock together; shared by all backends.
         make_worker: Makes the worker of the staged tier.
         overlap: Whether the device can copy on separate streams while it computes.
+        host_room: Bytes that may be added now to host memory that the system cannot drop; None limits nothing.
     """
 
     device: torch.device
@@ -31,6 +34,7 @@ class Backend:
     pin_budget: PinBudget
     make_worker: Callable[[Streams], Worker]
     overlap: bool = True
+    host_room: Callable[[], int] | None = None
 
 
 def backend_for(device: torch.device, *, pin_budget: PinBudget) -> Backend:
@@ -43,6 +47,7 @@ def backend_for(device: torch.device, *, pin_budget: PinBudget) -> Backend:
             pin_budget=pin_budget,
             make_worker=lambda _: ThreadWorker(),
             overlap=False,
+            host_room=_host_room,
         )
 
     device = with_index(device)
@@ -56,4 +61,13 @@ def backend_for(device: torch.device, *, pin_budget: PinBudget) -> Backend:
             opened[count] = CudaStreams(device, count=count)
         return opened[count]
 
-    return Backend(device, open_streams, CudaRegistrar(device), pin_budget, lambda _: ThreadWorker())
+    return Backend(
+        device, open_streams, CudaRegistrar(device), pin_budget, lambda _: ThreadWorker(), host_room=_host_room
+    )
+
+
+def _host_room() -> int:
+    try:
+        return read_host_memory().room_bytes
+    except READING_FAILURES:  # the plan's reading of the same memory has logged it
+        return sys.maxsize

@@ -61,7 +61,7 @@ def _stays(failure: BaseException) -> bool:
 
 
 def staged_failure(failure: BaseException) -> BlockSwapError:
-    """The error that the host thread raises for a failure in the worker."""
+    """The error that the host thread raises for a failure in the worker that is not this package's own."""
     if isinstance(failure, RuntimeError) and (is_out_of_memory(failure) or _stays(failure)):
         return device_error(failure, "the worker was copying weights")
     return TransferError(f"a copy to the device failed in the worker: {failure}")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import queue
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from ..errors import BlockSwapError
 from .failures import staged_failure
 
 
 class Job(Protocol):
     """Work handed to a worker."""
+
+    def run(self) -> None:
+        """Does the work, unless it has been done: another job of the same worker needs it first."""
 
     def wait(self) -> None:
         """Blocks the host until the work is done; raises what it raised."""
@@ -21,20 +27,34 @@ class Job(Protocol):
 
 
 class Worker(Protocol):
-    """Runs jobs in the order of `submit`, in parallel with the host thread."""
+    """Runs jobs one at a time, in parallel with the host thread: first those of `submit`, in order, then those of
+    `submit_idle`, in order.
+    """
 
     def submit(self, work: Callable[[], None]) -> Job:
         """Queues `work`."""
+
+    def submit_idle(self, work: Callable[[], None]) -> Job:
+        """Queues work that is done when nothing else is queued, or when it is waited for."""
+
+    def cancel_idle(self) -> None:
+        """Forgets the idle work that has not begun; the host waits for none of it any more."""
 
     def stop(self) -> None:
         """Finishes the queued jobs and ends."""
 
 
 class _ThreadJob:
-    """Flags and queues only: an interrupt inside Python's Event, Condition or executor can leave their locks held."""
+    """Flags and queues only: an interrupt inside Python's Event, Condition or executor can leave their locks held.
 
-    def __init__(self, work: Callable[[], None]) -> None:
+    Args:
+        work: The work.
+        promote: Called before the host waits; None for a job that is in the queue already.
+    """
+
+    def __init__(self, work: Callable[[], None], promote: Callable[[_ThreadJob], None] | None = None) -> None:
         self._work: Callable[[], None] | None = work
+        self._promote = promote
         self._failure: BaseException | None = None
         self._succeeded = True
         self._over = Flag()
@@ -42,7 +62,8 @@ class _ThreadJob:
     def run(self) -> None:
         # Finished work must not keep the slot that it filled alive: device memory must be free at release.
         work, self._work = self._work, None
-        assert work is not None, "a job runs once"
+        if work is None:
+            return
         try:
             work()
         except BaseException as failure:  # noqa: BLE001 - the host thread raises it in `wait`
@@ -51,15 +72,31 @@ class _ThreadJob:
             self._over.set()
 
     def wait(self) -> None:
-        self._over.wait()
+        self._wait()
         failure = self._take_failure()
-        if failure is not None:
+        if failure is None:
+            return
+        try:
+            if isinstance(failure, BlockSwapError) or not isinstance(failure, Exception):
+                raise failure
             raise staged_failure(failure) from failure
+        finally:
+            del failure  # its traceback holds this frame: the cycle would hold device memory
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether an interrupt ended the work, which happens in the host thread only."""
+        return self._failure is not None and not isinstance(self._failure, Exception)
 
     def join(self) -> bool:
-        self._over.wait()
+        self._wait()
         self._take_failure()
         return self._succeeded
+
+    def _wait(self) -> None:
+        if self._promote is not None and not self._over.is_set:
+            self._promote(self)
+        self._over.wait()
 
     def _take_failure(self) -> BaseException | None:
         """The failure, once. Its traceback holds this job and the slot it filled: kept here, it would be a cycle that
@@ -101,29 +138,73 @@ class ThreadWorker:
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[_ThreadJob | None] = queue.SimpleQueue()
+        self._idle: deque[_ThreadJob] = deque()
         self._ended = Flag()
-        _thread.start_new_thread(_work_off, (self._jobs, self._ended))  # Thread.start would wait for an Event
+        # Thread.start would wait for an Event.
+        _thread.start_new_thread(_work_off, (self._jobs, self._idle, self._ended))
 
     def submit(self, work: Callable[[], None]) -> Job:
         job = _ThreadJob(work)
         self._jobs.put(job)
         return job
 
+    def submit_idle(self, work: Callable[[], None]) -> Job:
+        job = _ThreadJob(work, promote=self._jobs.put)
+        self._idle.append(job)
+        self._jobs.put(_ThreadJob(_nothing))  # wakes the thread
+        return job
+
+    def cancel_idle(self) -> None:
+        self._idle.clear()
+
     def stop(self) -> None:
         self._jobs.put(None)
         self._ended.wait()
 
 
-def _work_off(jobs: queue.SimpleQueue[_ThreadJob | None], ended: Flag) -> None:
+def _nothing() -> None: ...
+
+
+def _work_off(jobs: queue.SimpleQueue[_ThreadJob | None], idle: deque[_ThreadJob], ended: Flag) -> None:
     thread = _thread.get_ident()
     running.add(thread)
     try:
-        while (job := jobs.get()) is not None:
+        while (job := _next(jobs, idle)) is not None:
             job.run()
             del job
     finally:
         running.discard(thread)
         ended.set()
+
+
+def _next(jobs: queue.SimpleQueue[_ThreadJob | None], idle: deque[_ThreadJob]) -> _ThreadJob | None:
+    """The next job, None to end; waits for one."""
+    with contextlib.suppress(queue.Empty):
+        return jobs.get_nowait()
+    try:
+        return idle.popleft()
+    except IndexError:
+        return jobs.get()
+
+
+class InlineWorker:
+    """For devices without streams: the host thread does each job at once, and idle jobs when they are waited for."""
+
+    def submit(self, work: Callable[[], None]) -> Job:
+        job = _ThreadJob(work)
+        job.run()
+        if job.was_interrupted:
+            job.wait()  # now, and not where the next forward needs the work
+        return job
+
+    def submit_idle(self, work: Callable[[], None]) -> Job:
+        return _ThreadJob(work, promote=_ThreadJob.run)
+
+    def cancel_idle(self) -> None:
+        """Idle work begins when it is waited for."""
+
+    def stop(self) -> None:
+        """No job is queued."""
 
 
 def run_outside_workers(work: Callable[[], None]) -> None:

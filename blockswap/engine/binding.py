@@ -13,7 +13,7 @@ from ..model.tensors import copy_bytes, storage_key, version_of
 
 
 def bind(tensors: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
-    """Points each tensor at the bytes of its target; no other code of the package re-points a tensor.
+    """Points each tensor at the bytes of its target.
 
     Torch functions of subclasses are off meanwhile: 25 assignments to GGUF-like tensors take 7 instead of 72
     microseconds (torch 2.13, one CPU core at 2 GHz).
@@ -128,6 +128,10 @@ class BlockBinding:
                 if name not in names or tensor.device != self.device:
                     return False
         return True
+
+    def outdate(self) -> None:
+        """From now on nothing is unchanged."""
+        self.addresses = [0] * len(self.addresses)
 
     def was_edited(self) -> bool:
         """Whether a tensor of the block was edited in place since the last call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import logging
 import sys
@@ -15,13 +16,16 @@ from torch.utils.hooks import RemovableHandle
 
 from ..device.backend import Backend
 from ..device.failures import translate_device_errors
-from ..device.worker import run_outside_workers
+from ..device.streams import Streams
+from ..device.worker import InlineWorker, run_outside_workers
 from ..errors import BlockSwapError, UnsupportedModelError
+from ..host.pages import PageMemory
+from ..host.regions import RegionFinder
 from ..host.slabs import HostStore, Slab
 from ..host.staging import UnlockedCopies
 from ..model.layout import ModelProfile
 from ..model.profile import ProfiledModel, profile_model, refuse_grad
-from ..plan.swap_plan import HeldMemory, HostTier, SwapPlan
+from ..plan.swap_plan import STAGING_SLABS, HeldMemory, HostTier, SwapPlan
 from ..spans import FORWARD
 from .swapper import BlockSwapper, Listeners
 from .trace import Trace
@@ -127,7 +131,8 @@ class SwapSession:
     @property
     def slab_bytes(self) -> int:
         """Host memory of the slabs, which hold the streamed tensors of swapped blocks."""
-        return sum(slab.pages.size for slab in self._holds.slabs.values())
+        spare = 0 if self._holds.store is None else self._holds.store.spare_bytes
+        return sum(slab.size for slab in list(self._holds.slabs.values())) + spare
 
     @property
     def staging_bytes(self) -> int:
@@ -136,9 +141,9 @@ class SwapSession:
 
     @property
     def pinned_bytes(self) -> int:
-        """Host memory that this session has page-locked: slabs, and staging, which is always page-locked."""
-        locked = [slab.pages.size for slab in self._holds.slabs.values() if slab.pages.is_pinned]
-        return sum(locked) + self._holds.staging_bytes
+        """Host memory that this session has page-locked: slabs and staging slabs."""
+        store = self._holds.store
+        return (0 if store is None else store.pinned_bytes) + self._holds.locked_staging_bytes
 
     @property
     def held(self) -> HeldMemory:
@@ -148,7 +153,7 @@ class SwapSession:
     @property
     def tiers(self) -> dict[int, HostTier]:
         """The tier of each swapped block's slab; below the planned one where page-locking was refused."""
-        return {block: slab.tier for block, slab in self._holds.slabs.items()}
+        return {block: slab.tier for block, slab in list(self._holds.slabs.items())}
 
     @property
     def refusals(self) -> tuple[str, ...]:
@@ -158,8 +163,12 @@ class SwapSession:
     # ------------------------------------------------------------------------------------------------- adopt, release
 
     @translate_device_errors("blocks were being placed")
-    def adopt(self) -> SwapPlan:
+    def adopt(self, *, wait: bool = True) -> SwapPlan:
         """Profiles, plans, and places the blocks.
+
+        Args:
+            wait: Return when all blocks are placed. Without it, device memory is allocated, and the next forward waits
+                for each block as it comes to it.
 
         Raises:
             UnsupportedModelError: The blocks cannot be swapped.
@@ -169,10 +178,13 @@ class SwapSession:
                 ordinary host memory, and nothing stays page-locked.
         """
         self._expect("adopt", SessionState.IDLE)
-        model = profile_model(self._named, root=None if self._root is None else self._root())
+        root = None if self._root is None else self._root()
+        model = profile_model(self._named, root=root, region_of=RegionFinder(self._holds.slabs.values()).region_of)
         plan = self._planner(model.profile, self.held)
         try:
             self._open(model, plan)
+            if wait:
+                self._settle()
             self.plan = plan
             self.adoptions += 1
             self.state = SessionState.ADOPTED
@@ -187,15 +199,25 @@ class SwapSession:
         holds, backend = self._holds, self._backend
         streams = backend.open_streams(plan.streams, plan.overlap)
         if holds.store is None:
-            holds.store = HostStore(streams, backend.registrar, backend.pin_budget)
+            holds.store = self._new_store(streams)
         holds.store.use(streams)
         transfer = holds.transfer = Transfer(streams, self.counters)
+        transfer.host_copies = not plan.overlap
+        worker = backend.make_worker(streams) if plan.overlap else InlineWorker()
+        staging_bytes = plan.staging_bytes // STAGING_SLABS
+        transfer.unlocked = UnlockedCopies(holds.store, worker, staging_bytes=staging_bytes)
         swapper = holds.swapper = BlockSwapper(model, plan, holds.store, transfer, self.listeners)
-        staging = holds.store.make_staging()
-        if plan.overlap and any(tier is not HostTier.PINNED for tier in self.tiers.values()):
-            transfer.unlocked = UnlockedCopies(streams, staging, backend.make_worker(streams))
         self.log.start(transfer)
         swapper.prefetch()
+
+    def _new_store(self, streams: Streams) -> HostStore:
+        backend = self._backend
+        return HostStore(streams, backend.registrar, backend.pin_budget, backend.host_room)
+
+    def _settle(self) -> None:
+        assert self._holds.swapper is not None
+        with self._holds.swapper.guard():
+            self._holds.swapper.settle()
 
     @translate_device_errors("device memory was being given back")
     def release(self) -> None:
@@ -218,6 +240,30 @@ class SwapSession:
         """Keeps no slab for the next run; weights that are nowhere else stay in ordinary memory."""
         self._expect("give_up_slabs", SessionState.IDLE)
         self._holds.drop()
+
+    @translate_device_errors("host memory was being handed over")
+    def take_over(self, other: SwapSession) -> None:
+        """Takes the page-locked memory of another session's slabs for the next adopt's, without unlocking it.
+
+        Only slabs go whose weights are in a file, from which the other session fills new ones when it runs again.
+        """
+        self._expect("take_over", SessionState.IDLE)
+        other._expect("take_over", SessionState.IDLE)
+        if other._holds.store is not None:
+            if self._holds.store is None:
+                self._holds.store = self._new_store(self._backend.open_streams(1, self._backend.overlap))
+            self._holds.store.spare += other._holds.store.hand_over()
+
+    def read_ahead(self, most_bytes: int) -> None:
+        """Lets the system read the files of an idle session's blocks into its cache, in a thread.
+
+        Args:
+            most_bytes: Bytes after which it stops.
+        """
+        store = self._holds.store
+        if store is not None and self.state is SessionState.IDLE:
+            with contextlib.suppress(RuntimeError):  # no thread is left: the blocks are read when they are needed
+                _thread.start_new_thread(store.read_ahead, (most_bytes,))
 
     @translate_device_errors("a session was being closed")
     def close(self) -> None:
@@ -255,7 +301,7 @@ class SwapSession:
         if torch.is_grad_enabled():
             refuse_grad(self._named)
         if self.state is SessionState.IDLE:
-            self.adopt()
+            self.adopt(wait=False)
         finished = False
         try:
             self._begin(modules)
@@ -325,7 +371,7 @@ class SwapSession:
         logger.info("a block's weights were replaced: adopting again")
         self.state = SessionState.IDLE  # first: where dropping fails, no forward is left to end
         self._holds.drop_device()
-        self.adopt()
+        self.adopt(wait=False)
         self.state = SessionState.RUNNING
         return self._begin_swapper()
 
@@ -348,8 +394,17 @@ class Holdings:
     @property
     def staging_bytes(self) -> int:
         """Host memory of the staging slabs."""
+        return sum(pages.size for pages in self._staging)
+
+    @property
+    def locked_staging_bytes(self) -> int:
+        """The page-locked part of it."""
+        return sum(pages.size for pages in self._staging if pages.is_pinned)
+
+    @property
+    def _staging(self) -> list[PageMemory]:
         transfer = self.transfer
-        return 0 if transfer is None or transfer.unlocked is None else sum(p.size for p in transfer.unlocked.slabs)
+        return [] if transfer is None or transfer.unlocked is None else transfer.unlocked.slabs
 
     def drop_device(self) -> None:
         """Points tensors at their masters and frees window, residents and staging, even if a step fails."""

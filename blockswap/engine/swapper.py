@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,18 +13,22 @@ from torch import nn
 
 from ..device.failures import device_error
 from ..device.streams import to_device
+from ..device.worker import Job
 from ..errors import BlockSwapError, TransferError, UnsupportedModelError
 from ..host.pages import PageMemory
-from ..host.slabs import HostStore, Slab
-from ..model.layout import Placement, device_bytes, slab_offsets
+from ..host.slabs import ComingSlab, HostStore, Slab
+from ..model.layout import BlockProfile, Placement, device_bytes, slab_offsets
 from ..model.profile import ProfiledModel, TensorEntry
-from ..model.tensors import copy_bytes, element_view, flat, storage_key, version_of
+from ..model.tensors import copy_bytes, element_view, flat, plain_view, storage_key, version_of
 from ..plan.schedule import Ring, Step
 from ..plan.swap_plan import HostTier, SwapPlan
 from ..spans import COMPUTE, STALL
 from .binding import BlockBinding, TensorBinding, bind, bring_back
 from .trace import Trace
 from .transfer import LabelledTransfer, Transfer
+
+WORTH_LOCKING = 32 << 20
+"""Bytes from which page-locking the memory in which residents are gathered is quicker than one pageable copy of them."""
 
 OnMaster = Callable[[str, int, torch.Tensor], None]
 """Receives a streamed tensor's full name, its address before the adopt, and its master."""
@@ -37,7 +42,8 @@ class Listeners:
     """Callbacks of an adopt.
 
     Attributes:
-        on_master: Called for each streamed tensor of a swapped block, once its bytes are in the slab.
+        on_master: Called for each streamed tensor of a swapped block that is in no file, once its bytes are in the
+            slab; in the worker, if there is one.
         on_placed: Called at the start, and after each block.
     """
 
@@ -45,8 +51,36 @@ class Listeners:
     on_placed: OnPlaced | None = None
 
 
+@dataclass(slots=True)
+class Pending:
+    """A block that is being placed: its slab is filled and locked, or its resident copy made.
+
+    Attributes:
+        tensors: The streamed tensors as they were found, with their state.
+        job: Places it.
+        copied: The event behind the copy to the device, of a resident block.
+        is_changed: Whether a tensor was replaced, moved or edited before the job began, so that it did nothing.
+        is_placed: Whether the job has succeeded.
+    """
+
+    tensors: list[tuple[TensorEntry, torch.Tensor, tuple[int, int | None]]]
+    job: Job = field(init=False)
+    copied: Any = None
+    is_changed: bool = False
+    is_placed: bool = False
+
+
+def _state(tensor: torch.Tensor) -> tuple[int, int | None]:
+    """What changes if a tensor is pointed elsewhere or edited in place."""
+    return tensor.data_ptr(), version_of(tensor)
+
+
 class BlockSwapper:
     """Places a model's blocks as planned and runs them; made at adopt, dropped at release.
+
+    Device memory is allocated when it is made. The blocks are placed after that in execution order, by the worker if
+    the device has streams, so that a forward can begin while most blocks are still on their way: `enter` waits until
+    its block is placed.
 
     Args:
         model: The profiled blocks, with their weights in host memory (or on the device already).
@@ -83,16 +117,21 @@ class BlockSwapper:
         self._bound: list[TensorBinding] = []
         self._fixed: list[tuple[TensorEntry, torch.Tensor, torch.Tensor]] = []
         self._memories: list[torch.Tensor] = []
-        self._gathered: PageMemory | None = None  # host memory in which `_copy_to_device` gathers, during `_place`
+        self._gathered: PageMemory | None = None  # host memory in which `_copy_to_device` gathers
+        self._blocks: dict[int, BlockBinding] = {}
+        self._pending: dict[int, Pending] = {}
         self._running: tuple[int, int | None, Any] | None = None  # block, slot, mark at its start
         self._copies: Transfer | LabelledTransfer = transfer
         try:
             with torch.no_grad():
                 self._place()
-                self._blocks = [self._binding(i) for i in range(len(model.entries))]
         except BaseException:
             self.release()
             raise
+
+    def guard(self) -> contextlib.AbstractContextManager[object]:
+        """A context in which the device is the current one, for `settle`."""
+        return self._transfer.streams.guard()
 
     def prefetch(self) -> None:
         """Starts to fill the window with the first blocks, before any forward."""
@@ -117,15 +156,20 @@ class BlockSwapper:
             False if a tensor of the block was replaced or moved, so that a new swapper must be made.
         """
         try:
-            binding = self._blocks[block]
             with self._transfer.streams.guard():  # Rule 8
                 self._finish()
+                if self._pending and not self._settle(block):
+                    return False
+                binding = self._blocks[block]
                 if not binding.is_unchanged():
                     return False
                 self.entered += 1
                 if binding.counting and binding.was_edited():
+                    if self._store.slabs[block].tier is HostTier.FILE:
+                        binding.outdate()  # the edit is in memory alone, and not in the file
+                        return False
                     self._ring.forget(block)
-                    self._store.slabs[block].sources, self._store.slabs[block].checksums = (), None
+                    self._store.slabs[block].forget_sources()
                 step = self._ring.enter(block)
                 before = None if self.trace is None else self._transfer.mark()  # here, since starting a copy may block
                 self._apply(step)
@@ -152,6 +196,16 @@ class BlockSwapper:
         with self._transfer.streams.guard():  # Rule 8
             self._finish()
             self._apply(self._ring.leave())
+            if self._pending and self.entered:
+                self.settle()
+
+    def settle(self) -> bool:
+        """Waits until every block is placed.
+
+        Returns:
+            False if a tensor was replaced or moved meanwhile, so that a new swapper must be made.
+        """
+        return all([self._settle(block) for block in list(self._pending)])
 
     def abort(self) -> None:
         """Cleans up after an exception anywhere in a forward: every tensor points at its master, no copy is in
@@ -166,7 +220,21 @@ class BlockSwapper:
         self._ring.reset()
 
     def release(self) -> None:
-        """Points every tensor at its master; frees residents, small tensors and window. Idempotent."""
+        """Stops placing blocks; points every tensor at its master; frees residents, small tensors and window.
+        Idempotent.
+        """
+        try:
+            self._stop_placing()
+        finally:
+            self._release()
+
+    def _stop_placing(self) -> None:
+        if self._pending:
+            assert self._transfer.unlocked is not None
+            self._transfer.unlocked.drain()
+            self._pending.clear()
+
+    def _release(self) -> None:
         inside = {storage_key(memory) for memory in (*self._memories, *self._transfer.window)}
         bound, self._bound = self._bound, []
         fixed, self._fixed = self._fixed, []
@@ -202,14 +270,14 @@ class BlockSwapper:
         self._running = None  # only now: `abort` binds the masters of the block that an exception left in its slot
         if binding.counting and binding.was_edited():
             raise UnsupportedModelError(
-                f"the forward of {self._model.profile.blocks[block].name} edited one of its weights in place, and the "
+                f"the forward of {self._profile(block).name} edited one of its weights in place, and the "
                 "edit is lost with the slot; keep that tensor in a buffer"
             )
 
     def _check(self, block: int) -> None:
         streamed = [entry for entry in self._model.entries[block] if entry.placement is Placement.STREAMED]
         views = [entry.tensor for entry in streamed]
-        name = self._model.profile.blocks[block].name
+        name = self._profile(block).name
         check_slot(name, [entry.path for entry in streamed], views, self._store.slabs[block])
 
     def _apply(self, step: Step) -> None:
@@ -217,81 +285,162 @@ class BlockSwapper:
         if step.released is not None:
             self._copies.release(step.released)
         for onload in step.onloads:
-            self._copies.start(onload.slot, self._store.slabs[onload.block], block=onload.block)
+            slab = self._coming(onload.block) if onload.block in self._pending else self._store.slabs[onload.block]
+            self._copies.start(onload.slot, slab, block=onload.block)
+
+    def _coming(self, block: int) -> ComingSlab:
+        return ComingSlab(self._profile(block).slab_bytes, partial(self._placed_slab, block, self._pending[block]))
+
+    def _profile(self, block: int) -> BlockProfile:
+        return self._model.profile.blocks[block]
+
+    # ---------------------------------------------------------------------------------------------------- placing
 
     def _place(self) -> None:
-        """Makes window and slabs, copies small tensors and residents, and points every tensor at its place."""
+        """Allocates device memory, copies small tensors, and hands the rest to the worker."""
         self._transfer.open_window(slots=self._plan.slots, slot_bytes=self._plan.slot_bytes)
         everything = [entry for entries in self._model.entries for entry in entries]
-        self._copy_to_device([entry for entry in everything if entry.placement is Placement.SMALL])
+        small = self._to_copy(entry for entry in everything if entry.placement is Placement.SMALL)
+        self._copy_to_device(small, self._allocate(small))
         for entry in everything:
             if entry.placement is Placement.FIXED:
                 self._move(entry)
-        self._report_placed(0)
-        for block, entries in enumerate(self._model.entries):
-            streamed = [entry for entry in entries if entry.placement is Placement.STREAMED]
+        blocks = [[e for e in entries if e.placement is Placement.STREAMED] for entries in self._model.entries]
+        works: list[Callable[[Pending], None]] = []
+        for block, streamed in enumerate(blocks):
             if self._plan.swapped[block]:
-                self._fill_slab(block, streamed)
+                works.append(partial(self._fill_slab, block, streamed))
             else:
-                self._store.drop(block)
-                self._copy_to_device(streamed)
-            if block + 1 == len(self._model.entries):
-                self._store.finish_locking()  # so that the last progress update includes the final lock
-            self._report_placed(block + 1)
+                entries = self._to_copy(streamed)
+                works.append(partial(self._place_resident, block, entries, self._allocate(entries)))
+        self._transfer.note_allocations()
+        self._store.regions = {i: tuple(e.region for e in one if e.region is not None) for i, one in enumerate(blocks)}
+        tiers = enumerate(self._plan.tiers)
+        self._store.keep_spare([self._profile(i).slab_bytes for i, tier in tiers if tier is HostTier.PINNED])
+        self._report_placed()
+        unlocked = self._transfer.unlocked
+        assert unlocked is not None, "blocks are placed by a worker"
+        for block, (streamed, work) in enumerate(zip(blocks, works, strict=True)):
+            pending = self._pending[block] = Pending([(e, e.tensor, _state(e.tensor)) for e in streamed])
+            pending.job = unlocked.worker.submit_idle(partial(self._place_block, pending, work))
+
+    def _place_block(self, pending: Pending, work: Callable[[Pending], None]) -> None:
+        """In the worker: places one block."""
+        pending.is_changed = any(
+            entry.holder.get(entry.name) is not tensor or _state(tensor) != state
+            for entry, tensor, state in pending.tensors
+        )
+        if not pending.is_changed:
+            with torch.no_grad(), self._transfer.streams.guard():  # Rule 8
+                work(pending)
+            pending.is_placed = True
+
+    def _placed_slab(self, block: int, pending: Pending) -> Slab:
+        """In the worker: the slab of a block, filled before its turn if it is needed now."""
+        pending.job.run()
+        if not pending.is_placed:
+            raise TransferError(f"{self._profile(block).name} was not placed")  # `_settle` raises why
+        self._store.finish_locking()
+        return self._store.slabs[block]
+
+    def _settle(self, block: int) -> bool:
+        """Waits until a block is placed; False if it cannot be, since one of its tensors has changed."""
+        pending = self._pending.get(block)
+        if pending is None:
+            return True
+        pending.job.wait()
+        if not pending.is_placed:
+            return False
+        if pending.copied is not None:
+            self._transfer.wait_placed(pending.copied)
+        with torch.no_grad():
+            self._blocks[block] = self._binding(block)
+        del self._pending[block]
+        if not self._pending:
+            self._complete()
+        self._report_placed()
+        return True
+
+    def _complete(self) -> None:
+        """All blocks are placed."""
+        assert self._transfer.unlocked is not None
+        self._store.finish_locking()
         self._drop_gathered()
+        self._store.keep_spare(())
+        self._transfer.unlocked.settle()
 
-    def _report_placed(self, count: int) -> None:
+    def _report_placed(self) -> None:
         if self._listeners.on_placed is not None:
-            self._listeners.on_placed(self._plan, count, self._store.pinned_bytes)
+            self._listeners.on_placed(self._plan, len(self._blocks), self._store.pinned_bytes)
 
-    def _fill_slab(self, block: int, streamed: Sequence[TensorEntry]) -> None:
+    def _fill_slab(self, block: int, streamed: Sequence[TensorEntry], _: Pending) -> None:
         tier = self._plan.tiers[block]
         assert tier is not None, f"block {block} is swapped without a host tier"
         tensors = [entry.tensor for entry in streamed]
         addresses = [tensor.data_ptr() for tensor in tensors]
-        slab = self._store.put(block, tensors, tier=tier)
+        slab = self._store.put(block, tensors, tier=tier, regions=[entry.region for entry in streamed])
         bind(tensors, slab.views)
         slab.watch(tensors)
         for entry, tensor, master in zip(streamed, tensors, slab.views, strict=True):
             self._bound.append(TensorBinding(entry, tensor, master, None, version_of(tensor)))
         if self._listeners.on_master is not None:
-            name = self._model.profile.blocks[block].name
+            name = self._profile(block).name
             for entry, address, master in zip(streamed, addresses, slab.views, strict=True):
-                self._listeners.on_master(f"{name}.{entry.path}", address, master)
+                if entry.region is None:  # what is in a file costs its loader no memory
+                    self._listeners.on_master(f"{name}.{entry.path}", address, master)
 
-    def _copy_to_device(self, entries: Sequence[TensorEntry]) -> None:
-        """Copies tensors into one new device buffer and points them there; tensors on the device already stay.
+    def _place_resident(
+        self, block: int, entries: Sequence[TensorEntry], memory: torch.Tensor | None, pending: Pending
+    ) -> None:
+        self._store.drop(block)
+        pending.copied = self._copy_to_device(entries, memory)
+
+    def _to_copy(self, entries: Iterable[TensorEntry]) -> list[TensorEntry]:
+        """Those that are not on the device already."""
+        device = self._transfer.streams.device
+        return [entry for entry in entries if entry.tensor.device != device or device.type == "cpu"]
+
+    def _allocate(self, entries: Sequence[TensorEntry]) -> torch.Tensor | None:
+        """Device memory for tensors, one after the other; None for no tensors."""
+        if not entries:
+            return None
+        memory = self._transfer.allocate(device_bytes(slab_offsets(entry.extent for entry in entries)[1]))
+        self._memories.append(memory)
+        return memory
+
+    def _copy_to_device(self, entries: Sequence[TensorEntry], memory: torch.Tensor | None) -> Any:
+        """Copies tensors to their device memory and points them there; returns the event behind the copy, if any.
 
         They are gathered in memory of ours first, for one copy. Copies from the loader's file mapping take seconds per
         tensor with ROCm on Linux (ROCm/ROCm#6523: 5 s where the heap takes 4 ms), and are slow everywhere.
         """
-        device = self._transfer.streams.device
-        entries = [e for e in entries if e.tensor.device != device or device.type == "cpu"]
+        if memory is None:
+            return None
         offsets, end = slab_offsets(entry.extent for entry in entries)
-        if not entries:
-            return
         gathered = self._gather(end)
-        memory = self._transfer.allocate(device_bytes(end))
-        self._memories.append(memory)
         offset_of = {id(entry): offset for entry, offset in zip(entries, offsets, strict=True)}
         starts = [offset_of[id(entry.leader or entry)] + entry.offset for entry in entries]
+        pieces = []
         for entry, start in zip(entries, starts, strict=True):
-            copy_bytes(element_view(gathered.tensor, entry.tensor, offset=start), entry.tensor)
-        self._transfer.place(memory, gathered, end)
+            if entry.region is None:
+                copy_bytes(element_view(gathered.tensor, entry.tensor, offset=start), entry.tensor)
+            else:
+                pieces.append((entry.region, gathered.buffer(start, entry.region.nbytes)))
+        self._store.files.read(pieces)
+        copied = self._transfer.place(memory, gathered, end)
         for entry, start in zip(entries, starts, strict=True):
             tensor = entry.tensor
             copy = element_view(memory, tensor, offset=start)
-            with torch._C.DisableTorchFunctionSubclass():
-                master = tensor.detach()
-            self._bound.append(TensorBinding(entry, tensor, master, copy, version_of(tensor)))
+            self._bound.append(TensorBinding(entry, tensor, plain_view(tensor), copy, version_of(tensor)))
             bind((tensor,), (copy,))
+        return copied
 
     def _gather(self, nbytes: int) -> PageMemory:
         """Host memory of at least `nbytes` that no copy reads; page-locked if slabs are, and if that succeeds."""
         if self._gathered is None or self._gathered.size < nbytes:
             self._drop_gathered()  # first, since both may not fit the budget
             plan = self._plan
-            are_locked = any(tier in (HostTier.PINNED, HostTier.STAGED) for tier in plan.tiers)
+            are_locked = nbytes >= WORTH_LOCKING and plan.pinned_bytes > 0
             # Staging is locked only after this memory has been given up.
             self._gathered = self._store.make_pages(
                 nbytes, beside=plan.pinned_bytes - plan.staging_bytes if are_locked else None

@@ -7,6 +7,7 @@ copy streams K1..n. An event stands for its last record. The comments `Rule 1` t
 them.
 
 1. Slots are allocated on C; a slot's free event is recorded on C then, and every K waits for it before its first copy.
+   The same holds for residents, which the worker copies on a K after one event behind all their allocations.
 2. A copy into a slot waits for the slot's free event, and for every ready event of its previous content.
 3. A block on C waits for all ready events of its slot. If C is another stream than before, it waits for the old one.
 4. A slot's free event is recorded on C when the next block begins or the forward ends, exceptions included.
@@ -28,7 +29,7 @@ from torch.profiler import record_function
 from ..device.streams import Streams
 from ..device.worker import Job
 from ..host.pages import PageMemory
-from ..host.slabs import Slab
+from ..host.slabs import ComingSlab, Slab
 from ..host.staging import UnlockedCopies
 from ..model.layout import align
 from ..plan.swap_plan import HostTier
@@ -94,7 +95,8 @@ class Transfer:
         counters: Counts the copies; new counters if None.
 
     Attributes:
-        unlocked: Copies slabs that are not page-locked; None to copy them in the host thread.
+        unlocked: Copies what is not page-locked or not filled yet; None to copy all slabs in the host thread.
+        host_copies: The host thread copies filled slabs itself, even those that are not page-locked.
         trace: Receives the spans of copies; None records nothing. May change between blocks.
     """
 
@@ -102,8 +104,10 @@ class Transfer:
         self.streams = streams
         self.counters = counters or Counters()
         self.unlocked: UnlockedCopies | None = None
+        self.host_copies = False
         self.trace: Trace | None = None
         self._slots: tuple[Slot, ...] = ()
+        self._allocated: Any = None  # behind the allocations beside the window
         self._compute: Any = None  # the stream that the last block was queued on
         self._home: Any = None  # the stream that memory was allocated on, and to which the allocator returns it
 
@@ -147,21 +151,40 @@ class Transfer:
         with self.streams.guard():  # Rule 8
             return self.streams.allocate(nbytes)
 
-    def place(self, memory: torch.Tensor, source: PageMemory, nbytes: int) -> None:
-        """Queues a copy of the first `nbytes` of `source` to memory beside the window, on the compute stream."""
+    def note_allocations(self) -> None:
+        """All memory beside the window has been allocated: from now on, copies to it may run on a copy stream."""
         with self.streams.guard():  # Rule 8
-            stream, copied = self.streams.current(), self.streams.event()
+            self._allocated = self.streams.event()
+            self.streams.record(self._allocated, self.streams.current())  # Rule 1
+
+    def place(self, memory: torch.Tensor, source: PageMemory, nbytes: int) -> Any:
+        """Queues a copy of the first `nbytes` of `source` to memory beside the window; returns the event behind it.
+
+        The copy runs on the compute stream until `note_allocations`, then on a copy stream: see `wait_placed`.
+        """
+        with self.streams.guard():  # Rule 8
+            stream = self.streams.current() if self._allocated is None else self.streams.copy_streams[0]
+            if self._allocated is not None:
+                self.streams.wait(stream, self._allocated)  # Rule 1
+            copied = self.streams.event()
             self.streams.copy(memory[:nbytes], source.tensor[:nbytes], stream)
             self.streams.record(copied, stream)
             source.in_flight.append(copied)  # Rule 6
         self.counters.placed_bytes += nbytes
+        return copied
+
+    def wait_placed(self, copied: Any) -> None:
+        """Makes all later work on the compute stream wait for a copy of `place`."""
+        self.follow()
+        self.streams.wait(self._compute, copied)  # Rule 3
 
     def settle_placed(self) -> None:
         """After an exception in `place`: waits on the host for all its copies."""
         with self.streams.guard():  # Rule 8
-            copied = self.streams.event()
-            self.streams.record(copied, self.streams.current())
-            self.streams.host_wait(copied)  # Rule 6: an interrupted copy has left no event with its source
+            for stream in (self.streams.current(), self.streams.copy_streams[0]):
+                copied = self.streams.event()
+                self.streams.record(copied, stream)
+                self.streams.host_wait(copied)  # Rule 6: an interrupted copy has left no event with its source
 
     def free(self, memory: torch.Tensor) -> None:
         """Gives up memory beside the window; call `close_window` first."""
@@ -190,18 +213,20 @@ class Transfer:
         """The block in slot `index` has ended: the slot may be overwritten."""
         self.streams.record(self._slots[index].free, self._compute)  # Rule 4
 
-    def start(self, index: int, slab: Slab, *, block: int) -> None:
+    def start(self, index: int, slab: Slab | ComingSlab, *, block: int) -> None:
         """Starts to copy the slab of `block` into slot `index`; returns at once, unless the host thread copies pageable
         memory.
         """
-        slot = self._slots[index]
+        slot, nbytes = self._slots[index], slab.used_bytes
         if slot.filling is not None:
             self._await_worker(slot)
-        nbytes = slab.used_bytes
-        if self.unlocked is not None and slab.tier is not HostTier.PINNED:
-            slot.filling = self.unlocked.submit(slab, lambda source: self._copy_chunks(slot, source, nbytes, block))
-        else:
+        is_direct = slab.tier is HostTier.PINNED or (self.host_copies and slab.tier is HostTier.PAGEABLE)
+        if isinstance(slab, Slab) and (is_direct or self.unlocked is None):
+            assert slab.pages is not None, "the file tier needs a worker"
             slab.pages.in_flight[:] = self._copy_chunks(slot, slab.pages.tensor, nbytes, block)
+        else:
+            assert self.unlocked is not None, "the worker fills slabs"
+            slot.filling = self.unlocked.submit(slab, lambda source: self._copy_chunks(slot, source, nbytes, block))
         slot.block, slot.filled_bytes = block, nbytes
         self.counters.onloads += 1
         self.counters.onloaded_bytes += nbytes
@@ -306,7 +331,7 @@ class LabelledTransfer:
     def __init__(self, transfer: Transfer) -> None:
         self._transfer = transfer
 
-    def start(self, index: int, slab: Slab, *, block: int) -> None:
+    def start(self, index: int, slab: Slab | ComingSlab, *, block: int) -> None:
         with record_function(f"blockswap::onload ({block})"):
             self._transfer.start(index, slab, block=block)
 

@@ -95,6 +95,7 @@ class PageMemory:
             ) from cause
         with torch.inference_mode(mode=False):
             self.tensor = torch.frombuffer(self._pages, dtype=torch.uint8, count=self.size, offset=offset)
+        self._offset = offset
         self._use = _Use(self.tensor.data_ptr(), self.size, streams)
         self._pages.before_unmap = self._use.end
         self.in_flight = self._use.in_flight
@@ -103,6 +104,10 @@ class PageMemory:
     def is_pinned(self) -> bool:
         """Whether the pages are locked."""
         return self._use.lock is not None
+
+    def buffer(self, start: int, nbytes: int) -> memoryview:
+        """A part of the bytes for a reader of files; give it up before the pages."""
+        return memoryview(self._pages)[self._offset + start : self._offset + start + nbytes]  # type: ignore[arg-type]
 
     def use(self, streams: Streams) -> None:
         """Sets the device that reads the pages from now on; call `settle` first."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ...hardware.disk import FileRegion
 from ..errors import UnsupportedModelError
 from .layout import BlockProfile, ModelProfile, Placement, TensorProfile, device_bytes, small_cutoff
 from .tensors import span_bytes
@@ -33,6 +34,7 @@ class TensorEntry:
         leader: The first of the entries whose bytes overlap; None for that entry and for one that overlaps none.
         offset: Bytes from the leader's start to this tensor's.
         extent: Bytes that the entry spans, together with the entries that it leads; 0 for an entry with a leader.
+        region: The bytes of a file that are the tensor's, as they stand; None if there are none, or they are unknown.
     """
 
     module: nn.Module
@@ -44,6 +46,7 @@ class TensorEntry:
     leader: TensorEntry | None = None
     offset: int = 0
     extent: int = 0
+    region: FileRegion | None = None
 
     @property
     def holder(self) -> dict[str, torch.Tensor | None]:
@@ -85,12 +88,19 @@ def blocks_of(model: nn.Module, names: Sequence[str] = ("vace_blocks", "blocks")
     )
 
 
-def profile_model(blocks: Sequence[tuple[str, nn.Module]], *, root: nn.Module | None = None) -> ProfiledModel:
+RegionOf = Callable[[torch.Tensor], "FileRegion | None"]
+"""Finds the bytes of a file that are a tensor's, as they stand."""
+
+
+def profile_model(
+    blocks: Sequence[tuple[str, nn.Module]], *, root: nn.Module | None = None, region_of: RegionOf | None = None
+) -> ProfiledModel:
     """Reads blocks into a profile.
 
     Args:
         blocks: Name and module of each block, in execution order; names of VACE blocks start with `vace_blocks.`.
         root: The whole model, whose tensors outside the blocks are counted too; None counts none.
+        region_of: Asked for each tensor that streams; None takes no tensor for part of a file.
 
     Raises:
         UnsupportedModelError: There are no blocks, or a tensor has no data or a layout that cannot be copied as bytes
@@ -105,11 +115,17 @@ def profile_model(blocks: Sequence[tuple[str, nn.Module]], *, root: nn.Module | 
         _place(block)
     every = [entry for block in entries for entry in block]
     _tie(every)
+    for entry in every:
+        if region_of is not None and entry.placement is Placement.STREAMED:
+            entry.region = region_of(entry.tensor)
     inside = {id(entry.tensor) for entry in every}
     outside = () if root is None else (t for t in (*root.parameters(), *root.buffers()) if id(t) not in inside)
     other = sum(sum(_parts(tensor)) for tensor in outside if not tensor.is_meta)
     profiles = tuple(
-        BlockProfile(name, tuple(TensorProfile(e.path, e.extent, e.placement, e.reason) for e in block))
+        BlockProfile(
+            name,
+            tuple(TensorProfile(e.path, e.extent, e.placement, e.reason, in_file=e.region is not None) for e in block),
+        )
         for (name, _), block in zip(blocks, entries, strict=True)
     )
     buffers = tuple(tuple(m._buffers for m in block.modules()) for _, block in blocks)

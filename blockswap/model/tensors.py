@@ -16,6 +16,12 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
         return torch.as_strided(tensor.detach(), (elements,), (1,))
 
 
+def plain_view(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of the whole tensor without its subclass, whatever is done to the tensor later."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach()
+
+
 def same_layout(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and strides, and are both inference tensors or both not."""
     layouts = [(tensor.dtype, tensor.shape, tensor.stride(), tensor.is_inference()) for tensor in (one, other)]

@@ -82,7 +82,7 @@ class SwapRun:
         self._peak = PeakMeter(self._machine)
         self.planner = Planner(settings, self._machine, backend.pin_budget, limits_within(limits or Limits(), backend))
         self._feed = ProgressFeed(self.planner)
-        listeners = Listeners(on_placed=self._feed.placed)
+        listeners = Listeners(on_placed=self._placed)
         self.session = SwapSession(blocks, self.planner, backend, root=root, traced=TIMED_FORWARDS, listeners=listeners)
         self.last_report: RunReport | None = None
         self._title = f"{'blocks' if root is None else type(root).__name__} on {machine.spec.name}"
@@ -294,14 +294,18 @@ class SwapRun:
 
     def _adopt(self) -> None:
         before = self._machine.allocated_bytes()
-        plan = self.session.adopt()
+        plan = self.session.adopt(wait=False)
         after = self._machine.allocated_bytes()
         self._stats.weight_bytes = None if before is None or after is None else after - before
         self._adopted_settings, self._has_other_settings = self.planner.settings, False
         self._notice_adoption()
-        self._feed.ran(plan, self._stats)
         if self.planner.settings.debug_mode:
             self._log_configuration(plan)
+
+    def _placed(self, plan: SwapPlan, count: int, pinned_bytes: int) -> None:
+        self._feed.placed(plan, count, pinned_bytes)
+        if count == len(plan.swapped):
+            self._feed.ran(plan, self._stats)
 
     def _adopt_anew(self, why: str, present: SwapPlan) -> None:
         logger.info("planning again: %s", why)

@@ -8,7 +8,7 @@ from ...hardware.pinning import PinBudget, Registrar
 from ..device.backend import Backend
 from ..device.failures import staged_failure
 from ..device.worker import Job
-from ..errors import TransferError
+from ..errors import BlockSwapError
 from .races import Clock
 from .streams import SimulatedStreams
 
@@ -25,17 +25,21 @@ class _SimulatedJob:
         streams = self._worker.streams
         with streams.acting_as_worker(self._submitted):
             work, self._work = self._work, None
-            assert work is not None, "a job runs once"
+            if work is None:
+                return
             try:
                 work()
-            except RuntimeError as failure:
+            except BaseException as failure:
                 self._failure = failure
-            self._done = streams.now()
+                if not isinstance(failure, RuntimeError):
+                    raise  # an interrupt, which reaches the host thread
+            finally:
+                self._done = streams.now()
 
     def wait(self) -> None:
         self.join()
-        if isinstance(self._failure, TransferError):
-            raise self._failure  # a violated rule keeps its own message
+        if isinstance(self._failure, BlockSwapError):
+            raise self._failure
         if self._failure is not None:
             raise staged_failure(self._failure) from self._failure
 
@@ -47,11 +51,12 @@ class _SimulatedJob:
 
 
 class SimulatedWorker:
-    """The staging worker. The random generator decides whether a job runs at once, or only when it is waited for."""
+    """The worker. The random generator decides whether a job runs at once, or only when it is waited for."""
 
     def __init__(self, streams: SimulatedStreams) -> None:
         self.streams = streams
         self._jobs: list[_SimulatedJob] = []
+        self._idle: list[_SimulatedJob] = []
 
     def submit(self, work: Callable[[], None]) -> Job:
         job = _SimulatedJob(self, work)
@@ -60,14 +65,27 @@ class SimulatedWorker:
             self.run_until(job)
         return job
 
+    def submit_idle(self, work: Callable[[], None]) -> Job:
+        self._idle.append(_SimulatedJob(self, work))
+        job = self._idle[-1]
+        while self._idle and not self._jobs and self.streams.lands_now():
+            self._idle.pop(0).run()
+        return job
+
+    def cancel_idle(self) -> None:
+        self._idle.clear()
+
     def stop(self) -> None:
         while self._jobs:
             self._jobs.pop(0).run()
 
     def run_until(self, job: _SimulatedJob) -> None:
-        """Runs jobs in order until `job` is done."""
-        while job in self._jobs:
+        """Runs jobs in order until `job` is done; an idle job comes after those that are queued."""
+        while job in self._jobs or (self._jobs and job in self._idle):
             self._jobs.pop(0).run()
+        if job in self._idle:
+            self._idle.remove(job)
+            job.run()
 
 
 class SimulatedRegistrar:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ...hardware import is_driver_refusal, is_out_of_memory
-from ..engine.session import SessionState
+from ..engine.session import SessionState, SwapSession
 from ..errors import DeviceMemoryError
 from ..run.history import Workload
 from ..run.run import SwapRun
@@ -165,7 +165,7 @@ class Gate:
             run = self._make_run(transformer, named_blocks(transformer), settings)
             if run is None:
                 return
-            gated = self._gated[transformer] = GatedModel(run)
+            gated = self._gated[transformer] = GatedModel(run, on_last_step=self._read_ahead)
         offload_state_dict(transformer, model)
         gated.run.use(settings)
         gated.run.session.listeners.on_master = replace_in(model)
@@ -181,17 +181,29 @@ class Gate:
             gated: The model that is about to run.
             need: Bytes of its block weights.
         """
-        planner = gated.run.planner
-        fresh = max(0, need - gated.run.session.slab_bytes)  # its own slabs are there already
-        sessions = [other.run.session for other in self._gated.values() if other is not gated]
-        for session in sessions:
-            if session.state is not SessionState.IDLE:
-                continue
+        planner, own = gated.run.planner, gated.run.session
+        for session in self._idle_beside(gated):
+            fresh = max(0, need - own.slab_bytes)  # its own slabs are there already
+            short = planner.pins.left_bytes < fresh or planner.machine.host().room_bytes < fresh
+            if short and session.pinned_bytes:
+                own.take_over(session)
             if session.pinned_bytes and planner.pins.left_bytes < need:
                 session.unlock()
             if session.slab_bytes and planner.machine.host().available_bytes < fresh:
                 logger.info("host memory is short: a model whose run has ended gives up its slabs")
                 session.give_up_slabs()
+
+    def _idle_beside(self, gated: GatedModel) -> list[SwapSession]:
+        """Sessions of the other models whose run has ended."""
+        sessions = [other.run.session for other in self._gated.values() if other is not gated]
+        return [session for session in sessions if session.state is SessionState.IDLE]
+
+    def _read_ahead(self, gated: GatedModel) -> None:
+        """In a model's last step: the files of the model that may run next, such as the second expert, are read into
+        the system's cache as far as memory allows.
+        """
+        for session in self._idle_beside(gated):
+            session.read_ahead(gated.run.planner.machine.host().room_bytes)
 
     def _after(self, transformer: Any) -> None:
         """Clears the block counts that the wrapper's function has set, since they must not outlive the run."""
@@ -234,14 +246,17 @@ class GatedModel:
 
     Args:
         run: Its run.
+        on_last_step: Called once in a run, when its last step begins.
 
     Attributes:
         hints_to_host: Whether VACE hints go to the host.
     """
 
-    def __init__(self, run: SwapRun) -> None:
+    def __init__(self, run: SwapRun, *, on_last_step: Callable[[GatedModel], None]) -> None:
         self.run = run
         self.hints_to_host = False
+        self._on_last_step = on_last_step
+        self._is_last_step = False
         # Weak, since a Forward may hold the module's former `forward`, and with it the module.
         self._armed: list[weakref.ref[Forward]] = []
 
@@ -253,7 +268,7 @@ class GatedModel:
             hints_to_host: Whether VACE hints go to the host from the first forward on.
         """
         self.end()
-        self.hints_to_host = hints_to_host
+        self.hints_to_host, self._is_last_step = hints_to_host, False
         transformer = unwrapped(outer)
         self._armed = [weakref.ref(Forward.on(transformer, self._forward))]
         if outer is not transformer:
@@ -289,6 +304,9 @@ class GatedModel:
         result.
         """
         latents = arguments[0] if arguments else keywords.get("x")
+        if keywords.get("last_step") and not self._is_last_step:
+            self._is_last_step = True
+            self._on_last_step(self)
         while True:
             has_started = False
             try:

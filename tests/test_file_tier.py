@@ -1,0 +1,302 @@
+"""Blocks that are read from their file: right bytes in every forward, and none of a file that has changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from on_disk import mapped, stored
+from toys import Model, Simulation, alternating, fixed_plan, toy
+from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
+from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
+from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
+from wanvideo_enhanced_blockswap.blockswap.device.worker import ThreadWorker
+from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
+from wanvideo_enhanced_blockswap.blockswap.errors import WeightFileError
+from wanvideo_enhanced_blockswap.blockswap.host.slabs import Slab
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
+from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedRegistrar
+
+COUNT = 6
+FILE, PINNED, STAGED, PAGEABLE = HostTier.FILE, HostTier.PINNED, HostTier.STAGED, HostTier.PAGEABLE
+MIXED = [PINNED, FILE, STAGED, FILE, PAGEABLE, FILE]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "weights.safetensors"
+
+
+def outputs(session: SwapSession, model: Model, forwards: int = 3) -> list[torch.Tensor]:
+    found = []
+    for seed in range(forwards):
+        with torch.inference_mode(), session.forward():
+            found.append(model(x_of(seed)))
+    return found
+
+
+def x_of(seed: int) -> torch.Tensor:
+    return torch.randn(3, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def truth_of(model: Model, forwards: int = 3) -> list[torch.Tensor]:
+    with torch.inference_mode():
+        return [model(x_of(seed)) for seed in range(forwards)]
+
+
+def threaded() -> Backend:
+    """A device whose worker is a thread."""
+    streams = InlineStreams(torch.device("cpu"))
+    return Backend(streams.device, lambda *_: streams, None, PinBudget(0), lambda _: ThreadWorker())
+
+
+@pytest.mark.parametrize("swapped", [[True] * COUNT, alternating(COUNT)], ids=["all", "half"])
+@pytest.mark.parametrize("tiers", [FILE, MIXED], ids=["file", "mixed"])
+@pytest.mark.parametrize("lateness", [0.0, 0.5, 1.0])
+def test_outputs_equal_the_unswapped_model(path: Path, swapped: list[bool], tiers, lateness: float) -> None:
+    model = toy(COUNT)
+    truth = truth_of(model)
+    stored(model, path)
+    simulation = Simulation(lateness=lateness)
+    with simulation.session(model, fixed_plan(swapped, tiers=tiers)) as session:
+        assert all(map(torch.equal, outputs(session, model), truth))
+        in_file = [block for block, tier in session.tiers.items() if tier is FILE]
+        assert in_file == [i for i in range(COUNT) if swapped[i] and (tiers is FILE or tiers[i] is FILE)]
+        assert all(session._holds.slabs[block].pages is None for block in in_file)
+        session.release()
+        assert all(map(torch.equal, outputs(session, model), truth))
+    assert all(map(torch.equal, truth_of(model), truth))
+
+
+@pytest.mark.parametrize("backend", [threaded(), backend_for(torch.device("cpu"), pin_budget=PinBudget(0))])
+def test_a_worker_in_a_thread_and_a_host_thread_alone_read_the_same(path: Path, backend: Backend) -> None:
+    model = toy(COUNT)
+    truth = truth_of(model)
+    stored(model, path)
+    with SwapSession(model.named, fixed_plan([True] * COUNT, tiers=FILE, overlap=backend.overlap), backend) as session:
+        assert all(map(torch.equal, outputs(session, model), truth))
+        assert session.slab_bytes == 0
+
+
+@pytest.mark.parametrize("tier", [FILE, PINNED])
+def test_the_masters_of_the_file_tier_are_the_loaders_mapping(path: Path, tier: HostTier) -> None:
+    model = toy(COUNT)
+    state = stored(model, path)
+    with Simulation().session(model, fixed_plan([True] * COUNT, tiers=tier)) as session:
+        outputs(session, model)
+        inside = [dict(model.named_parameters())[name].data_ptr() == tensor.data_ptr() for name, tensor in state.items()
+                  if not name.endswith("scale")]
+        assert all(inside) if tier is FILE else not any(inside)
+        session.give_up_slabs() if session.state.value == "idle" else session.release()
+    for name, tensor in state.items():
+        assert dict(model.named_parameters())[name].data_ptr() == tensor.data_ptr()
+
+
+def changes(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "rewritten":
+        path.write_bytes(content[:-100] + bytes(100))
+        os.utime(path, ns=(1, 1))
+    elif how == "cut":
+        os.truncate(path, len(content) - 200)
+    elif how == "longer":
+        with path.open("ab") as file:
+            file.write(b"more")
+
+
+@pytest.mark.parametrize("how", ["rewritten", "cut", "longer"])
+@pytest.mark.parametrize("when", ["between forwards", "before the adopt's copies"])
+def test_a_file_that_changes_is_noticed_before_a_byte_is_used(path: Path, how: str, when: str) -> None:
+    model = toy(COUNT)
+    stored(model, path)
+    with Simulation().session(model, fixed_plan([True] * COUNT, tiers=FILE)) as session:
+        if when == "between forwards":
+            outputs(session, model, 1)
+        else:
+            session.adopt(wait=False)
+        changes(path, how)
+        with pytest.raises(WeightFileError, match=r"weights\.safetensors has changed"):
+            outputs(session, model, 3)
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_a_file_that_goes_after_it_was_opened_is_still_right(path: Path, how: str) -> None:
+    model = toy(COUNT)
+    truth = truth_of(model)
+    stored(model, path)
+    with Simulation().session(model, fixed_plan([True] * COUNT, tiers=FILE)) as session:
+        assert all(map(torch.equal, outputs(session, model), truth))
+        path.unlink()
+        if how == "replaced":
+            path.write_bytes(b"another model")
+        assert all(map(torch.equal, outputs(session, model), truth))
+
+
+def test_an_edit_in_place_is_in_no_file_and_the_block_is_adopted_anew(path: Path) -> None:
+    model = toy(COUNT)
+    stored(model, path)
+    with Simulation().session(model, fixed_plan([True] * COUNT, tiers=FILE)) as session:
+        outputs(session, model)
+        with torch.no_grad():
+            model.blocks[2].up.mul_(2)
+        truth = truth_of(model)
+        assert all(map(torch.equal, outputs(session, model), truth))
+        assert {block for block, tier in session.tiers.items() if tier is not FILE} == {2}
+
+
+def test_slabs_of_an_unchanged_file_cost_nothing_when_they_are_given_up(path: Path) -> None:
+    model = toy(COUNT)
+    truth, state = truth_of(model), None
+    state = stored(model, path)
+    with Simulation().session(model, fixed_plan([True] * COUNT)) as session:
+        outputs(session, model)
+        session.release()
+        session.give_up_slabs()
+        for name, parameter in model.named_parameters():
+            assert parameter.data_ptr() == state[name].data_ptr(), name
+        assert all(map(torch.equal, outputs(session, model), truth))
+
+
+def test_slabs_that_were_edited_are_never_exchanged_for_the_file(path: Path) -> None:
+    model = toy(COUNT)
+    stored(model, path)
+    with Simulation().session(model, fixed_plan([True] * COUNT)) as session:
+        outputs(session, model)
+        session.release()
+        with torch.no_grad():
+            model.blocks[1].down.add_(1)
+        with torch.inference_mode():
+            model.blocks[3].up.data.view(-1)[0] += 1
+        truth = truth_of(model)
+        session.give_up_slabs()
+        assert all(map(torch.equal, truth_of(model), truth))
+        assert all(map(torch.equal, outputs(session, model), truth))
+
+
+def test_a_mapping_of_another_file_fills_the_slabs_anew(path: Path) -> None:
+    model, other = toy(COUNT), toy(COUNT, seed=1)
+    truth = truth_of(other)
+    stored(model, path)
+    with Simulation().session(model, fixed_plan([True] * COUNT, tiers=MIXED)) as session:
+        outputs(session, model)
+        session.release()
+        second = path.with_name("other.safetensors")
+        stored(other, second)
+        mapped(model, second)
+        assert all(map(torch.equal, outputs(session, model), truth))
+
+
+class CountingRegistrar(SimulatedRegistrar):
+    def __init__(self, simulation: Simulation) -> None:
+        super().__init__(streams=simulation.streams)
+        self.calls: list[str] = []
+        simulation.backend = dataclasses.replace(simulation.backend, registrar=self)
+
+    def register(self, pointer: int, nbytes: int) -> int:
+        self.calls.append("lock")
+        return super().register(pointer, nbytes)
+
+    def unregister(self, pointer: int) -> int:
+        self.calls.append("unlock")
+        return super().unregister(pointer)
+
+
+def test_a_second_model_takes_over_locked_memory_and_locks_none_of_its_own(path: Path) -> None:
+    simulation = Simulation()
+    registrar = CountingRegistrar(simulation)
+    first, second = toy(COUNT), toy(COUNT, seed=1)
+    truths = [truth_of(model) for model in (first, second)]
+    stored(first, path)
+    stored(second, path.with_name("second.safetensors"))
+    with (
+        simulation.session(first, fixed_plan([True] * COUNT)) as one,
+        simulation.session(second, fixed_plan([True] * COUNT)) as other,
+    ):
+        assert all(map(torch.equal, outputs(one, first), truths[0]))
+        one.release()
+        registrar.calls.clear()
+        locked = set(registrar.locked)
+        for giver, taker, model, truth in ((one, other, second, truths[1]), (other, one, first, truths[0])):
+            taker.take_over(giver)
+            assert giver.pinned_bytes == 0 < taker.pinned_bytes
+            assert all(map(torch.equal, outputs(taker, model), truth))
+            taker.release()
+            assert set(registrar.locked) == locked
+        assert registrar.calls == []
+    assert registrar.locked == {}
+    assert all(map(torch.equal, truth_of(first), truths[0]))
+
+
+def test_memory_that_does_not_fit_is_unlocked_before_a_slab_is_filled(path: Path) -> None:
+    simulation = Simulation()
+    registrar = CountingRegistrar(simulation)
+    first, second = toy(COUNT), toy(COUNT, width=32)
+    stored(first, path)
+    stored(second, path.with_name("second.safetensors"))
+    with (
+        simulation.session(first, fixed_plan([True] * COUNT)) as one,
+        simulation.session(second, fixed_plan([True] * COUNT)) as other,
+    ):
+        outputs(one, first)
+        one.release()
+        registrar.calls.clear()
+        other.take_over(one)
+        other.adopt(wait=False)
+        assert registrar.calls[:COUNT] == ["unlock"] * COUNT
+
+
+def test_no_slab_is_made_where_the_host_has_no_room_left(path: Path) -> None:
+    model, left = toy(COUNT), 2
+    truth = truth_of(model)
+    stored(model, path)
+    simulation = Simulation()
+    store_bytes = 4096
+
+    def room() -> int:
+        made = len([1 for slab in session._holds.slabs.values() if slab.pages is not None])
+        return (left - made) * store_bytes + 1
+
+    backend = dataclasses.replace(simulation.backend, host_room=room)
+    with SwapSession(model.named, fixed_plan([True] * COUNT), backend) as session:
+        assert all(map(torch.equal, outputs(session, model), truth))
+        assert sorted(tier.value for tier in session.tiers.values()) == ["file"] * 4 + ["pinned"] * 2
+        assert any("not enough RAM" in why for why in session.refusals)
+
+
+def test_a_forward_begins_before_the_last_block_is_placed(path: Path) -> None:
+    """With a worker in a thread, which is held up at the last block until the first one has run."""
+    model, ran, order = toy(COUNT), threading.Event(), []
+    truth = truth_of(model, 1)
+    stored(model, path)
+    backend = threaded()
+    fill = Slab.fill
+
+    def held(slab: Slab, tensors, *arguments) -> None:
+        if tensors[0].data_ptr() == model.blocks[COUNT - 1].up.data_ptr():
+            assert ran.wait(30), "the first block waits for the last slab"
+        order.append("slab")
+        fill(slab, tensors, *arguments)
+
+    model.blocks[0].register_forward_hook(lambda *_: order.append("block") or ran.set())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Slab, "fill", held)
+        with SwapSession(model.named, fixed_plan([True] * COUNT, tiers=PAGEABLE), backend) as session:
+            assert all(map(torch.equal, outputs(session, model, 1), truth))
+    assert order.index("block") < len(order) - 1 == COUNT
+
+
+def test_a_release_during_placing_stops_it_and_leaves_every_tensor_in_its_place(path: Path) -> None:
+    model = toy(COUNT)
+    truth, state = truth_of(model), None
+    state = stored(model, path)
+    with Simulation().session(model, fixed_plan([True] * COUNT)) as session:
+        session.adopt(wait=False)
+        session.release()
+        assert session.pinned_bytes == session.slab_bytes
+        assert all(map(torch.equal, truth_of(model), truth))
+        session.give_up_slabs()
+    assert all(p.data_ptr() == state[name].data_ptr() for name, p in model.named_parameters())
