@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..blockswap.device.backend import Backend, backend_for
 from ..blockswap.device.streams import CudaStreams, InlineStreams, Streams
-from ..blockswap.engine.session import EVERY_FORWARD, SwapSession
+from ..blockswap.engine.session import SwapSession
+from ..blockswap.engine.trace import EVERY_FORWARD
 from ..blockswap.errors import SettingsError
 from ..blockswap.model.layout import ModelProfile
 from ..blockswap.model.profile import blocks_of, profile_model

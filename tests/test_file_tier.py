@@ -88,8 +88,11 @@ def test_the_masters_of_the_file_tier_are_the_loaders_mapping(path: Path, tier: 
     state = stored(model, path)
     with Simulation().session(model, fixed_plan([True] * COUNT, tiers=tier)) as session:
         outputs(session, model)
-        inside = [dict(model.named_parameters())[name].data_ptr() == tensor.data_ptr() for name, tensor in state.items()
-                  if not name.endswith("scale")]
+        inside = [
+            dict(model.named_parameters())[name].data_ptr() == tensor.data_ptr()
+            for name, tensor in state.items()
+            if not name.endswith("scale")
+        ]
         assert all(inside) if tier is FILE else not any(inside)
         session.give_up_slabs() if session.state.value == "idle" else session.release()
     for name, tensor in state.items():

@@ -15,8 +15,8 @@ from toys import Block, Model, Simulation, fixed_plan, replan, toy, window_of
 from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
 from wanvideo_enhanced_blockswap.blockswap.device.worker import ThreadWorker
 from wanvideo_enhanced_blockswap.blockswap.engine import binding, transfer
-from wanvideo_enhanced_blockswap.blockswap.engine.session import EVERY_FORWARD, SwapSession
-from wanvideo_enhanced_blockswap.blockswap.engine.trace import Trace
+from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
+from wanvideo_enhanced_blockswap.blockswap.engine.trace import EVERY_FORWARD, Trace
 from wanvideo_enhanced_blockswap.blockswap.errors import TransferError
 from wanvideo_enhanced_blockswap.blockswap.model.profile import profile_model
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import predict

@@ -17,7 +17,8 @@ from wanvideo_enhanced_blockswap.blockswap.engine.binding import bind
 from wanvideo_enhanced_blockswap.blockswap.errors import HostMemoryError
 from wanvideo_enhanced_blockswap.blockswap.host import pages
 from wanvideo_enhanced_blockswap.blockswap.host.pages import PageMemory
-from wanvideo_enhanced_blockswap.blockswap.host.slabs import HostStore, Slab
+from wanvideo_enhanced_blockswap.blockswap.host.slabs import Slab
+from wanvideo_enhanced_blockswap.blockswap.host.store import HostStore
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 
 PAGE = mmap.PAGESIZE

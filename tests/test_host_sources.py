@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_host import PAGE, PAGEABLE, PINNED, Recorder, point, put, store_with, weights
 from wanvideo_enhanced_blockswap.blockswap import PinBudget
-from wanvideo_enhanced_blockswap.blockswap.host.slabs import HostStore
+from wanvideo_enhanced_blockswap.blockswap.host.store import HostStore
 from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedStreams
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from test_host import PAGE, PINNED, STAGED, Recorder, store_with, weights
 from toys import Simulation, fixed_plan, toy
-from wanvideo_enhanced_blockswap.blockswap.host.slabs import Locking, Slab
+from wanvideo_enhanced_blockswap.blockswap.host.pages import Locking
+from wanvideo_enhanced_blockswap.blockswap.host.slabs import Slab
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 
 SECONDS = 30.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import contextlib
 import logging
-import sys
 import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
 from enum import Enum
@@ -21,23 +20,21 @@ from ..device.worker import InlineWorker, run_outside_workers
 from ..errors import BlockSwapError, UnsupportedModelError
 from ..host.pages import PageMemory
 from ..host.regions import RegionFinder
-from ..host.slabs import HostStore, Slab
+from ..host.slabs import Slab
 from ..host.staging import UnlockedCopies
+from ..host.store import HostStore
 from ..model.layout import ModelProfile
 from ..model.profile import ProfiledModel, profile_model, refuse_grad
 from ..plan.swap_plan import STAGING_SLABS, HeldMemory, HostTier, SwapPlan
-from ..spans import FORWARD
-from .swapper import BlockSwapper, Listeners
-from .trace import Trace
+from .placer import Listeners
+from .swapper import BlockSwapper
+from .trace import ForwardLog, Trace
 from .transfer import Counters, Transfer
 
 logger = logging.getLogger(__name__)
 
 MakePlan = Callable[[ModelProfile, HeldMemory], SwapPlan]
 """Makes the plan at each adopt, from the blocks and from the memory that is held for them already."""
-
-EVERY_FORWARD = range(sys.maxsize)
-"""For `traced`: all forwards."""
 
 
 class SessionState(Enum):
@@ -453,52 +450,3 @@ def block_hook(
         alive(block)
 
     return before_block
-
-
-class ForwardLog:
-    """Counts forwards and records when they ran, from each adopt on.
-
-    Args:
-        traced: As for `SwapSession`.
-
-    Attributes:
-        traced: The same; may be set between forwards.
-        trace: The trace; None before the first adopt, or if nothing is traced.
-        forwards: Forwards that ended well and ran a block.
-        empty_forwards: Forwards that ended well and ran none.
-        all_forwards: `forwards` of all adopts together.
-        all_empty_forwards: `empty_forwards` of all adopts together.
-    """
-
-    def __init__(self, traced: Container[int] | None) -> None:
-        self.traced = traced
-        self._began: object = None
-        self.trace: Trace | None = None
-        self.forwards = self.all_forwards = 0
-        self.empty_forwards = self.all_empty_forwards = 0
-
-    def start(self, transfer: Transfer) -> None:
-        """Counts from here on, at an adopt; the copies that it prefetches belong to the first forward."""
-        self.forwards = self.empty_forwards = 0
-        if self.traced is not None:
-            self.trace = Trace(transfer.streams)
-            self.trace.start()
-            transfer.trace = self.trace if 0 in self.traced else None
-
-    def begin(self, swapper: BlockSwapper, transfer: Transfer) -> None:
-        """Starts a forward's time, and records its blocks if it is one of those that are traced."""
-        if self.trace is not None and self.traced is not None:
-            swapper.trace = transfer.trace = self.trace if self.forwards in self.traced else None
-            self._began = transfer.mark()
-
-    def end(self, swapper: BlockSwapper, transfer: Transfer) -> None:
-        """Counts a forward that ended well."""
-        if not swapper.entered:
-            self.empty_forwards += 1
-            self.all_empty_forwards += 1
-            return
-        if self.trace is not None:
-            self.trace.add(FORWARD, self.forwards, self._began, transfer.mark())
-            self.trace.read_reached()  # so that the events of a long run do not pile up
-        self.forwards += 1
-        self.all_forwards += 1

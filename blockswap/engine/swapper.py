@@ -3,84 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..device.failures import device_error
-from ..device.streams import to_device
-from ..device.worker import Job
-from ..errors import BlockSwapError, TransferError, UnsupportedModelError
-from ..host.pages import PageMemory
-from ..host.slabs import ComingSlab, HostStore, Slab
-from ..model.layout import BlockProfile, Placement, device_bytes, slab_offsets
-from ..model.profile import ProfiledModel, TensorEntry
-from ..model.tensors import copy_bytes, element_view, flat, plain_view, storage_key, version_of
+from ..errors import BlockSwapError, UnsupportedModelError
+from ..host.store import HostStore
+from ..model.layout import Placement
+from ..model.profile import ProfiledModel
 from ..plan.schedule import Ring, Step
 from ..plan.swap_plan import HostTier, SwapPlan
 from ..spans import COMPUTE, STALL
-from .binding import BlockBinding, TensorBinding, bind, bring_back
+from .binding import bind
+from .checks import check_slot
+from .placer import Listeners, Placer
 from .trace import Trace
 from .transfer import LabelledTransfer, Transfer
 
-WORTH_LOCKING = 32 << 20
-"""Bytes from which page-locking the memory in which residents are gathered is quicker than one pageable copy of them."""
-
-OnMaster = Callable[[str, int, torch.Tensor], None]
-"""Receives a streamed tensor's full name, its address before the adopt, and its master."""
-
-OnPlaced = Callable[[SwapPlan, int, int], None]
-"""Receives the plan, the number of blocks placed so far, and the bytes of slabs page-locked so far."""
-
-
-@dataclass(slots=True)
-class Listeners:
-    """Callbacks of an adopt.
-
-    Attributes:
-        on_master: Called for each streamed tensor of a swapped block that is in no file, once its bytes are in the
-            slab; in the worker, if there is one.
-        on_placed: Called at the start, and after each block.
-    """
-
-    on_master: OnMaster | None = None
-    on_placed: OnPlaced | None = None
-
-
-@dataclass(slots=True)
-class Pending:
-    """A block that is being placed: its slab is filled and locked, or its resident copy made.
-
-    Attributes:
-        tensors: The streamed tensors as they were found, with their state.
-        job: Places it.
-        copied: The event behind the copy to the device, of a resident block.
-        is_changed: Whether a tensor was replaced, moved or edited before the job began, so that it did nothing.
-        is_placed: Whether the job has succeeded.
-    """
-
-    tensors: list[tuple[TensorEntry, torch.Tensor, tuple[int, int | None]]]
-    job: Job = field(init=False)
-    copied: Any = None
-    is_changed: bool = False
-    is_placed: bool = False
-
-
-def _state(tensor: torch.Tensor) -> tuple[int, int | None]:
-    """What changes if a tensor is pointed elsewhere or edited in place."""
-    return tensor.data_ptr(), version_of(tensor)
-
 
 class BlockSwapper:
-    """Places a model's blocks as planned and runs them; made at adopt, dropped at release.
-
-    Device memory is allocated when it is made. The blocks are placed after that in execution order, by the worker if
-    the device has streams, so that a forward can begin while most blocks are still on their way: `enter` waits until
-    its block is placed.
+    """Runs a model's blocks as planned, each as soon as it is placed; made at adopt, dropped at release.
 
     Args:
         model: The profiled blocks, with their weights in host memory (or on the device already).
@@ -109,22 +52,18 @@ class BlockSwapper:
         self._plan = plan
         self._store = store
         self._transfer = transfer
-        self._listeners = listeners or Listeners()
+        self._placer = Placer(model, plan, store, transfer, listeners or Listeners())
         self.trace: Trace | None = None
         self.entered = 0
         self._checks = False
         self._ring = Ring(plan.swapped, slots=plan.slots)
-        self._bound: list[TensorBinding] = []
-        self._fixed: list[tuple[TensorEntry, torch.Tensor, torch.Tensor]] = []
-        self._memories: list[torch.Tensor] = []
-        self._gathered: PageMemory | None = None  # host memory in which `_copy_to_device` gathers
-        self._blocks: dict[int, BlockBinding] = {}
-        self._pending: dict[int, Pending] = {}
+        self._blocks = self._placer.bindings
+        self._pending = self._placer.pending
         self._running: tuple[int, int | None, Any] | None = None  # block, slot, mark at its start
         self._copies: Transfer | LabelledTransfer = transfer
         try:
             with torch.no_grad():
-                self._place()
+                self._placer.start()
         except BaseException:
             self.release()
             raise
@@ -158,7 +97,7 @@ class BlockSwapper:
         try:
             with self._transfer.streams.guard():  # Rule 8
                 self._finish()
-                if self._pending and not self._settle(block):
+                if self._pending and not self._placer.settle(block):
                     return False
                 binding = self._blocks[block]
                 if not binding.is_unchanged():
@@ -205,7 +144,7 @@ class BlockSwapper:
         Returns:
             False if a tensor was replaced or moved meanwhile, so that a new swapper must be made.
         """
-        return all([self._settle(block) for block in list(self._pending)])
+        return all(self._placer.settle(block) for block in list(self._pending))
 
     def abort(self) -> None:
         """Cleans up after an exception anywhere in a forward: every tensor points at its master, no copy is in
@@ -220,41 +159,9 @@ class BlockSwapper:
         self._ring.reset()
 
     def release(self) -> None:
-        """Stops placing blocks; points every tensor at its master; frees residents, small tensors and window.
-        Idempotent.
-        """
-        try:
-            self._stop_placing()
-        finally:
-            self._release()
-
-    def _stop_placing(self) -> None:
-        if self._pending:
-            assert self._transfer.unlocked is not None
-            self._transfer.unlocked.drain()
-            self._pending.clear()
-
-    def _release(self) -> None:
-        inside = {storage_key(memory) for memory in (*self._memories, *self._transfer.window)}
-        bound, self._bound = self._bound, []
-        fixed, self._fixed = self._fixed, []
-        memories, self._memories, self._running = self._memories, [], None
-        with contextlib.ExitStack() as stack:  # runs every step, even if another fails, from the last to the first
-            for memory in memories:
-                stack.callback(self._transfer.free, memory)
-            stack.callback(self._transfer.close_window)
-            for entry, original, moved in fixed:
-                stack.callback(bring_back, entry, original, moved)
-            if self._gathered is not None:  # placing has failed, and its error holds this object
-                stack.callback(self._drop_gathered)
-                stack.callback(self._transfer.settle_placed)
-            for one in bound:
-                stack.callback(self._restore_master, one, inside)
-            with self._transfer.streams.guard():  # Rule 8
-                self._transfer.follow()
-
-    def _restore_master(self, bound: TensorBinding, inside: Container[int]) -> None:
-        self._transfer.counters.returned_bytes += bound.restore_master(inside)
+        """Points every tensor at its master; frees residents, small tensors and window. Idempotent."""
+        self._running = None
+        self._placer.release()
 
     def _finish(self) -> None:
         """Points the tensors of the block that ran at their masters again; all its kernels have been queued."""
@@ -270,14 +177,14 @@ class BlockSwapper:
         self._running = None  # only now: `abort` binds the masters of the block that an exception left in its slot
         if binding.counting and binding.was_edited():
             raise UnsupportedModelError(
-                f"the forward of {self._profile(block).name} edited one of its weights in place, and the "
+                f"the forward of {self._model.profile.blocks[block].name} edited one of its weights in place, and the "
                 "edit is lost with the slot; keep that tensor in a buffer"
             )
 
     def _check(self, block: int) -> None:
         streamed = [entry for entry in self._model.entries[block] if entry.placement is Placement.STREAMED]
         views = [entry.tensor for entry in streamed]
-        name = self._profile(block).name
+        name = self._model.profile.blocks[block].name
         check_slot(name, [entry.path for entry in streamed], views, self._store.slabs[block])
 
     def _apply(self, step: Step) -> None:
@@ -285,253 +192,6 @@ class BlockSwapper:
         if step.released is not None:
             self._copies.release(step.released)
         for onload in step.onloads:
-            slab = self._coming(onload.block) if onload.block in self._pending else self._store.slabs[onload.block]
-            self._copies.start(onload.slot, slab, block=onload.block)
-
-    def _coming(self, block: int) -> ComingSlab:
-        return ComingSlab(self._profile(block).slab_bytes, partial(self._placed_slab, block, self._pending[block]))
-
-    def _profile(self, block: int) -> BlockProfile:
-        return self._model.profile.blocks[block]
-
-    # ---------------------------------------------------------------------------------------------------- placing
-
-    def _place(self) -> None:
-        """Allocates device memory, copies small tensors, and hands the rest to the worker."""
-        self._transfer.open_window(slots=self._plan.slots, slot_bytes=self._plan.slot_bytes)
-        everything = [entry for entries in self._model.entries for entry in entries]
-        small = self._to_copy(entry for entry in everything if entry.placement is Placement.SMALL)
-        self._copy_to_device(small, self._allocate(small))
-        for entry in everything:
-            if entry.placement is Placement.FIXED:
-                self._move(entry)
-        blocks = [[e for e in entries if e.placement is Placement.STREAMED] for entries in self._model.entries]
-        works: list[Callable[[Pending], None]] = []
-        for block, streamed in enumerate(blocks):
-            if self._plan.swapped[block]:
-                works.append(partial(self._fill_slab, block, streamed))
-            else:
-                entries = self._to_copy(streamed)
-                works.append(partial(self._place_resident, block, entries, self._allocate(entries)))
-        self._transfer.note_allocations()
-        self._store.regions = {i: tuple(e.region for e in one if e.region is not None) for i, one in enumerate(blocks)}
-        tiers = enumerate(self._plan.tiers)
-        self._store.keep_spare([self._profile(i).slab_bytes for i, tier in tiers if tier is HostTier.PINNED])
-        self._report_placed()
-        unlocked = self._transfer.unlocked
-        assert unlocked is not None, "blocks are placed by a worker"
-        for block, (streamed, work) in enumerate(zip(blocks, works, strict=True)):
-            pending = self._pending[block] = Pending([(e, e.tensor, _state(e.tensor)) for e in streamed])
-            pending.job = unlocked.worker.submit_idle(partial(self._place_block, pending, work))
-
-    def _place_block(self, pending: Pending, work: Callable[[Pending], None]) -> None:
-        """In the worker: places one block."""
-        pending.is_changed = any(
-            entry.holder.get(entry.name) is not tensor or _state(tensor) != state
-            for entry, tensor, state in pending.tensors
-        )
-        if not pending.is_changed:
-            with torch.no_grad(), self._transfer.streams.guard():  # Rule 8
-                work(pending)
-            pending.is_placed = True
-
-    def _placed_slab(self, block: int, pending: Pending) -> Slab:
-        """In the worker: the slab of a block, filled before its turn if it is needed now."""
-        pending.job.run()
-        if not pending.is_placed:
-            raise TransferError(f"{self._profile(block).name} was not placed")  # `_settle` raises why
-        self._store.finish_locking()
-        return self._store.slabs[block]
-
-    def _settle(self, block: int) -> bool:
-        """Waits until a block is placed; False if it cannot be, since one of its tensors has changed."""
-        pending = self._pending.get(block)
-        if pending is None:
-            return True
-        pending.job.wait()
-        if not pending.is_placed:
-            return False
-        if pending.copied is not None:
-            self._transfer.wait_placed(pending.copied)
-        with torch.no_grad():
-            self._blocks[block] = self._binding(block)
-        del self._pending[block]
-        if not self._pending:
-            self._complete()
-        self._report_placed()
-        return True
-
-    def _complete(self) -> None:
-        """All blocks are placed."""
-        assert self._transfer.unlocked is not None
-        self._store.finish_locking()
-        self._drop_gathered()
-        self._store.keep_spare(())
-        self._transfer.unlocked.settle()
-
-    def _report_placed(self) -> None:
-        if self._listeners.on_placed is not None:
-            self._listeners.on_placed(self._plan, len(self._blocks), self._store.pinned_bytes)
-
-    def _fill_slab(self, block: int, streamed: Sequence[TensorEntry], _: Pending) -> None:
-        tier = self._plan.tiers[block]
-        assert tier is not None, f"block {block} is swapped without a host tier"
-        tensors = [entry.tensor for entry in streamed]
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        slab = self._store.put(block, tensors, tier=tier, regions=[entry.region for entry in streamed])
-        bind(tensors, slab.views)
-        slab.watch(tensors)
-        for entry, tensor, master in zip(streamed, tensors, slab.views, strict=True):
-            self._bound.append(TensorBinding(entry, tensor, master, None, version_of(tensor)))
-        if self._listeners.on_master is not None:
-            name = self._profile(block).name
-            for entry, address, master in zip(streamed, addresses, slab.views, strict=True):
-                if entry.region is None:  # what is in a file costs its loader no memory
-                    self._listeners.on_master(f"{name}.{entry.path}", address, master)
-
-    def _place_resident(
-        self, block: int, entries: Sequence[TensorEntry], memory: torch.Tensor | None, pending: Pending
-    ) -> None:
-        self._store.drop(block)
-        pending.copied = self._copy_to_device(entries, memory)
-
-    def _to_copy(self, entries: Iterable[TensorEntry]) -> list[TensorEntry]:
-        """Those that are not on the device already."""
-        device = self._transfer.streams.device
-        return [entry for entry in entries if entry.tensor.device != device or device.type == "cpu"]
-
-    def _allocate(self, entries: Sequence[TensorEntry]) -> torch.Tensor | None:
-        """Device memory for tensors, one after the other; None for no tensors."""
-        if not entries:
-            return None
-        memory = self._transfer.allocate(device_bytes(slab_offsets(entry.extent for entry in entries)[1]))
-        self._memories.append(memory)
-        return memory
-
-    def _copy_to_device(self, entries: Sequence[TensorEntry], memory: torch.Tensor | None) -> Any:
-        """Copies tensors to their device memory and points them there; returns the event behind the copy, if any.
-
-        They are gathered in memory of ours first, for one copy. Copies from the loader's file mapping take seconds per
-        tensor with ROCm on Linux (ROCm/ROCm#6523: 5 s where the heap takes 4 ms), and are slow everywhere.
-        """
-        if memory is None:
-            return None
-        offsets, end = slab_offsets(entry.extent for entry in entries)
-        gathered = self._gather(end)
-        offset_of = {id(entry): offset for entry, offset in zip(entries, offsets, strict=True)}
-        starts = [offset_of[id(entry.leader or entry)] + entry.offset for entry in entries]
-        pieces = []
-        for entry, start in zip(entries, starts, strict=True):
-            if entry.region is None:
-                copy_bytes(element_view(gathered.tensor, entry.tensor, offset=start), entry.tensor)
-            else:
-                pieces.append((entry.region, gathered.buffer(start, entry.region.nbytes)))
-        self._store.files.read(pieces)
-        copied = self._transfer.place(memory, gathered, end)
-        for entry, start in zip(entries, starts, strict=True):
-            tensor = entry.tensor
-            copy = element_view(memory, tensor, offset=start)
-            self._bound.append(TensorBinding(entry, tensor, plain_view(tensor), copy, version_of(tensor)))
-            bind((tensor,), (copy,))
-        return copied
-
-    def _gather(self, nbytes: int) -> PageMemory:
-        """Host memory of at least `nbytes` that no copy reads; page-locked if slabs are, and if that succeeds."""
-        if self._gathered is None or self._gathered.size < nbytes:
-            self._drop_gathered()  # first, since both may not fit the budget
-            plan = self._plan
-            are_locked = nbytes >= WORTH_LOCKING and plan.pinned_bytes > 0
-            # Staging is locked only after this memory has been given up.
-            self._gathered = self._store.make_pages(
-                nbytes, beside=plan.pinned_bytes - plan.staging_bytes if are_locked else None
-            )
-        self._gathered.settle()
-        return self._gathered
-
-    def _drop_gathered(self) -> None:
-        gathered, self._gathered = self._gathered, None
-        if gathered is not None:
-            gathered.unpin()
-
-    def _move(self, entry: TensorEntry) -> None:
-        """Replaces a tensor that cannot be pointed elsewhere by a copy on the device; release brings it back."""
-        original = entry.tensor
-        moved = to_device(original.detach(), self._transfer.streams.device)
-        if isinstance(original, nn.Parameter):
-            moved = nn.Parameter(moved, requires_grad=original.requires_grad)
-        self._fixed.append((entry, original, moved))
-        entry.holder[entry.name] = moved
-
-    def _binding(self, block: int) -> BlockBinding:
-        entries = self._model.entries[block]
-        streamed = [entry for entry in entries if entry.placement is Placement.STREAMED]
-        small = [entry for entry in entries if entry.placement is Placement.SMALL and not entry.is_buffer]
-        watched = [*streamed, *small]
-        moving = {entry.name for entry in streamed if entry.is_buffer and self._plan.swapped[block]}
-        binding = BlockBinding(
-            watched=[entry.tensor for entry in watched],
-            holders=[entry.holder for entry in watched],
-            names=[entry.name for entry in watched],
-            addresses=[entry.tensor.data_ptr() for entry in watched],
-            moved=[(entry.holder, entry.name, moved) for entry, _, moved in self._fixed if entry in entries],
-            buffers=[
-                (holder, {name for name, held in holder.items() if held is not None}, moving & set(holder))
-                for holder in self._model.buffers[block]
-                if holder
-            ],
-            bare=[holder for holder in self._model.buffers[block] if not holder],
-            device=self._transfer.streams.device,
-        )
-        if self._plan.swapped[block]:
-            slab = self._store.slabs[block]
-            offsets, _ = slab_offsets(entry.extent for entry in streamed)
-            binding.streamed = [entry.tensor for entry in streamed]
-            binding.counting = [tensor for tensor in binding.streamed if version_of(tensor) is not None]
-            binding.versions = [tensor._version for tensor in binding.counting]
-            binding.masters = list(slab.views)
-            binding.slots = [
-                [element_view(memory, like, offset=offset) for like, offset in zip(slab.views, offsets, strict=True)]
-                for memory in self._transfer.window
-            ]
-        return binding
-
-
-WORD = 8
-
-
-def checksum(tensor: torch.Tensor) -> int:
-    """The sum of a strided tensor's bytes as 64-bit integers that wrap around, and of the bytes left over.
-
-    It finds words that were lost, moved or left from an earlier copy, but not words that changed places.
-
-    Args:
-        tensor: Starts at a multiple of eight bytes, as in slabs and slots.
-    """
-    with torch.inference_mode():
-        data = flat(tensor).view(torch.uint8)
-        whole = data.numel() // WORD * WORD
-        return int(data[:whole].view(torch.int64).sum()) + int(data[whole:].sum(dtype=torch.int64))
-
-
-def check_slot(name: str, paths: Sequence[str], views: Sequence[torch.Tensor], slab: Slab) -> None:
-    """Compares the tensors that a block is about to use with those that its slab was filled with.
-
-    Args:
-        name: The block's name.
-        paths: Names of its streamed tensors within the block.
-        views: The tensors in the slot; the compute stream already waits for their copy.
-        slab: The slab that they were copied from.
-
-    Raises:
-        TransferError: A tensor differs.
-    """
-    if slab.checksums is None:
-        slab.checksums = tuple(map(checksum, slab.views))
-    for path, view, expected in zip(paths, views, slab.checksums, strict=True):
-        found = checksum(view)
-        if found != expected:
-            raise TransferError(
-                f"{name}.{path} has other bytes on the device than when it was adopted (checksum {found:x} instead of "
-                f"{expected:x}): another node edited it through .data, or a copy went wrong; remove other nodes that "
-                "patch the model, and report this if it happens again"
-            )
+            block = onload.block
+            slab = self._placer.slab(block) if block in self._pending else self._store.slabs[block]
+            self._copies.start(onload.slot, slab, block=block)

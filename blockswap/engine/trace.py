@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..device.failures import translate_device_errors
 from ..device.streams import Streams
 from ..spans import FORWARD, Span
+
+if TYPE_CHECKING:  # both record in a trace
+    from .swapper import BlockSwapper
+    from .transfer import Transfer
+
+EVERY_FORWARD = range(sys.maxsize)
+"""For `traced`: all forwards."""
 
 MOST_SPANS = 200_000
 """Spans that are kept: those of about 1,000 forwards of 40 blocks (14B) with two copy streams."""
@@ -71,3 +80,52 @@ class Trace:
         self._spans.append(span)
         if lane == FORWARD:
             self.forward_ms.append(span.end_ms - span.begin_ms)
+
+
+class ForwardLog:
+    """Counts forwards and records when they ran, from each adopt on.
+
+    Args:
+        traced: As for `SwapSession`.
+
+    Attributes:
+        traced: The same; may be set between forwards.
+        trace: The trace; None before the first adopt, or if nothing is traced.
+        forwards: Forwards that ended well and ran a block.
+        empty_forwards: Forwards that ended well and ran none.
+        all_forwards: `forwards` of all adopts together.
+        all_empty_forwards: `empty_forwards` of all adopts together.
+    """
+
+    def __init__(self, traced: Container[int] | None) -> None:
+        self.traced = traced
+        self._began: object = None
+        self.trace: Trace | None = None
+        self.forwards = self.all_forwards = 0
+        self.empty_forwards = self.all_empty_forwards = 0
+
+    def start(self, transfer: Transfer) -> None:
+        """Counts from here on, at an adopt; the copies that it prefetches belong to the first forward."""
+        self.forwards = self.empty_forwards = 0
+        if self.traced is not None:
+            self.trace = Trace(transfer.streams)
+            self.trace.start()
+            transfer.trace = self.trace if 0 in self.traced else None
+
+    def begin(self, swapper: BlockSwapper, transfer: Transfer) -> None:
+        """Starts a forward's time, and records its blocks if it is one of those that are traced."""
+        if self.trace is not None and self.traced is not None:
+            swapper.trace = transfer.trace = self.trace if self.forwards in self.traced else None
+            self._began = transfer.mark()
+
+    def end(self, swapper: BlockSwapper, transfer: Transfer) -> None:
+        """Counts a forward that ended well."""
+        if not swapper.entered:
+            self.empty_forwards += 1
+            self.all_empty_forwards += 1
+            return
+        if self.trace is not None:
+            self.trace.add(FORWARD, self.forwards, self._began, transfer.mark())
+            self.trace.read_reached()  # so that the events of a long run do not pile up
+        self.forwards += 1
+        self.all_forwards += 1

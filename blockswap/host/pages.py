@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import logging
 import mmap
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 
 from ...hardware.pinning import PinBudget, Registrar, collector_paused, register_result
 from ..device.streams import Streams
+from ..device.worker import Flag
 from ..errors import HostMemoryError
 from ..model.layout import align
 
@@ -199,3 +202,65 @@ class _Use:
             self.settle() if self.lock is None else self.unlock()
         finally:
             self.streams.forget(self.pointer, self.size)
+
+
+class Locking:
+    """One thread that locks one slab's pages while the host thread fills the next slab.
+
+    Locking takes long, since the driver walks every page, but it releases the GIL. The thread or the caller of `result`
+    does the work, whichever comes first, so that nothing waits for a thread that an interrupt kept from starting.
+
+    Args:
+        pages: Filled pages.
+        registrar: Locks them; a refusal is tried again once.
+        budget: Counts the locked bytes.
+    """
+
+    def __init__(self, pages: PageMemory, registrar: Registrar, budget: PinBudget) -> None:
+        self._pages = [pages]  # taken out before they are locked: a thread that is ending must not hold them
+        self._registrar = registrar
+        self._budget = budget
+        self._code = -1
+        self._failure: BaseException | None = None
+        self._claim = threading.Lock()
+        self._over = Flag()
+
+    def start(self) -> None:
+        """Starts the thread; if the system has none left, `result` does the work."""
+        with contextlib.suppress(RuntimeError):
+            _thread.start_new_thread(self._lock, ())  # Thread.start would wait until the thread runs
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the work has ended, also in failure."""
+        return self._over.is_set
+
+    def result(self) -> int:
+        """Waits for the end, through an interrupt too; 0, or the driver's error code. Raises what locking raised."""
+        try:
+            self._lock()
+            self._over.wait()
+        finally:
+            self._over.wait()  # again: an interrupt ends the wait, but not the work of the driver
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return self._code
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback holds this frame: the cycle would hold the pages
+
+    def _lock(self) -> None:
+        if not self._claim.acquire(blocking=False):
+            return
+        try:
+            self._code = lock(self._pages.pop(), self._registrar, self._budget)
+        except BaseException as failure:  # noqa: BLE001 - the host thread raises it in `result`
+            self._failure = failure
+        finally:
+            self._over.set()
+
+
+def lock(pages: PageMemory, registrar: Registrar, budget: PinBudget) -> int:
+    """Locks pages, with one retry; returns 0 or the driver's error code."""
+    return pages.pin(registrar, budget) and pages.pin(registrar, budget)

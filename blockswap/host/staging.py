@@ -13,7 +13,8 @@ from ..model.layout import slab_offsets
 from ..model.tensors import span_bytes
 from ..plan.swap_plan import HostTier
 from .pages import PageMemory
-from .slabs import ComingSlab, HostStore, Slab
+from .slabs import ComingSlab, Slab
+from .store import HostStore
 
 
 class UnlockedCopies:

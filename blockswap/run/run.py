@@ -15,8 +15,9 @@ from torch import nn
 from ...hardware import Sampler
 from ...hardware.records import Samples
 from ..device.backend import Backend
-from ..engine.session import EVERY_FORWARD, SessionState, SwapSession
-from ..engine.swapper import Listeners
+from ..engine.placer import Listeners
+from ..engine.session import SessionState, SwapSession
+from ..engine.trace import EVERY_FORWARD
 from ..errors import BlockSwapError, DeviceMemoryError, HostMemoryError, PlanError
 from ..plan.make_plan import Limits
 from ..plan.swap_plan import HostTier, SwapPlan

@@ -11,7 +11,8 @@ import torch
 from copies_seen import assert_placed_in_few_copies_of_our_memory
 from toys import Block, Model, alternating, fixed_plan
 from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
-from wanvideo_enhanced_blockswap.blockswap.engine.session import EVERY_FORWARD, SwapSession
+from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
+from wanvideo_enhanced_blockswap.blockswap.engine.trace import EVERY_FORWARD
 from wanvideo_enhanced_blockswap.blockswap.model.profile import profile_model
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import predict
 from wanvideo_enhanced_blockswap.blockswap.plan.schedule import spread

@@ -11,8 +11,8 @@ SHARE = 0.01
 """Share of the bytes to the device that is not accounted for: what GGUF stores in fp32 and runs in bf16."""
 
 COUNTER_BYTES = 4096
-"""Of each model and adoption, `_step` buffers of layers (8 bytes each, copied back as a run may have changed them) and `block_id` of
-VACE blocks, which the wrapper reads from the device and we keep on the host.
+"""Of each model and adoption, `_step` buffers of layers (8 bytes each, copied back as a run may have changed them) and
+`block_id` of VACE blocks, which the wrapper reads from the device and we keep on the host.
 """
 
 HINT_BYTES = 32 * 384 * 2
