@@ -193,6 +193,25 @@ class LinkSpeed:
         return next((count, speed) for count, speed in allowed if speed >= floor)
 
 
+@dataclass(frozen=True, slots=True)
+class DiskSpeed:
+    """Measured speed of reading a file into memory, by several threads, in bytes per second.
+
+    Attributes:
+        cold: from the disk, past the system's cache of files; None where the system or the file system allows no such
+            reads.
+        warm: from the cache of files; None if not measured.
+    """
+
+    cold: float | None
+    warm: float | None
+
+    def __post_init__(self) -> None:
+        speeds = [speed for speed in (self.cold, self.warm) if speed is not None]
+        if not all(math.isfinite(speed) and speed > 0 for speed in speeds):
+            raise ValueError(f"speeds of a disk: expected positive bytes per second, got {speeds}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
     """Figures over the readings of a run; None for what no reading gave. Peaks between two readings are missed.

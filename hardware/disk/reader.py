@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import weakref
@@ -54,11 +55,18 @@ class FileReader:
     allows neither while it is open.
     """
 
-    def __init__(self, path: str, identity: FileIdentity) -> None:
+    def __init__(self, path: str, identity: FileIdentity, *, past_cache: bool = False) -> None:
         """Opens the file.
 
+        Args:
+            path: of the file.
+            identity: of the file that is meant.
+            past_cache: reads from the disk even what the system has in its cache. Offsets, sizes and addresses of the
+                buffers must then be multiples of a page.
+
         Raises:
-            WeightFileError: the file is gone, may not be read, or is not the one with this identity.
+            WeightFileError: the file is gone, may not be read, or is not the one with this identity; or the system has
+                no reads past its cache here.
         """
         self._path, self._identity = path, identity
         self._files: list[io.FileIO] = []
@@ -68,7 +76,7 @@ class FileReader:
         try:
             # Windows reads at a position by moving that of the open file, so that each thread needs one of its own.
             for _ in range(1 if hasattr(os, "preadv") else READERS):
-                self._files.append(io.FileIO(path))
+                self._files.append(io.FileIO(path, opener=_open_past_cache if past_cache else None))
             self._check()
         except OSError as exc:
             self.close()
@@ -142,6 +150,12 @@ class FileReader:
 
 
 _RELOAD = "leave the file in place and load the model again"
+
+
+def _open_past_cache(path: str, flags: int) -> int:
+    if not hasattr(os, "O_DIRECT"):
+        raise OSError(errno.EINVAL, "this system has no reads past its cache")
+    return os.open(path, flags | os.O_DIRECT)
 
 
 def _release(files: list[io.FileIO], pool: ThreadPoolExecutor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import mmap
 import os
 import random
 import threading
@@ -159,6 +160,24 @@ def test_no_thread_writes_to_a_buffer_after_a_failed_read(opened, monkeypatch):
     before = bytes(buffer)
     assert not inside
     assert buffer == before
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system has no reads past its cache")
+def test_reads_past_the_cache_give_the_same_bytes(path):
+    try:
+        file_reader = FileReader(str(path), FileIdentity.of(os.stat(path)), past_cache=True)
+    except WeightFileError:
+        pytest.skip("this file system has no reads past the cache")
+    buffer = memoryview(mmap.mmap(-1, 16 * mmap.PAGESIZE))
+    file_reader.read([(4 * mmap.PAGESIZE, buffer)])
+    assert buffer == CONTENT[4 * mmap.PAGESIZE : 20 * mmap.PAGESIZE]
+    file_reader.close()
+
+
+def test_a_system_without_reads_past_its_cache_refuses_them(path, monkeypatch):
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    with pytest.raises(WeightFileError, match="this system has no reads past its cache"):
+        FileReader(str(path), FileIdentity.of(os.stat(path)), past_cache=True)
 
 
 def test_a_file_that_is_gone_is_not_opened(path):
