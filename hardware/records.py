@@ -113,7 +113,8 @@ class HostMemory:
 
     Attributes:
         physical_bytes: RAM of the machine.
-        available_bytes: what this process can take without swapping, within the limit of its control group.
+        available_bytes: what this process can take without swapping, within the limit of its control group and what
+            the system lets programs reserve.
         cgroup_limit_bytes: the tightest memory limit of the control groups above this process; None without one.
         memlock_bytes: RLIMIT_MEMLOCK; None where it is unlimited or the platform has none. GPU drivers ignore it.
     """
