@@ -105,8 +105,7 @@ class FileReader:
                 helpers.append(helper)  # one by one: those before a failure are waited for
             _drain(self._path, self._files[0], chunks)
         finally:
-            chunks.clear()  # after an error, no thread begins another chunk
-            wait(helpers)  # nor does one still write when the buffers go back
+            wait(helpers)  # none shall still write when the buffers go back
             self._check()  # last: of a file that was cut, the change is the cause and the short read its effect
         for helper in helpers:
             helper.result()
@@ -134,7 +133,8 @@ class FileReader:
         except RuntimeError as exc:  # the limit of threads, or the interpreter is ending
             chunks.clear()
             self._pool.shutdown()  # the pool may have kept the task that it could not start a thread for
-            raise WeightFileError(f"{self._path} is read by {READERS} threads and none can be started: {exc}") from exc
+            message = f"{self._path} is read by {READERS} threads, which the system refuses ({exc}); allow more"
+            raise WeightFileError(message) from exc
 
     def _check(self) -> None:
         """Raises if an open file has changed."""
@@ -182,7 +182,7 @@ def _drain(path: str, file: io.FileIO, chunks: deque[tuple[int, memoryview]]) ->
         try:
             _fill(path, file, offset, view)
         except BaseException:
-            chunks.clear()
+            chunks.clear()  # a failing disk may take minutes for each
             raise
 
 
