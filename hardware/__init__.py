@@ -8,6 +8,7 @@ from .monitor import READING_FAILURES, Sampler
 from .records import (
     DeviceMemory,
     DeviceSpec,
+    DiskSpeed,
     HardwareUnavailableError,
     HostMemory,
     HostPlatform,
@@ -25,6 +26,7 @@ __all__ = [
     "READING_FAILURES",
     "DeviceMemory",
     "DeviceSpec",
+    "DiskSpeed",
     "HardwareUnavailableError",
     "HostMemory",
     "HostPlatform",

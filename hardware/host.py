@@ -12,6 +12,7 @@ import psutil
 
 from .files import read_text
 from .records import HostMemory, HostPlatform
+from .units import KIB
 
 logger = logging.getLogger(__name__)
 
@@ -20,16 +21,17 @@ def read_host_memory(*, root: Path = Path("/")) -> HostMemory:
     """Host memory now, with /proc and /sys looked up below `root`.
 
     Page cache counts as available, both for the machine and in the control group: reading a checkpoint fills it, and
-    the kernel drops it when memory is needed.
+    the kernel drops it when memory is needed. What the system still lets its programs reserve is a limit of its own:
+    memory may be refused where that is used up, however much RAM is free.
     """
     memory = psutil.virtual_memory()
     limit, headroom = _read_cgroup(root)
     if limit is not None and limit >= memory.total:
         limit = None  # it limits nothing; version 1 writes "no limit" as almost 2^63 bytes
-    available = memory.available if headroom is None else min(memory.available, headroom)
+    limits = (memory.available, headroom, _read_commit(root))
     return HostMemory(
         physical_bytes=memory.total,
-        available_bytes=max(0, available),
+        available_bytes=max(0, min(left for left in limits if left is not None)),
         cgroup_limit_bytes=limit,
         memlock_bytes=_read_memlock(),
         platform=read_platform(root=root),
@@ -45,6 +47,27 @@ def read_platform(*, root: Path = Path("/")) -> HostPlatform:
     release = read_text(root / "proc/sys/kernel/osrelease") or ""
     # WSL1 has Microsoft in its name too, but shows no GPU at all.
     return HostPlatform.WSL2 if "microsoft" in release.lower() else HostPlatform.LINUX
+
+
+def _read_commit(root: Path) -> int | None:
+    """Bytes that may be reserved within the system's commit limit; None where it has none or does not report it.
+
+    Windows always has one: RAM and its page files. Linux has one only with vm.overcommit_memory=2.
+    """
+    if sys.platform == "win32":
+        # psutil reads it, but its public functions give only other figures: total and available RAM, then these two.
+        read = getattr(getattr(getattr(psutil, "_psplatform", None), "cext", None), "virtual_mem", None)
+        match () if read is None else read():
+            case (int(), int(), int(), int(left)):
+                return left
+        return None
+    if read_text(root / "proc/sys/vm/overcommit_memory") != "2":
+        return None
+    figures = dict(line.partition(":")[::2] for line in (read_text(root / "proc/meminfo") or "").splitlines())
+    limit, reserved = figures.get("CommitLimit"), figures.get("Committed_AS")
+    if limit is None or reserved is None:
+        return None
+    return (int(limit.removesuffix("kB")) - int(reserved.removesuffix("kB"))) * KIB
 
 
 def _read_memlock() -> int | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import mmap
 import statistics
@@ -15,8 +13,8 @@ from typing import Any
 
 import torch
 
+from . import files
 from .device import probe_device
-from .files import write_json
 from .memory import is_out_of_memory
 from .pinning import CudaRegistrar, register_result
 from .records import LinkSpeed
@@ -216,12 +214,6 @@ class _Pace:
         return speed
 
 
-FORMAT = 2
-
-# Bytes per second that a kept measurement may have: PCIe 1.0 x1 is at 2e8, NVLink of 2026 at 1e12.
-SLOWEST, FASTEST = 1e3, 1e13
-
-
 @dataclass(frozen=True, slots=True)
 class MeasurementKey:
     """What a measurement depends on: if any of it changes, the link is measured again."""
@@ -237,36 +229,20 @@ class MeasurementKey:
 
 def cache_name(key: MeasurementKey) -> str:
     """A file name for the device; its name may have characters that a file name may not."""
-    identity = json.dumps([key.name, key.uuid, key.pci_bus_id])
-    return f"link-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+    return files.measurement_name("link", [key.name, key.uuid, key.pci_bus_id])
 
 
 def read_measurement(path: Path, key: MeasurementKey) -> LinkSpeed | None:
     """The measurement kept for this key; None without one, or, with one warning, if the file is damaged."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["format"] != FORMAT or record["key"] != _as_json(key):
-            return None
-        pinned, pageable, host_copy = record["pinned"], record["pageable"], record["host_copy"]
-        speeds = [speed for _, speed in pinned] + [pageable] + ([] if host_copy is None else [host_copy])
-        if not all(SLOWEST <= speed <= FASTEST for speed in speeds):
-            raise ValueError(f"expected speeds from {SLOWEST:g} to {FASTEST:g} bytes per second, got {speeds}")
-        return LinkSpeed(tuple((count, speed) for count, speed in pinned), pageable, host_copy)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError) as exc:
-        logger.warning("%s holds no measurement of the link (%r): measuring again", path, exc)
-        return None
+    return files.read_measurement(path, asdict(key), _parse)
+
+
+def _parse(record: Any) -> LinkSpeed:
+    pinned, pageable, host_copy = record["pinned"], record["pageable"], record["host_copy"]
+    files.check_speeds([speed for _, speed in pinned] + [pageable] + ([] if host_copy is None else [host_copy]))
+    return LinkSpeed(tuple((count, speed) for count, speed in pinned), pageable, host_copy)
 
 
 def keep_measurement(path: Path, key: MeasurementKey, speed: LinkSpeed) -> None:
     """Keeps a measurement; logs one warning if it cannot."""
-    try:
-        write_json(path, {"format": FORMAT, "key": _as_json(key)} | asdict(speed), indent=1)
-    except OSError as exc:
-        logger.warning("%s cannot be written (%s); the link will be measured again next time", path, exc)
-
-
-def _as_json(key: MeasurementKey) -> Any:
-    """The key as it reads back from JSON: lists for tuples."""
-    return json.loads(json.dumps(asdict(key)))
+    files.keep_measurement(path, asdict(key), asdict(speed))

@@ -113,7 +113,8 @@ class HostMemory:
 
     Attributes:
         physical_bytes: RAM of the machine.
-        available_bytes: what this process can take without swapping, within the limit of its control group.
+        available_bytes: what this process can take without swapping, within the limit of its control group and what
+            the system lets programs reserve.
         cgroup_limit_bytes: the tightest memory limit of the control groups above this process; None without one.
         memlock_bytes: RLIMIT_MEMLOCK; None where it is unlimited or the platform has none. GPU drivers ignore it.
     """
@@ -191,6 +192,25 @@ class LinkSpeed:
         allowed = [pair for pair in self.pinned if max_streams is None or pair[0] <= max(max_streams, fewest)]
         floor = (1 - _EQUAL_SPEED_SHARE) * max(speed for _, speed in allowed)
         return next((count, speed) for count, speed in allowed if speed >= floor)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpeed:
+    """Measured speed of reading a file into memory, by several threads, in bytes per second.
+
+    Attributes:
+        cold: from the disk, past the system's cache of files; None where the system or the file system allows no such
+            reads.
+        warm: from the cache of files; None if not measured.
+    """
+
+    cold: float | None
+    warm: float | None
+
+    def __post_init__(self) -> None:
+        speeds = [speed for speed in (self.cold, self.warm) if speed is not None]
+        if not all(math.isfinite(speed) and speed > 0 for speed in speeds):
+            raise ValueError(f"speeds of a disk: expected positive bytes per second, got {speeds}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

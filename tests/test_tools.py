@@ -31,7 +31,7 @@ SHIPPED = (
     r"commands/\w+\.py",
     r"docs/\w+\.(json|md|png)",
     r"example_workflows/\d\d [\w ,.-]+\.(jpg|json)",
-    r"hardware/\w+\.py",
+    r"hardware/(\w+/)?\w+\.py",
     r"locales/[a-z]{2}/(main|nodeDefs|settings)\.json",
     r"web/docs/\w+(/[a-z]{2})?\.md",
     r"web/docs/\w+/\w+(\.[a-z]{2})?\.png",

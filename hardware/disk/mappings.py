@@ -156,12 +156,7 @@ class FileMappings:
     @cached_property
     def _file_systems(self) -> dict[int, str]:
         """The kind of each mounted file system, by its device."""
-        kinds = {}
-        for line in _lines(self._root / "proc/self/mountinfo"):
-            mount, _, source = line.partition(" - ")  # spaces inside names are escaped
-            major, _, minor = mount.split()[2].partition(":")
-            kinds[os.makedev(int(major), int(minor))] = source.split()[0]
-        return kinds
+        return {device: kind for device, (kind, _) in read_mounts(self._root).items()}
 
     def _is_untouched(self, mapping: _Mapping, begin: int, end: int) -> bool:
         """Whether no page of the mapping from one address to the other is a copy, as the kernel shows it."""
@@ -190,6 +185,17 @@ class FileMappings:
             elif name in ("Anonymous:", "Swap:"):
                 copied[start] = copied.get(start, 0) + int(rest[0])
         return copied
+
+
+def read_mounts(root: Path) -> dict[int, tuple[str, str]]:
+    """Kind and source of each mounted file system, such as "ext4" and "/dev/sda2", by device; none without /proc."""
+    mounts = {}
+    for line in _lines(root / "proc/self/mountinfo"):
+        mount, _, super_block = line.partition(" - ")  # spaces inside names are escaped
+        major, _, minor = mount.split()[2].partition(":")
+        kind, source, *_ = super_block.split()
+        mounts[os.makedev(int(major), int(minor))] = (kind, source)
+    return mounts
 
 
 def _lines(path: Path) -> list[str]:

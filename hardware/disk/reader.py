@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import weakref
@@ -54,11 +55,18 @@ class FileReader:
     allows neither while it is open.
     """
 
-    def __init__(self, path: str, identity: FileIdentity) -> None:
+    def __init__(self, path: str, identity: FileIdentity, *, past_cache: bool = False) -> None:
         """Opens the file.
 
+        Args:
+            path: of the file.
+            identity: of the file that is meant.
+            past_cache: reads from the disk even what the system has in its cache. Offsets, sizes and addresses of the
+                buffers must then be multiples of a page.
+
         Raises:
-            WeightFileError: the file is gone, may not be read, or is not the one with this identity.
+            WeightFileError: the file is gone, may not be read, or is not the one with this identity; or the system has
+                no reads past its cache here.
         """
         self._path, self._identity = path, identity
         self._files: list[io.FileIO] = []
@@ -68,7 +76,7 @@ class FileReader:
         try:
             # Windows reads at a position by moving that of the open file, so that each thread needs one of its own.
             for _ in range(1 if hasattr(os, "preadv") else READERS):
-                self._files.append(io.FileIO(path))
+                self._files.append(io.FileIO(path, opener=_open_past_cache if past_cache else None))
             self._check()
         except OSError as exc:
             self.close()
@@ -97,8 +105,7 @@ class FileReader:
                 helpers.append(helper)  # one by one: those before a failure are waited for
             _drain(self._path, self._files[0], chunks)
         finally:
-            chunks.clear()  # after an error, no thread begins another chunk
-            wait(helpers)  # nor does one still write when the buffers go back
+            wait(helpers)  # none shall still write when the buffers go back
             self._check()  # last: of a file that was cut, the change is the cause and the short read its effect
         for helper in helpers:
             helper.result()
@@ -126,7 +133,8 @@ class FileReader:
         except RuntimeError as exc:  # the limit of threads, or the interpreter is ending
             chunks.clear()
             self._pool.shutdown()  # the pool may have kept the task that it could not start a thread for
-            raise WeightFileError(f"{self._path} is read by {READERS} threads and none can be started: {exc}") from exc
+            message = f"{self._path} is read by {READERS} threads, which the system refuses ({exc}); allow more"
+            raise WeightFileError(message) from exc
 
     def _check(self) -> None:
         """Raises if an open file has changed."""
@@ -142,6 +150,12 @@ class FileReader:
 
 
 _RELOAD = "leave the file in place and load the model again"
+
+
+def _open_past_cache(path: str, flags: int) -> int:
+    if not hasattr(os, "O_DIRECT"):
+        raise OSError(errno.EINVAL, "this system has no reads past its cache")
+    return os.open(path, flags | os.O_DIRECT)
 
 
 def _release(files: list[io.FileIO], pool: ThreadPoolExecutor) -> None:
@@ -168,7 +182,7 @@ def _drain(path: str, file: io.FileIO, chunks: deque[tuple[int, memoryview]]) ->
         try:
             _fill(path, file, offset, view)
         except BaseException:
-            chunks.clear()
+            chunks.clear()  # a failing disk may take minutes for each
             raise
 
 

@@ -207,6 +207,13 @@ def test_a_file_whose_path_has_another_file_now_is_no_region(private, path, tmp_
 
 
 @on_linux
+def test_a_pipe_that_has_the_path_now_is_not_opened(private, path):
+    path.unlink()
+    os.mkfifo(path)  # opening it waits for a writer
+    assert private.region(0, 10) is None
+
+
+@on_linux
 def test_a_file_that_was_deleted_and_has_its_path_again_is_a_region(private, path, tmp_path):
     os.link(path, tmp_path / "second name")
     path.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import mmap
 import os
 import random
 import threading
@@ -137,28 +138,53 @@ def test_a_failing_disk_is_reported_with_file_offset_and_reason(opened, path, mo
 
 
 @with_preadv
-def test_no_thread_writes_to_a_buffer_after_a_failed_read(opened, monkeypatch):
-    if not hasattr(os, "preadv"):
-        pytest.skip("positioned reads are taken away")
-    inside, most = [], []
+def test_a_failed_read_ends_when_no_thread_writes_to_a_buffer_any_more(path, monkeypatch):
+    monkeypatch.setattr(reader, "_CHUNK_BYTES", 10_007)
+    is_inside, may_leave, failures = threading.Event(), threading.Event(), []
 
-    def fail_in_one(offset, nbytes):
-        inside.append(1)
-        most.append(len(inside))
+    def fail_beside_a_slow_one(offset, nbytes):
+        if offset == 0:
+            assert is_inside.wait(timeout=60)
+            raise OSError(errno.EIO, "failed")
+        is_inside.set()
+        assert may_leave.wait(timeout=60)
+        return nbytes
+
+    def fail():
         try:
-            if offset == 0:
-                raise OSError(errno.EIO, "failed")
-            return nbytes
-        finally:
-            inside.pop()
+            whole(file_reader)
+        except WeightFileError as failure:
+            failures.append(failure)
 
-    inject(monkeypatch, fail_in_one)
-    buffer = bytearray(SIZE)
-    with memoryview(buffer) as view, pytest.raises(WeightFileError):
-        opened.read([(0, view)])
-    before = bytes(buffer)
-    assert not inside
-    assert buffer == before
+    inject(monkeypatch, fail_beside_a_slow_one)
+    file_reader = open_reader(path)
+    caller = threading.Thread(target=fail)
+    caller.start()
+    assert is_inside.wait(timeout=60)
+    caller.join(timeout=0.2)
+    assert caller.is_alive()
+    may_leave.set()
+    caller.join(timeout=60)
+    assert "failed" in str(failures[0])
+    file_reader.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system has no reads past its cache")
+def test_reads_past_the_cache_give_the_same_bytes(path):
+    try:
+        file_reader = FileReader(str(path), FileIdentity.of(os.stat(path)), past_cache=True)
+    except WeightFileError:
+        pytest.skip("this file system has no reads past the cache")
+    buffer = memoryview(mmap.mmap(-1, 16 * mmap.PAGESIZE))
+    file_reader.read([(4 * mmap.PAGESIZE, buffer)])
+    assert buffer == CONTENT[4 * mmap.PAGESIZE : 20 * mmap.PAGESIZE]
+    file_reader.close()
+
+
+def test_a_system_without_reads_past_its_cache_refuses_them(path, monkeypatch):
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    with pytest.raises(WeightFileError, match="this system has no reads past its cache"):
+        FileReader(str(path), FileIdentity.of(os.stat(path)), past_cache=True)
 
 
 def test_a_file_that_is_gone_is_not_opened(path):

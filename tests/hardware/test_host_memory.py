@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from wanvideo_enhanced_blockswap.hardware import GIB, HostPlatform, read_host_memory
+from hypothesis import given
+from hypothesis import strategies as st
+from wanvideo_enhanced_blockswap.hardware import GIB, KIB, HostMemory, HostPlatform, read_host_memory
 
 RAM = 64 * GIB
 AVAILABLE = 50 * GIB
@@ -156,3 +158,96 @@ def test_active_file_pages_can_be_dropped_as_well(build, version):
         }
     )
     assert memory.available_bytes == 7 * GIB
+
+
+def commit(mode, *, limit, reserved):
+    text = f"MemTotal:       1 kB\nCommitLimit:    {limit // KIB} kB\nCommitted_AS:   {reserved // KIB} kB\n"
+    return {"proc/sys/vm/overcommit_memory": f"{mode}\n", "proc/meminfo": text}
+
+
+@on_linux
+def test_linux_that_never_overcommits_gives_no_more_than_may_still_be_reserved(build):
+    assert build(**commit(2, limit=40 * GIB, reserved=33 * GIB)).available_bytes == 7 * GIB
+
+
+@on_linux
+def test_a_commit_limit_above_what_is_available_changes_nothing(build):
+    assert build(**commit(2, limit=90 * GIB, reserved=3 * GIB)).available_bytes == AVAILABLE
+
+
+@on_linux
+def test_more_reserved_than_the_limit_leaves_nothing_rather_than_less(build):
+    assert build(**commit(2, limit=40 * GIB, reserved=41 * GIB)).available_bytes == 0
+
+
+@on_linux
+@pytest.mark.parametrize("mode", [0, 1])
+def test_linux_that_overcommits_has_no_commit_limit(build, mode):
+    assert build(**commit(mode, limit=40 * GIB, reserved=39 * GIB)).available_bytes == AVAILABLE
+
+
+@on_linux
+@pytest.mark.parametrize("lost", ["CommitLimit", "Committed_AS", "everything"])
+def test_a_commit_limit_that_the_kernel_does_not_show_changes_nothing(build, lost):
+    files = commit(2, limit=40 * GIB, reserved=39 * GIB)
+    files["proc/meminfo"] = "" if lost == "everything" else files["proc/meminfo"].replace(lost, "Other")
+    assert build(**files).available_bytes == AVAILABLE
+
+
+@on_linux
+def test_the_tightest_of_all_limits_counts(build):
+    group = version2("/job", limit=16 * GIB, usage=6 * GIB)
+    files = {"proc/self/cgroup": "0::/job\n"} | group
+    assert build(**files, **commit(2, limit=40 * GIB, reserved=33 * GIB)).available_bytes == 7 * GIB
+    assert build(**files, **commit(2, limit=40 * GIB, reserved=3 * GIB)).available_bytes == 10 * GIB
+
+
+@pytest.fixture
+def windows(build, monkeypatch):
+    """Available memory on Windows, where psutil's own reading gives these figures."""
+
+    def available(*figures):
+        system = SimpleNamespace(cext=SimpleNamespace(virtual_mem=lambda: figures))
+        monkeypatch.setattr(psutil, "_psplatform", system)
+        monkeypatch.setattr(sys, "platform", "win32")
+        return build().available_bytes
+
+    return available
+
+
+def test_windows_gives_no_more_than_may_still_be_committed(windows):
+    assert windows(RAM, AVAILABLE, 70 * GIB, 5 * GIB) == 5 * GIB
+
+
+def test_a_large_page_file_of_windows_adds_no_memory(windows):
+    assert windows(RAM, AVAILABLE, 200 * GIB, 150 * GIB) == AVAILABLE
+
+
+@pytest.mark.parametrize(
+    "figures", [(), (1, 2, 3), (1, 2, 3, 4, 5, 6), (1, 2, 3, None), (1, 2, 3, "4")], ids=lambda figures: repr(figures)
+)
+def test_another_reading_of_a_psutil_than_those_four_figures_is_not_used(windows, figures):
+    assert windows(*figures) == AVAILABLE
+
+
+@pytest.mark.parametrize("there", [None, SimpleNamespace(), SimpleNamespace(cext=SimpleNamespace())])
+def test_a_psutil_without_that_reading_changes_nothing(build, monkeypatch, there):
+    monkeypatch.setattr(psutil, "_psplatform", there)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert build().available_bytes == AVAILABLE
+
+
+sizes = st.integers(0, 1 << 43)
+
+
+@given(physical=st.integers(1, 1 << 43), available=sizes, limit=st.none() | st.integers(1, 1 << 43), more=sizes)
+def test_the_room_leaves_a_floor_of_what_is_available(physical, available, limit, more):
+    def room(bytes_available):
+        return HostMemory(physical, bytes_available, limit, None, HostPlatform.LINUX).room_bytes
+
+    ram = physical if limit is None else min(physical, limit)
+    floor = max(ram // 10, min(2 * GIB, ram // 4))
+    assert 0 <= room(available) <= available
+    assert room(available) == 0 or available - room(available) >= floor
+    assert room(available) <= room(available + more) <= room(available) + more
+    assert available <= floor or room(available) == available - floor
