@@ -185,6 +185,7 @@ class LinkBench:
         if time.perf_counter() > self._ends:
             return self._left_out(row, f"the time limit of {SECONDS:.0f} s was over")
         streams = self._open(row.streams)
+        assert slab.pages is not None
         slab.pages.settle()
         slab.pages.use(streams)
         try:
