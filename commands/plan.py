@@ -71,7 +71,7 @@ def plan(options: Namespace) -> Result:
     alone = readings.host.available_bytes
     try:
         readings, locked = _with(beside, settings, readings, known)
-        inputs = _inputs(checkpoint.model, settings, _loaded(checkpoint.model, readings), known, locked)
+        inputs = _inputs(checkpoint.model, settings, once_loaded(checkpoint.model, readings), known, locked)
         decided = make_plan(checkpoint.model, inputs)
         is_named = options.gpu is not None or options.vram is not None
         if decided.file_bytes and readings.disk is None and not is_named:
@@ -91,19 +91,24 @@ def _with(beside: list[ModelProfile], settings: SwapSettings, readings: Readings
     """The machine with these models in the host too, and the bytes that their own plans page-lock."""
     locked = 0
     for model in beside:
-        readings = _loaded(model, readings)
+        readings = once_loaded(model, readings)
         decided = make_plan(model, _inputs(model, settings, readings, replace(known, compute_ms=None), locked))
         locked += decided.pinned_bytes
         readings = _less(readings, decided.added_bytes)
     return readings, locked
 
 
-def _loaded(model: ModelProfile, readings: Readings) -> Readings:
-    """The machine when the loader has put those weights into memory that it does not leave in the file."""
+def once_loaded(model: ModelProfile, readings: Readings) -> Readings:
+    """The machine when the loader has copied into memory what it does not leave in the model's file.
+
+    Raises:
+        PlanError: There is not enough memory for that.
+    """
     if model.anonymous_bytes > readings.host.available_bytes:
         raise PlanError(
             f"not enough RAM: {format_bytes(model.anonymous_bytes)} needed for weights that the loader copies into "
-            f"memory, {format_bytes(readings.host.available_bytes)} available; take a smaller or quantised model"
+            f"memory, {format_bytes(readings.host.available_bytes)} available; close other "
+            "programs, or take a smaller or quantised model"
         )
     return _less(readings, model.anonymous_bytes)
 
