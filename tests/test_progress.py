@@ -12,7 +12,6 @@ from shown import planned, predicted, ran
 from wanvideo_enhanced_blockswap.blockswap.engine.session import Holdings
 from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError, PlanError
 from wanvideo_enhanced_blockswap.blockswap.host.pages import Locking
-from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Limits
 from wanvideo_enhanced_blockswap.blockswap.run.progress import (
     AdoptFigures,
     MemoryUse,
@@ -197,9 +196,9 @@ def test_each_run_counts_from_its_own_begin() -> None:
 
 
 def test_a_plan_that_cannot_be_is_told_once_in_the_error_s_words() -> None:
-    bench = Bench(4.5, limits=Limits(originals_stay=True))
+    bench = Bench(4.5)
     watcher = Watcher(bench)
-    bench.machine.host_available_bytes = BLOCK // 4
+    bench.machine.others_bytes = bench.machine.total_bytes - BLOCK
     with pytest.raises(PlanError) as failure:
         bench.forward()
     assert watcher.told == []
