@@ -32,7 +32,9 @@ ROOMS = {
         *("blockswap/engine", "blockswap/host", "blockswap/device", "blockswap/plan", "blockswap/model", "blockswap"),
         *("hardware", "hardware/disk"),
     ),
-    "blockswap/wrapper": ("blockswap/run", "blockswap/engine", "blockswap/model", "blockswap", "hardware"),
+    "blockswap/wrapper": (
+        *("blockswap/run", "blockswap/engine", "blockswap/model", "blockswap", "hardware", "hardware/disk"),
+    ),
     "blockswap/checkpoint": ("blockswap/model", "blockswap"),
     "blockswap/simulation": ("blockswap/device", "blockswap/model", "blockswap", "hardware"),
     "commands": (

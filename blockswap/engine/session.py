@@ -144,7 +144,10 @@ class SwapSession:
     @property
     def held(self) -> HeldMemory:
         """All of these."""
-        return HeldMemory(self.device_bytes, self.slab_bytes, self.staging_bytes, self.pinned_bytes)
+        slabs, store = list(self._holds.slabs.values()), self._holds.store
+        added = sum(slab.size for slab in slabs if slab.originals) + (0 if store is None else store.spare_bytes)
+        staging = self.staging_bytes
+        return HeldMemory(self.device_bytes, self.slab_bytes, staging, self.pinned_bytes, added + staging)
 
     @property
     def tiers(self) -> dict[int, HostTier]:

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ...hardware.disk import FileMappings, FileRegion
 from ..errors import WeightFileError
 from ..model.layout import slab_offsets
-from ..model.tensors import copy_bytes, flat, plain_view, same_layout, span_bytes, storage_key, version_of
+from ..model.tensors import copy_bytes, flat, plain_view, region_of, same_layout, span_bytes, storage_key, version_of
 from ..plan.swap_plan import HostTier
 from .pages import PageMemory
 from .weight_files import WeightFiles
@@ -238,14 +238,7 @@ class RegionFinder:
 
     def region_of(self, tensor: torch.Tensor) -> FileRegion | None:
         """The file's bytes that the tensor is; None if it is in other memory, or if that is unknown."""
-        nbytes = span_bytes(tensor)
-        if tensor.device.type != "cpu" or nbytes == 0:
-            return None
-        known = self._of_slab.get(tensor.data_ptr())
-        if known is not None and known.nbytes == nbytes:
+        known = self._of_slab.get(tensor.data_ptr()) if tensor.device.type == "cpu" else None
+        if known is not None and known.nbytes == span_bytes(tensor):
             return known
-
-        def sample(start: int, size: int) -> bytes:
-            return bytes(flat(tensor).view(torch.uint8)[start : start + size].tolist())
-
-        return self._mappings.region(tensor.data_ptr(), nbytes, sample)
+        return region_of(tensor, self._mappings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -129,7 +130,16 @@ def profile_model(
         for (name, _), block in zip(blocks, entries, strict=True)
     )
     buffers = tuple(tuple(m._buffers for m in block.modules()) for _, block in blocks)
-    return ProfiledModel(ModelProfile(profiles, other), entries, buffers)
+    return ProfiledModel(ModelProfile(profiles, other, _files(every)), entries, buffers)
+
+
+def _files(entries: Sequence[TensorEntry]) -> tuple[str, ...]:
+    """The files that tensors are in, the one with the most bytes first."""
+    nbytes: Counter[str] = Counter()
+    for entry in entries:
+        if entry.region is not None:
+            nbytes[entry.region.path] += entry.region.nbytes
+    return tuple(path for path, _ in nbytes.most_common())
 
 
 def refuse_grad(blocks: Sequence[tuple[str, nn.Module]]) -> None:

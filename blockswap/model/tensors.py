@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ...hardware.disk import FileMappings, FileRegion
+
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """A strided tensor's memory from its first element to its last as a 1D tensor of the same dtype.
@@ -20,6 +22,18 @@ def plain_view(tensor: torch.Tensor) -> torch.Tensor:
     """A view of the whole tensor without its subclass, whatever is done to the tensor later."""
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.detach()
+
+
+def region_of(tensor: torch.Tensor, mappings: FileMappings) -> FileRegion | None:
+    """The bytes of a file that a tensor is, as they stand; None if it is in other memory, or if that is unknown."""
+    nbytes = span_bytes(tensor)
+    if tensor.device.type != "cpu" or nbytes == 0:
+        return None
+
+    def sample(start: int, size: int) -> bytes:
+        return bytes(flat(tensor).view(torch.uint8)[start : start + size].tolist())
+
+    return mappings.region(tensor.data_ptr(), nbytes, sample)
 
 
 def same_layout(one: torch.Tensor, other: torch.Tensor) -> bool:

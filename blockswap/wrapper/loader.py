@@ -10,21 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...hardware.disk import FileMappings
+from ..model.tensors import region_of
 from ..model.wan import TensorInfo
 from .wanvideo import entry, named_blocks
 
 logger = logging.getLogger(__name__)
 
 
-def stored_tensors(
-    model: Any, patches: Mapping[str, Any], *, is_in_file: Callable[[torch.Tensor], bool] = lambda tensor: False
-) -> dict[str, TensorInfo]:
+def stored_tensors(model: Any, patches: Mapping[str, Any]) -> dict[str, TensorInfo]:
     """The tensors that a model's transformer will have on the host once a run has loaded its weights.
 
     Args:
         model: The wrapper's model.
         patches: Unmerged LoRA weights by the name of the weight that they change.
-        is_in_file: Whether a tensor's bytes are those of a file, unchanged.
     """
     readers, stored = entry(model, "gguf_reader"), entry(model, "sd")
     found: dict[str, TensorInfo] = {}
@@ -32,10 +31,10 @@ def stored_tensors(
         for reader in readers if isinstance(readers, (list, tuple)) else [readers]:
             found |= _tensors_of_gguf(reader)
     weights = stored if isinstance(stored, dict) else dict(model.diffusion_model.named_parameters())
-    dtype = entry(model, "weight_dtype")
+    dtype, mappings = entry(model, "weight_dtype"), FileMappings.read()
     for name, tensor in weights.items():
         if isinstance(tensor, torch.Tensor) and not (tensor.is_meta and readers is not None):
-            found.setdefault(name.replace("_orig_mod.", ""), _as_loaded(name, tensor, dtype, weights, is_in_file))
+            found.setdefault(name.replace("_orig_mod.", ""), _as_loaded(name, tensor, dtype, weights, mappings))
     for name, deltas in patches.items():
         found[f"{name.removeprefix('diffusion_model.')}.lora_diff"] = TensorInfo((1,), "LORA", _bytes_in(deltas))
     return found
@@ -53,11 +52,7 @@ def _tensors_of_gguf(reader: Any) -> dict[str, TensorInfo]:
 
 
 def _as_loaded(
-    name: str,
-    tensor: torch.Tensor,
-    dtype: Any,
-    weights: Mapping[str, Any],
-    is_in_file: Callable[[torch.Tensor], bool],
+    name: str, tensor: torch.Tensor, dtype: Any, weights: Mapping[str, Any], mappings: FileMappings
 ) -> TensorInfo:
     """A tensor as the wrapper will load it: a block's matrix without a scale gets the model's weight type. If that is
     another type than it is stored in, the loaded tensor is a copy.
@@ -69,7 +64,7 @@ def _as_loaded(
         tuple(tensor.shape),
         str(kind).removeprefix("torch."),
         tensor.numel() * kind.itemsize,
-        in_file=kind == tensor.dtype and is_in_file(tensor),
+        in_file=kind == tensor.dtype and region_of(tensor, mappings) is not None,
     )
 
 
