@@ -147,15 +147,16 @@ def test_a_plan_exceeds_neither_the_ceiling_nor_the_host_unless_it_says_so(
 
 
 def added(profile: ModelProfile, tiers: Sequence[HostTier | None]) -> int:
-    """What slabs and staging slabs add: whole pages of the bytes that are in a file, and two of the largest slab that
-    goes through staging.
+    """What slabs and staging slabs add: whole pages of the bytes in a file, with the slab's gaps if all are in one, and
+    two of the largest slab that goes through staging.
     """
     sizes: dict[HostTier | None, list[int]] = {}
     own = 0
     for each, tier in zip(profile.blocks, tiers, strict=True):
         if tier is not None:
             sizes.setdefault(tier, []).append(each.slab_host_bytes)
-            own += 0 if tier is HostTier.FILE else align(each.file_bytes, mmap.PAGESIZE)
+            pages = each.slab_host_bytes if each.is_in_file else align(each.file_bytes, mmap.PAGESIZE)
+            own += 0 if tier is HostTier.FILE else pages
     return own + 2 * max((*sizes.get(HostTier.FILE, ()), *sizes.get(HostTier.STAGED, ())), default=0)
 
 

@@ -91,16 +91,16 @@ def _ways(blocks: Mapping[int, _Block], inputs: PlanInputs) -> Iterator[tuple[di
     """Tiers of the swapped blocks, and whether staging slabs are page-locked: the fastest first, last the one that adds
     least to host memory.
     """
-    counts = range(len(blocks), -1, -1)
+    some = [_chosen(blocks, count) for count in range(len(blocks), -1, -1)]
     may_lock = inputs.pin and inputs.overlap
-    for count in counts if may_lock else ():
-        yield _tiers(blocks, _chosen(blocks, count), HostTier.PINNED, HostTier.STAGED), True
-    # Locked staging slabs do not fit. Slabs of all blocks may still be locked in part.
-    for count in counts if may_lock else ():
-        pinned = _chosen(blocks, count)
-        yield {i: HostTier.PINNED if i in pinned else HostTier.PAGEABLE for i in blocks}, True
-    for count in counts:
-        yield _tiers(blocks, _chosen(blocks, count), HostTier.PAGEABLE, HostTier.PAGEABLE), False
+    if may_lock:
+        for held in some:
+            yield _tiers(blocks, held, HostTier.PINNED, HostTier.STAGED), True
+        # Locked staging slabs do not fit. Of slabs of all blocks, some may still be locked.
+        for held in some:
+            yield {i: HostTier.PINNED if i in held else HostTier.PAGEABLE for i in blocks}, True
+    for held in some:
+        yield _tiers(blocks, held, HostTier.PAGEABLE, HostTier.PAGEABLE), False
     if may_lock:
         yield _tiers(blocks, (), HostTier.PAGEABLE, HostTier.PAGEABLE), True
 

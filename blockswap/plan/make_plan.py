@@ -339,7 +339,7 @@ def _refuse_what_does_not_fit(profile: ModelProfile, budget: MemoryBudget, input
         )
     if plan.added_bytes > budget.host_limit_bytes:
         raise PlanError(
-            f"not enough RAM: {format_bytes(plan.added_bytes)} more needed for {plan.swapped_count} swapped blocks "
-            f"({format_bytes(plan.staging_bytes)} of it for staging slabs), {format_bytes(budget.host_limit_bytes)} "
-            "available; close other programs, take a quantised model, or add RAM"
+            f"not enough RAM: {format_bytes(plan.added_bytes)} more needed for {plan.swapped_count} swapped blocks, "
+            f"{format_bytes(budget.host_limit_bytes)} available; close other programs, take a quantised model, or add "
+            "RAM"
         )
