@@ -144,10 +144,9 @@ class SwapSession:
     @property
     def held(self) -> HeldMemory:
         """All of these."""
-        slabs, store = list(self._holds.slabs.values()), self._holds.store
-        added = sum(slab.size for slab in slabs if slab.originals) + (0 if store is None else store.spare_bytes)
-        staging = self.staging_bytes
-        return HeldMemory(self.device_bytes, self.slab_bytes, staging, self.pinned_bytes, added + staging)
+        in_place_of_others = sum(slab.size for slab in list(self._holds.slabs.values()) if not slab.originals)
+        added = self.slab_bytes - in_place_of_others + self.staging_bytes
+        return HeldMemory(self.device_bytes, self.slab_bytes, self.staging_bytes, self.pinned_bytes, added)
 
     @property
     def tiers(self) -> dict[int, HostTier]:
@@ -210,8 +209,7 @@ class SwapSession:
         swapper.prefetch()
 
     def _new_store(self, streams: Streams) -> HostStore:
-        backend = self._backend
-        return HostStore(streams, backend.registrar, backend.pin_budget, backend.host_room)
+        return HostStore(streams, self._backend.registrar, self._backend.pin_budget, self._backend.host_room)
 
     @translate_device_errors("device memory was being given back")
     def release(self) -> None:
@@ -239,23 +237,26 @@ class SwapSession:
     def take_over(self, other: SwapSession) -> None:
         """Takes the page-locked memory of another session's slabs for the next adopt's, without unlocking it.
 
-        Only slabs go whose weights are in a file, from which the other session fills new ones when it runs again.
+        Only slabs go that nothing points at, or whose weights are in a file, from which the other session fills new
+        ones when it runs again.
         """
         self._expect("take_over", SessionState.IDLE)
-        other._expect("take_over", SessionState.IDLE)
         if other._holds.store is not None:
             if self._holds.store is None:
                 self._holds.store = self._new_store(self._backend.open_streams(1, self._backend.overlap))
             self._holds.store.spare += other._holds.store.hand_over()
 
-    def read_ahead(self, most_bytes: int) -> None:
-        """Lets the system read the files of an idle session's blocks into its cache, in a thread.
+    @translate_device_errors("host memory was being given up")
+    def give_up_unused(self) -> None:
+        """Unlocks and frees what `take_over` would take from this session."""
+        self._expect("give_up_unused", SessionState.IDLE)
+        for pages in () if self._holds.store is None else self._holds.store.hand_over():
+            pages.unpin()
 
-        Args:
-            most_bytes: Bytes after which it stops.
-        """
+    def read_ahead(self, most_bytes: int) -> None:
+        """Lets the system read at most so many bytes of the blocks' files into its cache, in a thread."""
         store = self._holds.store
-        if store is not None and self.state is SessionState.IDLE:
+        if store is not None:
             with contextlib.suppress(RuntimeError):  # no thread is left: the blocks are read when they are needed
                 _thread.start_new_thread(store.read_ahead, (most_bytes,))
 

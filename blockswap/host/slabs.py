@@ -151,6 +151,13 @@ class Slab:
         """Whether these tensors have the dtypes, shapes, strides and kinds of the masters."""
         return len(tensors) == len(self.views) and all(map(same_layout, tensors, self.views))
 
+    @property
+    def is_unused(self) -> bool:
+        """Whether only the slab refers to its bytes."""
+        assert self.pages is not None
+        # 2: the pages' tensor, and the storage object of this call.
+        return torch._C._storage_Use_Count(storage_key(self.pages.tensor)) <= len(self.views) + 2
+
     def is_only_ours(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether only the slab and `tensors` refer to its bytes: no state dict, other block, or other tensor."""
         own = sum(tensor.data_ptr() == view.data_ptr() for tensor, view in zip(tensors, self.views, strict=True))

@@ -139,12 +139,15 @@ class HostStore:
                 self.finish_locking()  # first: a lock that succeeds after the unlocking would stay
 
     def hand_over(self) -> list[PageMemory]:
-        """Gives up every slab whose weights are in a file; returns the page-locked memory of them, still locked."""
+        """Gives up every slab that nothing points at, or that is as its file; returns their locked memory, still locked.
+
+        Nothing points at the slabs of a GGUF model after its run: the wrapper drops its weights and copies them anew.
+        """
         self.finish_locking()
         handed = []
         for block, slab in list(self.slabs.items()):
             slab.give_back(self.files)
-            if slab.pages is None or not slab.originals:
+            if slab.pages is None or not slab.is_unused:
                 continue
             slab.pages.settle()
             if slab.pages.is_pinned:

@@ -21,7 +21,7 @@ from ..run.history import Workload
 from ..run.run import SwapRun
 from ..run.text import not_again
 from ..settings import SwapSettings, is_ours
-from .loader import offload_state_dict, replace_in
+from .loader import copied_bytes, offload_state_dict, replace_in
 from .patch import Forward, Watched
 from .wanvideo import (
     END,
@@ -140,6 +140,19 @@ class Gate:
         gated = self._gated.get(transformer)
         if gated is not None:
             gated.end()
+        if arguments.get("gguf"):
+            self._make_room_for_copies(copied_bytes(arguments.get("reader")))
+
+    def _make_room_for_copies(self, need: int) -> None:
+        """Models whose run has ended give up slabs that are not in use, where RAM has no room beside them.
+
+        Args:
+            need: Bytes of a GGUF model, which the wrapper copies into memory as a whole before the run starts.
+        """
+        for gated in list(self._gated.values()):
+            session, host = gated.run.session, gated.run.planner.machine.host()
+            if session.state is SessionState.IDLE and session.slab_bytes and host.room_bytes < need:
+                session.give_up_unused()
 
     def _before_start(self, transformer: Any, arguments: Mapping[str, Any]) -> None:
         """Starts our run; every tensor is at its master before the wrapper moves blocks."""

@@ -40,6 +40,12 @@ def stored_tensors(model: Any, patches: Mapping[str, Any]) -> dict[str, TensorIn
     return found
 
 
+def copied_bytes(readers: Any) -> int:
+    """Bytes of the wrapper's GGUF readers: what it copies when it loads them."""
+    readers = readers if isinstance(readers, (list, tuple)) else [readers]
+    return sum(int(tensor.n_bytes) for reader in readers for tensor in getattr(reader, "tensors", ()))
+
+
 def _tensors_of_gguf(reader: Any) -> dict[str, TensorInfo]:
     """The tensor table of a GGUFReader of the wrapper."""
     tensors = {}
