@@ -303,3 +303,32 @@ def test_a_release_during_placing_stops_it_and_leaves_every_tensor_in_its_place(
         assert all(map(torch.equal, truth_of(model), truth))
         session.give_up_slabs()
     assert all(p.data_ptr() == state[name].data_ptr() for name, p in model.named_parameters())
+
+
+def test_slabs_that_nothing_points_at_are_handed_over_and_given_up() -> None:
+    """As after a GGUF model's run: the wrapper has put the weights on the meta device, and will copy them anew."""
+    model, other = toy(COUNT), toy(COUNT, seed=1)
+    truth = truth_of(other)
+    simulation = Simulation()
+    registrar = CountingRegistrar(simulation)
+    with (
+        simulation.session(model, fixed_plan([True] * COUNT)) as one,
+        simulation.session(other, fixed_plan([True] * COUNT)) as two,
+    ):
+        outputs(one, model)
+        one.release()
+        two.take_over(one)
+        assert one.slab_bytes > 0 == two.slab_bytes, "these are the only copy"
+        one.give_up_unused()
+        assert one.slab_bytes > 0
+        model.to("meta")
+        registrar.calls.clear()
+        two.take_over(one)
+        assert one.slab_bytes == 0 < two.slab_bytes
+        assert all(map(torch.equal, outputs(two, other), truth))
+        assert registrar.calls == []
+        two.release()
+        other.to("meta")
+        two.give_up_unused()
+        assert two.slab_bytes == 0
+    assert registrar.locked == {}

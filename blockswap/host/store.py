@@ -139,7 +139,7 @@ class HostStore:
                 self.finish_locking()  # first: a lock that succeeds after the unlocking would stay
 
     def hand_over(self) -> list[PageMemory]:
-        """Gives up every slab that nothing points at, or that is as its file; returns their locked memory, still locked.
+        """Gives up slabs that nothing points at, or that are as their file; returns their memory that is locked, so.
 
         Nothing points at the slabs of a GGUF model after its run: the wrapper drops its weights and copies them anew.
         """

@@ -5,10 +5,12 @@ from __future__ import annotations
 import mmap
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from copies_seen import assert_placed_in_few_copies_of_our_memory
+from on_disk import stored
 from toys import Block, Model, alternating, fixed_plan
 from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
@@ -161,9 +163,11 @@ def test_copies_overlap_compute(device: torch.device) -> None:
 @pytest.mark.parametrize("tier", list(HostTier))
 @torch.inference_mode()
 def test_copies_shorter_than_compute_overlap_it_from_every_tier_as_predicted(
-    device: torch.device, tier: HostTier
+    device: torch.device, tier: HostTier, tmp_path: Path
 ) -> None:
     model, x = large_model(), torch.randn(4, WIDTH, device=device)
+    if tier is HostTier.FILE:
+        stored(model, tmp_path / "weights.safetensors")
     cycles_per_ms = SPIN_CYCLES / typical_ms(lambda: torch.cuda._sleep(SPIN_CYCLES))
     every = [True] * BLOCKS
     copies_ms = forward_ms(model, x, fixed_plan(every, tiers=tier, overlap=False), spin=1)
@@ -177,6 +181,7 @@ def test_copies_shorter_than_compute_overlap_it_from_every_tier_as_predicted(
         pinned_bytes_per_s=speed,
         pageable_bytes_per_s=speed,
         host_copy_bytes_per_s=speed,
+        file_bytes_per_s=speed,
     )
     predicted = predict(profile, every, 2, [tier] * BLOCKS, timing, overlap=True)
     assert predicted is not None

@@ -2,9 +2,10 @@
 
     python -m tests.pretend_cuda.stress FIRST LAST [--until-wrong]
 
-A session is made from its number: sizes, tiers, slots, streams, an order of blocks, when copies and kernels are late,
-and a trouble. Afterwards outputs must be equal, every parameter at its master, nothing page-locked or allocated, and
-nothing may have been out of order. Prints what is wrong; returns 1 if anything is.
+A session is made from its number: sizes, tiers, slots, streams, an order of blocks, whether the weights are in a file,
+how much RAM there is room for, when copies and kernels are late, and a trouble. Afterwards outputs must be equal, every
+parameter at its master, nothing page-locked or allocated, and nothing may have been out of order. Prints what is wrong;
+returns 1 if anything is.
 """
 
 from __future__ import annotations
@@ -15,26 +16,26 @@ import logging
 import random
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from . import runtime  # before torch
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 import torch  # noqa: E402
+from on_disk import stored  # noqa: E402
 from torch import nn  # noqa: E402
 from toys import Block, Model, fixed_plan  # noqa: E402
 from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for  # noqa: E402
 from wanvideo_enhanced_blockswap.blockswap.device import worker  # noqa: E402
 from wanvideo_enhanced_blockswap.blockswap.device.streams import CudaStreams  # noqa: E402
-from wanvideo_enhanced_blockswap.blockswap.engine.session import (  # noqa: E402
-    EVERY_FORWARD,
-    SessionState,
-    SwapSession,
-)
+from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState, SwapSession  # noqa: E402
+from wanvideo_enhanced_blockswap.blockswap.engine.trace import EVERY_FORWARD  # noqa: E402
 from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError  # noqa: E402
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier  # noqa: E402
 
@@ -42,6 +43,8 @@ CudaStreams.least_chunk_bytes = 4096  # the small slabs of these models are cut 
 DEVICE = torch.device("cuda", 0)
 TROUBLES = ("none", "none", "exception", "interrupt", "close inside", "replaced", "no lock", "few locks", "no memory")
 BARE_MODELS = 0.25
+ON_DISK = 0.5
+SHORT_OF_RAM = 0.2
 OTHER_STREAM = 0.3
 """Share of forwards, and of releases, that change the stream."""
 
@@ -85,10 +88,10 @@ def held() -> tuple[int, int, int]:
 def away_from_masters(session: SwapSession) -> list[str]:
     """Blocks with a tensor that points elsewhere than at its master, by address: a slot may hold the right bytes."""
     swapper = session._holds.swapper
-    bindings = [] if swapper is None else swapper._blocks
+    bindings = {} if swapper is None else swapper._blocks
     return [
         f"block {block} is not at its masters"
-        for block, binding in enumerate(bindings)
+        for block, binding in bindings.items()
         for tensor, master in zip(binding.streamed, binding.masters, strict=True)
         if tensor.data_ptr() != master.data_ptr()
     ]
@@ -136,6 +139,9 @@ class RandomSession:
         ]
         self.model = Model(blocks).requires_grad_(False)
         self.kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.folder = tempfile.TemporaryDirectory() if rng.random() < ON_DISK else None
+        if self.folder is not None:
+            stored(self.model, Path(self.folder.name) / "weights.safetensors")
         self.swapped = [is_bare or rng.random() < 0.8 for _ in range(count)]
         tiers = list(HostTier)
         self.plan = {
@@ -179,6 +185,9 @@ class RandomSession:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             backend = backend_for(DEVICE, pin_budget=budget)
+            if rng.random() < SHORT_OF_RAM:
+                rooms = rng.randint(0, len(self.swapped))
+                backend = replace(backend, host_room=lambda: (rooms - len(session.tiers)) << 30)
             session = SwapSession(self.model.named, planner, backend, root=self.model, traced=traced)
             session.checks = rng.random() < 0.1
             if self.trouble == "no lock":  # each is tried twice
