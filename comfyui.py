@@ -29,6 +29,7 @@ from .hardware import (
     READING_FAILURES,
     DeviceMemory,
     HardwareUnavailableError,
+    HostMemory,
     Sampler,
     probe_device,
     read_host_memory,
@@ -103,6 +104,15 @@ class ComfyMachine(TorchMachine):
             total = int(comfy.model_management.get_total_memory(device))
             free = int(comfy.model_management.get_free_memory(device))
             return DeviceMemory(total, max(0, min(free, total)), "ComfyUI")
+
+    def host(self) -> HostMemory:
+        """Less what --cache-ram keeps available beyond our own floor: with less, ComfyUI drops the loaded model."""
+        from comfy.cli_args import args
+
+        host, asked = super().host(), getattr(args, "cache_ram", None)
+        kept = int(asked[0] * GIB) if asked else 0
+        beyond = max(0, kept - (host.available_bytes - host.room_bytes))
+        return replace(host, available_bytes=max(0, host.available_bytes - beyond))
 
 
 class ComfyUI:

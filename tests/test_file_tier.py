@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -332,3 +333,57 @@ def test_slabs_that_nothing_points_at_are_handed_over_and_given_up() -> None:
         two.give_up_unused()
         assert two.slab_bytes == 0
     assert registrar.locked == {}
+
+
+@pytest.mark.parametrize("tiers", [FILE, PINNED, MIXED], ids=["file", "pinned", "mixed"])
+def test_a_model_of_which_half_is_converted_streams_each_part_from_its_place(path: Path, tiers) -> None:
+    model = toy(COUNT)
+    truth = truth_of(model)
+    stored(model, path)
+    for block in model.blocks[::2]:
+        block.up.data = block.up.data.clone()
+    for block in model.blocks[3:]:
+        block.down.data = block.down.data.clone()
+    with Simulation().session(model, fixed_plan([True] * COUNT, tiers=tiers)) as session:
+        assert all(map(torch.equal, outputs(session, model), truth))
+        whole = {block for block, slab in session._holds.slabs.items() if slab.regions and all(slab.regions)}
+        assert whole == {1}
+
+
+@pytest.mark.parametrize("at", [1, 5, 12, 30])
+def test_a_disk_that_fails_gives_one_sentence_and_the_next_run_is_right(
+    path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(os, "preadv"):
+        pytest.skip("this system reads in another way")
+    model, calls, preadv = toy(COUNT), [0], os.preadv
+    truth = truth_of(model)
+    stored(model, path)
+
+    def failing(*arguments: object) -> int:
+        calls[0] += 1
+        if calls[0] == at:
+            raise OSError(5, "Input/output error")
+        return preadv(*arguments)
+
+    with Simulation().session(model, fixed_plan([True] * COUNT, tiers=MIXED)) as session:
+        monkeypatch.setattr(os, "preadv", failing)
+        with pytest.raises(
+            WeightFileError, match=r"weights\.safetensors failed \(Input/output error\); check the disk"
+        ):
+            outputs(session, model, 8)
+        assert all(map(torch.equal, outputs(session, model), truth))
+        session.release()
+        assert all(map(torch.equal, outputs(session, model), truth))
+
+
+def test_a_disk_that_stalls_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(os, "preadv"):
+        pytest.skip("this system reads in another way")
+    model, preadv = toy(COUNT), os.preadv
+    truth = truth_of(model)
+    stored(model, path)
+    stalls = iter([0, 0, 0.5, 0, 0.5])
+    monkeypatch.setattr(os, "preadv", lambda *of: time.sleep(next(stalls, 0)) or preadv(*of))
+    with SwapSession(model.named, fixed_plan([True] * COUNT, tiers=FILE), threaded()) as session:
+        assert all(map(torch.equal, outputs(session, model), truth))

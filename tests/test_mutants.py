@@ -263,8 +263,8 @@ def copy_package(target: Path) -> Path:
     package = target / "wanvideo_enhanced_blockswap"
     shutil.copytree(ROOT / "blockswap", package / "blockswap", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "hardware", package / "hardware", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("__init__.py", "nodes.py"):
-        shutil.copy(ROOT / name, package / name)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, package / path.name)
     return package
 
 

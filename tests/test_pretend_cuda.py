@@ -53,7 +53,7 @@ def run(*words: str, package: Path | None = None, **environment: str) -> subproc
 
 @pytest.mark.parametrize("environment", [{}, ASYNC], ids=["native", "cudaMallocAsync"])
 def test_random_sessions_give_the_unswapped_outputs_and_leave_nothing(environment: dict[str, str]) -> None:
-    done = run("tests.pretend_cuda.stress", "0", "60", **environment)
+    done = run("tests.pretend_cuda.stress", "0", "70", **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     for trouble in ("exception", "interrupt", "close inside", "no memory"):
         assert repr(trouble) in done.stdout, done.stdout
