@@ -387,3 +387,51 @@ def test_a_disk_that_stalls_is_waited_for(path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "preadv", lambda *of: time.sleep(next(stalls, 0)) or preadv(*of))
     with SwapSession(model.named, fixed_plan([True] * COUNT, tiers=FILE), threaded()) as session:
         assert all(map(torch.equal, outputs(session, model), truth))
+
+
+def test_a_mapping_that_was_written_between_two_runs_fills_its_slab_anew(path: Path) -> None:
+    """An inference tensor counts no edits; the page that was written is a copy, and in no file."""
+    model = toy(COUNT)
+    with torch.inference_mode():
+        state = stored(model, path)
+        for block in model.blocks:
+            block.up = torch.nn.Parameter(block.up.data.clone(), requires_grad=False)
+            block.down = torch.nn.Parameter(block.down.data.clone(), requires_grad=False)
+        mapped(model, path)
+    state = dict(model.state_dict())
+    with Simulation().session(model, fixed_plan([True] * COUNT)) as session:
+        outputs(session, model)
+        session.release()
+        with torch.inference_mode():
+            for name, parameter in model.named_parameters():
+                parameter.data = state[name]
+            state["blocks.2.up"].view(-1)[3] += 1
+        truth = truth_of(model)
+        assert all(map(torch.equal, outputs(session, model), truth))
+
+
+@pytest.mark.parametrize("at", [2, 4, 7])
+def test_a_slab_whose_filling_failed_holds_nothing(path: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(os, "preadv"):
+        pytest.skip("this system reads in another way")
+    model, other, preadv = toy(COUNT), toy(COUNT, seed=1), os.preadv
+    truth, second, left = truth_of(model), path.with_name("second.safetensors"), [at]
+    first = stored(model, path)
+    stored(other, second)
+
+    def failing(*arguments: object) -> int:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(5, "Input/output error")
+        return preadv(*arguments)
+
+    with Simulation().session(model, fixed_plan([True] * COUNT)) as session:
+        assert all(map(torch.equal, outputs(session, model), truth))
+        session.release()
+        mapped(model, second)
+        monkeypatch.setattr(os, "preadv", failing)
+        with pytest.raises(WeightFileError):
+            outputs(session, model)
+        for name, parameter in model.named_parameters():
+            parameter.data = first[name]
+        assert all(map(torch.equal, outputs(session, model), truth))

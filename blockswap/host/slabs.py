@@ -78,6 +78,7 @@ class Slab:
         """
         assert self.pages is not None, "the file tier has no memory"
         self.pages.settle()
+        self.forget_sources()  # first: after an error, the slab holds something of both
         offsets, _ = slab_offsets(map(span_bytes, tensors))
         pieces = []
         for view, tensor, region, offset in zip(self.views, tensors, regions, offsets, strict=True):
@@ -92,7 +93,6 @@ class Slab:
         self.regions = tuple(regions)
         if all(regions):
             self.originals = tuple(map(plain_view, tensors))
-        self.checksums = None
 
     def forget_sources(self) -> None:
         """A master was edited: the slab has other bytes than what it was filled from."""
@@ -140,11 +140,15 @@ class Slab:
             if tensor is not None and version_of(tensor) != version:
                 self.forget_sources()
 
-    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether the slab has the bytes of these tensors: they are its masters, or what it was filled from."""
+    def holds(self, tensors: Sequence[torch.Tensor], regions: Sequence[FileRegion | None]) -> bool:
+        """Whether the slab has the bytes of these tensors: they are its masters, or what it was filled from.
+
+        A tensor that was filled from a file and is in none now, or in a changed one, has other bytes.
+        """
         return self.fits(tensors) and all(
-            tensor.data_ptr() == view.data_ptr() or (bool(self.sources) and self.sources[i].matches(tensor))
-            for i, (view, tensor) in enumerate(zip(self.views, tensors, strict=True))
+            tensor.data_ptr() == view.data_ptr()
+            or (bool(self.sources) and self.regions[i] == region and self.sources[i].matches(tensor))
+            for i, (view, tensor, region) in enumerate(zip(self.views, tensors, regions, strict=True))
         )
 
     def fits(self, tensors: Sequence[torch.Tensor]) -> bool:

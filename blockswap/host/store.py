@@ -100,7 +100,7 @@ class HostStore:
             if all(regions):
                 return self._put_file(block, tensors, regions)
             tier = HostTier.STAGED
-        if slab is None or slab.pages is None or not slab.holds(tensors):
+        if slab is None or slab.pages is None or not slab.holds(tensors, regions):
             if slab is None or slab.pages is None or not (slab.fits(tensors) and slab.is_only_ours(tensors)):
                 self.drop(block)
                 if all(regions) and not self._has_room(tensors):
