@@ -435,3 +435,21 @@ def test_a_slab_whose_filling_failed_holds_nothing(path: Path, at: int, monkeypa
         for name, parameter in model.named_parameters():
             parameter.data = first[name]
         assert all(map(torch.equal, outputs(session, model), truth))
+
+
+@pytest.mark.parametrize("lateness", [0.0, 1.0])
+@pytest.mark.parametrize("swapped", [True, False])
+def test_a_tensor_that_is_replaced_while_blocks_are_placed_is_the_one_that_is_used(
+    swapped: bool, lateness: float
+) -> None:
+    """Before or after its block was placed, but before a forward has come to it."""
+    model, other = toy(COUNT), toy(COUNT, seed=1)
+    with Simulation(lateness=lateness).session(model, fixed_plan([swapped] * COUNT)) as session:
+        session.adopt(wait=False)
+        for block, source in zip(model.blocks[2:4], other.blocks, strict=False):
+            block.up.data = source.up.data
+            block.down = torch.nn.Parameter(source.down.data.clone(), requires_grad=False)
+        expected = toy(COUNT)
+        for block, source in zip(expected.blocks[2:4], other.blocks, strict=False):
+            block.up.data, block.down.data = source.up.data, source.down.data
+        assert all(map(torch.equal, outputs(session, model), truth_of(expected)))

@@ -53,23 +53,24 @@ class Pending:
     """A block that is being placed: its slab is filled and locked, or its resident copy made.
 
     Attributes:
-        tensors: The streamed tensors as they were found, with their state.
-        job: Places it.
+        entries: The streamed tensors.
+        found: Their states before the job.
+        job: Places the block, unless a tensor was replaced, moved or edited before it.
         copied: The event behind the copy to the device, of a resident block.
-        is_changed: Whether a tensor was replaced, moved or edited before the job began, so that it did nothing.
-        is_placed: Whether the job has succeeded.
+        placed: The states as the job left them; None until it has succeeded.
     """
 
-    tensors: list[tuple[TensorEntry, torch.Tensor, tuple[int, int | None]]]
+    entries: list[TensorEntry]
+    found: list[tuple[int, int, int | None]]
     job: Job = field(init=False)
     copied: Any = None
-    is_changed: bool = False
-    is_placed: bool = False
+    placed: list[tuple[int, int, int | None]] | None = None
 
 
-def _state(tensor: torch.Tensor) -> tuple[int, int | None]:
-    """What changes if a tensor is pointed elsewhere or edited in place."""
-    return tensor.data_ptr(), version_of(tensor)
+def _states(entries: Iterable[TensorEntry]) -> list[tuple[int, int, int | None]]:
+    """What changes if a tensor is replaced, pointed elsewhere or edited in place; 0 of one that was removed."""
+    tensors = [entry.holder.get(entry.name) for entry in entries]
+    return [(0, 0, 0) if t is None else (id(t), t.data_ptr(), version_of(t)) for t in tensors]
 
 
 class Placer:
@@ -175,24 +176,20 @@ class Placer:
         unlocked = self._transfer.unlocked
         assert unlocked is not None, "blocks are placed by a worker"
         for block, (streamed, work) in enumerate(zip(blocks, works, strict=True)):
-            pending = self.pending[block] = Pending([(e, e.tensor, _state(e.tensor)) for e in streamed])
+            pending = self.pending[block] = Pending(streamed, _states(streamed))
             pending.job = unlocked.worker.submit_idle(partial(self._place_block, pending, work))
 
     def _place_block(self, pending: Pending, work: Callable[[Pending], None]) -> None:
         """In the worker: places one block."""
-        pending.is_changed = any(
-            entry.holder.get(entry.name) is not tensor or _state(tensor) != state
-            for entry, tensor, state in pending.tensors
-        )
-        if not pending.is_changed:
+        if _states(pending.entries) == pending.found:
             with torch.no_grad(), self._transfer.streams.guard():  # Rule 8
                 work(pending)
-            pending.is_placed = True
+            pending.placed = _states(pending.entries)
 
     def _placed_slab(self, block: int, pending: Pending) -> Slab:
         """In the worker: the slab of a block, filled before its turn if it is needed now."""
         pending.job.run()
-        if not pending.is_placed:
+        if pending.placed is None:
             raise TransferError(f"{self._profile(block).name} was not placed")  # `wait_for` raises why
         self._store.finish_locking()
         return self._store.slabs[block]
@@ -203,7 +200,7 @@ class Placer:
         if pending is None:
             return True
         pending.job.wait()
-        if not pending.is_placed:
+        if pending.placed is None or pending.placed != _states(pending.entries):
             return False
         if pending.copied is not None:
             self._transfer.wait_placed(pending.copied)

@@ -37,17 +37,21 @@ class _SimulatedJob:
                 self._done = streams.now()
 
     def wait(self) -> None:
-        self.join()
-        if isinstance(self._failure, BlockSwapError):
-            raise self._failure
-        if self._failure is not None:
-            raise staged_failure(self._failure) from self._failure
+        self._done_in_time()
+        failure, self._failure = self._failure, None
+        if isinstance(failure, BlockSwapError):
+            raise failure
+        if failure is not None:
+            raise staged_failure(failure) from failure
 
     def join(self) -> bool:
+        self._done_in_time()
+        return self._failure is None
+
+    def _done_in_time(self) -> None:
         self._worker.run_until(self)
         assert self._done is not None
         self._worker.streams.wait_until(*self._done)
-        return self._failure is None
 
 
 class SimulatedWorker:
