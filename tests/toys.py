@@ -80,7 +80,7 @@ def fixed_plan(
             activation_bytes=None,
             limit_bytes=1 << 62,
             slab_bytes=sum(align(profile.blocks[i].slab_bytes, 4096) for i in inside),
-            pinned_bytes=0,
+            pinned_bytes=1,  # staging slabs are locked if anything is
             staging_bytes=0,
             streamed_bytes=sum(profile.blocks[i].slab_bytes for i in inside),
             predicted=None,

@@ -202,8 +202,8 @@ class SwapSession:
         transfer = holds.transfer = Transfer(streams, self.counters)
         transfer.host_copies = not plan.overlap
         worker = backend.make_worker(streams) if plan.overlap else InlineWorker()
-        staging_bytes = plan.staging_bytes // STAGING_SLABS
-        transfer.unlocked = UnlockedCopies(holds.store, worker, staging_bytes=staging_bytes)
+        staging_bytes, locked = plan.staging_bytes // STAGING_SLABS, plan.pinned_bytes > 0
+        transfer.unlocked = UnlockedCopies(holds.store, worker, staging_bytes=staging_bytes, locked=locked)
         swapper = holds.swapper = BlockSwapper(model, plan, holds.store, transfer, self.listeners)
         self.log.start(transfer)
         swapper.prefetch()

@@ -27,17 +27,19 @@ class UnlockedCopies:
         store: Has the slabs.
         worker: Runs the copies.
         staging_bytes: Size of a staging slab, as planned; 0 if none is planned.
+        locked: Whether the plan locks staging slabs.
 
     Attributes:
         worker: The same.
         slabs: The staging slabs, used in turn; empty until one is needed.
     """
 
-    def __init__(self, store: HostStore, worker: Worker, *, staging_bytes: int) -> None:
+    def __init__(self, store: HostStore, worker: Worker, *, staging_bytes: int, locked: bool) -> None:
         self._store = store
         self.worker = worker
         self.slabs: list[PageMemory] = []
-        self._staging_bytes = staging_bytes
+        self._staging_bytes = staging_bytes if locked else 0
+        self._locked = locked
         self._turn = 0
 
     def submit(self, slab: Slab | ComingSlab, copy: Callable[[torch.Tensor], tuple[Any, ...]]) -> Job:
@@ -60,7 +62,7 @@ class UnlockedCopies:
         if self._store.is_lock_refused:
             self.drain()  # first: slabs that a job may be copying are unlocked
         if not self.slabs:
-            self.slabs = self._store.make_staging()
+            self.slabs = self._store.make_staging(locked=self._locked)
 
     def drain(self) -> None:
         """Forgets the idle jobs that have not begun and waits until the worker has done all others."""

@@ -211,12 +211,15 @@ class HostStore:
                     pages.use(streams)
             self.streams = streams
 
-    def make_staging(self) -> list[PageMemory]:
+    def make_staging(self, *, locked: bool = True) -> list[PageMemory]:
         """Staging slabs for the blocks that need them; waits first until the last slab is locked.
 
         After a refusal, as many pinned slabs are unlocked to make room. If the staging slabs cannot be locked, the
         staged blocks become pageable, and those of the file tier go through ordinary memory. Returns an empty list if
         no block needs one.
+
+        Args:
+            locked: Lock them, if that is possible.
         """
         self.finish_locking()
         staged = [slab for slab in self.slabs.values() if slab.tier in (HostTier.STAGED, HostTier.FILE)]
@@ -229,7 +232,7 @@ class HostStore:
                 slab.pages.unpin()
                 slab.tier = HostTier.STAGED
                 staged.append(slab)
-        pages = self.staging_of(max(slab.used_bytes for slab in staged))
+        pages = self.staging_of(max(slab.used_bytes for slab in staged)) if locked else []
         if pages:
             return pages
         for slab in staged:
