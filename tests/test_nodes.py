@@ -14,10 +14,12 @@ import wanvideo_enhanced_blockswap as package
 from fake_comfyui import HPU, sampled
 from standin import Workflow
 from standin.measuring import unswapped
+from wanvideo_enhanced_blockswap import comfyui
 from wanvideo_enhanced_blockswap import nodes as node_module
 from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError
+from wanvideo_enhanced_blockswap.blockswap.run.machine import TorchMachine
 from wanvideo_enhanced_blockswap.blockswap.settings import EVERY_BLOCK, SETTINGS_KEY, SwapSettings
-from wanvideo_enhanced_blockswap.hardware import GIB
+from wanvideo_enhanced_blockswap.hardware import GIB, HostMemory, HostPlatform
 
 NODES = package.NODE_CLASS_MAPPINGS
 SWAP = NODES["WanVideoEnhancedBlockSwap"]
@@ -258,6 +260,17 @@ def test_comfyuis_flags_are_limits_of_the_plan(
     if flag == "novram":
         assert run.plan is not None
         assert all(run.plan.swapped)
+
+
+@pytest.mark.parametrize(("asked", "beyond"), [(None, 0), ([], 0), ([1.0], 0), ([6.0, 20.0], 6 * GIB - 32 * GIB // 10)])
+def test_memory_that_comfyuis_cache_keeps_available_is_left_to_it(
+    comfy: SimpleNamespace, asked: list[float] | None, beyond: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With less, ComfyUI drops the loaded model. Our own floor, a tenth of 32 GiB, counts."""
+    host = HostMemory(32 * GIB, 20 * GIB, None, None, HostPlatform.LINUX)
+    monkeypatch.setattr(TorchMachine, "host", lambda _: host)
+    comfy.flags.cache_ram = asked
+    assert 20 * GIB - comfyui.ComfyMachine(HPU).host().available_bytes == pytest.approx(beyond, abs=2)
 
 
 def test_a_wrapper_that_has_changed_swaps_by_itself_with_one_warning(
