@@ -135,10 +135,14 @@ def _add_plan(commands: Commands) -> None:
     add = command.add_argument
     add("model", help="a .safetensors or .gguf file of a Wan transformer")
     add("--vram", metavar="SIZE", help="memory of the card, such as 12GiB (default: this machine's)")
-    add("--ram", metavar="SIZE", help="host memory, all of it available (default: this machine's)")
+    add("--ram", metavar="SIZE", help="host memory (default: this machine's)")
+    available = "what is available of it before the model is loaded (default: all of --ram)"
+    add("--available-ram", metavar="SIZE", help=available)
     add("--gpu", metavar="NAME", help="a known GPU, such as 'RTX 4090'")
     speeds = "PCIe 3.0 x16 has about 12, 4.0 about 25, 5.0 about 50"
     add("--link", metavar="GB/s", type=_LINK, help=f"host-to-device bandwidth: {speeds}")
+    disk = "speed of reading the model's file: a hard disk has about 0.2, SATA 0.5, NVMe 3 to 7"
+    add("--disk", metavar="GB/s", type=_LINK, help=disk)
     add("--shape", metavar="WxHxF", help="size of the video, such as 832x480x81")
     beside = "a model in the host at the same time; repeatable"
     add("--beside", metavar="MODEL", action="append", default=[], help=beside)

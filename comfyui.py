@@ -181,7 +181,6 @@ class ComfyUI:
         inputs = plan_inputs(found.model, settings, readings, limits)
         inputs = replace(
             inputs,
-            host_held_bytes=found.model.block_bytes,
             pin_budget_bytes=min(inputs.pin_budget_bytes, self._pin_budget().limit_bytes),
             activations=Activations(nbytes=activation_bytes(found.architecture, tokens), is_measured=False),
         )

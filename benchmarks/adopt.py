@@ -146,7 +146,7 @@ def adopt(preset: Preset, folder: Path, device: torch.device, registrar: Registr
 
 
 def _plan(profile: ModelProfile, backend: Backend) -> SwapPlan:
-    inputs = card_inputs(profile, 1 << 50, read_host_memory(), held_bytes=profile.block_bytes)
+    inputs = card_inputs(profile, 1 << 50, read_host_memory())
     plan = make_plan(profile, replace(inputs, blocks_to_swap=len(profile.blocks), slots=2))
     tier = HostTier.PAGEABLE if backend.registrar is None else HostTier.PINNED
     return replace(plan, tiers=(tier,) * len(plan.swapped))

@@ -93,7 +93,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[Row]:
 def _row(shape: str, asked: int, stage: Stage, timing: Timing, unswapped: Run) -> Row:
     """The plan for `asked` blocks, and the run that follows it."""
     host, profile = read_host_memory(), stage.profile
-    inputs = card_inputs(profile, NO_LIMIT, host, held_bytes=profile.block_bytes)
+    inputs = card_inputs(profile, NO_LIMIT, host)
     plan = make_plan(profile, replace(inputs, blocks_to_swap=asked, timing=timing))
     assert plan.predicted is not None
     assert timing.compute_ms is not None

@@ -69,7 +69,7 @@ def demo(options: Namespace) -> Result:
     stage = make_stage(model, inputs, device, steps=options.steps, quiet=options.json)
     profile = stage.profile
     vram_bytes = _vram_bytes(options.vram, profile, device)
-    on_card = card_inputs(profile, vram_bytes, host, held_bytes=profile.block_bytes)
+    on_card = card_inputs(profile, vram_bytes, host)
     unswapped, compute_ms = stage.run_unswapped()
     timing = _timing(options, device, compute_ms, profile.blocks[0].slab_bytes)
     # Only CUDA, HIP and the simulated device have streams and page-locking.

@@ -81,8 +81,8 @@ def cache_dir() -> Path | None:
     return user_cache_path("wanvideo-enhanced-blockswap")
 
 
-def card_inputs(profile: ModelProfile, vram_bytes: int, host: HostMemory, *, held_bytes: int) -> PlanInputs:
-    """Inputs of a plan for a card that holds only the model, with `held_bytes` of its blocks in the host already.
+def card_inputs(profile: ModelProfile, vram_bytes: int, host: HostMemory) -> PlanInputs:
+    """Inputs of a plan for a card that holds only the model.
 
     Raises:
         SettingsError: The weights outside the blocks alone are larger than the card.
@@ -95,6 +95,6 @@ def card_inputs(profile: ModelProfile, vram_bytes: int, host: HostMemory, *, hel
         device_total_bytes=vram_bytes,
         device_free_bytes=vram_bytes - profile.other_bytes,
         host_available_bytes=host.available_bytes,
+        host_room_bytes=host.room_bytes,
         pin_budget_bytes=host.pin_budget_bytes,
-        host_held_bytes=held_bytes,
     )

@@ -18,6 +18,7 @@ from ..blockswap.settings import SwapSettings
 from ..hardware import (
     DeviceMemory,
     DeviceSpec,
+    DiskSpeed,
     HostMemory,
     KnownGpu,
     LinkSpeed,
@@ -29,6 +30,7 @@ from ..hardware import (
     read_device_memory,
     read_host_memory,
 )
+from ..hardware.disk import measure_disk
 from .options import cache_dir, choose_device, parse_count, parse_shape, parse_size
 from .output import Result, table, window_text
 
@@ -60,19 +62,28 @@ def plan(options: Namespace) -> Result:
     card = _card(options)
     tokens = None if options.shape is None else tokens_for(checkpoint.architecture, *parse_shape(options.shape))
     beside = [read_checkpoint(Path(name)).model for name in options.beside]
-    beside_bytes = sum(model.nbytes for model in beside)
     settings = _settings(options, checkpoint.architecture)
-    readings = _readings(checkpoint.model, card, _host(options.ram))
+    readings = _readings(checkpoint.model, card, _host(options.ram, options.available_ram))
+    readings = replace(
+        readings, disk=None if options.disk is None else DiskSpeed(options.disk * 1e9, options.disk * 1e9)
+    )
     known = _known(checkpoint, card, tokens)
+    alone = readings.host.available_bytes
     try:
         readings, locked = _with(beside, settings, readings, known)
-        decided = make_plan(checkpoint.model, _inputs(checkpoint.model, settings, readings, known, locked))
+        inputs = _inputs(checkpoint.model, settings, once_loaded(checkpoint.model, readings), known, locked)
+        decided = make_plan(checkpoint.model, inputs)
+        is_named = options.gpu is not None or options.vram is not None
+        if decided.file_bytes and readings.disk is None and not is_named:
+            readings = replace(readings, disk=measure_disk(options.model, cache_dir=cache_dir()))
+            decided = make_plan(checkpoint.model, replace(inputs, disk=readings.disk))
     except PlanError as failure:
-        taken = f"; --beside takes {format_bytes(beside_bytes)} of the host" if beside else ""
+        taken = f"; --beside takes {format_bytes(alone - readings.host.available_bytes)} of the host" if beside else ""
         raise PlanError(f"{failure} (--ram and --vram change the machine of the plan{taken})") from failure
     data = _data(checkpoint, decided)
     data |= {"card": card.spec.name, "vram_bytes": card.memory.total_bytes, "tokens": tokens}
-    data |= {"beside_bytes": beside_bytes}
+    data |= {"beside_bytes": sum(model.nbytes for model in beside)}
+    data |= {"beside_host_bytes": alone - readings.host.available_bytes}
     return Result(data, _text(options, checkpoint, decided, readings, card), succeeded=decided.fits is not False)
 
 
@@ -80,11 +91,30 @@ def _with(beside: list[ModelProfile], settings: SwapSettings, readings: Readings
     """The machine with these models in the host too, and the bytes that their own plans page-lock."""
     locked = 0
     for model in beside:
-        inputs = _inputs(model, settings, readings, replace(known, compute_ms=None), locked)
-        locked += make_plan(model, inputs).pinned_bytes
-        available = max(0, readings.host.available_bytes - model.nbytes)
-        readings = replace(readings, host=replace(readings.host, available_bytes=available))
+        readings = once_loaded(model, readings)
+        decided = make_plan(model, _inputs(model, settings, readings, replace(known, compute_ms=None), locked))
+        locked += decided.pinned_bytes
+        readings = _less(readings, decided.added_bytes)
     return readings, locked
+
+
+def once_loaded(model: ModelProfile, readings: Readings) -> Readings:
+    """The machine when the loader has copied into memory what it does not leave in the model's file.
+
+    Raises:
+        PlanError: There is not enough memory for that.
+    """
+    if model.anonymous_bytes > readings.host.available_bytes:
+        raise PlanError(
+            f"not enough RAM: {format_bytes(model.anonymous_bytes)} needed for weights that the loader copies into "
+            f"memory, {format_bytes(readings.host.available_bytes)} available; close other "
+            "programs, or take a smaller or quantised model"
+        )
+    return _less(readings, model.anonymous_bytes)
+
+
+def _less(readings: Readings, nbytes: int) -> Readings:
+    return replace(readings, host=replace(readings.host, available_bytes=readings.host.available_bytes - nbytes))
 
 
 def _inputs(
@@ -139,13 +169,19 @@ def _named(name: str, size: int, link: LinkSpeed | None, rates: KnownGpu | None)
     return Card(spec, DeviceMemory(size, size, "as given"), link, rates)
 
 
-def _host(ram: str | None) -> HostMemory:
-    """This machine's host, or one with this much memory, all of it available."""
+def _host(ram: str | None, available_ram: str | None) -> HostMemory:
+    """This machine's host, or one with this much memory, all of it available unless that is given too."""
     host = read_host_memory()
-    if ram is None:
+    if ram is not None:
+        size = parse_size("--ram", ram)
+        host = replace(host, physical_bytes=size, available_bytes=size, cgroup_limit_bytes=None)
+    if available_ram is None:
         return host
-    size = parse_size("--ram", ram)
-    return replace(host, physical_bytes=size, available_bytes=size, cgroup_limit_bytes=None)
+    available, most = parse_size("--available-ram", available_ram), host.cgroup_limit_bytes or host.physical_bytes
+    if available > most:
+        figures = f"expected at most the {format_bytes(most)} of RAM, got {format_bytes(available)}"
+        raise SettingsError(f"--available-ram: {figures}; give more with --ram")
+    return replace(host, available_bytes=available)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +232,10 @@ def _data(checkpoint: CheckpointProfile, decided: SwapPlan) -> dict[str, object]
         "slab_bytes": decided.slab_bytes,
         "staging_bytes": decided.staging_bytes,
         "pinned_bytes": decided.pinned_bytes,
-        "host_bytes": model.block_bytes + decided.staging_bytes,
+        "host_bytes": model.anonymous_bytes + decided.added_bytes,
+        "added_bytes": decided.added_bytes,
+        "anonymous_bytes": _unlocked_bytes(model, decided),
+        "file_bytes": decided.file_bytes,
         "host_tiers": sorted({tier.value for tier in decided.tiers if tier is not None}),
         "streams": decided.streams,
         "streamed_bytes_per_forward": decided.streamed_bytes,
@@ -209,6 +248,11 @@ def _data(checkpoint: CheckpointProfile, decided: SwapPlan) -> dict[str, object]
         "dtypes": dict(checkpoint.dtypes),
         "reasons": list(decided.reasons),
     }
+
+
+def _unlocked_bytes(model: ModelProfile, decided: SwapPlan) -> int:
+    """Host memory for the blocks that the system cannot drop and that is not page-locked."""
+    return max(0, model.anonymous_bytes + decided.added_bytes - decided.pinned_bytes)
 
 
 def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, readings: Readings, card: Card) -> str:
@@ -224,13 +268,15 @@ def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, 
         ["  left", format_bytes(idle)],
         ["blocks", f"{len(model.blocks)}, {format_bytes(model.block_bytes)}"],
         ["swapped", f"{decided.swapped_count}, {window_text(decided)}"],
-        ["host memory for the blocks", format_bytes(model.block_bytes + decided.staging_bytes)],
-        ["page-locked part of it", format_bytes(decided.pinned_bytes)],
+        ["page-locked", format_bytes(decided.pinned_bytes)],
+        ["other host memory", format_bytes(_unlocked_bytes(model, decided))],
+        ["read from the file", format_bytes(decided.file_bytes)],
         ["copied per forward", format_bytes(decided.streamed_bytes)],
     ]
     forward = decided.predicted
     if forward is None:
-        wanted = (("--gpu", card.rates), ("--link", card.link), ("--shape", options.shape))
+        wanted = [("--gpu", card.rates), ("--link", card.link), ("--shape", options.shape)]
+        wanted += [("--disk", readings.disk)] if decided.file_bytes else []
         missing = " and ".join(name for name, known in wanted if known is None)
         why = f"give {missing}" if missing else "this host's speed of copies into staging slabs is unknown"
         if options.gpu is not None and card.rates is None:

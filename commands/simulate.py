@@ -97,6 +97,7 @@ def _plan(sizes: Sequence[float], count: int, vace: int, swapped: int, options: 
         device_total_bytes=UNLIMITED,
         device_free_bytes=UNLIMITED,
         host_available_bytes=UNLIMITED,
+        host_room_bytes=UNLIMITED,
         pin_budget_bytes=UNLIMITED,
         blocks_to_swap=swapped,
         vace_blocks_to_swap=round(vace * swapped / count),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from toys import Simulation
 from wanvideo_enhanced_blockswap.hardware import (
     GIB,
     DeviceMemory,
     DeviceSpec,
+    DiskSpeed,
     HostMemory,
     HostPlatform,
     LinkSpeed,
@@ -29,6 +30,7 @@ class SimulatedMachine:
         activation_bytes: What the next forward takes above the weights at its peak.
         link_speed: What a measurement of the link finds, bytes per second.
         measured: How often it was measured.
+        disks: Files whose speed was measured.
         can_reset: The peak can be reset.
     """
 
@@ -40,6 +42,7 @@ class SimulatedMachine:
     host_available_bytes: int = 64 * GIB
     spec: DeviceSpec = CARD
     measured: int = 0
+    disks: list[str] = field(default_factory=list)
     cache_bytes: int = 0
     can_reset: bool = True
     _peak: int = 0
@@ -78,3 +81,7 @@ class SimulatedMachine:
     def link(self, *, again: bool = False) -> LinkSpeed:
         self.measured += 1
         return LinkSpeed(((1, self.link_speed),), self.link_speed / 2, self.link_speed / 2)
+
+    def disk(self, path: str) -> DiskSpeed:
+        self.disks.append(path)
+        return DiskSpeed(self.link_speed / 4, self.link_speed / 2)

@@ -28,14 +28,14 @@ ROOMS = {
     ),
     "blockswap/run": (
         *("blockswap/engine", "blockswap/host", "blockswap/device", "blockswap/plan", "blockswap/model", "blockswap"),
-        "hardware",
+        *("hardware", "hardware/disk"),
     ),
     "blockswap/wrapper": ("blockswap/run", "blockswap/engine", "blockswap/model", "blockswap", "hardware"),
     "blockswap/checkpoint": ("blockswap/model", "blockswap"),
     "blockswap/simulation": ("blockswap/device", "blockswap/model", "blockswap", "hardware"),
     "commands": (
         *("blockswap/run", "blockswap/engine", "blockswap/device", "blockswap/plan", "blockswap/model", "blockswap"),
-        *("blockswap/checkpoint", "blockswap/simulation", "hardware"),
+        *("blockswap/checkpoint", "blockswap/simulation", "hardware", "hardware/disk"),
     ),
     ".": (
         *("commands", "blockswap/wrapper", "blockswap/run", "blockswap/engine", "blockswap/device", "blockswap/plan"),
@@ -62,7 +62,7 @@ BOUNDARIES = {
 SHIPPED = sorted(file for room in ROOMS for file in (ROOT / room).glob("*.py"))
 PURE = (
     *("errors", "settings", "spans", "model/layout", "model/wan"),
-    *("plan/budget", "plan/schedule", "plan/swap_plan", "plan/make_plan"),
+    *("plan/budget", "plan/schedule", "plan/hosting", "plan/swap_plan", "plan/make_plan"),
     *("run/replan", "run/report", "run/text", "run/trace_file", "wrapper/wiring", "simulation/races"),
 )
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "nodes", "server"}

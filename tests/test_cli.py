@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import wan_shapes, wan_tensors, write_safetensors, write_sparse_safetensors
+from checkpoint_files import wan_shapes, wan_tensors, write_safetensors, write_sparse_gguf, write_sparse_safetensors
 from wanvideo_enhanced_blockswap.cli import main
 from wanvideo_enhanced_blockswap.commands.demo import CopyCounter
 from wanvideo_enhanced_blockswap.hardware import GIB, HostMemory, HostPlatform
@@ -129,6 +129,10 @@ def test_the_demo_says_it_all_to_a_person(capsys: pytest.CaptureFixture[str], tm
         (["demo", "--shape", "17x16x1"], r"width: expected a multiple of 16, got 17"),
         (["simulate", "--blocks", "4", "--swapped", "101%", "--ratio", "1"], r"--swapped: expected"),
         (["plan", "missing.safetensors", "--vram", "12GiB"], r"missing\.safetensors"),
+        (
+            ["plan", "WAN", "--vram", "12GiB", "--ram", "8GiB", "--available-ram", "9GiB"],
+            r"--available-ram: expected at most the 8.0 GiB of RAM, got 9.0 GiB",
+        ),
         (["simulate", "--blocks", "4", "--swapped", "5", "--ratio", "1"], r"0 to 4.*got 5"),
         (["simulate", "--blocks", "4", "--swapped", "x", "--ratio", "1"], r"got 'x'"),
         (["simulate", "--blocks", "4", "--swapped", "nan%", "--ratio", "1"], r"--swapped"),
@@ -136,8 +140,11 @@ def test_the_demo_says_it_all_to_a_person(capsys: pytest.CaptureFixture[str], tm
     ],
 )
 def test_a_bad_value_gets_one_clear_error(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
+    if "WAN" in arguments:
+        path = write_safetensors(tmp_path / "wan.safetensors", wan_tensors())
+        arguments = [str(path) if word == "WAN" else word for word in arguments]
     assert main([*arguments, "--json"]) == 1
     printed = capsys.readouterr()
     error = json.loads(printed.out)["error"]
@@ -249,12 +256,54 @@ def test_half_of_a_vace_model_is_half_of_both_kinds_of_blocks(
 
 
 def test_a_model_beside_it_takes_its_part_of_the_host(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    path = write_sparse_safetensors(tmp_path / "high.safetensors", wan_shapes(1536, 8960, 30))
-    one = ["plan", str(path), "--vram", "12GiB", "--ram", "5GiB"]
+    path = write_sparse_gguf(tmp_path / "high.gguf", wan_shapes(1536, 8960, 30), "Q8_0")
+    one = ["plan", str(path), "--vram", "12GiB", "--ram", "2GiB"]
     assert run_json(capsys, *one)[0] == 0
     code, shown = run_json(capsys, *one, "--beside", str(path))
     assert code == 1
-    assert "not enough RAM: 2.6 GiB more needed for 30 blocks" in shown["error"]
+    assert (
+        "not enough RAM: 1.4 GiB needed for weights that the loader copies into memory, 632.8 MiB available"
+        in shown["error"]
+    )
+
+
+def test_a_model_beside_it_that_stays_in_its_file_takes_only_what_its_plan_adds(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = write_sparse_safetensors(tmp_path / "high.safetensors", wan_shapes(5120, 13824, 40))
+    alone = run_json(capsys, "plan", str(path), "--vram", "12GiB", "--ram", "31GiB")[1]
+    both = run_json(capsys, "plan", str(path), "--vram", "12GiB", "--ram", "31GiB", "--beside", str(path))[1]
+    assert both["beside_host_bytes"] == alone["added_bytes"] < alone["block_bytes"]
+    assert both["file_bytes"] > alone["file_bytes"]
+    assert alone["added_bytes"] + both["added_bytes"] <= 31 * GIB
+
+
+def test_the_bytes_of_a_plan_are_page_locked_in_other_memory_or_read_from_the_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shapes = wan_shapes(5120, 13824, 40)
+    stored = write_sparse_safetensors(tmp_path / "wan.safetensors", shapes)
+    copied = write_sparse_gguf(tmp_path / "wan.gguf", shapes, "Q8_0")
+    machine = ["--vram", "12GiB", "--ram", "31GiB", "--available-ram", "20GiB"]
+    shown = run_json(capsys, "plan", str(stored), *machine)[1]
+    assert (shown["host_tiers"], shown["anonymous_bytes"]) == (["file", "pinned"], 0)
+    assert shown["pinned_bytes"] == shown["added_bytes"] == shown["host_bytes"] <= 0.9 * 20 * GIB
+    assert shown["file_bytes"] + shown["slab_bytes"] == pytest.approx(shown["streamed_bytes_per_forward"], rel=1e-4)
+    shown = run_json(capsys, "plan", str(copied), *machine)[1]
+    assert (shown["host_tiers"], shown["file_bytes"], shown["added_bytes"]) == (["pinned"], 0, 0)
+    assert shown["host_bytes"] == shown["block_bytes"] == shown["pinned_bytes"] + shown["anonymous_bytes"]
+
+
+def test_the_speed_of_the_disk_is_needed_only_where_blocks_are_read_from_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = write_sparse_safetensors(tmp_path / "wan.safetensors", wan_shapes(5120, 13824, 40))
+    known = ["plan", str(path), "--gpu", "RTX 3060", "--link", "25", "--shape", "832x480x81"]
+    assert run_json(capsys, *known, "--ram", "64GiB")[1]["predicted_stall_ms"] is not None
+    assert run_json(capsys, *known, "--ram", "16GiB")[1]["predicted_stall_ms"] is None
+    assert main([*known, "--ram", "16GiB"]) == 0
+    assert "unknown: give --disk" in capsys.readouterr().out
+    assert run_json(capsys, *known, "--ram", "16GiB", "--disk", "3.5")[1]["predicted_stall_ms"] is not None
 
 
 def test_a_video_that_does_not_fit_is_the_first_reason_and_fails(
@@ -292,7 +341,7 @@ def test_a_model_beside_it_takes_its_part_of_what_may_be_page_locked(
     both = run_json(capsys, *one, "--beside", str(path))[1]
     assert both["beside_bytes"] == alone["block_bytes"] + alone["other_bytes"]
     assert alone["pinned_bytes"] + both["pinned_bytes"] <= 0.4 * 90 * GIB
-    assert both["host_tiers"] == ["pinned", "staged"]
+    assert both["host_tiers"] == ["file", "pinned"]
 
 
 WITHOUT_THE_EXTRA = """

@@ -16,7 +16,7 @@ import pytest
 import wanvideo_enhanced_blockswap as package
 from checkpoint_files import wan_shapes
 from facts import Facts, make_plan
-from test_report import FULL, MEASURED, brief, plan
+from test_report import FULL, brief, plan
 from wanvideo_enhanced_blockswap.blockswap.model.wan import TensorInfo, activation_bytes, profile_tensors, tokens_for
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations
 from wanvideo_enhanced_blockswap.blockswap.run.text import plan_text, summary
@@ -241,7 +241,6 @@ def example_plan() -> str:
         memory=DeviceMemory(12 * GIB, 11 * GIB - found.model.other_bytes, "a test"),
         host=HostMemory(32 * GIB, 14 * GIB, None, None, HostPlatform.WINDOWS),
         activations=Activations(nbytes=expected, is_measured=False),
-        host_held_bytes=found.model.block_bytes,
     )
     made = make_plan(found.model, SwapSettings(), facts)
     return plan_text(made, card=facts.spec.name, budget_bytes=made.budget_bytes)
@@ -249,7 +248,7 @@ def example_plan() -> str:
 
 def example_report() -> str:
     """The report of the report's own test, without what does not come in ComfyUI."""
-    return summary(replace(FULL, notes=(), measured=replace(MEASURED, original_bytes=0)))
+    return summary(replace(FULL, notes=()))
 
 
 def example_log() -> str:

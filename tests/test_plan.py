@@ -16,6 +16,7 @@ from wanvideo_enhanced_blockswap.blockswap.model.layout import BlockProfile, Mod
 from wanvideo_enhanced_blockswap.blockswap.plan.budget import MemoryBudget
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import make_plan
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, HostTier, PlanInputs, SwapPlan, Timing
+from wanvideo_enhanced_blockswap.hardware.records import DiskSpeed
 from wanvideo_enhanced_blockswap.hardware.units import GIB, MIB, format_bytes
 
 generated = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -23,7 +24,11 @@ generated = settings(deadline=None, derandomize=True, suppress_health_check=[Hea
 
 PLENTY = 1 << 50
 ASKED = PlanInputs(
-    device_total_bytes=PLENTY, device_free_bytes=PLENTY, host_available_bytes=PLENTY, pin_budget_bytes=PLENTY
+    device_total_bytes=PLENTY,
+    device_free_bytes=PLENTY,
+    host_available_bytes=PLENTY,
+    host_room_bytes=PLENTY,
+    pin_budget_bytes=PLENTY,
 )
 """What is read plays no part where a budget is given."""
 
@@ -37,15 +42,24 @@ def block(index: int, *sizes: int, small: int = 0, prefix: str = "blocks.") -> B
     return BlockProfile(f"{prefix}{index}", (*tensors, TensorProfile("scale", small, Placement.SMALL)))
 
 
+def stored(count: int, size: int = 8 * MIB, *, in_file: int = 8 * MIB) -> ModelProfile:
+    """A model of equal blocks, of each of which so many bytes are in a file."""
+    parts = [TensorProfile("w0", in_file, Placement.STREAMED, in_file=True)] if in_file else []
+    parts += [TensorProfile("w1", size - in_file, Placement.STREAMED)] if size > in_file else []
+    return ModelProfile(tuple(BlockProfile(f"blocks.{i}", tuple(parts)) for i in range(count)))
+
+
 def equal(count: int, size: int = 8 * MIB, *, vace: int = 0) -> ModelProfile:
     """A model of equal blocks, VACE blocks first."""
     first = [block(i, size, prefix="vace_blocks.") for i in range(vace)]
     return ModelProfile((*first, *(block(i, size) for i in range(count))))
 
 
-def budget(weights: int = PLENTY, *, limit: int = PLENTY, host: int = PLENTY) -> MemoryBudget:
-    """What may be spent on weights, on the device at all, and on the host."""
-    return MemoryBudget(weight_bytes=weights, limit_bytes=limit, host_bytes=host, reason="as tested")
+def budget(weights: int = PLENTY, *, limit: int = PLENTY, host: int = PLENTY, available: int = PLENTY) -> MemoryBudget:
+    """What may be spent on weights, on the device at all, on the host, and on the host at all."""
+    return MemoryBudget(
+        weight_bytes=weights, limit_bytes=limit, host_bytes=host, host_limit_bytes=available, reason="as tested"
+    )
 
 
 def asking(**changes: Any) -> PlanInputs:
@@ -461,6 +475,120 @@ def test_page_locked_bytes_are_the_pinned_slabs_and_two_staging_slabs(case: tupl
     assert plan.pinned_bytes == sum(pinned) + plan.staging_bytes
 
 
+# Blocks in a file
+
+
+@pytest.mark.parametrize(
+    ("room_mib", "pin_mib", "pinned", "locked_mib"),
+    [
+        pytest.param(80, 80, 10, 80, id="room for all"),
+        pytest.param(79, 80, 7, 72, id="room for all but one, and two staging slabs"),
+        pytest.param(40, 80, 3, 40, id="room for some"),
+        pytest.param(80, 40, 3, 40, id="room for all, of which some may be locked"),
+        pytest.param(16, 80, 0, 16, id="room for the staging slabs"),
+        pytest.param(0, 80, 0, 16, id="no room"),
+    ],
+)
+def test_as_many_blocks_as_memory_holds_are_page_locked_and_the_others_are_read_from_their_file(
+    room_mib: int, pin_mib: int, pinned: int, locked_mib: int
+) -> None:
+    asked = asking(blocks_to_swap=10, pin_budget_bytes=pin_mib * MIB)
+    plan = make_plan(stored(12), asked, budget(host=room_mib * MIB))
+    counts = [tiers(plan).count(tier) for tier in (HostTier.PINNED, HostTier.FILE)]
+    assert counts == [pinned, 10 - pinned]
+    assert plan.pinned_bytes == plan.added_bytes == locked_mib * MIB
+    assert (plan.anonymous_bytes, plan.file_bytes, plan.slab_bytes) == (0, (10 - pinned) * 8 * MIB, pinned * 8 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"pin": False}, "page-locked memory is switched off, or not available here"),
+        ({"overlap": False}, "copies on the compute stream need no page-locked memory"),
+        ({"pin_budget_bytes": 15 * MIB}, "pinned memory: 80.0 MiB needed, 15.0 MiB allowed"),
+    ],
+)
+@pytest.mark.parametrize(("room_mib", "slabs"), [(79, 7), (16, 0), (0, 0)])
+def test_where_nothing_can_be_locked_the_same_holds_for_ordinary_memory(
+    changes: dict[str, Any], why: str, room_mib: int, slabs: int
+) -> None:
+    plan = make_plan(stored(12), asking(blocks_to_swap=10, **changes), budget(host=room_mib * MIB))
+    assert [tiers(plan).count(tier) for tier in (HostTier.PAGEABLE, HostTier.FILE)] == [slabs, 10 - slabs]
+    assert (plan.pinned_bytes, plan.staging_bytes, plan.slab_bytes) == (0, 16 * MIB, slabs * 8 * MIB)
+    assert plan.anonymous_bytes == plan.added_bytes == (slabs + 2) * 8 * MIB
+    assert any(why in reason for reason in plan.reasons)
+
+
+def test_with_room_for_all_slabs_what_may_not_be_locked_stays_in_memory() -> None:
+    plan = make_plan(stored(12), asking(blocks_to_swap=10, pin_budget_bytes=15 * MIB), budget(host=80 * MIB))
+    assert [tiers(plan).count(tier) for tier in (HostTier.PINNED, HostTier.PAGEABLE)] == [1, 9]
+    assert (plan.added_bytes, plan.file_bytes, plan.staging_bytes) == (80 * MIB, 0, 0)
+
+
+def test_blocks_that_are_read_from_their_file_are_reported_with_what_is_needed_and_what_there_is() -> None:
+    asked = asking(blocks_to_swap=10, host_available_bytes=50 * MIB)
+    plan = make_plan(stored(12), asked, budget(host=40 * MIB))
+    assert (
+        "RAM: 80.0 MiB needed, 40.0 MiB of 50.0 MiB available may be taken; "
+        "7 of 10 swapped blocks are read from their file"
+    ) in plan.reasons
+
+
+def test_a_block_of_which_a_part_is_in_no_file_is_never_read_from_a_file() -> None:
+    plan = make_plan(stored(12, in_file=2 * MIB), asking(blocks_to_swap=10), budget(host=30 * MIB))
+    assert HostTier.FILE not in tiers(plan)
+    assert (plan.file_bytes, plan.added_bytes, plan.pinned_bytes) == (0, 20 * MIB, 80 * MIB)
+
+
+COLD, WARM = BALANCE / 4, BALANCE / 2
+
+
+@pytest.mark.parametrize(
+    ("room_mib", "pin_mib", "speed"),
+    [
+        pytest.param(40, 80, COLD, id="the cache has no room for what is read"),
+        pytest.param(96, 40, WARM, id="the cache keeps what is read"),
+        pytest.param(95, 40, COLD, id="the cache lacks a mebibyte"),
+        pytest.param(80, 80, None, id="nothing is read"),
+    ],
+)
+def test_reads_have_the_speed_of_the_cache_where_it_keeps_the_blocks_and_else_that_of_the_disk(
+    room_mib: int, pin_mib: int, speed: float | None
+) -> None:
+    asked = asking(blocks_to_swap=10, pin_budget_bytes=pin_mib * MIB, disk=DiskSpeed(COLD, WARM))
+    plan = make_plan(stored(12), asked, budget(host=room_mib * MIB))
+    assert plan.file_bytes_per_s == speed
+
+
+@pytest.mark.parametrize(
+    ("disk", "is_known"), [(DiskSpeed(COLD, WARM), True), (DiskSpeed(None, WARM), False), (None, False)]
+)
+def test_an_unknown_speed_of_the_disk_makes_the_prediction_unknown(disk: DiskSpeed | None, is_known: bool) -> None:
+    profile = stored(12)
+    asked = asking(blocks_to_swap=10, disk=disk, timing=timing(profile, BALANCE))
+    assert (make_plan(profile, asked, budget(host=40 * MIB)).predicted is not None) == is_known
+
+
+@pytest.mark.parametrize(
+    ("pin", "overlap", "block_ms"),
+    [
+        pytest.param(True, True, 4.0, id="read into one staging slab while the other is copied"),
+        pytest.param(False, True, 6.0, id="read, then copied, beside the computation"),
+        pytest.param(False, False, 7.0, id="read, then copied, then computed"),
+    ],
+)
+def test_a_forward_that_reads_all_blocks_takes_as_long_as_its_slowest_part(
+    pin: bool, overlap: bool, block_ms: float
+) -> None:
+    profile = stored(12)
+    speeds = timing(profile, 8 * MIB / 1e-3, pageable_bytes_per_s=8 * MIB / 2e-3)
+    disk = DiskSpeed(8 * MIB / 4e-3, None)
+    asked = asking(blocks_to_swap=12, pin=pin, overlap=overlap, disk=disk, timing=speeds)
+    plan = make_plan(profile, asked, budget(host=0))
+    assert plan.predicted is not None
+    assert plan.predicted.elapsed == pytest.approx(12 * block_ms)
+
+
 # Prediction
 
 
@@ -533,11 +661,11 @@ def test_a_device_that_holds_the_plan_to_the_last_byte_is_enough(count: int | No
         make_plan(profile, request, budget(40 * MIB, limit=need - 1))
 
 
-@pytest.mark.parametrize(("host", "tier"), [(80 * MIB, HostTier.STAGED), (80 * MIB - 1, HostTier.PAGEABLE)])
+@pytest.mark.parametrize(("host", "tier"), [(16 * MIB, HostTier.STAGED), (16 * MIB - 1, HostTier.PAGEABLE)])
 def test_a_host_without_room_for_staging_slabs_gets_pageable_blocks_and_no_refusal(host: int, tier: HostTier) -> None:
     plan = make_plan(equal(8), asking(blocks_to_swap=5, pin_budget_bytes=30 * MIB), budget(host=host))
     assert tier in plan.tiers
-    assert plan.staging_bytes + 64 * MIB <= host
+    assert plan.added_bytes == plan.staging_bytes <= host
     assert any("pinned memory: 40.0 MiB needed, 30.0 MiB allowed" in reason for reason in plan.reasons)
 
 
@@ -550,24 +678,25 @@ def test_where_device_and_host_share_one_memory_nothing_is_swapped_and_the_plan_
 
 
 @pytest.mark.parametrize(
-    ("pin", "held", "originals_stay", "need"),
+    ("in_file", "need"),
     [
-        pytest.param(PLENTY, 0, False, 64 * MIB, id="all blocks"),
-        pytest.param(PLENTY, 60 * MIB, False, 4 * MIB, id="all blocks but what is there already"),
-        pytest.param(PLENTY, 64 * MIB, True, 40 * MIB, id="slabs beside weights that something else keeps"),
+        pytest.param(8 * MIB, 16 * MIB, id="two staging slabs through which the file is read"),
+        pytest.param(4 * MIB, 20 * MIB, id="the part of the slabs that is in a file, where the rest is in none"),
     ],
 )
-def test_a_host_that_lacks_one_byte_is_refused_with_numbers(
-    pin: int, held: int, originals_stay: bool, need: int
-) -> None:
-    def plan(host: int) -> SwapPlan:
-        inputs = asking(blocks_to_swap=5, pin_budget_bytes=pin, host_held_bytes=held, originals_stay=originals_stay)
-        return make_plan(equal(8), inputs, budget(host=host))
+def test_a_host_that_lacks_one_byte_of_the_least_is_refused_with_numbers(in_file: int, need: int) -> None:
+    def plan(available: int) -> SwapPlan:
+        return make_plan(stored(8, in_file=in_file), asking(blocks_to_swap=5), budget(host=0, available=available))
 
-    assert plan(need).swapped_count == 5
+    assert plan(need).added_bytes == need
     with pytest.raises(PlanError, match="not enough RAM") as caught:
         plan(need - 1)
-    assert all(part in str(caught.value) for part in (format_bytes(need), format_bytes(need - 1), "8 blocks"))
+    assert all(part in str(caught.value) for part in (format_bytes(need), format_bytes(need - 1), "5 swapped blocks"))
+
+
+def test_blocks_that_are_in_no_file_need_no_more_host_memory_than_they_have() -> None:
+    plan = make_plan(equal(8), asking(blocks_to_swap=5), budget(host=0, available=0))
+    assert (plan.added_bytes, plan.slab_bytes, plan.pinned_bytes) == (0, 40 * MIB, 40 * MIB)
 
 
 @pytest.mark.parametrize("count", [None, 0, 5])

@@ -52,6 +52,16 @@ def test_a_plan_that_stands_on_a_reading_has_no_word_of_estimates(chosen: SwapSe
     assert not [reason for reason in make_plan(MODEL, chosen, FACTS).reasons if "estimate" in reason]
 
 
+@pytest.mark.parametrize("available", [60 * GIB, 5 * GIB])
+@pytest.mark.parametrize("share", [0.1, 0.5, 1])
+def test_what_our_slabs_have_added_to_the_host_counts_as_available(available: int, share: float) -> None:
+    facts = replace(FACTS, host=replace(FACTS.host, available_bytes=available))
+    ours = int(share * available)
+    taken = replace(facts, host=replace(facts.host, available_bytes=available - ours), added_bytes=ours)
+    assert taken.inputs(MODEL, SwapSettings()) == facts.inputs(MODEL, SwapSettings())
+    assert facts.inputs(MODEL, SwapSettings()).host_room_bytes == max(0, available - int(6.4 * GIB))
+
+
 def test_a_plan_that_swaps_tells_the_tiers_limit_and_the_streams_that_the_link_chose_below_it() -> None:
     made = make_plan(MODEL, SwapSettings(), FACTS)
     assert made.swapped_count > 0

@@ -197,9 +197,9 @@ def test_each_run_counts_from_its_own_begin() -> None:
 
 
 def test_a_plan_that_cannot_be_is_told_once_in_the_error_s_words() -> None:
-    bench = Bench(4.5, limits=Limits(originals_stay=True))
+    bench = Bench(4.5)
     watcher = Watcher(bench)
-    bench.machine.host_available_bytes = BLOCK // 4
+    bench.machine.others_bytes = bench.machine.total_bytes - BLOCK
     with pytest.raises(PlanError) as failure:
         bench.forward()
     assert watcher.told == []

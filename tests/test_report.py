@@ -33,7 +33,9 @@ def plan(blocks: int = 4, swapped: int = 2, **changes: Any) -> SwapPlan:
         tuple(BlockProfile(f"blocks.{i}", (TensorProfile("w", 8 * MIB, Placement.STREAMED),)) for i in range(blocks))
     )
     much = 1 << 50
-    budget = MemoryBudget(weight_bytes=much, limit_bytes=much, host_bytes=much, reason="as tested")
+    budget = MemoryBudget(
+        weight_bytes=much, limit_bytes=much, host_bytes=much, host_limit_bytes=much, reason="as tested"
+    )
     return replace(make_plan(profile, asking(blocks_to_swap=swapped, slots=1), budget), **changes)
 
 
@@ -75,7 +77,7 @@ MEASURED = Measured(
     activation_bytes=2 * GIB,
     slab_bytes=14 * GIB,
     pinned_bytes=13 * GIB,
-    original_bytes=12 * GIB,
+    anonymous_bytes=GIB,
     refusals=("not enough pin budget for a slab: 100 bytes needed, 10 left",),
     replans=("the settings have changed",),
     blocks=tuple(BlockTimes(name=f"blocks.{i}", swapped=bool(i % 2), compute_ms=30.0) for i in range(40)),
@@ -130,9 +132,8 @@ def test_a_summary_puts_what_was_predicted_beside_what_was_measured() -> None:
         "(link 25.0 GB/s); back: nothing\n"
         "tuning: tier RTX 5090/4090: at most 16 streams, 90% of what is available, since NVIDIA GeForce RTX 4090 is in "
         "the table of tiers; link: 25.0 GB/s with 4 streams, as fast as with up to 16\n"
-        "host memory: 14.0 GiB of slabs; 13.0 GiB page-locked; not page-locked: not enough pin budget for a slab: "
-        "100 bytes needed, 10 left\n"
-        "the loader keeps 12.0 GiB of the same weights beside the slabs\n"
+        "host memory: 14.0 GiB of slabs; 13.0 GiB page-locked; 1.0 GiB of ordinary memory; not page-locked: not enough "
+        "pin budget for a slab: 100 bytes needed, 10 left\n"
         "120 samples: GPU busy 93 % (at most 100 %); VRAM in use at most 11.0 GiB; RAM of this process at most "
         "30.0 GiB; RAM available at least 20.0 GiB\n"
         "planned again: the settings have changed\n"
@@ -140,11 +141,11 @@ def test_a_summary_puts_what_was_predicted_beside_what_was_measured() -> None:
     )
 
 
-def test_a_summary_has_at_most_12_lines_whatever_the_texts_hold() -> None:
+def test_a_summary_has_at_most_11_lines_whatever_the_texts_hold() -> None:
     many = tuple(f"reason {i}\nover two lines" for i in range(50))
     report = replace(changed(refusals=many, replans=many), title="two\nlines", notes=many)
     report = replace(report, plan=replace(SWAPPED, tuning=many))
-    assert len(summary(report).splitlines()) == 12
+    assert len(summary(report).splitlines()) == 11
 
 
 def test_what_did_not_happen_or_is_not_known_is_left_out() -> None:
@@ -222,8 +223,14 @@ def test_of_many_texts_the_first_are_named_and_the_others_counted() -> None:
     assert line(changed(refusals=tuple("abcde")), "host").endswith("; not page-locked: a; b; c; and 2 more")
 
 
+def test_blocks_that_are_read_from_their_file_are_in_the_line_on_host_memory() -> None:
+    report = changed(refusals=(), slab_bytes=0, pinned_bytes=GIB, anonymous_bytes=0, file_bytes=9 * GIB)
+    read = "9.0 GiB read from the file in each forward"
+    assert line(report, "host memory") == f"host memory: 0 B of slabs; 1.0 GiB page-locked; {read}"
+
+
 def test_what_was_refused_is_said_of_a_run_without_slabs_too() -> None:
-    report = changed(refusals=("a",), slab_bytes=0, pinned_bytes=0)
+    report = changed(refusals=("a",), slab_bytes=0, pinned_bytes=0, anonymous_bytes=0)
     assert line(report, "not page-locked") == "not page-locked: a"
 
 

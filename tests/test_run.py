@@ -10,7 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 from run_bench import BLOCK, COUNT, LARGE_VIDEO, SMALL_VIDEO, Bench, interrupt
+from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Limits
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HeldMemory, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.run.replan import MOST_REPLANS
 from wanvideo_enhanced_blockswap.blockswap.run.run import TIMED_FORWARDS
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
@@ -138,13 +140,17 @@ def test_torchs_unused_cache_and_a_hundredth_of_the_card_change_nothing() -> Non
     assert (bench.run.session.adoptions, bench.run._stats.replans) == (1, [])
 
 
-def test_where_the_host_has_no_room_for_more_swapped_blocks_the_plan_is_kept_with_a_warning(
-    caplog: pytest.LogCaptureFixture,
+def test_where_no_plan_fits_any_more_the_plan_is_kept_with_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = Bench(room=5, limits=Limits(originals_stay=True))
+    def refuse(held: HeldMemory) -> SwapPlan:
+        raise PlanError("not enough RAM")
+
+    bench = Bench(room=5)
     bench.forward(times=2)
     before = bench.swapped
-    bench.machine.others_bytes, bench.machine.host_available_bytes = 2 * BLOCK, 0
+    monkeypatch.setattr(bench.run.planner, "consider", refuse)
+    bench.machine.others_bytes = 2 * BLOCK
     bench.forward(times=2)
     assert (bench.swapped, bench.run.session.adoptions) == (before, 1)
     assert any("the plan is kept" in record.message for record in caplog.records)

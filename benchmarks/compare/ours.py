@@ -133,7 +133,7 @@ class Ours:
             self._session.close()
 
     def _plan(self, profile: ModelProfile, swapped: int) -> SwapPlan:
-        inputs = card_inputs(profile, NO_LIMIT, read_host_memory(), held_bytes=profile.block_bytes)
+        inputs = card_inputs(profile, NO_LIMIT, read_host_memory())
         timing = Timing(streams=self._streams)
         plan = make_plan(profile, replace(inputs, blocks_to_swap=swapped, slots=self._slots, timing=timing))
         chosen = _tail(len(plan.swapped), swapped) if self._tail else plan.swapped

@@ -97,12 +97,13 @@ def _tensor(name: str, fields: object) -> tuple[TensorInfo, int]:
                 and all(type(number) is int and 0 <= number <= LARGEST_NUMBER for number in numbers)
                 and math.prod(shape) * LEAST_BITS <= (end - begin) * 8
             ):
-                return TensorInfo(tuple(shape), dtype, end - begin), begin
+                return TensorInfo(tuple(shape), dtype, end - begin, in_file=True), begin
     raise HeaderError(f"{_shown(name)} has no valid dtype, shape and data_offsets")
 
 
 def read_gguf(path: Path) -> dict[str, TensorInfo]:
-    """The tensors by name, with shapes in torch's order. The gguf package maps the whole file.
+    """The tensors by name, with shapes in torch's order. The gguf package maps the whole file. No tensor counts as in
+    the file: the wrapper copies every one into memory.
 
     Raises:
         CheckpointError: The gguf package is not installed.

@@ -105,8 +105,8 @@ class BlockProfile:
 
     @property
     def file_bytes(self) -> int:
-        """The part of `streamed_bytes` that is in a file. A slab of the block adds as much to the memory that the
-        system cannot drop; the rest is such memory already, and the slab takes its place.
+        """The part of `streamed_bytes` that is in a file. A slab adds it to the memory that the system cannot drop; the
+        rest is such memory already, and the slab takes its place.
         """
         return sum(t.nbytes for t in self.tensors if t.placement is Placement.STREAMED and t.in_file)
 
@@ -120,13 +120,25 @@ class BlockProfile:
         """Host memory of the block's slab: `slab_bytes` in whole pages."""
         return align(self.slab_bytes, mmap.PAGESIZE)
 
+    @property
+    def added_host_bytes(self) -> int:
+        """What a slab of the block adds to the memory that the system cannot drop."""
+        return self.slab_host_bytes if self.is_in_file else align(self.file_bytes, mmap.PAGESIZE)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelProfile:
-    """A model's blocks in execution order (VACE blocks first), and the bytes outside them."""
+    """A model's blocks in execution order (VACE blocks first), and the bytes outside them.
+
+    Attributes:
+        blocks: The blocks.
+        other_bytes: All bytes outside them.
+        files: Paths of the files that tensors are in, the one with the most bytes first.
+    """
 
     blocks: tuple[BlockProfile, ...]
     other_bytes: int = 0
+    files: tuple[str, ...] = ()
 
     @property
     def block_bytes(self) -> int:
@@ -137,6 +149,11 @@ class ModelProfile:
     def nbytes(self) -> int:
         """All bytes of the model."""
         return self.block_bytes + self.other_bytes
+
+    @property
+    def anonymous_bytes(self) -> int:
+        """Bytes of the blocks that are in no file: host memory that holds them cannot be dropped."""
+        return sum(t.nbytes for b in self.blocks for t in b.tensors if not t.in_file)
 
     @property
     def small_device_bytes(self) -> int:

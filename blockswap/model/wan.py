@@ -138,11 +138,16 @@ class CheckpointProfile:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One entry of a file's tensor table; the shape is in torch's order, also if the file reverses it."""
+    """One entry of a file's tensor table; the shape is in torch's order, also if the file reverses it.
+
+    Attributes:
+        in_file: The loaded tensor's bytes are those of the file, unchanged.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
+    in_file: bool = False
 
 
 def profile_tensors(source: str, stored: Mapping[str, TensorInfo]) -> CheckpointProfile:
@@ -262,5 +267,8 @@ def _block_profile(name: str, tensors: Mapping[str, TensorInfo]) -> BlockProfile
     small, streamed = (Placement.SMALL, "under the cut-off"), (Placement.STREAMED, "")
     return BlockProfile(
         name,
-        tuple(TensorProfile(key, t.nbytes, *(small if t.nbytes < cutoff else streamed)) for key, t in tensors.items()),
+        tuple(
+            TensorProfile(key, t.nbytes, *(small if t.nbytes < cutoff else streamed), in_file=t.in_file)
+            for key, t in tensors.items()
+        ),
     )

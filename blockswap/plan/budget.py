@@ -11,9 +11,6 @@ SAFETY_RESERVE = 0.10
 """Share of the card's memory that never counts as available, a documented default: for fragmentation, the allocator's
 rounding, and what other programs allocate during a run."""
 
-USABLE_DRAM = 0.80
-"""Share of the available host memory that weights may take, a documented default."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBudget:
@@ -22,13 +19,15 @@ class MemoryBudget:
     Attributes:
         weight_bytes: Device memory for residents, small tensors and window together.
         limit_bytes: Device memory that other data do not use. A plan that needs more is refused.
-        host_bytes: Host memory for blocks and slabs, with our copies and staging slabs counted as free.
+        host_bytes: Host memory that slabs and staging slabs may add to what the system cannot drop.
+        host_limit_bytes: Available host memory. A plan that adds more is refused.
         reason: Which term sets `weight_bytes`, as a sentence.
     """
 
     weight_bytes: int
     limit_bytes: int
     host_bytes: int
+    host_limit_bytes: int
     reason: str = ""
 
 
@@ -39,7 +38,7 @@ def make_budget(inputs: PlanInputs) -> MemoryBudget:
         available     = max(0, total - used - max(10 % of total, what others asked us to leave free))
         ceiling       = max(0, vram_threshold_percent of total - used)
         weight budget = min(ceiling, bandwidth_target * available, available - activations if known)
-        host budget   = 80 % of (available host memory + our copies and staging slabs)
+        host budget   = available host memory - a floor (HostMemory.room_bytes)
 
     Our own memory counts as free on both sides, so that the budget does not depend on a plan in place.
 
@@ -62,11 +61,11 @@ def make_budget(inputs: PlanInputs) -> MemoryBudget:
         nbytes, how = inputs.activations.nbytes, "measured" if inputs.activations.is_measured else "expected"
         left = f"the {format_bytes(nbytes)} that activations are {how} to take, with {in_use}"
         terms.append((max(0, available - nbytes), left))
-    ours = inputs.staging_bytes + (inputs.slab_bytes if inputs.originals_stay else 0)
     weights, why = min(terms, key=lambda term: term[0])
     return MemoryBudget(
         weight_bytes=weights,
         limit_bytes=total - used,
-        host_bytes=int(USABLE_DRAM * (inputs.host_available_bytes + ours)),
+        host_bytes=inputs.host_room_bytes,
+        host_limit_bytes=inputs.host_available_bytes,
         reason=f"{format_bytes(weights)} for block weights: set by {why}",
     )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from ...hardware.records import DeviceMemory, DeviceSpec, HostMemory, LinkSpeed
+from ...hardware.records import DeviceMemory, DeviceSpec, DiskSpeed, HostMemory, LinkSpeed
 from ...hardware.tiers import tune
 from ...hardware.units import format_bytes, format_count
 from ..errors import PlanError
 from ..model.layout import ModelProfile
 from ..settings import SwapSettings
 from .budget import MemoryBudget, make_budget
+from .hosting import choose_hosting
 from .schedule import ForwardTime, Ring, VirtualTime, spread, steady_time
-from .swap_plan import STAGING_SLABS, HostTier, PlanInputs, SwapPlan, Timing
+from .swap_plan import HostTier, PlanInputs, SwapPlan, Timing
 
 SLOT_CHOICES = (2, 3)
 """With two slots an even spread of equal blocks is within 1.10 of max(compute, transfer), with three at it; a fourth
@@ -41,14 +42,12 @@ class Limits:
         overlap: Copies may have streams of their own.
         must_swap_all: No block may stay on the device.
         reserve_bytes: Device memory that others ask us to leave free; the larger of this and our own reserve counts.
-        originals_stay: Something else keeps the blocks' weights in host memory, so that slabs are copies.
     """
 
     pin: bool = True
     overlap: bool = True
     must_swap_all: bool = False
     reserve_bytes: int = 0
-    originals_stay: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +59,7 @@ class Readings:
         memory: Device memory.
         host: Host memory.
         link: The measured link; None if it is not measured.
+        disk: Measured speed of reading the model's file; None if it is not measured.
         unused_cache_bytes: Device memory that torch has reserved and does not use.
     """
 
@@ -67,11 +67,17 @@ class Readings:
     memory: DeviceMemory
     host: HostMemory
     link: LinkSpeed | None = None
+    disk: DiskSpeed | None = None
     unused_cache_bytes: int = 0
 
 
 def plan_inputs(
-    profile: ModelProfile, settings: SwapSettings, readings: Readings, limits: Limits | None = None
+    profile: ModelProfile,
+    settings: SwapSettings,
+    readings: Readings,
+    limits: Limits | None = None,
+    *,
+    own_host_bytes: int = 0,
 ) -> PlanInputs:
     """The inputs of a plan for a model that is not placed or measured yet; callers replace what they know better.
 
@@ -80,9 +86,11 @@ def plan_inputs(
         settings: The user's settings. With automatic tuning, count, streams and share follow from the readings.
         readings: The machine.
         limits: Limits beside the settings; None sets none.
+        own_host_bytes: What slabs and staging slabs in place have added to host memory; it counts as available.
     """
     limits, is_auto = limits or Limits(), settings.auto_hardware_tuning
     memory, host = readings.memory, readings.host
+    host = replace(host, available_bytes=host.available_bytes + own_host_bytes)
     percent = settings.vram_threshold_percent
     tuning = tune(readings.spec, host, readings.link, vram_threshold_percent=percent)
     overlap = settings.enable_cuda_optimization and limits.overlap
@@ -93,8 +101,8 @@ def plan_inputs(
         reserve_bytes=limits.reserve_bytes,
         is_unified=bool(readings.spec.is_integrated),
         host_available_bytes=host.available_bytes,
+        host_room_bytes=host.room_bytes,
         pin_budget_bytes=host.pin_budget_bytes,
-        originals_stay=limits.originals_stay,
         vram_threshold_percent=percent,
         bandwidth_target=tuning.bandwidth_target if is_auto else settings.bandwidth_target,
         blocks_to_swap=None if is_auto else settings.blocks_to_swap,
@@ -104,6 +112,7 @@ def plan_inputs(
         # A manual setting is followed even where page-locking is known to do harm; only automatic tuning avoids it.
         pin=settings.enable_dram_optimization and limits.pin and (tuning.pin or not is_auto),
         timing=timing_of(readings.link, streams=tuning.streams if is_auto else settings.num_cuda_streams),
+        disk=readings.disk,
         tuning=tuning.reasons if is_auto else (),
         notes=(f"free device memory is an estimate: {memory.source}",) if memory.is_estimate else (),
     )
@@ -209,12 +218,7 @@ def _by_count(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, a
 
 def _saving(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, choice: Choice, other: Choice) -> float:
     """Share of a forward that `other` saves against `choice`; 0 if it is unknown or within the prediction's error."""
-    before, after = (
-        predict(
-            profile, swapped, slots, _tiers(profile, budget, inputs, swapped)[0], inputs.timing, overlap=inputs.overlap
-        )
-        for swapped, slots in (choice, other)
-    )
+    before, after = (_complete(profile, budget, inputs, each, ()).predicted for each in (choice, other))
     if before is None or after is None or after.elapsed >= (1 - WORTH_A_SLOT) * before.elapsed:
         return 0.0
     return 1 - after.elapsed / before.elapsed
@@ -281,57 +285,13 @@ def predict(
     return steady_time(time, [range(len(swapped))])
 
 
-def _tiers(
-    profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, swapped: Sequence[bool]
-) -> tuple[tuple[HostTier | None, ...], int, list[str]]:
-    """Host tier of each block, bytes of the staging slabs, and why if not all slabs are pinned."""
-    sizes = {i: profile.blocks[i].slab_host_bytes for i, is_swapped in enumerate(swapped) if is_swapped}
-
-    def tiers(pinned: Container[int], rest: HostTier) -> tuple[HostTier | None, ...]:
-        return tuple(
-            (HostTier.PINNED if i in pinned else rest) if is_swapped else None for i, is_swapped in enumerate(swapped)
-        )
-
-    wanted, allowed = sum(sizes.values()), inputs.pin_budget_bytes
-    if not sizes or (inputs.pin and inputs.overlap and wanted <= allowed):
-        return tiers(sizes, HostTier.PINNED), 0, []
-    if not inputs.pin:
-        return tiers((), HostTier.PAGEABLE), 0, ["page-locked memory is switched off, or not available here"]
-    if not inputs.overlap:
-        return tiers((), HostTier.PAGEABLE), 0, ["copies on the compute stream need no page-locked memory"]
-    # As many slabs as fit are pinned, spread among the swapped blocks, so that the worker has time between two of the
-    # others. If the host has no room for staging slabs, the others are pageable.
-    for rest, fate in (
-        (HostTier.STAGED, f"go through {STAGING_SLABS} staging slabs"),
-        (HostTier.PAGEABLE, "stay pageable"),
-    ):
-        for count in range(len(sizes) - 1, -1, -1):
-            pinned = {i for i, is_pinned in zip(sizes, spread(len(sizes), count), strict=True) if is_pinned}
-            others = [size for i, size in sizes.items() if i not in pinned]
-            staging = STAGING_SLABS * max(others) if rest is HostTier.STAGED else 0
-            need = _host_need(profile, inputs, slab_bytes=wanted, staging_bytes=staging)
-            locked = wanted - sum(others) + staging
-            if locked <= allowed and (need <= budget.host_bytes or rest is HostTier.PAGEABLE):
-                short = f"pinned memory: {format_bytes(wanted)} needed, {format_bytes(allowed)} allowed"
-                return tiers(pinned, rest), staging, [f"{short}; {len(others)} of {len(sizes)} swapped blocks {fate}"]
-    raise AssertionError("no block pinned and none staged always fits")
-
-
-def _host_need(profile: ModelProfile, inputs: PlanInputs, *, slab_bytes: int, staging_bytes: int) -> int:
-    """Host memory that a plan takes beside what the host holds of the blocks already."""
-    if inputs.is_unified:
-        return staging_bytes  # the weights exist once, and the device's limit counts them
-    copies = slab_bytes if inputs.originals_stay else 0
-    return max(0, profile.block_bytes - inputs.host_held_bytes) + copies + staging_bytes
-
-
 def _complete(
     profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, choice: Choice, why: Sequence[str]
 ) -> SwapPlan:
     swapped, slots = choice
-    tiers, staging_bytes, reasons = _tiers(profile, budget, inputs, swapped)
+    hosting = choose_hosting(profile, swapped, inputs, room_bytes=budget.host_bytes)
+    timing, reasons = hosting.timing(inputs, budget.host_bytes), list(hosting.reasons)
     inside = [block for block, is_swapped in zip(profile.blocks, swapped, strict=True) if is_swapped]
-    pinned = [block for block, tier in zip(profile.blocks, tiers, strict=True) if tier is HostTier.PINNED]
     device_bytes, limit = weight_bytes(profile, swapped, slots), budget.weight_bytes
     if device_bytes > limit:
         reasons.append(f"the weights take {format_bytes(device_bytes)}, over the budget of {format_bytes(limit)}")
@@ -346,16 +306,19 @@ def _complete(
         slot_bytes=profile.slot_bytes([i for i, is_swapped in enumerate(swapped) if is_swapped]),
         streams=inputs.timing.streams if inputs.overlap else 1,
         overlap=inputs.overlap,
-        tiers=tiers,
+        tiers=hosting.tiers,
         device_bytes=device_bytes,
         budget_bytes=limit,
         activation_bytes=None if inputs.activations is None else inputs.activations.nbytes,
         limit_bytes=budget.limit_bytes,
-        slab_bytes=sum(block.slab_host_bytes for block in inside),
-        pinned_bytes=sum(block.slab_host_bytes for block in pinned) + staging_bytes,
-        staging_bytes=staging_bytes,
+        slab_bytes=hosting.slab_bytes,
+        pinned_bytes=hosting.pinned_bytes,
+        staging_bytes=hosting.staging_bytes,
+        added_bytes=hosting.added_bytes,
+        file_bytes=hosting.file_bytes,
+        file_bytes_per_s=timing.file_bytes_per_s if hosting.file_bytes else None,
         streamed_bytes=sum(block.slab_bytes for block in inside) if slots < len(inside) else 0,
-        predicted=predict(profile, swapped, slots, tiers, inputs.timing, overlap=inputs.overlap),
+        predicted=predict(profile, swapped, slots, hosting.tiers, timing, overlap=inputs.overlap),
         over_ceiling=device_bytes > limit,
         reasons=(*why, budget.reason, *reasons, *tuning, *inputs.notes),
         tuning=tuning,
@@ -374,10 +337,9 @@ def _refuse_what_does_not_fit(profile: ModelProfile, budget: MemoryBudget, input
             f"{format_bytes(budget.limit_bytes)} not in use by other data; "
             f"{advice}close other programs, or take a smaller or quantised model"
         )
-    need = _host_need(profile, inputs, slab_bytes=plan.slab_bytes, staging_bytes=plan.staging_bytes)
-    if need > budget.host_bytes:
+    if plan.added_bytes > budget.host_limit_bytes:
         raise PlanError(
-            f"not enough RAM: {format_bytes(need)} more needed for {len(plan.swapped)} blocks, "
-            f"{format_bytes(budget.host_bytes)} usable (80 % of what is available); close other programs, "
-            "take a quantised model, or add RAM"
+            f"not enough RAM: {format_bytes(plan.added_bytes)} more needed for {plan.swapped_count} swapped blocks "
+            f"({format_bytes(plan.staging_bytes)} of it for staging slabs), {format_bytes(budget.host_limit_bytes)} "
+            "available; close other programs, take a quantised model, or add RAM"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
+from ...hardware.records import DiskSpeed
 from .schedule import ForwardTime
 
 STAGING_SLABS = 2
@@ -33,6 +34,8 @@ class Timing:
         pinned_bytes_per_s: Host-to-device bandwidth from page-locked memory.
         pageable_bytes_per_s: Host-to-device bandwidth from pageable memory.
         host_copy_bytes_per_s: Host-to-host bandwidth of the staging worker.
+        file_bytes_per_s: Speed at which the worker reads a file.
+        is_staging_pinned: The staging slabs are page-locked, so that one is read into while the other is copied.
         streams: Number of copy streams with which `pinned_bytes_per_s` is reached.
     """
 
@@ -40,6 +43,8 @@ class Timing:
     pinned_bytes_per_s: float | None = None
     pageable_bytes_per_s: float | None = None
     host_copy_bytes_per_s: float | None = None
+    file_bytes_per_s: float | None = None
+    is_staging_pinned: bool = True
     streams: int = 1
 
     def bytes_per_s(self, tier: HostTier) -> float | None:
@@ -48,9 +53,12 @@ class Timing:
             return self.pinned_bytes_per_s
         if tier is HostTier.PAGEABLE:
             return self.pageable_bytes_per_s
-        if self.pinned_bytes_per_s is None or self.host_copy_bytes_per_s is None:
+        is_file = tier is HostTier.FILE
+        fill = self.file_bytes_per_s if is_file else self.host_copy_bytes_per_s
+        copy = self.pinned_bytes_per_s if self.is_staging_pinned else self.pageable_bytes_per_s
+        if fill is None or copy is None:
             return None
-        return min(self.pinned_bytes_per_s, self.host_copy_bytes_per_s)
+        return min(fill, copy) if self.is_staging_pinned else 1 / (1 / fill + 1 / copy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,12 +83,15 @@ class HeldMemory:
         slab_bytes: Host memory of the swapped blocks' slabs.
         staging_bytes: Host memory of the staging slabs.
         pinned_bytes: Page-locked host memory.
+        added_bytes: The part of slabs and staging slabs that is not there without them: a slab of bytes that are in no
+            file takes the place of other memory.
     """
 
     device_bytes: int = 0
     slab_bytes: int = 0
     staging_bytes: int = 0
     pinned_bytes: int = 0
+    added_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +105,9 @@ class PlanInputs:
         own_bytes: Device memory of our residents, window and small tensors.
         reserve_bytes: Device memory that others ask us to leave free; the larger of this and our own reserve counts.
         is_unified: Card and host share one memory.
-        host_available_bytes: Available host memory, within the cgroup's limit.
+        host_available_bytes: Available host memory, within the cgroup's limit. What ours has added counts as free.
+        host_room_bytes: The part of it that slabs and staging slabs may take.
         pin_budget_bytes: Host memory that may be page-locked, less what other models have locked.
-        host_held_bytes: Bytes of the blocks that host memory holds already, in our slabs or elsewhere.
-        slab_bytes: Bytes of our slabs.
-        staging_bytes: Bytes of our staging slabs.
-        originals_stay: Something else keeps the blocks' weights in host memory, so that slabs are copies.
         vram_threshold_percent: Upper limit of VRAM use once the weights are placed, in percent of the card.
         bandwidth_target: Share of the available VRAM that weights may fill, 0 to 1.
         blocks_to_swap: Number of main blocks to swap; None lets the budget decide.
@@ -108,7 +116,8 @@ class PlanInputs:
         slots: Number of slots; None lets predicted times decide.
         overlap: Copies have streams of their own. Without them one slot suffices, since no copy can run ahead.
         pin: Slabs may be page-locked.
-        timing: Known speeds.
+        timing: Known speeds, without that of reads.
+        disk: Speed of reading the model's file; None if unknown.
         activations: Peak of a forward above the weights; None if unknown.
         tuning: Automatic choices with their reasons, as sentences; empty if the user made the choices.
         notes: What else the user must know about these inputs, as sentences.
@@ -124,11 +133,8 @@ class PlanInputs:
     reserve_bytes: int = 0
     is_unified: bool = False
     host_available_bytes: int
+    host_room_bytes: int
     pin_budget_bytes: int
-    host_held_bytes: int = 0
-    slab_bytes: int = 0
-    staging_bytes: int = 0
-    originals_stay: bool = False
     vram_threshold_percent: float = 50.0
     bandwidth_target: float = 0.8
     blocks_to_swap: int | None = None
@@ -138,6 +144,7 @@ class PlanInputs:
     overlap: bool = True
     pin: bool = True
     timing: Timing = field(default_factory=Timing)
+    disk: DiskSpeed | None = None
     activations: Activations | None = None
     tuning: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -163,9 +170,12 @@ class SwapPlan:
         budget_bytes: Device memory that the budget allows for block weights.
         activation_bytes: Expected or measured peak of a forward above the weights; None is unknown.
         limit_bytes: Device memory that other data do not use: room for weights and activations.
-        slab_bytes: Host memory of the slabs.
+        slab_bytes: Host memory of the slabs, which blocks that are read from their file have none of.
         pinned_bytes: Page-locked host memory of slabs and staging slabs.
-        staging_bytes: Host memory of the staging slabs, a part of `pinned_bytes`.
+        staging_bytes: Host memory of the staging slabs: page-locked, unless `pinned_bytes` is 0.
+        added_bytes: What slabs and staging slabs add to the host memory that the system cannot drop.
+        file_bytes: Bytes of the blocks that are read from their file.
+        file_bytes_per_s: Speed of these reads that the prediction assumes; None if unknown.
         streamed_bytes: Bytes that one forward of all blocks copies to the device; 0 if every swapped block has a slot.
         predicted: Predicted times of one forward of all blocks, in ms; None if a speed is unknown.
         over_ceiling: The weights exceed the budget.
@@ -187,6 +197,9 @@ class SwapPlan:
     slab_bytes: int
     pinned_bytes: int
     staging_bytes: int
+    added_bytes: int = 0
+    file_bytes: int = 0
+    file_bytes_per_s: float | None = None
     streamed_bytes: int
     predicted: ForwardTime | None
     over_ceiling: bool
@@ -207,6 +220,11 @@ class SwapPlan:
     def fits(self) -> bool | None:
         """Whether weights and activations fit in `limit_bytes`; None if activations are unknown."""
         return None if self.activation_bytes is None else self.device_bytes + self.activation_bytes <= self.limit_bytes
+
+    @property
+    def anonymous_bytes(self) -> int:
+        """Host memory of slabs and staging slabs that is not page-locked."""
+        return self.slab_bytes + self.staging_bytes - self.pinned_bytes
 
     @property
     def window_bytes(self) -> int:

@@ -13,6 +13,7 @@ from ...hardware import (
     READING_FAILURES,
     DeviceMemory,
     DeviceSpec,
+    DiskSpeed,
     HardwareUnavailableError,
     HostMemory,
     LinkSpeed,
@@ -21,6 +22,7 @@ from ...hardware import (
     read_device_memory,
     read_host_memory,
 )
+from ...hardware.disk import measure_disk
 from ..errors import PlanError
 from ..plan.make_plan import Readings
 
@@ -55,13 +57,16 @@ class Machine(Protocol):
     def link(self) -> LinkSpeed | None:
         """The link's measured speed; None where it cannot be measured."""
 
+    def disk(self, path: str) -> DiskSpeed | None:
+        """Measured speed of reading this file; None where it cannot be measured."""
+
 
 class TorchMachine:
     """The machine that torch runs on.
 
     Args:
         device: A device with memory of its own.
-        cache_dir: Folder that keeps measurements of the link; None keeps none.
+        cache_dir: Folder that keeps measurements of link and disks; None keeps none.
 
     Raises:
         HardwareUnavailableError: There is no such device, or its memory cannot be read.
@@ -108,6 +113,9 @@ class TorchMachine:
         if self._link is None:
             self._link = measure_link(self._device, cache_dir=self._cache_dir)
         return self._link
+
+    def disk(self, path: str) -> DiskSpeed | None:
+        return measure_disk(path, cache_dir=self._cache_dir)
 
 
 T = TypeVar("T")
@@ -170,8 +178,12 @@ class LastKnownReadings:
         """The link's measured speed; None where it cannot be measured."""
         return self._ask("the speed of the link", self._inner.link)
 
-    def read(self, link: LinkSpeed | None) -> Readings:
-        """All readings that a plan needs, now or last, with the link's speed as given.
+    def disk(self, path: str) -> DiskSpeed | None:
+        """Measured speed of reading this file; None where it cannot be measured."""
+        return self._ask("the speed of the disk", lambda: self._inner.disk(path))
+
+    def read(self) -> Readings:
+        """All readings that a plan needs, now or last, without measured speeds.
 
         Raises:
             PlanError: Device or host memory has never been read.
@@ -180,7 +192,6 @@ class LastKnownReadings:
             spec=self.spec,
             memory=self.memory(),
             host=self.host(),
-            link=link,
             unused_cache_bytes=self.unused_cache_bytes(),
         )
 

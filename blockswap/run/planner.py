@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from ...hardware import LinkSpeed, contradicts, tier_for
+from ...hardware import DiskSpeed, LinkSpeed, contradicts, tier_for
 from ...hardware.pinning import PinBudget
 from ..model.layout import ModelProfile
 from ..plan.budget import make_budget
@@ -36,6 +36,7 @@ class Planner:
         readings: The readings of the last plan.
         made: The last plan that was made, applied or not.
         link: The link's speed, as measured or as copies in a run showed it; None if no plan has needed it.
+        disk: The speed of reading the model's file; None if no plan has needed it.
         next_plan: Returned once, instead of a new plan; None to make one.
     """
 
@@ -50,6 +51,7 @@ class Planner:
         self.readings: Readings | None = None
         self.made: SwapPlan | None = None
         self.link: LinkSpeed | None = None
+        self.disk: DiskSpeed | None = None
         self.next_plan: SwapPlan | None = None
         self._inputs: PlanInputs | None = None
         self._most_pinned_bytes: int | None = None
@@ -58,7 +60,7 @@ class Planner:
         self._over_bytes = 0
 
     def __call__(self, profile: ModelProfile, held: HeldMemory) -> SwapPlan:
-        """The plan for this moment. Measures the link if copies run on streams and its speed is unknown.
+        """The plan for this moment. Measures link and disk if copies run on streams and their speed is unknown.
 
         Args:
             profile: The blocks and their bytes.
@@ -70,13 +72,12 @@ class Planner:
         self.profile = profile
         plan, self.next_plan = self.next_plan, None
         if plan is None:
-            self.readings = self.machine.read(self.link)
+            self.readings = self._read()
             self._inputs = self._inputs_from(self.readings, profile, held)
             plan = make_plan(profile, self._inputs)
-            # Without overlap there are no streams to choose, so that the link's speed decides nothing.
-            if plan.swapped_count and plan.overlap and self.link is None:
-                self.link = self.machine.link()
-                self.readings = replace(self.readings, link=self.link)
+            # Without overlap there are no streams to choose, so that speeds decide nothing.
+            if plan.overlap and self._measure(plan, profile):
+                self.readings = replace(self.readings, link=self.link, disk=self.disk)
                 self._inputs = self._inputs_from(self.readings, profile, held)
                 plan = make_plan(profile, self._inputs)
             self._keep_room(self._inputs)
@@ -85,18 +86,22 @@ class Planner:
         return plan
 
     def consider(self, held: HeldMemory) -> SwapPlan:
-        """The plan that would be made now for the same blocks, while they are placed; does not measure the link.
+        """The plan that would be made now for the same blocks, while they are placed; measures no speed.
 
         Raises:
             PlanError: None fits.
         """
         assert self.profile is not None, "a plan comes first"
-        return make_plan(self.profile, self._inputs_from(self.machine.read(self.link), self.profile, held))
+        return make_plan(self.profile, self._inputs_from(self._read(), self.profile, held))
 
     def predict(self, plan: SwapPlan) -> ForwardTime | None:
         """A forward of the present workload with `plan`, in virtual time; None where a speed or time is unknown."""
         assert self.profile is not None, "a plan comes first"
-        timing = timing_of(self.link, streams=plan.streams, compute_ms=self._compute_ms(self.profile))
+        timing = replace(
+            timing_of(self.link, streams=plan.streams, compute_ms=self._compute_ms(self.profile)),
+            file_bytes_per_s=plan.file_bytes_per_s,
+            is_staging_pinned=plan.pinned_bytes > 0,
+        )
         return predict(self.profile, plan.swapped, plan.slots, plan.tiers, timing, overlap=plan.overlap)
 
     def is_over_budget(self, plan: SwapPlan, *, own_bytes: int) -> bool:
@@ -213,9 +218,22 @@ class Planner:
             self._most_pinned_bytes = None
         self.settings = settings
 
+    def _read(self) -> Readings:
+        return replace(self.machine.read(), link=self.link, disk=self.disk)
+
+    def _measure(self, plan: SwapPlan, profile: ModelProfile) -> bool:
+        """Measures the speeds that decide over `plan` and are unknown. Returns whether there were any."""
+        needs_link = plan.swapped_count > 0 and self.link is None
+        needs_disk = plan.file_bytes > 0 and self.disk is None and bool(profile.files)
+        if needs_link:
+            self.link = self.machine.link()
+        if needs_disk:
+            self.disk = self.machine.disk(profile.files[0])
+        return needs_link or needs_disk
+
     def _inputs_from(self, readings: Readings, profile: ModelProfile, held: HeldMemory) -> PlanInputs:
         """The inputs of a plan: readings, our own memory as free, and what is known of the blocks."""
-        inputs = plan_inputs(profile, self.settings, readings, self.limits)
+        inputs = plan_inputs(profile, self.settings, readings, self.limits, own_host_bytes=held.added_bytes)
         locked_elsewhere = max(0, self.pins.used_bytes - held.pinned_bytes)
         left = min(inputs.pin_budget_bytes, self.pins.limit_bytes) - locked_elsewhere
         if self._most_pinned_bytes is not None:
@@ -223,9 +241,6 @@ class Planner:
         inputs = replace(
             inputs,
             own_bytes=held.device_bytes,
-            host_held_bytes=profile.block_bytes,
-            slab_bytes=held.slab_bytes,
-            staging_bytes=held.staging_bytes,
             pin_budget_bytes=max(0, left),
             activations=self.activations,
             timing=replace(inputs.timing, compute_ms=self._compute_ms(profile)),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ...hardware.records import Samples
 from ..model.layout import ModelProfile
 from ..plan.schedule import ForwardTime
-from ..plan.swap_plan import SwapPlan
+from ..plan.swap_plan import HostTier, SwapPlan
 from ..spans import COMPUTE, COPY, FORWARD, STALL, Span
 from .replan import Observation, observe
 
@@ -61,7 +61,8 @@ class Measured:
         activation_bytes: Device memory that forwards took above the weights, the highest peak.
         slab_bytes: Host memory of the slabs.
         pinned_bytes: Host memory that we have page-locked.
-        original_bytes: Host memory that the loader keeps for the same weights, beside the slabs.
+        anonymous_bytes: Host memory of slabs and staging slabs that is not page-locked.
+        file_bytes: Bytes of the swapped blocks that are read from their file.
         refusals: Why slabs could not be page-locked as planned.
         replans: Why the plan was changed, each time.
         blocks: Times of each block in execution order; empty if none were measured.
@@ -82,7 +83,8 @@ class Measured:
     activation_bytes: int | None = None
     slab_bytes: int
     pinned_bytes: int
-    original_bytes: int = 0
+    anonymous_bytes: int = 0
+    file_bytes: int = 0
     refusals: tuple[str, ...] = ()
     replans: tuple[str, ...] = ()
     blocks: tuple[BlockTimes, ...] = ()
@@ -218,7 +220,8 @@ class RunStats:
                 self.measured(),
                 slab_bytes=held.slab_bytes,
                 pinned_bytes=held.pinned_bytes,
-                original_bytes=profile.block_bytes if self._planner.limits.originals_stay else 0,
+                anonymous_bytes=max(0, held.slab_bytes + held.staging_bytes - held.pinned_bytes),
+                file_bytes=sum(profile.blocks[i].file_bytes for i, tier in tiers.items() if tier is HostTier.FILE),
                 refusals=session.refusals,
                 replans=tuple(self.replans),
                 blocks=block_times(_since(spans, self.timed), profile, plan.swapped) if is_timed else (),

@@ -37,7 +37,7 @@ class ModelSize:
 
 
 def summary(report: RunReport) -> str:
-    """At most 12 lines, predicted beside measured; what did not happen or is unknown is left out."""
+    """At most 11 lines, predicted beside measured; what did not happen or is unknown is left out."""
     measured = report.measured
     lines = [
         f"{_one_line(report.title)}: {_swapped(report.plan)}",
@@ -48,7 +48,6 @@ def summary(report: RunReport) -> str:
         _copies(report),
         _tuning(report.plan),
         _host(measured),
-        _loader(measured),
         _sampled(measured.samples),
         _named("planned again", measured.replans),
         _named("note", report.notes),
@@ -75,8 +74,8 @@ def plan_text(plan: SwapPlan, *, card: str, budget_bytes: int) -> str:
     lines = [head, _weights_planned(plan), *(f"- {reason}" for reason in plan.reasons)]
     if count:
         tiers = ", ".join(f"{n} {tier}" for tier, n in host_tiers(plan).items())
-        moved = f"{_decimal(plan.streamed_bytes)} copied per forward"
-        lines.insert(2, f"host: {format_bytes(plan.slab_bytes)} of slabs ({tiers}); {moved}")
+        held = _held(plan.slab_bytes, plan.pinned_bytes, plan.anonymous_bytes, plan.file_bytes)
+        lines.insert(2, f"host: {held} ({tiers}); {_decimal(plan.streamed_bytes)} copied per forward")
     return "\n".join(lines)
 
 
@@ -217,15 +216,18 @@ def _tuning(plan: SwapPlan) -> str:
 
 
 def _host(measured: Measured) -> str:
-    slabs, pinned = measured.slab_bytes, measured.pinned_bytes
-    held = f"host memory: {format_bytes(slabs)} of slabs; {format_bytes(pinned)} page-locked" if slabs or pinned else ""
+    parts = measured.slab_bytes, measured.pinned_bytes, measured.anonymous_bytes, measured.file_bytes
+    held = f"host memory: {_held(*parts)}" if any(parts) else ""
     return "; ".join(part for part in (held, _named("not page-locked", measured.refusals)) if part)
 
 
-def _loader(measured: Measured) -> str:
-    """In its own line, since this memory is not ours."""
-    kept = measured.original_bytes
-    return f"the loader keeps {format_bytes(kept)} of the same weights beside the slabs" if kept else ""
+def _held(slabs: int, pinned: int, anonymous: int, file: int) -> str:
+    parts = [f"{format_bytes(slabs)} of slabs", f"{format_bytes(pinned)} page-locked"]
+    if anonymous:
+        parts.append(f"{format_bytes(anonymous)} of ordinary memory")
+    if file:
+        parts.append(f"{format_bytes(file)} read from the file in each forward")
+    return "; ".join(parts)
 
 
 def _sampled(samples: Samples | None) -> str:

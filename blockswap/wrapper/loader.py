@@ -16,12 +16,15 @@ from .wanvideo import entry, named_blocks
 logger = logging.getLogger(__name__)
 
 
-def stored_tensors(model: Any, patches: Mapping[str, Any]) -> dict[str, TensorInfo]:
+def stored_tensors(
+    model: Any, patches: Mapping[str, Any], *, is_in_file: Callable[[torch.Tensor], bool] = lambda tensor: False
+) -> dict[str, TensorInfo]:
     """The tensors that a model's transformer will have on the host once a run has loaded its weights.
 
     Args:
         model: The wrapper's model.
         patches: Unmerged LoRA weights by the name of the weight that they change.
+        is_in_file: Whether a tensor's bytes are those of a file, unchanged.
     """
     readers, stored = entry(model, "gguf_reader"), entry(model, "sd")
     found: dict[str, TensorInfo] = {}
@@ -32,7 +35,7 @@ def stored_tensors(model: Any, patches: Mapping[str, Any]) -> dict[str, TensorIn
     dtype = entry(model, "weight_dtype")
     for name, tensor in weights.items():
         if isinstance(tensor, torch.Tensor) and not (tensor.is_meta and readers is not None):
-            found.setdefault(name.replace("_orig_mod.", ""), _as_loaded(name, tensor, dtype, weights))
+            found.setdefault(name.replace("_orig_mod.", ""), _as_loaded(name, tensor, dtype, weights, is_in_file))
     for name, deltas in patches.items():
         found[f"{name.removeprefix('diffusion_model.')}.lora_diff"] = TensorInfo((1,), "LORA", _bytes_in(deltas))
     return found
@@ -49,12 +52,25 @@ def _tensors_of_gguf(reader: Any) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _as_loaded(name: str, tensor: torch.Tensor, dtype: Any, weights: Mapping[str, Any]) -> TensorInfo:
-    """A tensor as the wrapper will load it: a block's matrix without a scale gets the model's weight type."""
+def _as_loaded(
+    name: str,
+    tensor: torch.Tensor,
+    dtype: Any,
+    weights: Mapping[str, Any],
+    is_in_file: Callable[[torch.Tensor], bool],
+) -> TensorInfo:
+    """A tensor as the wrapper will load it: a block's matrix without a scale gets the model's weight type. If that is
+    another type than it is stored in, the loaded tensor is a copy.
+    """
     is_matrix = "blocks." in name and name.endswith(".weight") and tensor.dim() > 1
     has_scale = name.replace(".weight", ".scale_weight") in weights
     kind = dtype if is_matrix and not has_scale and isinstance(dtype, torch.dtype) else tensor.dtype
-    return TensorInfo(tuple(tensor.shape), str(kind).removeprefix("torch."), tensor.numel() * kind.itemsize)
+    return TensorInfo(
+        tuple(tensor.shape),
+        str(kind).removeprefix("torch."),
+        tensor.numel() * kind.itemsize,
+        in_file=kind == tensor.dtype and is_in_file(tensor),
+    )
 
 
 def _bytes_in(value: Any) -> int:

@@ -134,7 +134,6 @@ class MadeRun:
             link=LinkSpeed(((1, LINK_BYTES_PER_S),), None),
             compute_ms=(block_ms,) * len(model.model.blocks),
             activations=Activations(nbytes=expected, is_measured=False),
-            host_held_bytes=model.model.block_bytes,
         )
         self.card = case.card
         self.plan: SwapPlan = make_plan(model.model, case.settings, facts)

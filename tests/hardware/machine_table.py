@@ -14,12 +14,15 @@ from machines import Machine
 from wanvideo_enhanced_blockswap.blockswap.checkpoint.wan_file import read_checkpoint
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
 from wanvideo_enhanced_blockswap.blockswap.model.wan import CheckpointProfile, activation_bytes, block_flops, tokens_for
+from wanvideo_enhanced_blockswap.blockswap.plan import make_plan as planning
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
+from wanvideo_enhanced_blockswap.commands.plan import once_loaded
 from wanvideo_enhanced_blockswap.hardware import (
     GIB,
     DeviceMemory,
     DeviceSpec,
+    DiskSpeed,
     LinkSpeed,
     Vendor,
     find_gpu,
@@ -36,10 +39,11 @@ hardware/tuning.py knows. `python tests/hardware/write_machines.py` writes this 
 
 A cell:  35/40 2 slots  4.60+1.31  pin 22.9  12 ms  7.1% !
          swapped blocks of all; slots of the window; GiB on the device, residents and small tensors + window; host tiers
-         of the swapped blocks (pin: page-locked, stg: through staging slabs, pag: pageable) and their GiB; what compute
-         waits for copies in a forward, and what the copies take as a share of compute, ? without compute times;
-         ! over the budget even so. refused: what is too small. A dash: no device to swap on.
-The model is not in host memory yet; its tensors outside the blocks are on the device.
+         of the swapped blocks (pin: page-locked, fil: read from their file, stg: through staging slabs, pag: pageable)
+         and their GiB; what compute waits for copies in a forward, and what the copies take as a share of compute,
+         ? without compute times; ! over the budget even so. refused: what is too small. A dash: no device to swap on.
+The loader has copied GGUF models into host memory and left the others in their files, on a disk that reads 3.5 GB/s, or
+7 from the system's cache; tensors outside the blocks are on the device.
 """
 SHAPES = ((832, 480, 81), (1280, 720, 81))
 TALL_OF_5B = 704
@@ -48,7 +52,8 @@ Shape = tuple[int, int, int]
 Cell = tuple[str, Shape]
 Plan = SwapPlan | PlanError | None
 Plans = dict[Cell, Plan]
-TIERS = {HostTier.PINNED: "pin", HostTier.STAGED: "stg", HostTier.PAGEABLE: "pag"}
+DISK = DiskSpeed(3.5e9, 7e9)
+TIERS = {HostTier.PINNED: "pin", HostTier.FILE: "fil", HostTier.STAGED: "stg", HostTier.PAGEABLE: "pag"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Model:
 
 
 def models() -> tuple[Model, ...]:
-    """Wan 1.3B, 2.2 5B and 14B, each in bf16, fp8 and GGUF Q4_K."""
+    """Wan 1.3B, 2.2 5B and 14B, each in bf16, fp8 and GGUF Q4_K; 14B in GGUF F16 too, the most that a loader copies."""
     sizes = {
         "1.3B": wan_shapes(1536, 8960, 30) | embedding_shapes(1536),
         "5B": wan_shapes(3072, 14336, 30, channels=48, latents=48) | embedding_shapes(3072),
@@ -79,6 +84,8 @@ def models() -> tuple[Model, ...]:
                 "fp8": write_sparse_safetensors(Path(folder) / "fp8.safetensors", shapes, "F8_E4M3"),
                 "Q4_K": write_sparse_gguf(Path(folder) / "q4.gguf", shapes, "Q4_K"),
             }
+            if name == "14B":
+                files["F16"] = write_sparse_gguf(Path(folder) / "f16.gguf", shapes, "F16")
             found += [Model(f"{name} {kind}", read_checkpoint(file)) for kind, file in files.items()]
     return tuple(found)
 
@@ -111,11 +118,13 @@ def _plan(machine: Machine, readings: Readings, checkpoint: CheckpointProfile, s
     architecture = checkpoint.architecture
     tokens = tokens_for(architecture, *shape)
     free = max(0, readings.memory.free_bytes - checkpoint.model.other_bytes)
+    machine_read = planning.Readings(spec=readings.spec, memory=readings.memory, host=readings.host)
     facts = Facts(
         spec=readings.spec,
         memory=replace(readings.memory, free_bytes=free),
-        host=readings.host,
+        host=once_loaded(checkpoint.model, machine_read).host,
         link=machine.link,
+        disk=DISK,
         compute_ms=_compute_ms(readings, checkpoint, tokens),
         activations=Activations(nbytes=activation_bytes(architecture, tokens), is_measured=False),
     )
