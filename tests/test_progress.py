@@ -12,7 +12,6 @@ from shown import planned, predicted, ran
 from wanvideo_enhanced_blockswap.blockswap.engine.session import Holdings
 from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError, PlanError
 from wanvideo_enhanced_blockswap.blockswap.host.pages import Locking
-from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Limits
 from wanvideo_enhanced_blockswap.blockswap.run.progress import (
     AdoptFigures,
     MemoryUse,
