@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from wanvideo_enhanced_blockswap.blockswap.host.regions import RegionFinder
+from wanvideo_enhanced_blockswap.blockswap.host.slabs import RegionFinder
 
 
 def stored(model: nn.Module, path: Path) -> dict[str, torch.Tensor]:

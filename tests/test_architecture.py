@@ -19,10 +19,12 @@ ROOMS = {
     "hardware": (),
     "hardware/disk": ("hardware",),
     "blockswap": ("hardware",),
-    "blockswap/model": ("blockswap", "hardware"),
+    "blockswap/model": ("blockswap", "hardware", "hardware/disk"),
     "blockswap/plan": ("blockswap/model", "blockswap", "hardware"),
     "blockswap/device": ("blockswap", "hardware"),
-    "blockswap/host": ("blockswap/device", "blockswap/plan", "blockswap/model", "blockswap", "hardware"),
+    "blockswap/host": (
+        *("blockswap/device", "blockswap/plan", "blockswap/model", "blockswap", "hardware", "hardware/disk"),
+    ),
     "blockswap/engine": (
         *("blockswap/host", "blockswap/device", "blockswap/plan", "blockswap/model", "blockswap", "hardware"),
     ),

@@ -10,7 +10,7 @@ from run_bench import BLOCK, Bench, X
 from toys import window_of
 from wanvideo_enhanced_blockswap.blockswap import SwapSettings
 from wanvideo_enhanced_blockswap.blockswap.engine.binding import BlockBinding
-from wanvideo_enhanced_blockswap.blockswap.engine.checks import checksum
+from wanvideo_enhanced_blockswap.blockswap.engine.swapper import checksum
 from wanvideo_enhanced_blockswap.blockswap.errors import TransferError, UnsupportedModelError
 
 DEBUG = SwapSettings(debug_mode=True)

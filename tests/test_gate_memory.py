@@ -13,8 +13,8 @@ from call_arguments import arguments_compared
 from gate_bench import BLOCKS, GateBench, allocated, arguments, truth
 from standin import Fault, InterruptProcessingException, Workflow
 from wanvideo_enhanced_blockswap.blockswap.engine import session as session_module
+from wanvideo_enhanced_blockswap.blockswap.engine.placer import Placer
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState
-from wanvideo_enhanced_blockswap.blockswap.engine.swapper import BlockSwapper
 from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError
 from wanvideo_enhanced_blockswap.blockswap.run.progress import Phase, Progress, stopped
 
@@ -139,15 +139,15 @@ def test_the_node_is_told_the_error_that_the_run_has_ended_with(bench: GateBench
 
 def refuse_device_memory(monkeypatch: pytest.MonkeyPatch, *, times: int) -> None:
     """The next adopts get no device memory."""
-    place, left = BlockSwapper._place, [True] * times
+    start, left = Placer.start, [True] * times
 
-    def refuse(swapper: BlockSwapper) -> None:
+    def refuse(placer: Placer) -> None:
         if left:
             left.pop()
             raise torch.OutOfMemoryError("no room")
-        place(swapper)
+        start(placer)
 
-    monkeypatch.setattr(BlockSwapper, "_place", refuse)
+    monkeypatch.setattr(Placer, "start", refuse)
 
 
 def test_memory_that_runs_out_while_blocks_are_placed_is_in_the_report_and_the_run_never_stopped(

@@ -227,7 +227,7 @@ def test_a_run_without_a_forward_is_told_as_stopped() -> None:
     watcher = Watcher(bench)
     bench.run.prepare(SMALL_VIDEO)
     bench.run.release()
-    assert watcher.phases() == [Phase.ADOPTING, Phase.SAMPLING, Phase.STOPPED]
+    assert watcher.phases() == [Phase.ADOPTING, Phase.STOPPED]
 
 
 def test_a_release_without_a_run_tells_nothing() -> None:

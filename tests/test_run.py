@@ -11,11 +11,13 @@ import pytest
 import torch
 from run_bench import BLOCK, COUNT, LARGE_VIDEO, SMALL_VIDEO, Bench, interrupt
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
+from wanvideo_enhanced_blockswap.blockswap.model.layout import BlockProfile, ModelProfile, Placement, TensorProfile
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Limits
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HeldMemory, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.run.replan import MOST_REPLANS
 from wanvideo_enhanced_blockswap.blockswap.run.run import TIMED_FORWARDS
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
+from wanvideo_enhanced_blockswap.hardware import MIB, DiskSpeed
 
 
 def test_a_run_keeps_under_its_budget_and_measures_what_the_weights_take() -> None:
@@ -258,3 +260,60 @@ def test_a_run_that_is_dropped_leaves_nothing_on_the_device_and_no_page_locked()
     gc.collect()
     assert alive() is None
     assert (bench.simulation.streams.allocated_bytes, bench.simulation.registrar.locked) == (0, {})
+
+
+def stored(count: int) -> ModelProfile:
+    """Blocks of 1 MiB in a file."""
+    weight = TensorProfile("w", MIB, Placement.STREAMED, in_file=True)
+    blocks = tuple(BlockProfile(f"blocks.{i}", (weight,)) for i in range(count))
+    return ModelProfile(blocks, files=("wan.safetensors", "lora.safetensors"))
+
+
+@pytest.mark.parametrize(("host_mib", "read"), [(100, False), (7, True)])
+def test_the_disk_is_measured_once_and_only_for_a_plan_that_reads_from_it(host_mib: int, read: bool) -> None:
+    bench = Bench(room=5)
+    bench.machine.total_bytes, bench.machine.host_available_bytes = 10 * MIB, host_mib * MIB
+    planner, profile = bench.run.planner, stored(8)
+    for _ in range(2):
+        plan = planner(profile, HeldMemory())
+        assert (plan.file_bytes > 0) == read
+    assert bench.machine.disks == ["wan.safetensors"] * read
+    assert bench.machine.measured == 1
+    planner.workload = SMALL_VIDEO
+    planner.history.of(SMALL_VIDEO).compute_ms = (1.0,) * 8
+    predicted, again = planner(profile, HeldMemory()), planner.consider(HeldMemory())
+    assert predicted.predicted is not None
+    assert planner.predict(predicted) == predicted.predicted
+    assert again == predicted
+    assert predicted.file_bytes_per_s == (bench.machine.link_speed / 4 if read else None)
+
+
+def test_a_disk_whose_speed_cannot_be_measured_leaves_the_prediction_unknown(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(path: str) -> DiskSpeed:
+        raise OSError("no such disk")
+
+    bench = Bench(room=5)
+    bench.machine.total_bytes, bench.machine.host_available_bytes = 10 * MIB, 7 * MIB
+    monkeypatch.setattr(bench.machine, "disk", fail)
+    plan = bench.run.planner(stored(8), HeldMemory())
+    assert (plan.file_bytes > 0, plan.file_bytes_per_s, plan.predicted) == (True, None, None)
+    assert sum("the speed of the disk cannot be read" in record.message for record in caplog.records) == 1
+
+
+def test_what_a_run_has_added_to_host_memory_counts_as_available_to_its_next_plan() -> None:
+    bench = Bench(room=5)
+    bench.machine.total_bytes, bench.machine.host_available_bytes = 10 * MIB, 7 * MIB
+    host, planner = bench.machine.host(), bench.run.planner
+    first = planner(stored(8), HeldMemory())
+    held = HeldMemory(
+        slab_bytes=first.slab_bytes,
+        staging_bytes=first.staging_bytes,
+        pinned_bytes=first.pinned_bytes,
+        added_bytes=first.added_bytes,
+    )
+    left = replace(host, available_bytes=host.available_bytes - first.added_bytes)
+    bench.machine.host = lambda: left  # type: ignore[method-assign]
+    assert planner(stored(8), held) == first
+    assert planner(stored(8), HeldMemory()).added_bytes < first.added_bytes

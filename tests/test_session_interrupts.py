@@ -166,7 +166,8 @@ def test_an_interrupt_at_any_line_of_a_forward_is_survived(functions: set[str]) 
 
 
 def test_an_interrupt_at_any_line_of_adopt_leaves_true_weights_and_a_second_try_works() -> None:
-    functions = {"_open", "_place", "_fill_slab", "_binding", "put", "fill", "prefetch"}
+    functions = {"_open", "start", "_place_block", "_fill_slab", "_place_resident", "wait_for", "_binding", "_complete"}
+    functions |= {"put", "fill", "prefetch"}
     failed = {}
     for n in itertools.count():
         case, striking = InterruptedRun(tiers=HostTier.PINNED), Striking(n, functions)

@@ -193,11 +193,11 @@ class Placer:
         """In the worker: the slab of a block, filled before its turn if it is needed now."""
         pending.job.run()
         if not pending.is_placed:
-            raise TransferError(f"{self._profile(block).name} was not placed")  # `settle` raises why
+            raise TransferError(f"{self._profile(block).name} was not placed")  # `wait_for` raises why
         self._store.finish_locking()
         return self._store.slabs[block]
 
-    def settle(self, block: int) -> bool:
+    def wait_for(self, block: int) -> bool:
         """Waits until a block is placed; False if it cannot be, since one of its tensors has changed."""
         pending = self.pending.get(block)
         if pending is None:

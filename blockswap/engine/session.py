@@ -19,8 +19,7 @@ from ..device.streams import Streams
 from ..device.worker import InlineWorker, run_outside_workers
 from ..errors import BlockSwapError, UnsupportedModelError
 from ..host.pages import PageMemory
-from ..host.regions import RegionFinder
-from ..host.slabs import Slab
+from ..host.slabs import RegionFinder, Slab
 from ..host.staging import UnlockedCopies
 from ..host.store import HostStore
 from ..model.layout import ModelProfile
@@ -180,8 +179,8 @@ class SwapSession:
         plan = self._planner(model.profile, self.held)
         try:
             self._open(model, plan)
-            if wait:
-                self._settle()
+            if wait and self._holds.swapper is not None:
+                self._holds.swapper.settle()
             self.plan = plan
             self.adoptions += 1
             self.state = SessionState.ADOPTED
@@ -210,11 +209,6 @@ class SwapSession:
     def _new_store(self, streams: Streams) -> HostStore:
         backend = self._backend
         return HostStore(streams, backend.registrar, backend.pin_budget, backend.host_room)
-
-    def _settle(self) -> None:
-        assert self._holds.swapper is not None
-        with self._holds.swapper.guard():
-            self._holds.swapper.settle()
 
     @translate_device_errors("device memory was being given back")
     def release(self) -> None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..device.failures import device_error
-from ..errors import BlockSwapError, UnsupportedModelError
+from ..errors import BlockSwapError, TransferError, UnsupportedModelError
+from ..host.slabs import Slab
 from ..host.store import HostStore
 from ..model.layout import Placement
 from ..model.profile import ProfiledModel
+from ..model.tensors import flat
 from ..plan.schedule import Ring, Step
 from ..plan.swap_plan import HostTier, SwapPlan
 from ..spans import COMPUTE, STALL
 from .binding import bind
-from .checks import check_slot
 from .placer import Listeners, Placer
 from .trace import Trace
 from .transfer import LabelledTransfer, Transfer
@@ -68,10 +69,6 @@ class BlockSwapper:
             self.release()
             raise
 
-    def guard(self) -> contextlib.AbstractContextManager[object]:
-        """A context in which the device is the current one, for `settle`."""
-        return self._transfer.streams.guard()
-
     def prefetch(self) -> None:
         """Starts to fill the window with the first blocks, before any forward."""
         with self._transfer.streams.guard():  # Rule 8
@@ -97,7 +94,7 @@ class BlockSwapper:
         try:
             with self._transfer.streams.guard():  # Rule 8
                 self._finish()
-                if self._pending and not self._placer.settle(block):
+                if self._pending and not self._placer.wait_for(block):
                     return False
                 binding = self._blocks[block]
                 if not binding.is_unchanged():
@@ -144,7 +141,8 @@ class BlockSwapper:
         Returns:
             False if a tensor was replaced or moved meanwhile, so that a new swapper must be made.
         """
-        return all(self._placer.settle(block) for block in list(self._pending))
+        with self._transfer.streams.guard():  # Rule 8
+            return all(self._placer.wait_for(block) for block in list(self._pending))
 
     def abort(self) -> None:
         """Cleans up after an exception anywhere in a forward: every tensor points at its master, no copy is in
@@ -195,3 +193,44 @@ class BlockSwapper:
             block = onload.block
             slab = self._placer.slab(block) if block in self._pending else self._store.slabs[block]
             self._copies.start(onload.slot, slab, block=block)
+
+
+WORD = 8
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """The sum of a strided tensor's bytes as 64-bit integers that wrap around, and of the bytes left over.
+
+    It finds words that were lost, moved or left from an earlier copy, but not words that changed places.
+
+    Args:
+        tensor: Starts at a multiple of eight bytes, as in slabs and slots.
+    """
+    with torch.inference_mode():
+        data = flat(tensor).view(torch.uint8)
+        whole = data.numel() // WORD * WORD
+        return int(data[:whole].view(torch.int64).sum()) + int(data[whole:].sum(dtype=torch.int64))
+
+
+def check_slot(name: str, paths: Sequence[str], views: Sequence[torch.Tensor], slab: Slab) -> None:
+    """Compares the tensors that a block is about to use with those that its slab was filled with.
+
+    Args:
+        name: The block's name.
+        paths: Names of its streamed tensors within the block.
+        views: The tensors in the slot; the compute stream already waits for their copy.
+        slab: The slab that they were copied from.
+
+    Raises:
+        TransferError: A tensor differs.
+    """
+    if slab.checksums is None:
+        slab.checksums = tuple(map(checksum, slab.views))
+    for path, view, expected in zip(paths, views, slab.checksums, strict=True):
+        found = checksum(view)
+        if found != expected:
+            raise TransferError(
+                f"{name}.{path} has other bytes on the device than when it was adopted (checksum {found:x} instead of "
+                f"{expected:x}): another node edited it through .data, or a copy went wrong; remove other nodes that "
+                "patch the model, and report this if it happens again"
+            )

@@ -163,8 +163,8 @@ class ProgressFeed:
         self._planner = planner
         self._placed_bytes: list[int] = []
 
-    def placed(self, plan: SwapPlan, count: int, pinned_bytes: int) -> None:
-        """Reports during an adopt that `count` blocks are placed."""
+    def placed(self, plan: SwapPlan, count: int, pinned_bytes: int, stats: RunStats) -> None:
+        """Reports, during an adopt and the first forward, that `count` blocks are placed."""
         profile = self._planner.profile
         if self.watcher is None or profile is None:
             return
@@ -173,6 +173,8 @@ class ProgressFeed:
         adopt = AdoptFigures(placed=self._placed_bytes[count], all=self._placed_bytes[-1], pinned=pinned_bytes)
         memory = self._memory(plan)
         self.watcher(Progress(phase=Phase.ADOPTING, memory=memory, plan=plan, predicted=plan.predicted, adopt=adopt))
+        if count == len(plan.swapped):
+            self.ran(plan, stats)
 
     def ran(self, plan: SwapPlan, stats: RunStats) -> None:
         """Reports that the weights are placed, or that a forward has returned."""

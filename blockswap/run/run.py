@@ -83,7 +83,8 @@ class SwapRun:
         self._peak = PeakMeter(self._machine)
         self.planner = Planner(settings, self._machine, backend.pin_budget, limits_within(limits or Limits(), backend))
         self._feed = ProgressFeed(self.planner)
-        listeners = Listeners(on_placed=self._placed)
+        placed = weakref.WeakMethod(self._placed)  # weak: a run that is dropped goes at once
+        listeners = Listeners(on_placed=lambda *of: None if (report := placed()) is None else report(*of))
         self.session = SwapSession(blocks, self.planner, backend, root=root, traced=TIMED_FORWARDS, listeners=listeners)
         self.last_report: RunReport | None = None
         self._title = f"{'blocks' if root is None else type(root).__name__} on {machine.spec.name}"
@@ -304,9 +305,7 @@ class SwapRun:
             self._log_configuration(plan)
 
     def _placed(self, plan: SwapPlan, count: int, pinned_bytes: int) -> None:
-        self._feed.placed(plan, count, pinned_bytes)
-        if count == len(plan.swapped):
-            self._feed.ran(plan, self._stats)
+        self._feed.placed(plan, count, pinned_bytes, self._stats)
 
     def _adopt_anew(self, why: str, present: SwapPlan) -> None:
         logger.info("planning again: %s", why)
@@ -384,8 +383,8 @@ class SwapRun:
             self._stats.observation, self._stats.prediction = None, self.planner.predict(self._present)
 
     def _trace_what_is_asked(self) -> None:
-        self.session.checks = self.planner.settings.debug_mode
-        self.session.log.traced = EVERY_FORWARD if self.planner.settings.debug_mode else self._timed
+        self.session.checks = is_asked = self.planner.settings.debug_mode
+        self.session.log.traced = EVERY_FORWARD if is_asked else self._timed
 
     # ------------------------------------------------------------------------------------------------------ reporting
 

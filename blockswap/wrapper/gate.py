@@ -246,7 +246,7 @@ class GatedModel:
 
     Args:
         run: Its run.
-        on_last_step: Called once in a run, when its last step begins.
+        on_last_step: A method, held weakly, that is called once in a run, when its last step begins.
 
     Attributes:
         hints_to_host: Whether VACE hints go to the host.
@@ -255,7 +255,7 @@ class GatedModel:
     def __init__(self, run: SwapRun, *, on_last_step: Callable[[GatedModel], None]) -> None:
         self.run = run
         self.hints_to_host = False
-        self._on_last_step = on_last_step
+        self._on_last_step = weakref.WeakMethod(on_last_step)
         self._is_last_step = False
         # Weak, since a Forward may hold the module's former `forward`, and with it the module.
         self._armed: list[weakref.ref[Forward]] = []
@@ -306,7 +306,9 @@ class GatedModel:
         latents = arguments[0] if arguments else keywords.get("x")
         if keywords.get("last_step") and not self._is_last_step:
             self._is_last_step = True
-            self._on_last_step(self)
+            read_ahead = self._on_last_step()
+            if read_ahead is not None:
+                read_ahead(self)
         while True:
             has_started = False
             try:
