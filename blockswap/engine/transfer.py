@@ -53,7 +53,8 @@ class Slot:
         filling: The staging job that fills the slot, until the worker has recorded `pending`.
         filled_bytes: Bytes of the current content.
         block: The block of the current content, for labels.
-        chunks: Per block and source, made once: copy stream, view of the slot and view of the source of each chunk.
+        chunks: Per number of bytes, made once: copy stream, view of the slot and place in the source of each chunk. Not
+            views of the source, which would keep its memory after its last use.
     """
 
     memory: torch.Tensor
@@ -64,7 +65,7 @@ class Slot:
     filling: Job | None = None
     filled_bytes: int = 0
     block: int = -1
-    chunks: dict[tuple[int, int], list[tuple[Any, torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    chunks: dict[int, list[tuple[Any, torch.Tensor, slice]]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -283,9 +284,9 @@ class Transfer:
         """Queues copies of `source` into `slot`, one chunk per copy stream; returns the events behind them. The worker
         calls it for slabs that are not page-locked.
         """
-        chunks = slot.chunks.get((block, source.data_ptr()))
+        chunks = slot.chunks.get(nbytes)
         if chunks is None:
-            chunks = slot.chunks[block, source.data_ptr()] = self._cut(slot, source, nbytes)
+            chunks = slot.chunks[nbytes] = self._cut(slot, nbytes)
         before = () if slot.consumed else slot.pending
         slot.pending, slot.consumed = slot.ready[: len(chunks)], False
         for copies, _, _ in chunks:
@@ -295,19 +296,19 @@ class Transfer:
         trace = self.trace  # read once for all chunks: the host may change it while the worker copies
         for i, (copies, target, part) in enumerate(chunks):
             begin = None if trace is None else self.streams.mark(copies)
-            self.streams.copy(target, part, copies)
+            self.streams.copy(target, source[part], copies)
             if trace is not None:
                 trace.add(f"{COPY} {i}", block, begin, self.streams.mark(copies))
             self.streams.record(slot.pending[i], copies)
         return slot.pending
 
-    def _cut(self, slot: Slot, source: torch.Tensor, nbytes: int) -> list[tuple[Any, torch.Tensor, torch.Tensor]]:
-        """For each copy stream that gets a chunk: the stream, the chunk of the slot, the chunk of the source."""
+    def _cut(self, slot: Slot, nbytes: int) -> list[tuple[Any, torch.Tensor, slice]]:
+        """For each copy stream that gets a chunk: the stream, the chunk of the slot, its place in the source."""
         copies = self.streams.copy_streams
         chunk = align(max(-(-nbytes // len(copies)), self.streams.least_chunk_bytes), CHUNK_ALIGNMENT)
         parts = [slice(begin, min(begin + chunk, nbytes)) for begin in range(0, nbytes, chunk)]
         with torch.inference_mode(mode=False):
-            return [(stream, slot.memory[part], source[part]) for stream, part in zip(copies, parts, strict=False)]
+            return [(stream, slot.memory[part], part) for stream, part in zip(copies, parts, strict=False)]
 
     def _await_worker(self, slot: Slot) -> None:
         """Waits until the worker has recorded the slot's ready events; raises what the worker raised."""
