@@ -131,8 +131,8 @@ def predict(model: WanModel, seed: int) -> torch.Tensor:
         return model(x, torch.tensor([500.0]), context, given["seq_len"])[0][0]
 
 
-def main(join: str, file: str, layers: str, results: str, way: str) -> None:
-    torch.set_num_threads(1)
+def make_run(model: WanModel, way: str) -> SwapRun:
+    """A run of the model that swaps all blocks, with a worker as on a card with streams."""
     backend = backend_for(CPU, pin_budget=PinBudget(1 << 40))
     backend = replace(
         backend,
@@ -140,22 +140,30 @@ def main(join: str, file: str, layers: str, results: str, way: str) -> None:
         overlap=True,
         host_room=None if way == "slabs" else backend.host_room,
     )
-    settings = SwapSettings(auto_hardware_tuning=False, blocks_to_swap=int(layers))
-    model = build(int(layers))
-    predict(build(1, "cpu"), 0)  # what torch itself allocates at the first forward
+    settings = SwapSettings(auto_hardware_tuning=False, blocks_to_swap=len(model.blocks))
+    return SwapRun(blocks_of(model), settings, GroupMachine(way), backend, root=model)
+
+
+def main(join: str, file: str, layers: str, results: str, way: str) -> None:
+    torch.set_num_threads(1)
+    first = build(1, "cpu")
+    with make_run(first, way).forward():  # imports, and what torch allocates once
+        predict(first, 0)
+    del first
     before = of_process("smaps_rollup", "Anonymous")
     Path(join).write_text(str(os.getpid()))
+    model = build(int(layers))
     load(model, load_file(file))
-    run = SwapRun(blocks_of(model), settings, GroupMachine(way), backend, root=model)
-    outputs = {}
+    run, outputs = make_run(model, way), {}
     with MemorySampler() as most:
         for seed in range(FORWARDS):
             with run.forward():
                 outputs[str(seed)] = predict(model, seed)
-        plan = run.plan
         tiers = [tier.value for tier in run.session.tiers.values()]
         run.release()
     save_file(outputs, results)
+    plan = run.plan
+    assert plan is not None
     figures = {
         "anonymous_bytes": most.anonymous_bytes - before,
         "locked_bytes": most.locked_bytes,
@@ -166,7 +174,7 @@ def main(join: str, file: str, layers: str, results: str, way: str) -> None:
         "tiers": {tier: tiers.count(tier) for tier in sorted(set(tiers))},
         "reasons": plan.reasons,
     }
-    print(json.dumps(figures))
+    sys.stdout.write(json.dumps(figures))
     run.close()
 
 

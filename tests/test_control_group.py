@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from in_control_group import BLOCK_BYTES, FORWARDS, build, load, predict
+from in_control_group import BLOCK_BYTES, FORWARDS, build, predict
 from on_disk import skip_unless_on_disk
 from safetensors.torch import load_file, save_file
 from wanvideo_enhanced_blockswap.hardware import MIB, format_bytes
@@ -70,34 +71,49 @@ def own_groups() -> Iterator[Path]:
             yield from (folder for folder in (own, *own.parents) if folder.is_dir() and folder.is_relative_to(mount))
 
 
-@pytest.fixture
-def group() -> Iterator[ControlGroup]:
-    """A group below one of this process's own."""
-    refusals = []
-    for parent in own_groups():
-        folder = parent / f"blockswap-test-{os.getpid()}"
-        try:
-            folder.mkdir()
-        except OSError as refused:
-            refusals.append(f"{parent}: {refused.strerror}")
-            continue
-        try:
-            made = ControlGroup(folder)
-            try:
-                made.limit(LIMIT_BYTES)
-            except OSError as refused:
-                refusals.append(f"{parent}: {refused.strerror} for the limit of a group in it")
-            else:
-                yield made
-                return
-        finally:
-            folder.rmdir()
-    pytest.skip(f"no control group with a limit of memory can be made: {'; '.join(refusals) or 'this system has none'}")
+@contextlib.contextmanager
+def group_in(parent: Path) -> Iterator[ControlGroup]:
+    """A limited group, which must be empty at the end."""
+    folder = parent / f"blockswap-test-{os.getpid()}"
+    folder.mkdir()
+    try:
+        made = ControlGroup(folder)
+        made.limit(LIMIT_BYTES)
+        yield made
+    finally:
+        folder.rmdir()
+
+
+def refusal(folder: Path) -> str | None:
+    """Why a group cannot have limited children; None if it can."""
+    try:
+        with group_in(folder):
+            return None
+    except OSError as refused:
+        return f"{folder}: {refused.strerror}"
 
 
 @pytest.fixture(scope="module")
-def truth(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Tensor]]:
-    """The file of a model, which is on the disk and not in memory, and what the unswapped model makes."""
+def parent() -> Path:
+    """The folder of a group that may have limited children."""
+    refusals = {folder: refusal(folder) for folder in own_groups()}
+    for folder, why in refusals.items():
+        if why is None:
+            return folder
+    whys = "; ".join(map(str, refusals.values())) or "this system has none"
+    pytest.skip(f"no control group with a limit of memory can be made: {whys}")
+
+
+@pytest.fixture
+def group(parent: Path) -> Iterator[ControlGroup]:
+    """A new group for each test."""
+    with group_in(parent) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def truth(parent: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Tensor]]:
+    """The file of a model, and what the unswapped model makes."""
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     model = build(LAYERS, "meta").to_empty(device="cpu")
     torch.manual_seed(0)
@@ -106,13 +122,15 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Te
             parameter.uniform_(-0.05, 0.05)
     outputs = [predict(model, seed) for seed in range(FORWARDS)]
     save_file(dict(model.named_parameters()), path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    skip_unless_on_disk(path)
     return path, outputs
 
 
 def run_in(group: ControlGroup, file: Path, way: str, results: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the model in the group, which is charged for each page of the file that it brings into memory."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     command = [sys.executable, str(TESTS / "in_control_group.py"), str(group.join), str(file), str(LAYERS)]
     paths = os.pathsep.join((str(TESTS.parent), str(TESTS)))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
@@ -126,7 +144,6 @@ def test_a_model_larger_than_the_memory_runs_within_what_its_plan_adds(
     group: ControlGroup, truth: tuple[Path, list[torch.Tensor]], tmp_path: Path, way: str
 ) -> None:
     file, expected = truth
-    skip_unless_on_disk(file)
     done = run_in(group, file, way, tmp_path / "outputs")
     assert (done.returncode, group.kills) == (0, 0), done.stderr
     figures = json.loads(done.stdout)
@@ -139,8 +156,9 @@ def test_a_model_larger_than_the_memory_runs_within_what_its_plan_adds(
     assert figures["tiers"]["file"] + figures["tiers"][tier] == LAYERS
     most = figures["added_bytes"] + figures["device_bytes"] + 0.02 * MODEL_BYTES
     assert figures["anonymous_bytes"] <= most, f"{format_bytes(figures['anonymous_bytes'])}: {figures}"
-    assert figures["locked_bytes"] == figures["pinned_bytes"], figures
-    assert (figures["locked_bytes"] > 0) == (way == "locked")
+    # Less than planned: the window, which a plan takes for memory of the device, takes room for slabs here.
+    assert figures["locked_bytes"] <= figures["pinned_bytes"], figures
+    assert (figures["locked_bytes"] > 0) == (way == "locked"), figures
 
 
 def test_the_group_kills_a_process_with_a_slab_for_each_block(
