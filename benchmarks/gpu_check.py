@@ -375,11 +375,15 @@ def _link_words(memory: str, load: str, row: dict[str, Any]) -> str:
 
 
 def _adopt(found: dict[str, Any]) -> str:
-    refused = f"; {found['refusals'][0]}" if found["refusals"] else ""
+    warm, cold = found["warm"], found.get("cold") or found["warm"]
+    refused = f"; {warm['refusals'][0]}" if warm["refusals"] else ""
     return (
-        f"{found['blocks']} blocks, {_gib(found['swapped_bytes'])}: {found['gbytes_per_s']:.2f} GB/s in "
-        f"{found['load_s'] + found['adopt_s']:.2f} s, page-locking {found['lock_s']:.2f} s of it; a copy in memory "
-        f"{found['copy_gbytes_per_s']:.1f} GB/s; page-locked over swapped {found['pinned_over_swapped']:.3f}{refused}"
+        f"{found['blocks']} blocks, {_gib(warm['swapped_bytes'])}: {warm['adopt_gbytes_per_s']:.2f} GB/s in "
+        f"{warm['placed_s']:.2f} s, page-locking {warm['lock_s']:.2f} s of it, first copy after "
+        f"{warm['first_copy_s']:.2f} s (cold {cold['first_copy_s']:.2f} s); from file {warm['file_gbytes_per_s']:.1f} "
+        f"GB/s (cold {cold['file_gbytes_per_s']:.1f} GB/s, plain reads {cold['read_gbytes_per_s']:.1f} GB/s); a copy "
+        f"in memory {found['copy_gbytes_per_s']:.1f} GB/s; page-locked over swapped "
+        f"{found['pinned_over_swapped']:.3f}{refused}"
     )
 
 
