@@ -6,7 +6,8 @@ long to copy as a forward without swapping takes to compute. Times are the wall 
 
     COMFYUI_DIR=… COMFYUI_PYTHON=…/bin/python python -m benchmarks.before_after [--clock] [--variant bf16] [--out docs]
 
-writes before_after.json and before_after.png, or before_after_clock.json and before_after_clock.png. It uses the
+writes before_after.json and before_after.png, or before_after_clock.json and before_after_clock.png. With --memory, it
+prints a table of the most host memory that a run takes, for several variants. It uses the
 environment and the models (30 blocks) of tests/rig.
 """
 
@@ -38,6 +39,8 @@ RESIDENT = "without swapping"
 CLOCK = "link paced, computed on a CPU"
 RATIOS = (0.25, 0.5, 1, 2, 4)
 """Time to copy all blocks over the time to compute a forward."""
+IN_MEMORY = ("bf16", "fp8", "fp8_scaled", "gguf", "lora_unmerged", "two_experts")
+"""Variants whose host memory is measured."""
 FORWARDS = 4
 """Of each run with --clock; the first, which places blocks, and the last are not timed."""
 COLOURS = ("#999999", "#E69F00", "#0072B2", "#56B4E9")
@@ -144,6 +147,26 @@ def measure_steps(variant: str) -> list[Step]:
     return steps
 
 
+def memory_table() -> Iterator[str]:
+    """Host memory of a run, from loading to the end, with the wrapper's own swapping and with ours."""
+    from rig_variants import BLOCKS, VARIANTS, native, ours
+
+    ways = {RESIDENT: None, "wrapper's own": native(BLOCKS + 1), "ours": ours(BLOCKS)}
+    yield "| | blocks | " + " | ".join(f"{way}: anonymous | file | both at once" for way in ways) + " |"
+    yield "| --- |" + " --- |" * (1 + 3 * len(ways))
+    with _comfyui() as c:
+        for swap in ways.values():  # what is imported and allocated once
+            _run(c, "first", VARIANTS[IN_MEMORY[0]], swap=swap)
+        for variant in IN_MEMORY:
+            _run(c, "first", VARIANTS[variant])  # makes the model's file
+            runs = [_run(c, way, VARIANTS[variant], swap=swap, memory=True) for way, swap in ways.items()]
+            sizes = [
+                sum(runs[0].block_bytes),
+                *(run.host_peaks[k] for run in runs for k in ("anonymous", "file", "rss")),
+            ]
+            yield f"| {variant} | {' | '.join(f'{size / MIB:.0f}' for size in sizes)} |"
+
+
 def _seconds(run: Any) -> float:
     """Of the shortest forward: other programs only make them longer."""
     return min(after - before for before, after in list(pairwise(run.began_s))[1:])
@@ -226,11 +249,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.before_after")
     parser.add_argument("--variant", default="bf16", help="one of the variants of tests/rig")
     parser.add_argument("--clock", action="store_true", help="times with a paced link, on the pretend CUDA runtime")
+    parser.add_argument("--memory", action="store_true", help="prints a table of host memory, in MiB")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     options = parser.parse_args(arguments)
     if "COMFYUI_DIR" not in os.environ:
         parser.error("COMFYUI_DIR is not set; set it to the folder of a ComfyUI with ComfyUI-WanVideoWrapper")
     sys.path.insert(0, str(RIG))
+    if options.memory:
+        print(f"`python -m benchmarks.before_after --memory`: {machine()}, {datetime.date.today().isoformat()}\n")
+        for line in memory_table():
+            print(line, flush=True)
+        return 0
     if options.clock:
         return clock(options.variant, options.out)
     rows = measure(options.variant)

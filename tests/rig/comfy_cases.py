@@ -82,6 +82,8 @@ class Cases:
             sample: Inputs of the sampler.
             nodes: Nodes that give further inputs of the sampler.
             limit_bytes: Memory of the device.
+            memory: `host_peaks` has the most host memory from loading to the end, which is given up before.
+            pin_bytes: The most that the package may page-lock.
             link_gbps: Speed of the pretend CUDA runtime's link; 0 is no limit. Forwards are timed then.
             fault: See comfy_watch.watched.
             arguments: `kept_arguments` has, of each forward of the first model, whether it left its arguments alone.
@@ -91,8 +93,13 @@ class Cases:
         if "link_gbps" in case:
             MEMORY.set_link_speed(case["link_gbps"])
         try:
-            with torch.inference_mode():
-                return self._run(case)
+            with torch.inference_mode(), comfy_watch.pin_budget(case.get("pin_bytes")):
+                if not case.get("memory"):
+                    return self._run(case)
+                self._loaded.clear()
+                with comfy_watch.HostPeaks() as host:
+                    found = self._run(case)
+                return found | {"host_peaks": host.peaks}
         finally:
             MEMORY.set_memory_limit(None)
 

@@ -69,6 +69,12 @@ def standing() -> dict[str, Any]:
     return {"violations": runtime.violations(), "locked_bytes": runtime.locked_bytes()}
 
 
+def lock_calls() -> dict[str, int]:
+    """How often host memory was page-locked, and unlocked, since the process began."""
+    calls = runtime.calls()
+    return {"locks": calls.get("cudaHostRegister", 0), "unlocks": calls.get("cudaHostUnregister", 0)}
+
+
 def memory_allocated() -> int:
     torch.cuda.synchronize()
     return torch.cuda.memory_allocated()

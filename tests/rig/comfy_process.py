@@ -72,8 +72,10 @@ def _install_device() -> str | None:
 def _answer(cases: Any, asked: dict[str, Any]) -> dict[str, Any]:
     if asked.get("load_package"):
         import comfy_loading
+        import comfy_watch
 
         comfy_loading.load_package(PACKAGE)
+        comfy_watch.COUNTS.watch()
         return {}
     return cases.run(asked)
 

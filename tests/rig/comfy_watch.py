@@ -6,8 +6,10 @@ import contextlib
 import ctypes
 import gc
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,7 @@ def watched(
         ]
     MEMORY.reset_copy_stats()
     MEMORY.reset_peak_memory_stats()
+    counted = COUNTS.now()
     began = time.perf_counter()
     try:
         with _told_of_blocks(watch.block_begins):
@@ -122,7 +125,97 @@ def watched(
         found["sampling_s"] = time.perf_counter() - began
         found |= {"forwards": watch.forwards, "plans": watch.plans, "onloaded_bytes": watch.onloaded_bytes()}
         found["began_s"] = watch.began_s
+        found |= {name: count - counted[name] for name, count in COUNTS.now().items()}
         found["block_bytes"] = [watch.block_bytes.get(index, 0) for index in range(len(transformers))]
+
+
+class Counts:
+    """What the package has read from files and filled since the process began, and its page-locks."""
+
+    def __init__(self) -> None:
+        self.file_bytes = self.slab_fills = 0
+
+    def watch(self) -> None:
+        """Counts in the package, which has been loaded."""
+        reader, slab = _class("hardware.disk.reader", "FileReader"), _class("blockswap.host.slabs", "Slab")
+        read, fill = reader.read, slab.fill
+
+        def count_and_read(self_: Any, pieces: Sequence[tuple[int, memoryview]]) -> None:
+            self.file_bytes += sum(buffer.nbytes for _, buffer in pieces)
+            read(self_, pieces)
+
+        def count_and_fill(self_: Any, *arguments: Any) -> None:
+            self.slab_fills += 1
+            fill(self_, *arguments)
+
+        reader.read, slab.fill = count_and_read, count_and_fill
+
+    def now(self) -> dict[str, int]:
+        """All counts."""
+        locks = MEMORY.lock_calls() if IS_CUDA else {"locks": 0, "unlocks": 0}
+        return {"file_bytes": self.file_bytes, "slab_fills": self.slab_fills, **locks}
+
+
+COUNTS = Counts()
+
+SAMPLED_EVERY_S = 0.005
+
+
+class HostPeaks:
+    """The most host memory that the process has at once, above what it had before; not the device's, which is the
+    host's, too.
+
+    Attributes:
+        peaks: In bytes, by kind; empty until it is watched.
+    """
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, int] = {}
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> HostPeaks:
+        _trim()
+        self._before = self._now()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._end.wait(SAMPLED_EVERY_S):
+            now = self._now()
+            above = {name: now[name] - before for name, before in self._before.items()}
+            self.peaks = {name: max(nbytes, self.peaks.get(name, 0)) for name, nbytes in above.items()}
+
+    def _now(self) -> dict[str, int]:
+        before = MEMORY.memory_allocated()
+        host = host_bytes()
+        device = max(before, MEMORY.memory_allocated())  # what comes or goes meanwhile makes no peak
+        everything, anonymous = host["Rss"], host["Anonymous"]
+        return {"rss": everything - device, "anonymous": anonymous - device, "file": everything - anonymous}
+
+
+def _class(module: str, name: str) -> Any:
+    (found,) = (one for path, one in sys.modules.items() if path.endswith(f".{module}"))
+    return getattr(found, name)
+
+
+@contextlib.contextmanager
+def pin_budget(nbytes: int | None) -> Iterator[None]:
+    """The user lets the package page-lock at most so much; None: what the host allows."""
+    comfyui = None if nbytes is None else _package()
+    if comfyui is None:
+        yield
+        return
+    preferences = comfyui._preferences
+    comfyui._preferences = lambda: replace(preferences(), pin_budget_bytes=nbytes)
+    try:
+        yield
+    finally:
+        comfyui._preferences = preferences
 
 
 @contextlib.contextmanager
@@ -168,15 +261,13 @@ FAULTS: dict[str, Callable[[nn.Module], None]] = {
 
 def standing(transformers: Sequence[nn.Module]) -> dict[str, Any]:
     """State of memory and transformers while nothing runs."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what glibc keeps for later is not in use
+    _trim()
     device = MEMORY.memory_allocated()
     runs = [run for run in map(_run_of, transformers) if run is not None]
     return {
         "after_bytes": device,
         # The pretend device's memory is the host's, too.
-        "host_bytes": _anonymous_bytes() - device,
+        "host_bytes": host_bytes()["Anonymous"] - device,
         "pinned_bytes": sum(run.session.pinned_bytes for run in runs),
         "slab_bytes": sum(run.session.slab_bytes for run in runs),
         "counters": [[getattr(transformer, name) for name in COUNTERS] for transformer in transformers],
@@ -187,20 +278,30 @@ def standing(transformers: Sequence[nn.Module]) -> dict[str, Any]:
     }
 
 
-def _anonymous_bytes() -> int:
-    for line in Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines():
-        if line.startswith("Anonymous:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/smaps_rollup has no line that begins with Anonymous:")
+def _trim() -> None:
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what glibc keeps for later is not in use
+
+
+def host_bytes() -> dict[str, int]:
+    """Memory of this process, by the names that the system gives to its kinds."""
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
+    return {name: int(size.split()[0]) * 1024 for name, _, size in (line.partition(":") for line in lines)}
 
 
 def _run_of(transformer: nn.Module) -> Any:
     """The package's run of a transformer; None without."""
+    comfyui = _package()
+    return None if comfyui is None or comfyui.gate is None else comfyui.gate.run_of(transformer)
+
+
+def _package() -> Any:
+    """The package's link to ComfyUI; None where it is not loaded."""
     import nodes
 
     node = nodes.NODE_CLASS_MAPPINGS.get(OUR_NODE)
-    gate = None if node is None else sys.modules[node.__module__].COMFYUI.gate
-    return None if gate is None else gate.run_of(transformer)
+    return None if node is None else sys.modules[node.__module__].COMFYUI
 
 
 def _adoptions(transformer: nn.Module) -> int:

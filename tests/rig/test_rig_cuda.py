@@ -67,6 +67,20 @@ def test_only_what_the_sessions_keep_is_page_locked(runs: Runs, variant: str, co
     assert 0 < run.locked_bytes == run.pinned_bytes
 
 
+def test_a_second_model_takes_over_locked_memory_where_both_do_not_fit(comfy: Comfy) -> None:
+    case = VARIANTS["two_experts"]
+    truth = comfy.run(case)
+    largest = max(truth.block_bytes)
+    fits_one = case | {"swap": ours(BLOCKS), "pin_bytes": largest * 6 // 5}
+    first, *later = (comfy.run(fits_one, cached=index > 0) for index in range(3))
+    assert first.locks - first.unlocks == BLOCKS  # the link may have been measured, too
+    for run in (first, *later):
+        assert (run.latents, run.violations) == (truth.latents, [])
+        assert 0 < run.locked_bytes == run.pinned_bytes <= largest
+        assert run.slab_fills == 2 * BLOCKS
+    assert {(run.locks, run.unlocks) for run in later} == {(0, 0)}
+
+
 def test_nothing_stays_page_locked_without_the_models(comfy: Comfy) -> None:
     assert comfy.run(VARIANTS["stays"], swap=ours(HALF)).locked_bytes > 0
     assert comfy.run(VARIANTS["bf16"]).locked_bytes == 0

@@ -94,3 +94,12 @@ def test_host_memory_does_not_grow_with_failures(sequence: Sequence) -> None:
     assert last.host_bytes <= 1.03 * second.host_bytes
     more_slabs = squeezed.slab_bytes - second.slab_bytes  # the plan that is remembered swaps more blocks
     assert squeezed.host_bytes <= 1.03 * second.host_bytes + more_slabs
+
+
+@pytest.mark.parametrize("variant", ["two_experts", "two_experts_fp8_scaled"])
+def test_with_ram_for_both_experts_a_second_run_reads_no_file_and_fills_no_slab(comfy: Comfy, variant: str) -> None:
+    first, second = (comfy.run(VARIANTS[variant], swap=ours(BLOCKS), cached=cached) for cached in (False, True))
+    assert second.latents == first.latents
+    assert first.slab_fills == 2 * BLOCKS
+    assert first.file_bytes == first.slab_bytes > 0
+    assert (second.slab_fills, second.file_bytes, second.slab_bytes) == (0, 0, first.slab_bytes)
