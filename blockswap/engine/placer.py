@@ -302,7 +302,10 @@ class Placer:
     def _drop_gathered(self) -> None:
         gathered, self._gathered = self._gathered, None
         if gathered is not None:
-            gathered.unpin()
+            try:
+                gathered.settle()  # before it goes, where an error could not be raised
+            finally:
+                gathered.unpin()
 
     def _move(self, entry: TensorEntry) -> None:
         """Replaces a tensor that cannot be pointed elsewhere by a copy on the device; release brings it back."""

@@ -52,8 +52,11 @@ class UnlockedCopies:
 
         def work() -> None:
             with self._store.streams.guard():  # Rule 8
-                source = self._source(slab if isinstance(slab, Slab) else slab.take())
+                filled = slab if isinstance(slab, Slab) else slab.take()
+                source = self._source(filled)
                 source.in_flight[:] = copy(source.tensor)
+                if source is not filled.pages and source not in self.slabs:
+                    source.settle()  # before it goes, where an error could not be raised
 
         return self.worker.submit(work)
 
