@@ -154,6 +154,8 @@ def memory_table() -> Iterator[str]:
     ways = {RESIDENT: None, "wrapper's own": native(BLOCKS + 1), "ours": ours(BLOCKS)}
     yield "| | blocks | " + " | ".join(f"{way}: anonymous | file | both at once" for way in ways) + " |"
     yield "| --- |" + " --- |" * (1 + 3 * len(ways))
+    # A large model's freed tensors go back to the system; of a tiny one, the C library would keep them.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     with _comfyui() as c:
         for swap in ways.values():  # what is imported and allocated once
             _run(c, "first", VARIANTS[IN_MEMORY[0]], swap=swap)
