@@ -48,6 +48,7 @@ cache of files {warm} GB/s. **Computed, not measured**, by `python -m benchmarks
 
 - *streamed*: blocks that do not stay on the GPU. *Page-locked* and *other RAM*: memory that the system cannot drop.
   With two experts it is that of both; if RAM is too small for both, the second takes over the memory of the first.
+  Of two GGUF experts, RAM then holds one at a time.
 - *read*: what every forward reads from the model's file; with a *c*, from the system's cache.
 - *step*: two forwards, as with CFG. The *first* also reads from the disk what stays on the GPU or in RAM; it takes at
   most this long, because blocks are read while others compute. Of a GGUF model, the loader has read the file before.
@@ -132,8 +133,17 @@ def rows() -> Iterator[Row]:
 
 
 def row(ram_gib: int, kind: str, experts: int) -> Row:
-    """One row of the table."""
+    """One row of the table. Of two GGUF experts that do not fit together, RAM holds one at a time: the wrapper drops the
+    weights of the first after its run, and the second's are copied when its slabs have gone.
+    """
     found = checkpoint(kind)
+    together = _row(found, ram_gib, kind, experts)
+    if together.plan is not None or experts == 1 or not found.model.anonymous_bytes:
+        return together
+    return replace(_row(found, ram_gib, kind, 1), experts=experts)
+
+
+def _row(found: CheckpointProfile, ram_gib: int, kind: str, experts: int) -> Row:
     model = found.model
     host = HostMemory(ram_gib * GIB, ram_gib * GIB - OTHERS_BYTES, None, None, HostPlatform.LINUX)
     memory = replace(VRAM, free_bytes=VRAM.free_bytes - model.other_bytes)
