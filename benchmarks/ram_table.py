@@ -133,8 +133,8 @@ def rows() -> Iterator[Row]:
 
 
 def row(ram_gib: int, kind: str, experts: int) -> Row:
-    """One row of the table. Of two GGUF experts that do not fit together, RAM holds one at a time: the wrapper drops the
-    weights of the first after its run, and the second's are copied when its slabs have gone.
+    """One row of the table. Of two GGUF experts that do not fit together, RAM holds one at a time: the wrapper drops
+    the weights of the first after its run, and the second's are copied when its slabs have gone.
     """
     found = checkpoint(kind)
     together = _row(found, ram_gib, kind, experts)

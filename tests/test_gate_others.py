@@ -15,7 +15,7 @@ import pytest
 import standin
 import torch
 from gate_bench import BLOCKS, DEVICE, VACE_BLOCKS, GateBench, allocated, arguments, is_as_new, sampled, truth
-from standin import Workflow, swap_args
+from standin import Workflow, nodes_model_loading, swap_args
 from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError, WrapperError
 from wanvideo_enhanced_blockswap.blockswap.settings import SETTINGS_KEY
 from wanvideo_enhanced_blockswap.blockswap.wrapper.patch import Forward
@@ -291,6 +291,25 @@ def test_slabs_of_a_model_whose_run_is_over_go_when_the_next_needs_the_hosts_mem
     assert any("gives up its slabs" in record.message for record in caplog.records)
     monkeypatch.undo()
     assert torch.equal(first.sample(), truth("fp8_scaled"))
+
+
+def test_slabs_that_are_not_in_use_go_before_a_gguf_file_is_copied_into_memory_that_is_short(
+    bench: GateBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (bench.workflow("gguf", arguments(ALL)) for _ in range(2))
+    first.sample()
+    run = bench.run_of(first)
+    assert run.session.slab_bytes > 0
+    host, held = run.planner.machine.host(), []
+    scarce = replace(host, physical_bytes=1000, available_bytes=100)
+    monkeypatch.setattr(type(run.planner.machine), "host", lambda self: scarce)
+    read = nodes_model_loading._read_gguf
+    monkeypatch.setattr(nodes_model_loading, "_read_gguf", lambda *of: held.append(run.session.slab_bytes) or read(*of))
+    assert torch.equal(second.sample(), truth("gguf"))
+    assert held
+    assert not any(held)
+    monkeypatch.undo()
+    assert torch.equal(first.sample(), truth("gguf"))
 
 
 def test_by_hand_hints_go_to_the_host_where_vace_blocks_are_swapped_and_stay_where_none_is(bench: GateBench) -> None:
