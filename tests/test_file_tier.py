@@ -6,6 +6,7 @@ import dataclasses
 import os
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
 from wanvideo_enhanced_blockswap.blockswap.device.worker import ThreadWorker
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
 from wanvideo_enhanced_blockswap.blockswap.errors import WeightFileError
+from wanvideo_enhanced_blockswap.blockswap.host import staging
 from wanvideo_enhanced_blockswap.blockswap.host.slabs import Slab
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedRegistrar
@@ -453,3 +455,21 @@ def test_a_tensor_that_is_replaced_while_blocks_are_placed_is_the_one_that_is_us
         for block, source in zip(expected.blocks[2:4], other.blocks, strict=False):
             block.up.data, block.down.data = source.up.data, source.down.data
         assert all(map(torch.equal, outputs(session, model), truth_of(expected)))
+
+
+def test_memory_that_a_file_was_read_into_before_there_were_staging_slabs_goes_with_its_copy(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, made = toy(COUNT), []
+
+    class Watched(staging.PageMemory):
+        def __init__(self, nbytes: int, streams: object) -> None:
+            super().__init__(nbytes, streams)
+            made.append(weakref.ref(self._pages))
+
+    monkeypatch.setattr(staging, "PageMemory", Watched)
+    stored(model, path)
+    with Simulation().session(model, fixed_plan([True] * COUNT, tiers=FILE)) as session:
+        outputs(session, model)
+        assert made
+        assert [reference for reference in made if reference() is not None] == []
