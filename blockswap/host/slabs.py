@@ -71,7 +71,7 @@ class Slab:
     def fill(self, tensors: Sequence[torch.Tensor], regions: Sequence[FileRegion | None], files: WeightFiles) -> None:
         """Puts the tensors' bytes into their masters, except those of tensors that point at their master already.
 
-        What is in a file is read from it: a mapping is read page by page, 7 times slower (see docs/performance.md).
+        What is in a file is read from it: a mapping is read page by page, several times slower (docs/architecture.md).
 
         Raises:
             WeightFileError: A file has changed or cannot be read.
