@@ -173,7 +173,9 @@ def test_copies_shorter_than_compute_overlap_it_from_every_tier_as_predicted(
     copies_ms = forward_ms(model, x, fixed_plan(every, tiers=tier, overlap=False), spin=1)
     spin = int(5 / 3 * copies_ms / BLOCKS * cycles_per_ms)  # as 50 ms of compute beside 30 ms of copies
     compute_ms = forward_ms(model, x, fixed_plan([False] * BLOCKS), spin=spin)
-    assert forward_ms(model, x, fixed_plan(every, tiers=tier), spin=spin) <= 1.1 * max(compute_ms, copies_ms)
+    # The best of a few: other programs only add time, and without overlap each takes 1.6 times as long.
+    overlapped_ms = min(forward_ms(model, x, fixed_plan(every, tiers=tier), spin=spin) for _ in range(5))
+    assert overlapped_ms <= 1.1 * max(compute_ms, copies_ms)
     profile = profile_model(model.named).profile
     speed = profile.blocks[0].slab_bytes / (copies_ms / BLOCKS) * 1e3
     timing = Timing(
