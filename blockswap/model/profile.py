@@ -101,7 +101,7 @@ def profile_model(
     Args:
         blocks: Name and module of each block, in execution order; names of VACE blocks start with `vace_blocks.`.
         root: The whole model, whose tensors outside the blocks are counted too; None counts none.
-        region_of: Asked for each parameter that is copied; None takes no tensor for part of a file.
+        region_of: Asked for each tensor that streams; None takes no tensor for part of a file.
 
     Raises:
         UnsupportedModelError: There are no blocks, or a tensor has no data or a layout that cannot be copied as bytes
@@ -117,7 +117,7 @@ def profile_model(
     every = [entry for block in entries for entry in block]
     _tie(every)
     for entry in every:
-        if region_of is not None and entry.placement in (Placement.STREAMED, Placement.SMALL) and not entry.is_buffer:
+        if region_of is not None and entry.placement is Placement.STREAMED:
             entry.region = region_of(entry.tensor)
     inside = {id(entry.tensor) for entry in every}
     outside = () if root is None else (t for t in (*root.parameters(), *root.buffers()) if id(t) not in inside)
