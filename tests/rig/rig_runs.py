@@ -33,9 +33,10 @@ class Runs:
         """
         if count != "auto":
             return self._once(variant, count, swap=ours(count))
-        # A device that the model without a quarter of its blocks would fill: automatic tuning has to swap.
+        # A device that the model without a quarter of its blocks would fill: automatic tuning has to swap. With
+        # load_device=main_device, the loader needs room for all of them.
         unswapped = self.unswapped(variant)
-        limit_bytes = unswapped.peak_bytes - sum(unswapped.block_bytes) // 4
+        limit_bytes = unswapped.peak_bytes - (0 if variant == "main_device" else sum(unswapped.block_bytes) // 4)
         return self._once(variant, count, swap=ours(None), limit_bytes=limit_bytes)
 
     def unswapped(self, variant: str) -> SimpleNamespace:
