@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from on_disk import mapped, stored
-from toys import Model, Simulation, alternating, fixed_plan, toy
+from toys import Block, Model, Simulation, alternating, fixed_plan, toy
 from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
@@ -143,12 +143,12 @@ def test_a_file_that_goes_after_it_was_opened_is_still_right(path: Path, how: st
 
 
 def test_an_edit_in_place_is_in_no_file_and_the_block_is_adopted_anew(path: Path) -> None:
-    model = toy(COUNT)
+    model = Model([Block(hidden=2048) for _ in range(COUNT)])
     stored(model, path)
     with Simulation().session(model, fixed_plan([True] * COUNT, tiers=FILE)) as session:
         outputs(session, model)
         with torch.no_grad():
-            model.blocks[2].up.mul_(2)
+            model.blocks[2].up[512:1536].mul_(2)  # on pages that no other block shares
         truth = truth_of(model)
         assert all(map(torch.equal, outputs(session, model), truth))
         assert {block for block, tier in session.tiers.items() if tier is not FILE} == {2}
@@ -410,6 +410,31 @@ def test_a_mapping_that_was_written_between_two_runs_fills_its_slab_anew(path: P
             state["blocks.2.up"].view(-1)[3] += 1
         truth = truth_of(model)
         assert all(map(torch.equal, outputs(session, model), truth))
+
+
+@pytest.mark.parametrize("first", [FILE, PINNED])
+@pytest.mark.parametrize("then", [FILE, PINNED, STAGED, None])
+@pytest.mark.parametrize("how", ["inference tensor", "new parameter of the same bytes"])
+def test_an_edit_that_is_not_counted_is_kept_whatever_the_next_plan_is(
+    path: Path, first: HostTier, then: HostTier | None, how: str
+) -> None:
+    is_inference = how == "inference tensor"
+    with torch.inference_mode(mode=is_inference):
+        model = toy(COUNT)
+        stored(model, path)
+    assert model.blocks[2].up.is_inference() == is_inference
+    with Simulation().session(model, fixed_plan([True] * COUNT, tiers=first)) as session:
+        outputs(session, model)
+        session.release()
+        if not is_inference:
+            model.blocks[2].up = torch.nn.Parameter(model.blocks[2].up.data, requires_grad=False)
+        with torch.inference_mode(mode=is_inference), torch.no_grad():
+            model.blocks[2].up.mul_(2)
+        truth = truth_of(model)
+        session._planner = fixed_plan([then is not None] * COUNT, tiers=then or FILE)
+        assert all(map(torch.equal, outputs(session, model), truth))
+        session.release()
+        assert all(map(torch.equal, truth_of(model), truth))
 
 
 @pytest.mark.parametrize("at", [2, 4, 7])

@@ -243,7 +243,9 @@ class Placer:
     def _place_resident(
         self, block: int, entries: Sequence[TensorEntry], memory: torch.Tensor | None, pending: Pending
     ) -> None:
-        self._store.drop(block)
+        regions = self._store.leave_slab(block, [e.tensor for e in entries], [e.region for e in entries])
+        for entry, region in zip(entries, regions, strict=True):
+            entry.region = region
         pending.copied = self._copy_to_device(entries, memory)
 
     def _to_copy(self, entries: Iterable[TensorEntry]) -> list[TensorEntry]:

@@ -98,11 +98,13 @@ class HostStore:
             slab.notice_edits()
         if tier is HostTier.FILE:
             if all(regions):
-                return self._put_file(block, tensors, regions)
+                slab, regions = None, self.leave_slab(block, tensors, regions)
+                if all(regions):
+                    return self._put_file(block, tensors, regions)
             tier = HostTier.STAGED
         if slab is None or slab.pages is None or not slab.holds(tensors, regions):
             if slab is None or slab.pages is None or not (slab.fits(tensors) and slab.is_only_ours(tensors)):
-                self.drop(block)
+                regions = self.leave_slab(block, tensors, regions)
                 if all(regions) and not self._has_room(tensors):
                     return self._put_file(block, tensors, regions)
                 slab = self.slabs[block] = self._make(tensors)
@@ -111,7 +113,6 @@ class HostStore:
         return slab
 
     def _put_file(self, block: int, tensors: Sequence[torch.Tensor], regions: tuple[FileRegion | None, ...]) -> Slab:
-        self.drop(block)  # first: it points the tensors at the loader's mapping again
         views, used_bytes = tuple(map(plain_view, tensors)), slab_offsets(map(span_bytes, tensors))[1]
         slab = self.slabs[block] = Slab(None, used_bytes, views, HostTier.FILE, regions)
         slab.sources = tuple(map(TensorFingerprint.of, tensors, regions))
@@ -126,6 +127,21 @@ class HostStore:
         if size > left:
             self._say(f"not enough RAM for a slab: {size:,} bytes needed, {left:,} left", fate=FROM_FILE)
         return size <= left
+
+    def leave_slab(
+        self, block: int, tensors: Sequence[torch.Tensor], regions: Sequence[FileRegion | None]
+    ) -> tuple[FileRegion | None, ...]:
+        """Drops the slab of `block`, if there is one; returns the regions that have the bytes of the tensors.
+
+        A tensor that still points into the slab has been edited, or may have been where edits are not counted.
+        """
+        slab = self.slabs.get(block)
+        self.drop(block)
+        if slab is None or slab.pages is None:
+            return tuple(regions)
+        inside = {view.data_ptr() for view in slab.views}
+        pairs = zip(tensors, regions, strict=True)
+        return tuple(None if tensor.data_ptr() in inside else region for tensor, region in pairs)
 
     def drop(self, block: int) -> None:
         """Gives up the slab of `block`, if there is one; masters live as long as parameters point at them."""
