@@ -237,6 +237,35 @@ def test_a_second_model_takes_over_locked_memory_and_locks_none_of_its_own(path:
     assert all(map(torch.equal, truth_of(first), truths[0]))
 
 
+@pytest.mark.parametrize("how", ["taken back", "unlocked", "given up"])
+def test_memory_of_a_run_that_never_began_can_be_had_again(path: Path, how: str) -> None:
+    """As after an interrupt between a run's start and its first forward."""
+    simulation = Simulation()
+    registrar = CountingRegistrar(simulation)
+    first, second = toy(COUNT), toy(COUNT, seed=1)
+    truth = truth_of(first)
+    stored(first, path)
+    with (
+        simulation.session(first, fixed_plan([True] * COUNT)) as one,
+        simulation.session(second, fixed_plan([True] * COUNT)) as other,
+    ):
+        outputs(one, first)
+        one.release()
+        other.take_over(one)
+        registrar.calls.clear()
+        if how == "taken back":
+            one.take_over(other)
+        elif how == "unlocked":
+            other.unlock()
+        else:
+            other.give_up_unused()
+        assert other.pinned_bytes == other.slab_bytes == 0
+        assert all(map(torch.equal, outputs(one, first), truth))
+        assert registrar.calls == ([] if how == "taken back" else [*["unlock"] * COUNT, *["lock"] * COUNT])
+    assert registrar.locked == {}
+    assert simulation.pin_budget.used_bytes == 0
+
+
 def test_memory_that_does_not_fit_is_unlocked_before_a_slab_is_filled(path: Path) -> None:
     simulation = Simulation()
     registrar = CountingRegistrar(simulation)

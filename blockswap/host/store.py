@@ -155,12 +155,13 @@ class HostStore:
                 self.finish_locking()  # first: a lock that succeeds after the unlocking would stay
 
     def hand_over(self) -> list[PageMemory]:
-        """Gives up slabs that nothing points at, or that are as their file; returns their memory that is locked, so.
+        """Gives up the spare memory, and slabs that nothing points at, or that are as their file; returns what of it is
+        locked, so.
 
         Nothing points at the slabs of a GGUF model after its run: the wrapper drops its weights and copies them anew.
         """
         self.finish_locking()
-        handed = []
+        handed, self.spare = self.spare, []
         for block, slab in list(self.slabs.items()):
             slab.give_back(self.files)
             if slab.pages is None or not slab.is_unused:
@@ -202,8 +203,9 @@ class HostStore:
                 self.files.read_ahead(regions)
 
     def unlock(self) -> None:
-        """Unlocks every slab after its last copy; slabs stay, and the next adopt chooses their tiers again."""
+        """Unlocks every slab after its last copy; the next adopt chooses their tiers again. Spare memory goes."""
         with contextlib.ExitStack() as stack:
+            stack.callback(self.keep_spare, ())
             for slab in self.slabs.values():
                 stack.callback(slab.unlock)  # each slab, even if another fails
             self.finish_locking()
