@@ -17,9 +17,10 @@ from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
 from wanvideo_enhanced_blockswap.blockswap.device.worker import ThreadWorker
+from wanvideo_enhanced_blockswap.blockswap.engine import placer
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
 from wanvideo_enhanced_blockswap.blockswap.errors import WeightFileError
-from wanvideo_enhanced_blockswap.blockswap.host import staging
+from wanvideo_enhanced_blockswap.blockswap.host import slabs, staging
 from wanvideo_enhanced_blockswap.blockswap.host.slabs import Slab
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedRegistrar
@@ -509,6 +510,41 @@ def test_a_tensor_that_is_replaced_while_blocks_are_placed_is_the_one_that_is_us
         for block, source in zip(expected.blocks[2:4], other.blocks, strict=False):
             block.up.data, block.down.data = source.up.data, source.down.data
         assert all(map(torch.equal, outputs(session, model), truth_of(expected)))
+
+
+@pytest.mark.parametrize("how", ["edited", "replaced", "pointed elsewhere"])
+@pytest.mark.parametrize("swapped", [True, False])
+def test_a_tensor_that_changes_while_its_own_block_is_placed_is_the_one_that_is_used(
+    how: str, swapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the copy of its bytes and the moment when it is pointed at the copy."""
+    model, expected, other = toy(COUNT), toy(COUNT), toy(COUNT, seed=1)
+    block, copy_bytes, done = model.blocks[3], slabs.copy_bytes, []
+    last = block.down.data_ptr()
+
+    def copying(target: torch.Tensor, source: torch.Tensor) -> None:
+        copy_bytes(target, source)
+        if source.data_ptr() == last and not done:
+            done.append(how)
+            if how == "edited":
+                block.up.mul_(2)
+            elif how == "replaced":
+                block.up = torch.nn.Parameter(other.blocks[3].up.data.clone(), requires_grad=False)
+            else:
+                block.up.data = other.blocks[3].up.data.clone()
+
+    if how == "edited":
+        expected.blocks[3].up.data.mul_(2)
+    else:
+        expected.blocks[3].up.data.copy_(other.blocks[3].up)
+    truth = truth_of(expected)
+    monkeypatch.setattr(slabs, "copy_bytes", copying)
+    monkeypatch.setattr(placer, "copy_bytes", copying)
+    with Simulation(lateness=0.0).session(model, fixed_plan([swapped] * COUNT)) as session:
+        assert all(map(torch.equal, outputs(session, model), truth))
+        assert done
+        session.release()
+        assert all(map(torch.equal, truth_of(model), truth))
 
 
 def test_memory_that_a_file_was_read_into_before_there_were_staging_slabs_goes_with_its_copy(
