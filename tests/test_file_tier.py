@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from on_disk import mapped, stored
-from toys import Model, Simulation, alternating, fixed_plan, toy
+from toys import Block, Model, Simulation, alternating, fixed_plan, toy
 from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
 from wanvideo_enhanced_blockswap.blockswap.device.worker import ThreadWorker
+from wanvideo_enhanced_blockswap.blockswap.engine import placer
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
 from wanvideo_enhanced_blockswap.blockswap.errors import WeightFileError
-from wanvideo_enhanced_blockswap.blockswap.host import staging
+from wanvideo_enhanced_blockswap.blockswap.host import slabs, staging
 from wanvideo_enhanced_blockswap.blockswap.host.slabs import Slab
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedRegistrar
@@ -143,12 +144,12 @@ def test_a_file_that_goes_after_it_was_opened_is_still_right(path: Path, how: st
 
 
 def test_an_edit_in_place_is_in_no_file_and_the_block_is_adopted_anew(path: Path) -> None:
-    model = toy(COUNT)
+    model = Model([Block(hidden=2048) for _ in range(COUNT)])
     stored(model, path)
     with Simulation().session(model, fixed_plan([True] * COUNT, tiers=FILE)) as session:
         outputs(session, model)
         with torch.no_grad():
-            model.blocks[2].up.mul_(2)
+            model.blocks[2].up[512:1536].mul_(2)  # on pages that no other block shares
         truth = truth_of(model)
         assert all(map(torch.equal, outputs(session, model), truth))
         assert {block for block, tier in session.tiers.items() if tier is not FILE} == {2}
@@ -235,6 +236,35 @@ def test_a_second_model_takes_over_locked_memory_and_locks_none_of_its_own(path:
         assert registrar.calls == []
     assert registrar.locked == {}
     assert all(map(torch.equal, truth_of(first), truths[0]))
+
+
+@pytest.mark.parametrize("how", ["taken back", "unlocked", "given up"])
+def test_memory_of_a_run_that_never_began_can_be_had_again(path: Path, how: str) -> None:
+    """As after an interrupt between a run's start and its first forward."""
+    simulation = Simulation()
+    registrar = CountingRegistrar(simulation)
+    first, second = toy(COUNT), toy(COUNT, seed=1)
+    truth = truth_of(first)
+    stored(first, path)
+    with (
+        simulation.session(first, fixed_plan([True] * COUNT)) as one,
+        simulation.session(second, fixed_plan([True] * COUNT)) as other,
+    ):
+        outputs(one, first)
+        one.release()
+        other.take_over(one)
+        registrar.calls.clear()
+        if how == "taken back":
+            one.take_over(other)
+        elif how == "unlocked":
+            other.unlock()
+        else:
+            other.give_up_unused()
+        assert other.pinned_bytes == other.slab_bytes == 0
+        assert all(map(torch.equal, outputs(one, first), truth))
+        assert registrar.calls == ([] if how == "taken back" else [*["unlock"] * COUNT, *["lock"] * COUNT])
+    assert registrar.locked == {}
+    assert simulation.pin_budget.used_bytes == 0
 
 
 def test_memory_that_does_not_fit_is_unlocked_before_a_slab_is_filled(path: Path) -> None:
@@ -412,6 +442,31 @@ def test_a_mapping_that_was_written_between_two_runs_fills_its_slab_anew(path: P
         assert all(map(torch.equal, outputs(session, model), truth))
 
 
+@pytest.mark.parametrize("first", [FILE, PINNED])
+@pytest.mark.parametrize("then", [FILE, PINNED, STAGED, None])
+@pytest.mark.parametrize("how", ["inference tensor", "new parameter of the same bytes"])
+def test_an_edit_that_is_not_counted_is_kept_whatever_the_next_plan_is(
+    path: Path, first: HostTier, then: HostTier | None, how: str
+) -> None:
+    is_inference = how == "inference tensor"
+    with torch.inference_mode(mode=is_inference):
+        model = toy(COUNT)
+        stored(model, path)
+    assert model.blocks[2].up.is_inference() == is_inference
+    with Simulation().session(model, fixed_plan([True] * COUNT, tiers=first)) as session:
+        outputs(session, model)
+        session.release()
+        if not is_inference:
+            model.blocks[2].up = torch.nn.Parameter(model.blocks[2].up.data, requires_grad=False)
+        with torch.inference_mode(mode=is_inference), torch.no_grad():
+            model.blocks[2].up.mul_(2)
+        truth = truth_of(model)
+        session._planner = fixed_plan([then is not None] * COUNT, tiers=then or FILE)
+        assert all(map(torch.equal, outputs(session, model), truth))
+        session.release()
+        assert all(map(torch.equal, truth_of(model), truth))
+
+
 @pytest.mark.parametrize("at", [2, 4, 7])
 def test_a_slab_whose_filling_failed_holds_nothing(path: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if not hasattr(os, "preadv"):
@@ -455,6 +510,41 @@ def test_a_tensor_that_is_replaced_while_blocks_are_placed_is_the_one_that_is_us
         for block, source in zip(expected.blocks[2:4], other.blocks, strict=False):
             block.up.data, block.down.data = source.up.data, source.down.data
         assert all(map(torch.equal, outputs(session, model), truth_of(expected)))
+
+
+@pytest.mark.parametrize("how", ["edited", "replaced", "pointed elsewhere"])
+@pytest.mark.parametrize("swapped", [True, False])
+def test_a_tensor_that_changes_while_its_own_block_is_placed_is_the_one_that_is_used(
+    how: str, swapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the copy of its bytes and the moment when it is pointed at the copy."""
+    model, expected, other = toy(COUNT), toy(COUNT), toy(COUNT, seed=1)
+    block, copy_bytes, done = model.blocks[3], slabs.copy_bytes, []
+    last = block.down.data_ptr()
+
+    def copying(target: torch.Tensor, source: torch.Tensor) -> None:
+        copy_bytes(target, source)
+        if source.data_ptr() == last and not done:
+            done.append(how)
+            if how == "edited":
+                block.up.mul_(2)
+            elif how == "replaced":
+                block.up = torch.nn.Parameter(other.blocks[3].up.data.clone(), requires_grad=False)
+            else:
+                block.up.data = other.blocks[3].up.data.clone()
+
+    if how == "edited":
+        expected.blocks[3].up.data.mul_(2)
+    else:
+        expected.blocks[3].up.data.copy_(other.blocks[3].up)
+    truth = truth_of(expected)
+    monkeypatch.setattr(slabs, "copy_bytes", copying)
+    monkeypatch.setattr(placer, "copy_bytes", copying)
+    with Simulation(lateness=0.0).session(model, fixed_plan([swapped] * COUNT)) as session:
+        assert all(map(torch.equal, outputs(session, model), truth))
+        assert done
+        session.release()
+        assert all(map(torch.equal, truth_of(model), truth))
 
 
 def test_memory_that_a_file_was_read_into_before_there_were_staging_slabs_goes_with_its_copy(

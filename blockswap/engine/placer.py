@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -65,6 +65,19 @@ class Pending:
     job: Job = field(init=False)
     copied: Any = None
     placed: list[tuple[int, int, int | None]] | None = None
+
+    @property
+    def is_as_found(self) -> bool:
+        """Whether no tensor was replaced, moved or edited before the job pointed them elsewhere."""
+        return _states(self.entries) == self.found
+
+    def note_placed(self, targets: Mapping[int, int]) -> None:
+        """Records where the job pointed the tensors. What is done to them meanwhile in the host thread differs from it.
+
+        Args:
+            targets: The new address of each tensor that moved, by its `id`.
+        """
+        self.placed = [(key, targets.get(key, address), version) for key, address, version in self.found]
 
 
 def _states(entries: Iterable[TensorEntry]) -> list[tuple[int, int, int | None]]:
@@ -181,10 +194,9 @@ class Placer:
 
     def _place_block(self, pending: Pending, work: Callable[[Pending], None]) -> None:
         """In the worker: places one block."""
-        if _states(pending.entries) == pending.found:
+        if pending.is_as_found:
             with torch.no_grad(), self._transfer.streams.guard():  # Rule 8
                 work(pending)
-            pending.placed = _states(pending.entries)
 
     def _placed_slab(self, block: int, pending: Pending) -> Slab:
         """In the worker: the slab of a block, filled before its turn if it is needed now."""
@@ -224,13 +236,17 @@ class Placer:
         if self._listeners.on_placed is not None:
             self._listeners.on_placed(self._plan, len(self.bindings), self._store.pinned_bytes)
 
-    def _fill_slab(self, block: int, streamed: Sequence[TensorEntry], _: Pending) -> None:
+    def _fill_slab(self, block: int, streamed: Sequence[TensorEntry], pending: Pending) -> None:
         tier = self._plan.tiers[block]
         assert tier is not None, f"block {block} is swapped without a host tier"
         tensors = [entry.tensor for entry in streamed]
         addresses = [tensor.data_ptr() for tensor in tensors]
         slab = self._store.put(block, tensors, tier=tier, regions=[entry.region for entry in streamed])
+        if not pending.is_as_found:
+            self._store.drop(block)  # it may hold something of both
+            return
         bind(tensors, slab.views)
+        pending.note_placed({id(tensor): view.data_ptr() for tensor, view in zip(tensors, slab.views, strict=True)})
         slab.watch(tensors)
         for entry, tensor, master in zip(streamed, tensors, slab.views, strict=True):
             self._bound.append(TensorBinding(entry, tensor, master, None, version_of(tensor)))
@@ -243,8 +259,10 @@ class Placer:
     def _place_resident(
         self, block: int, entries: Sequence[TensorEntry], memory: torch.Tensor | None, pending: Pending
     ) -> None:
-        self._store.drop(block)
-        pending.copied = self._copy_to_device(entries, memory)
+        regions = self._store.leave_slab(block, [e.tensor for e in entries], [e.region for e in entries])
+        for entry, region in zip(entries, regions, strict=True):
+            entry.region = region
+        pending.copied = self._copy_to_device(entries, memory, pending)
 
     def _to_copy(self, entries: Iterable[TensorEntry]) -> list[TensorEntry]:
         """Those that are not on the device already."""
@@ -259,13 +277,18 @@ class Placer:
         self._memories.append(memory)
         return memory
 
-    def _copy_to_device(self, entries: Sequence[TensorEntry], memory: torch.Tensor | None) -> Any:
+    def _copy_to_device(
+        self, entries: Sequence[TensorEntry], memory: torch.Tensor | None, pending: Pending | None = None
+    ) -> Any:
         """Copies tensors to their device memory and points them there; returns the event behind the copy, if any.
 
         They are gathered in memory of ours first, for one copy. Copies from the loader's file mapping take seconds per
         tensor with ROCm on Linux (ROCm/ROCm#6523: 5 s where the heap takes 4 ms), and are slow everywhere.
         """
+        targets: dict[int, int] = {}
         if memory is None:
+            if pending is not None:
+                pending.note_placed(targets)
             return None
         offsets, end = slab_offsets(entry.extent for entry in entries)
         gathered = self._gather(end)
@@ -279,11 +302,16 @@ class Placer:
                 pieces.append((entry.region, gathered.buffer(start, entry.region.nbytes)))
         self._store.files.read(pieces)
         copied = self._transfer.place(memory, gathered, end)
+        if pending is not None and not pending.is_as_found:
+            return copied  # its memory goes when the block is placed again
         for entry, start in zip(entries, starts, strict=True):
             tensor = entry.tensor
             copy = element_view(memory, tensor, offset=start)
+            targets[id(tensor)] = copy.data_ptr()
             self._bound.append(TensorBinding(entry, tensor, plain_view(tensor), copy, version_of(tensor)))
             bind((tensor,), (copy,))
+        if pending is not None:
+            pending.note_placed(targets)
         return copied
 
     def _gather(self, nbytes: int) -> PageMemory:

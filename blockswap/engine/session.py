@@ -222,7 +222,7 @@ class SwapSession:
 
     @translate_device_errors("host memory was being unlocked")
     def unlock(self) -> None:
-        """Unlocks the slabs; they stay, and are locked again at the next adopt."""
+        """Unlocks the slabs; they stay, and are locked again at the next adopt. Spare memory goes."""
         self._expect("unlock", SessionState.IDLE)
         if self._holds.store is not None:
             self._holds.store.unlock()
@@ -238,7 +238,7 @@ class SwapSession:
         """Takes the page-locked memory of another session's slabs for the next adopt's, without unlocking it.
 
         Only slabs go that nothing points at, or whose weights are in a file, from which the other session fills new
-        ones when it runs again.
+        ones when it runs again; and memory that the other session took over and has not used, since its run failed.
         """
         self._expect("take_over", SessionState.IDLE)
         if other._holds.store is not None:

@@ -243,6 +243,8 @@ class RegionFinder:
         self._of_slab: dict[int, FileRegion] = {}
         for slab in slabs:
             slab.notice_edits()
+            if slab.pages is None:
+                continue  # its masters are a mapping, whose pages show if they were written
             for view, region in zip(slab.views, slab.regions, strict=False):
                 if region is not None:
                     self._of_slab[view.data_ptr()] = region

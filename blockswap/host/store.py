@@ -98,11 +98,13 @@ class HostStore:
             slab.notice_edits()
         if tier is HostTier.FILE:
             if all(regions):
-                return self._put_file(block, tensors, regions)
+                slab, regions = None, self.leave_slab(block, tensors, regions)
+                if all(regions):
+                    return self._put_file(block, tensors, regions)
             tier = HostTier.STAGED
         if slab is None or slab.pages is None or not slab.holds(tensors, regions):
             if slab is None or slab.pages is None or not (slab.fits(tensors) and slab.is_only_ours(tensors)):
-                self.drop(block)
+                regions = self.leave_slab(block, tensors, regions)
                 if all(regions) and not self._has_room(tensors):
                     return self._put_file(block, tensors, regions)
                 slab = self.slabs[block] = self._make(tensors)
@@ -111,7 +113,6 @@ class HostStore:
         return slab
 
     def _put_file(self, block: int, tensors: Sequence[torch.Tensor], regions: tuple[FileRegion | None, ...]) -> Slab:
-        self.drop(block)  # first: it points the tensors at the loader's mapping again
         views, used_bytes = tuple(map(plain_view, tensors)), slab_offsets(map(span_bytes, tensors))[1]
         slab = self.slabs[block] = Slab(None, used_bytes, views, HostTier.FILE, regions)
         slab.sources = tuple(map(TensorFingerprint.of, tensors, regions))
@@ -127,6 +128,21 @@ class HostStore:
             self._say(f"not enough RAM for a slab: {size:,} bytes needed, {left:,} left", fate=FROM_FILE)
         return size <= left
 
+    def leave_slab(
+        self, block: int, tensors: Sequence[torch.Tensor], regions: Sequence[FileRegion | None]
+    ) -> tuple[FileRegion | None, ...]:
+        """Drops the slab of `block`, if there is one; returns the regions that have the bytes of the tensors.
+
+        A tensor that still points into the slab has been edited, or may have been where edits are not counted.
+        """
+        slab = self.slabs.get(block)
+        self.drop(block)
+        if slab is None or slab.pages is None:
+            return tuple(regions)
+        inside = {view.data_ptr() for view in slab.views}
+        pairs = zip(tensors, regions, strict=True)
+        return tuple(None if tensor.data_ptr() in inside else region for tensor, region in pairs)
+
     def drop(self, block: int) -> None:
         """Gives up the slab of `block`, if there is one; masters live as long as parameters point at them."""
         slab = self.slabs.pop(block, None)
@@ -139,12 +155,13 @@ class HostStore:
                 self.finish_locking()  # first: a lock that succeeds after the unlocking would stay
 
     def hand_over(self) -> list[PageMemory]:
-        """Gives up slabs that nothing points at, or that are as their file; returns their memory that is locked, so.
+        """Gives up the spare memory, and slabs that nothing points at, or that are as their file; returns what of it is
+        locked, so.
 
         Nothing points at the slabs of a GGUF model after its run: the wrapper drops its weights and copies them anew.
         """
         self.finish_locking()
-        handed = []
+        handed, self.spare = self.spare, []
         for block, slab in list(self.slabs.items()):
             slab.give_back(self.files)
             if slab.pages is None or not slab.is_unused:
@@ -186,8 +203,9 @@ class HostStore:
                 self.files.read_ahead(regions)
 
     def unlock(self) -> None:
-        """Unlocks every slab after its last copy; slabs stay, and the next adopt chooses their tiers again."""
+        """Unlocks every slab after its last copy; the next adopt chooses their tiers again. Spare memory goes."""
         with contextlib.ExitStack() as stack:
+            stack.callback(self.keep_spare, ())
             for slab in self.slabs.values():
                 stack.callback(slab.unlock)  # each slab, even if another fails
             self.finish_locking()
