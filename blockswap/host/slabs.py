@@ -158,16 +158,18 @@ class Slab:
     @property
     def is_unused(self) -> bool:
         """Whether only the slab refers to its bytes."""
-        assert self.pages is not None
-        # 2: the pages' tensor, and the storage object of this call.
-        return torch._C._storage_Use_Count(storage_key(self.pages.tensor)) <= len(self.views) + 2
+        return self._has_no_other_users_than(0)
 
     def is_only_ours(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether only the slab and `tensors` refer to its bytes: no state dict, other block, or other tensor."""
         own = sum(tensor.data_ptr() == view.data_ptr() for tensor, view in zip(tensors, self.views, strict=True))
-        # 2: the pages' tensor, and the storage object of this call.
+        return self._has_no_other_users_than(own)
+
+    def _has_no_other_users_than(self, tensors: int) -> bool:
+        """Whether the slab and so many tensors are all that refers to its bytes."""
         assert self.pages is not None
-        return torch._C._storage_Use_Count(storage_key(self.pages.tensor)) <= len(self.views) + own + 2
+        # 2: the pages' tensor, and the storage object of this call.
+        return torch._C._storage_Use_Count(storage_key(self.pages.tensor)) <= len(self.views) + tensors + 2
 
 
 @dataclass(slots=True)
