@@ -23,8 +23,10 @@ from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
 from wanvideo_enhanced_blockswap.blockswap.engine.transfer import Transfer
 from wanvideo_enhanced_blockswap.blockswap.errors import WeightFileError
 from wanvideo_enhanced_blockswap.blockswap.host import slabs, staging
+from wanvideo_enhanced_blockswap.blockswap.host.pages import PageMemory
 from wanvideo_enhanced_blockswap.blockswap.host.slabs import Slab
-from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
+from wanvideo_enhanced_blockswap.blockswap.host.store import HostStore
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedRegistrar
 
 COUNT = 6
@@ -619,3 +621,29 @@ def test_blocks_that_a_new_run_drops_while_they_are_read_ahead_raise_nothing(pat
 
         store.slabs = Vanishing(store.slabs)
         store.read_ahead(1 << 40)
+
+
+def test_the_worker_and_the_host_thread_do_not_both_make_staging_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block is the first one that needs them, and it is placed before it is copied."""
+    model, streams, page, staging_of = toy(4), InlineStreams(torch.device("cpu")), 4096, HostStore.staging_of
+    budget, registrar = PinBudget(5 * page), SimulatedRegistrar()
+    backend = Backend(streams.device, lambda *_: streams, registrar, budget, lambda _: ThreadWorker())
+    base = fixed_plan([True] * 4, tiers=[PINNED, PINNED, PINNED, STAGED])
+
+    def slow(store: HostStore, nbytes: int) -> list[PageMemory]:
+        made = staging_of(store, nbytes)
+        time.sleep(0.2)
+        return made
+
+    def planner(*of: object) -> SwapPlan:
+        return dataclasses.replace(base(*of), staging_bytes=2 * page, pinned_bytes=5 * page)
+
+    monkeypatch.setattr(HostStore, "staging_of", slow)
+    with SwapSession(model.named, planner, backend) as session:
+        session.adopt(wait=False)
+        session._holds.swapper._pending[3].job.wait()
+        outputs(session, model)
+        assert session.refusals == ()
+        assert session.tiers[3] is STAGED
+        assert budget.used_bytes == sum(registrar.locked.values()) == 5 * page
+    assert budget.used_bytes == 0
