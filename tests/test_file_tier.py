@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import threading
 import time
@@ -19,10 +20,13 @@ from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
 from wanvideo_enhanced_blockswap.blockswap.device.worker import ThreadWorker
 from wanvideo_enhanced_blockswap.blockswap.engine import placer
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
+from wanvideo_enhanced_blockswap.blockswap.engine.transfer import Transfer
 from wanvideo_enhanced_blockswap.blockswap.errors import WeightFileError
 from wanvideo_enhanced_blockswap.blockswap.host import slabs, staging
+from wanvideo_enhanced_blockswap.blockswap.host.pages import PageMemory
 from wanvideo_enhanced_blockswap.blockswap.host.slabs import Slab
-from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
+from wanvideo_enhanced_blockswap.blockswap.host.store import HostStore
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedRegistrar
 
 COUNT = 6
@@ -563,3 +567,83 @@ def test_memory_that_a_file_was_read_into_before_there_were_staging_slabs_goes_w
         outputs(session, model)
         assert made
         assert [reference for reference in made if reference() is not None] == []
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_placing_that_was_cut_short_holds_no_memory(
+    path: Path, monkeypatch: pytest.MonkeyPatch, *, fails: bool
+) -> None:
+    if not hasattr(os, "preadv"):
+        pytest.skip("this system reads in another way")
+    model, begun, memories, preadv = toy(COUNT), threading.Event(), [], os.preadv
+    stored(model, path)
+    allocate = Transfer.allocate
+
+    def watched(transfer: Transfer, nbytes: int) -> torch.Tensor:
+        memory = allocate(transfer, nbytes)
+        memories.append(weakref.ref(memory))
+        return memory
+
+    def read(*arguments: object) -> int:
+        begun.set()
+        if fails:
+            raise OSError(5, "Input/output error")
+        time.sleep(0.05)
+        return preadv(*arguments)
+
+    monkeypatch.setattr(Transfer, "allocate", watched)
+    monkeypatch.setattr(os, "preadv", read)
+    gc.disable()  # it would free a cycle
+    try:
+        with SwapSession(model.named, fixed_plan([False] * COUNT), threaded()) as session:
+            session.adopt(wait=False)
+            assert begun.wait(30)
+            session.release()
+            assert len(memories) == COUNT + 1
+            assert [memory for memory in memories if memory() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_blocks_that_a_new_run_drops_while_they_are_read_ahead_raise_nothing(path: Path) -> None:
+    model = toy(COUNT)
+    stored(model, path)
+    with Simulation().session(model, fixed_plan([True] * COUNT, tiers=FILE)) as session:
+        outputs(session, model)
+        session.release()
+        store = session._holds.store
+
+        class Vanishing(dict):
+            def __contains__(self, block: object) -> bool:
+                found = super().__contains__(block)
+                self.pop(block, None)
+                return found
+
+        store.slabs = Vanishing(store.slabs)
+        store.read_ahead(1 << 40)
+
+
+def test_the_worker_and_the_host_thread_do_not_both_make_staging_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block is the first one that needs them, and it is placed before it is copied."""
+    model, streams, page, staging_of = toy(4), InlineStreams(torch.device("cpu")), 4096, HostStore.staging_of
+    budget, registrar = PinBudget(5 * page), SimulatedRegistrar()
+    backend = Backend(streams.device, lambda *_: streams, registrar, budget, lambda _: ThreadWorker())
+    base = fixed_plan([True] * 4, tiers=[PINNED, PINNED, PINNED, STAGED])
+
+    def slow(store: HostStore, nbytes: int) -> list[PageMemory]:
+        made = staging_of(store, nbytes)
+        time.sleep(0.2)
+        return made
+
+    def planner(*of: object) -> SwapPlan:
+        return dataclasses.replace(base(*of), staging_bytes=2 * page, pinned_bytes=5 * page)
+
+    monkeypatch.setattr(HostStore, "staging_of", slow)
+    with SwapSession(model.named, planner, backend) as session:
+        session.adopt(wait=False)
+        session._holds.swapper._pending[3].job.wait()
+        outputs(session, model)
+        assert session.refusals == ()
+        assert session.tiers[3] is STAGED
+        assert budget.used_bytes == sum(registrar.locked.values()) == 5 * page
+    assert budget.used_bytes == 0

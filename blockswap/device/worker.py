@@ -25,6 +25,9 @@ class Job(Protocol):
     def join(self) -> bool:
         """Blocks the host until the work has ended, also in failure; returns whether it succeeded."""
 
+    def forget(self) -> None:
+        """Drops work that was forgotten, or its error: with the job they are a cycle, which may hold device memory."""
+
 
 class Worker(Protocol):
     """Runs jobs one at a time, in parallel with the host thread: first those of `submit`, in order, then those of
@@ -92,6 +95,10 @@ class _ThreadJob:
         self._wait()
         self._take_failure()
         return self._succeeded
+
+    def forget(self) -> None:
+        self._work = None
+        self._take_failure()
 
     def _wait(self) -> None:
         if self._promote is not None and not self._over.is_set:

@@ -136,6 +136,9 @@ class Placer:
         if self.pending:
             assert self._transfer.unlocked is not None
             self._transfer.unlocked.drain()
+            for pending in self.pending.values():
+                if hasattr(pending, "job"):  # an interrupt may have come before it was submitted
+                    pending.job.forget()
             self.pending.clear()
 
     def _release(self) -> None:

@@ -62,8 +62,8 @@ class UnlockedCopies:
 
     def settle(self) -> None:
         """Once all slabs are filled: makes the staging slabs that are needed, unless there are some."""
-        if self._store.is_lock_refused:
-            self.drain()  # first: slabs that a job may be copying are unlocked
+        if self._store.is_lock_refused or self._staging_bytes:
+            self.drain()  # first: slabs that a job may be copying are unlocked, and a job may make staging slabs itself
         if not self.slabs:
             self.slabs = self._store.make_staging(locked=self._locked)
 

@@ -196,7 +196,8 @@ class HostStore:
             most_bytes: Bytes after which it stops.
         """
         for block, regions in sorted(self.regions.items()):
-            if block not in self.slabs or self.slabs[block].pages is None:
+            slab = self.slabs.get(block)  # read once: a new run may drop it meanwhile
+            if slab is None or slab.pages is None:
                 most_bytes -= sum(region.nbytes for region in regions)
                 if most_bytes < 0:
                     return
@@ -312,9 +313,10 @@ class HostStore:
 
     def finish_locking(self) -> None:
         """Waits until the slab that is being locked is locked; if it cannot be, it keeps the tier below."""
-        if self._locking is None:
+        present = self._locking  # read once: the worker and the host thread may both come here
+        if present is None:
             return
-        slab, locking = self._locking
+        slab, locking = present
         try:
             code = locking.result()
         finally:

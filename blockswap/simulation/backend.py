@@ -48,6 +48,9 @@ class _SimulatedJob:
         self._done_in_time()
         return self._failure is None
 
+    def forget(self) -> None:
+        self._work = self._failure = None
+
     def _done_in_time(self) -> None:
         self._worker.run_until(self)
         assert self._done is not None

@@ -98,17 +98,16 @@ class FileReader:
         """
         chunks = deque(_cut(pieces))
         self._check()
-        helpers = []
+        helpers: list[Future[None]] = []
         try:
-            for index in range(1, min(READERS, len(chunks))):
-                helper = self._submit(self._files[index % len(self._files)], chunks)
-                helpers.append(helper)  # one by one: those before a failure are waited for
+            used = [self._files[index % len(self._files)] for index in range(1, min(READERS, len(chunks)))]
+            helpers.extend(self._submit(file, chunks) for file in used)  # those before a failure are waited for
             _drain(self._path, self._files[0], chunks)
         finally:
             wait(helpers)  # none shall still write when the buffers go back
             self._check()  # last: of a file that was cut, the change is the cause and the short read its effect
-        for helper in helpers:
-            helper.result()
+        while helpers:
+            helpers.pop().result()  # not kept in this frame, which the error's traceback holds: it would be a cycle
 
     def read_ahead(self, offset: int, nbytes: int) -> None:
         """Asks the system to read these bytes into its cache, without waiting for them, where the system has a way.
