@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from on_disk import mapped, stored
 from toys import Block, Model, Simulation, alternating, fixed_plan, toy
 from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
+from wanvideo_enhanced_blockswap.blockswap.device import worker
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
 from wanvideo_enhanced_blockswap.blockswap.device.worker import ThreadWorker
@@ -647,3 +650,59 @@ def test_the_worker_and_the_host_thread_do_not_both_make_staging_slabs(monkeypat
         assert session.tiers[3] is STAGED
         assert budget.used_bytes == sum(registrar.locked.values()) == 5 * page
     assert budget.used_bytes == 0
+
+
+def test_a_session_that_is_dropped_in_a_thread_that_reads_for_it_waits_for_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The garbage collector runs in any thread."""
+    if not hasattr(os, "preadv"):
+        pytest.skip("this system reads in another way")
+    model, preadv, last = toy(COUNT), os.preadv, []
+    adopted, ended = threading.Event(), threading.Event()
+    stored(model, path)
+
+    def read(*arguments: object) -> int:
+        if last and threading.current_thread().name.startswith("blockswap-read"):
+            adopted.wait(60)
+            last.clear()
+            ended.set()
+        else:
+            time.sleep(0.05)
+        return preadv(*arguments)
+
+    monkeypatch.setattr(os, "preadv", read)
+    last.append(SwapSession(model.named, fixed_plan([True] * COUNT, tiers=FILE), threaded()))
+    last[0].adopt(wait=False)
+    adopted.set()
+    assert ended.wait(60)
+    wait_until(lambda: not worker.running & sys._current_frames().keys())
+
+
+def test_a_session_that_is_dropped_in_the_thread_that_locks_for_it_waits_for_nothing() -> None:
+    model, last = toy(COUNT), []
+    adopted, ended = threading.Event(), threading.Event()
+
+    class Dropping(SimulatedRegistrar):
+        def register(self, pointer: int, nbytes: int) -> int:
+            if last:
+                adopted.wait(60)
+                last.clear()
+                ended.set()
+            return super().register(pointer, nbytes)
+
+    streams, registrar = InlineStreams(torch.device("cpu")), Dropping()
+    backend = Backend(streams.device, lambda *_: streams, registrar, PinBudget(1 << 40), lambda _: ThreadWorker())
+    last.append(SwapSession(model.named, fixed_plan([True] * COUNT, tiers=PINNED), backend))
+    last[0].adopt(wait=False)
+    adopted.set()
+    assert ended.wait(60)
+    wait_until(lambda: not worker.running & sys._current_frames().keys())
+    wait_until(lambda: registrar.locked == {})
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -6,6 +6,7 @@ import _thread
 import contextlib
 import dataclasses
 import gc
+import sys
 import threading
 import time
 
@@ -192,7 +193,7 @@ def threaded(registrar: SimulatedRegistrar) -> Backend:
 
 
 def staging_threads() -> list[int]:
-    return sorted(worker.running)
+    return sorted(worker.running & sys._current_frames().keys())
 
 
 def test_a_real_worker_computes_the_same_and_no_thread_is_left_after_close() -> None:

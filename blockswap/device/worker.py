@@ -133,7 +133,17 @@ class Flag:
 
 
 running: set[int] = set()
-"""Identifiers of the threads of all workers."""
+"""Identifiers of the threads that do work for jobs; some may have ended."""
+
+
+def join_workers() -> None:
+    """Called in a thread that a job waits for: a finalizer that runs there must not wait for jobs."""
+    running.add(_thread.get_ident())
+
+
+def leave_workers() -> None:
+    """Called in that thread when no job waits for it any more."""
+    running.discard(_thread.get_ident())
 
 
 class ThreadWorker:
@@ -173,14 +183,13 @@ def _nothing() -> None: ...
 
 
 def _work_off(jobs: queue.SimpleQueue[_ThreadJob | None], idle: deque[_ThreadJob], ended: Flag) -> None:
-    thread = _thread.get_ident()
-    running.add(thread)
+    join_workers()
     try:
         while (job := _next(jobs, idle)) is not None:
             job.run()
             del job
     finally:
-        running.discard(thread)
+        leave_workers()
         ended.set()
 
 
@@ -215,8 +224,8 @@ class InlineWorker:
 
 
 def run_outside_workers(work: Callable[[], None]) -> None:
-    """Runs work that waits for jobs of workers; in its own thread if a worker calls this, where the garbage collector
-    may run a finalizer.
+    """Runs work that waits for jobs; in its own thread if it is called in one that a job waits for, where the garbage
+    collector may run a finalizer.
     """
     if _thread.get_ident() in running:
         _thread.start_new_thread(work, ())

@@ -76,7 +76,6 @@ class SwapSession:
         log: Counts and times the forwards.
         counters: Copies since the session was made.
         adoptions: How often blocks were placed.
-        listeners: Called during an adopt.
         checks: Compare each slot with its slab before a block uses it; read at the start of each forward.
     """
 
@@ -241,10 +240,11 @@ class SwapSession:
         ones when it runs again; and memory that the other session took over and has not used, since its run failed.
         """
         self._expect("take_over", SessionState.IDLE)
+        other._expect("take_over", SessionState.IDLE, SessionState.CLOSED)
         if other._holds.store is not None:
-            if self._holds.store is None:
-                self._holds.store = self._new_store(self._backend.open_streams(1, self._backend.overlap))
-            self._holds.store.spare += other._holds.store.hand_over()
+            holds, backend = self._holds, self._backend
+            holds.store = holds.store or self._new_store(backend.open_streams(1, backend.overlap))
+            holds.store.take(other._holds.store.hand_over())
 
     @translate_device_errors("host memory was being given up")
     def give_up_unused(self) -> None:

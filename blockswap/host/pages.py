@@ -16,7 +16,7 @@ import torch
 
 from ...hardware.pinning import PinBudget, Registrar, collector_paused, register_result
 from ..device.streams import Streams
-from ..device.worker import Flag
+from ..device.worker import Flag, join_workers, leave_workers
 from ..errors import HostMemoryError
 from ..model.layout import align
 
@@ -228,7 +228,7 @@ class Locking:
     def start(self) -> None:
         """Starts the thread; if the system has none left, `result` does the work."""
         with contextlib.suppress(RuntimeError):
-            _thread.start_new_thread(self._lock, ())  # Thread.start would wait until the thread runs
+            _thread.start_new_thread(self._lock_in_thread, ())  # Thread.start would wait until the thread runs
 
     @property
     def is_over(self) -> bool:
@@ -249,6 +249,13 @@ class Locking:
             raise failure
         finally:
             del failure  # its traceback holds this frame: the cycle would hold the pages
+
+    def _lock_in_thread(self) -> None:
+        join_workers()
+        try:
+            self._lock()
+        finally:
+            leave_workers()
 
     def _lock(self) -> None:
         if not self._claim.acquire(blocking=False):

@@ -172,6 +172,12 @@ class HostStore:
             del self.slabs[block]
         return handed
 
+    def take(self, spare: Sequence[PageMemory]) -> None:
+        """Keeps memory that another store has handed over."""
+        for pages in spare:
+            pages.use(self.streams)
+        self.spare += spare
+
     def keep_spare(self, sizes: Sequence[int]) -> None:
         """Unlocks and frees the spare memory but for one piece per slab that will be made.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from ...hardware import disk
 from ...hardware.disk import FileRegion
+from ..device.worker import join_workers
 from ..errors import WeightFileError
 
 
@@ -46,5 +47,5 @@ class WeightFiles:
     def _reader(self, region: FileRegion) -> disk.FileReader:
         key = region.path, region.identity
         if key not in self._readers:
-            self._readers[key] = disk.FileReader(*key)
+            self._readers[key] = disk.FileReader(*key, on_thread_start=join_workers)
         return self._readers[key]

@@ -8,9 +8,10 @@ import io
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
+from functools import partial
 
 from ..units import MIB
 
@@ -55,7 +56,14 @@ class FileReader:
     allows neither while it is open.
     """
 
-    def __init__(self, path: str, identity: FileIdentity, *, past_cache: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        identity: FileIdentity,
+        *,
+        past_cache: bool = False,
+        on_thread_start: Callable[[], None] | None = None,
+    ) -> None:
         """Opens the file.
 
         Args:
@@ -63,6 +71,7 @@ class FileReader:
             identity: of the file that is meant.
             past_cache: reads from the disk even what the system has in its cache. Offsets, sizes and addresses of the
                 buffers must then be multiples of a page.
+            on_thread_start: called in each thread that it starts.
 
         Raises:
             WeightFileError: the file is gone, may not be read, or is not the one with this identity; or the system has
@@ -70,8 +79,9 @@ class FileReader:
         """
         self._path, self._identity = path, identity
         self._files: list[io.FileIO] = []
-        self._pool = ThreadPoolExecutor(READERS - 1, thread_name_prefix="blockswap-read")  # starts threads when needed
-        self._release = weakref.finalize(self, _release, self._files, self._pool)
+        self._on_thread_start = on_thread_start
+        self._pools = [self._new_pool()]
+        self._release = weakref.finalize(self, _release, self._files, self._pools)
         self._release.atexit = False  # a read may still run then; the interpreter waits for it, the system closes files
         try:
             # Windows reads at a position by moving that of the open file, so that each thread needs one of its own.
@@ -98,16 +108,19 @@ class FileReader:
         """
         chunks = deque(_cut(pieces))
         self._check()
+        failures: list[BaseException] = []
         helpers: list[Future[None]] = []
         try:
-            used = [self._files[index % len(self._files)] for index in range(1, min(READERS, len(chunks)))]
-            helpers.extend(self._submit(file, chunks) for file in used)  # those before a failure are waited for
-            _drain(self._path, self._files[0], chunks)
+            for index in range(1, min(READERS, len(chunks))):
+                helper = partial(_drain, self._path, self._files[index % len(self._files)], chunks, failures)
+                if not self._start(helper, helpers):
+                    break
+            _drain(self._path, self._files[0], chunks, failures)
         finally:
             wait(helpers)  # none shall still write when the buffers go back
             self._check()  # last: of a file that was cut, the change is the cause and the short read its effect
-        while helpers:
-            helpers.pop().result()  # not kept in this frame, which the error's traceback holds: it would be a cycle
+        if failures:
+            raise failures.pop()  # not kept in this frame, which its traceback holds: it would be a cycle
 
     def read_ahead(self, offset: int, nbytes: int) -> None:
         """Asks the system to read these bytes into its cache, without waiting for them, where the system has a way.
@@ -126,14 +139,20 @@ class FileReader:
         """Closes the file and ends the threads; harmless when repeated. No read may be running."""
         self._release()
 
-    def _submit(self, file: io.FileIO, chunks: deque[tuple[int, memoryview]]) -> Future[None]:
+    def _new_pool(self) -> ThreadPoolExecutor:
+        """It starts threads when they are needed."""
+        return ThreadPoolExecutor(READERS - 1, "blockswap-read", initializer=self._on_thread_start)
+
+    def _start(self, work: Callable[[], None], helpers: list[Future[None]]) -> bool:
+        """Whether another thread takes part: the system may refuse one, or the interpreter may be ending."""
         try:
-            return self._pool.submit(_drain, self._path, file, chunks)
-        except RuntimeError as exc:  # the limit of threads, or the interpreter is ending
-            chunks.clear()
-            self._pool.shutdown()  # the pool may have kept the task that it could not start a thread for
-            message = f"{self._path} is read by {READERS} threads, which the system refuses ({exc}); allow more"
-            raise WeightFileError(message) from exc
+            helpers.append(self._pools[0].submit(work))
+        except RuntimeError:
+            # The pool keeps the work that it could not start a thread for, and a thread that it has may do it.
+            self._pools[0].shutdown(cancel_futures=True)
+            self._pools[0] = self._new_pool()
+            return False
+        return True
 
     def _check(self) -> None:
         """Raises if an open file has changed."""
@@ -157,8 +176,9 @@ def _open_past_cache(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_DIRECT)
 
 
-def _release(files: list[io.FileIO], pool: ThreadPoolExecutor) -> None:
-    pool.shutdown(wait=False)  # it may run in a thread of the pool, which cannot wait for itself
+def _release(files: list[io.FileIO], pools: list[ThreadPoolExecutor]) -> None:
+    for pool in pools:
+        pool.shutdown(wait=False)  # it may run in a thread of the pool, which cannot wait for itself
     for file in files:
         file.close()
 
@@ -171,7 +191,7 @@ def _cut(pieces: Sequence[tuple[int, memoryview]]) -> Iterator[tuple[int, memory
             yield offset + start, view[start : start + _CHUNK_BYTES]
 
 
-def _drain(path: str, file: io.FileIO, chunks: deque[tuple[int, memoryview]]) -> None:
+def _drain(path: str, file: io.FileIO, chunks: deque[tuple[int, memoryview]], failures: list[BaseException]) -> None:
     """Reads chunks that no other thread has taken, until none is left or one fails."""
     while True:
         try:
@@ -180,8 +200,11 @@ def _drain(path: str, file: io.FileIO, chunks: deque[tuple[int, memoryview]]) ->
             return
         try:
             _fill(path, file, offset, view)
-        except BaseException:
+        except Exception as failure:  # noqa: BLE001 - `read` raises it
             chunks.clear()  # a failing disk may take minutes for each
+            failures.append(failure)
+        except BaseException:
+            chunks.clear()
             raise
 
 

@@ -254,12 +254,43 @@ def test_a_folder_is_no_file(tmp_path):
         FileReader(str(tmp_path), FileIdentity.of(os.stat(tmp_path)))
 
 
-def test_threads_that_cannot_be_started_are_an_error_and_none_still_writes(opened, monkeypatch):
-    def refuse(*_):
-        raise RuntimeError("can't start new thread")
+@pytest.mark.parametrize("started", [0, 1])
+def test_threads_that_the_system_refuses_are_done_without_until_it_allows_them(opened, monkeypatch, started):
+    start, calls = ThreadPoolExecutor._adjust_thread_count, []
+
+    def refuse(pool):
+        calls.append(pool)
+        if len(calls) > started:
+            raise RuntimeError("can't start new thread")
+        start(pool)
+
+    with monkeypatch.context() as refused:
+        refused.setattr(ThreadPoolExecutor, "_adjust_thread_count", refuse)
+        assert whole(opened) == CONTENT
+    assert calls
+    assert whole(opened) == CONTENT
+
+
+def test_work_that_a_refused_thread_leaves_to_another_is_waited_for_and_its_failure_raised(opened, monkeypatch):
+    if not hasattr(os, "preadv"):
+        pytest.skip("positioned reads are taken away")
+    start, preadv, is_refused = ThreadPoolExecutor._adjust_thread_count, os.preadv, threading.Event()
+
+    def refuse(pool):
+        if pool._threads:
+            is_refused.set()
+            raise RuntimeError("can't start new thread")
+        start(pool)
+
+    def fail_in_helper(*arguments):
+        if threading.current_thread().name.startswith("blockswap-read"):
+            is_refused.wait(60)
+            raise OSError(5, "Input/output error")
+        return preadv(*arguments)
 
     monkeypatch.setattr(ThreadPoolExecutor, "_adjust_thread_count", refuse)
-    with pytest.raises(WeightFileError, match="can't start new thread"):
+    monkeypatch.setattr(os, "preadv", fail_in_helper)
+    with pytest.raises(WeightFileError, match="Input/output error"):
         whole(opened)
 
 

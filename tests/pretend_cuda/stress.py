@@ -82,7 +82,11 @@ def held() -> tuple[int, int, int]:
     gc.collect()
     gc.collect()  # a tensor in a cycle may take two
     torch.cuda.synchronize()
-    return torch.cuda.memory_allocated(), runtime.locked_bytes(), threading.active_count() + len(worker.running)
+    return (
+        torch.cuda.memory_allocated(),
+        runtime.locked_bytes(),
+        threading.active_count() + len(worker.running & sys._current_frames().keys()),
+    )
 
 
 def away_from_masters(session: SwapSession) -> list[str]:
