@@ -53,6 +53,13 @@ class Card:
     assumed: str | None = None
 
     @property
+    def why_not_swapped(self) -> str | None:
+        """Why nothing is swapped on it; None for a card of which blocks are swapped, and for one that is not known."""
+        if self.rates is None or self.rates.why_not_swapped is None:
+            return None
+        return f"nothing is swapped on {self.spec.name}: {self.rates.why_not_swapped}"
+
+    @property
     def is_unsupported(self) -> bool:
         """Whether nothing is ever swapped on it, not even by a manual count."""
         return self.rates is not None and self.rates.vendor is Vendor.OTHER
@@ -77,6 +84,7 @@ def plan(options: Namespace) -> Result:
     )
     known = _known(checkpoint, card, tokens)
     alone = readings.host.available_bytes
+    why_not = card.why_not_swapped if card.is_unsupported or options.blocks_to_swap is None else None
     try:
         readings, locked = _with(beside, settings, readings, known)
         inputs = _inputs(checkpoint.model, settings, once_loaded(checkpoint.model, readings), known, locked)
@@ -87,10 +95,12 @@ def plan(options: Namespace) -> Result:
             decided = make_plan(checkpoint.model, replace(inputs, disk=readings.disk))
     except PlanError as failure:
         taken = f"; --beside takes {format_bytes(alone - readings.host.available_bytes)} of the host" if beside else ""
-        raise PlanError(f"{failure} (--ram and --vram change the machine of the plan{taken})") from failure
-    if card.is_unsupported and card.rates is not None:
-        why = f"nothing is swapped on {card.spec.name}: {card.rates.why_not_swapped}"
-        decided = replace(decided, reasons=tuple(why if text == UNIFIED else text for text in decided.reasons))
+        raise PlanError(
+            f"{f'{why_not}; ' if why_not else ''}{failure} (--ram and --vram change the machine of the plan{taken})"
+        ) from failure
+    if why_not is not None:
+        reasons = (why_not if text == UNIFIED else text for text in decided.reasons)
+        decided = replace(decided, reasons=tuple(reasons))
     data = _data(checkpoint, decided)
     data |= {"card": card.spec.name, "vram_bytes": card.memory.total_bytes, "tokens": tokens}
     data |= {"link_assumed": card.assumed}

@@ -275,8 +275,8 @@ def test_the_link_of_a_known_card_is_assumed_unless_it_is_given(
 @pytest.mark.parametrize(
     ("name", "vram", "why"),
     [
-        ("DGX Spark", 128, "device and host share one memory: swapping frees nothing, so it is off"),
-        ("Radeon 8060S", 96, "device and host share one memory: swapping frees nothing, so it is off"),
+        ("DGX Spark", 128, "nothing is swapped on GB10: GPU and CPU share one memory"),
+        ("Radeon 8060S", 96, "nothing is swapped on Radeon 8060S: GPU and CPU share one memory"),
         ("Apple M4 Max", 96, "nothing is swapped on Apple M4 Max: GPU and CPU share one memory"),
         ("Arc B580", 12, "nothing is swapped on Arc B580: Intel GPUs have not been tried"),
     ],
@@ -288,6 +288,16 @@ def test_on_some_gpus_nothing_is_swapped_and_the_plan_says_why(
     code, shown = run_json(capsys, "plan", str(path), "--gpu", name, "--ram", "96GB")
     assert (code, shown["vram_bytes"], shown["blocks_to_swap"]) == (0, vram * GIB, 0)
     assert any(reason.startswith(why) for reason in shown["reasons"])
+
+
+def test_a_model_that_does_not_fit_where_nothing_is_swapped_is_refused_with_both_reasons(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = write_sparse_safetensors(tmp_path / "wan.safetensors", wan_shapes(5120, 13824, 40))
+    code, shown = run_json(capsys, "plan", str(path), "--gpu", "B580", "--ram", "64GB")
+    assert code == 1
+    assert shown["error"].startswith("nothing is swapped on Arc B580: Intel GPUs have not been tried; ")
+    assert "not enough VRAM: 26.2 GiB needed for block weights" in shown["error"]
 
 
 def test_where_nothing_can_be_swapped_a_count_by_hand_changes_nothing(

@@ -31,8 +31,8 @@ _LANE = {"3": 0.985e9, "4": 1.969e9, "5": 3.938e9, "6": 7.563e9}
 _LINK_SHARE = 0.8
 
 _WHY_NOT = {
-    "shared": "GPU and CPU share one memory: swapping frees nothing",
-    "untried": "Intel GPUs have not been tried",
+    "shared": "GPU and CPU share one memory, so swapping frees nothing",
+    "untried": "Intel GPUs have not been tried; the wrapper's own WanVideo Block Swap may work",
 }
 _VENDORS = {"nvidia": Vendor.NVIDIA, "amd": Vendor.AMD}
 
