@@ -134,12 +134,17 @@ def _add_plan(commands: Commands) -> None:
     command = _add(commands, "plan", plan, "Show what would be swapped on a GPU, from a checkpoint's header alone.")
     add = command.add_argument
     add("model", help="a .safetensors or .gguf file of a Wan transformer")
-    add("--vram", metavar="SIZE", help="memory of the card, such as 12GiB (default: this machine's)")
-    add("--ram", metavar="SIZE", help="host memory (default: this machine's)")
+    add(
+        "--vram",
+        metavar="SIZE",
+        help="memory of the card, such as 12GB, which is 12 GiB as on its box, or 12 (default: this machine's)",
+    )
+    add("--ram", metavar="SIZE", help="host memory, in the same units (default: this machine's)")
     available = "what is available of it before the model is loaded (default: all of --ram)"
     add("--available-ram", metavar="SIZE", help=available)
-    add("--gpu", metavar="NAME", help="a known GPU, such as 'RTX 4090'")
-    speeds = "PCIe 3.0 x16 has about 12, 4.0 about 25, 5.0 about 50"
+    names = "a card by its name, such as 'RTX 4090', '4060 Ti 16GB' or 'RX 9070 XT'"
+    add("--gpu", metavar="NAME", help=names)
+    speeds = "PCIe 3.0 x16 has about 12, 4.0 about 25, 5.0 about 50 (default: 80%% of the card's own)"
     add("--link", metavar="GB/s", type=_LINK, help=f"host-to-device bandwidth: {speeds}")
     disk = "speed of reading the model's file: a hard disk has about 0.2, SATA 0.5, NVMe 3 to 7"
     add("--disk", metavar="GB/s", type=_LINK, help=disk)

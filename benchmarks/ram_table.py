@@ -33,8 +33,8 @@ from wanvideo_enhanced_blockswap.hardware import (
     HostPlatform,
     LinkSpeed,
     Vendor,
-    find_gpu,
 )
+from wanvideo_enhanced_blockswap.hardware.cards import find_gpu
 
 PAGE = """\
 # RAM
@@ -184,7 +184,9 @@ def _row(found: CheckpointProfile, ram_gib: int, kind: str, experts: int) -> Row
 def block_ms(found: CheckpointProfile) -> float:
     """Duration of a block at the table's shape, with the rates that are assumed for the GPU."""
     linear, attention = block_flops(found.architecture, tokens_for(found.architecture, *SHAPE))
-    return (linear / GPU.linear_flops + attention / GPU.attention_flops) * 1e3
+    found_ms = GPU.compute_ms(linear, attention)
+    assert found_ms is not None, "the table has rates for this GPU"
+    return found_ms
 
 
 def _inputs(found: CheckpointProfile, readings: Readings) -> PlanInputs:

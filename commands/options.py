@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -11,18 +12,22 @@ from ..blockswap.model.layout import ModelProfile
 from ..blockswap.plan.swap_plan import PlanInputs
 from ..hardware import MIB, HardwareUnavailableError, HostMemory, format_bytes, parse_bytes, probe_device
 
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(?:i?b)?)?\s*", re.IGNORECASE)
 _LARGEST_SIDE = 100_000  # pixels or frames, far above any video
 
 
 def parse_size(option: str, text: str) -> int:
-    """Bytes, from `12GiB`, `8 GB` and the like.
+    """Bytes of memory, from `12GiB`, `12 GB`, `12G` or `12`, which are all the same: what boxes call GB is GiB.
 
     Raises:
-        SettingsError: The text is not a size, or the size is so small that the unit is probably missing.
+        SettingsError: The text is not a size, or is far below the memory of any machine.
     """
+    match = _SIZE.fullmatch(text)
     try:
-        size = parse_bytes(text)
+        size = parse_bytes(f"{match[1]}{match[2] or 'G'}iB" if match else text)
     except ValueError as cause:
+        if match is None:
+            raise SettingsError(f"{option}: expected a memory size such as 12GiB or 12, got {text!r}") from cause
         raise SettingsError(f"{option}: {cause}") from cause
     if 0 < size < MIB:
         raise SettingsError(f"{option}: expected a memory size such as 12GiB, got {text!r}, which is {size} bytes")

@@ -12,7 +12,7 @@ from ..blockswap.errors import PlanError, SettingsError
 from ..blockswap.model.layout import ModelProfile
 from ..blockswap.model.wan import CheckpointProfile, WanArchitecture, activation_bytes, block_flops, tokens_for
 from ..blockswap.plan.budget import SAFETY_RESERVE
-from ..blockswap.plan.make_plan import Readings, make_plan, plan_inputs
+from ..blockswap.plan.make_plan import UNIFIED, Readings, make_plan, plan_inputs
 from ..blockswap.plan.swap_plan import Activations, PlanInputs, SwapPlan
 from ..blockswap.settings import SwapSettings
 from ..hardware import (
@@ -20,19 +20,20 @@ from ..hardware import (
     DeviceSpec,
     DiskSpeed,
     HostMemory,
-    KnownGpu,
     LinkSpeed,
     Vendor,
-    find_gpu,
     format_bytes,
     measure_link,
     probe_device,
     read_device_memory,
     read_host_memory,
 )
+from ..hardware.cards import KnownGpu, find_gpu, vendor_of
 from ..hardware.disk import measure_disk
 from .options import cache_dir, choose_device, parse_count, parse_shape, parse_size
 from .output import Result, table, window_text
+
+_GIVEN = "as given"  # the source of the memory of a card that is only named
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +42,27 @@ class Card:
 
     Attributes:
         memory: Without the model.
-        link: Measured or given.
+        link: Measured, given or assumed.
+        assumed: The link as words, if it is assumed from the card's interface.
     """
 
     spec: DeviceSpec
     memory: DeviceMemory
     link: LinkSpeed | None
     rates: KnownGpu | None
+    assumed: str | None = None
+
+    @property
+    def why_not_swapped(self) -> str | None:
+        """Why nothing is swapped on it; None for a card of which blocks are swapped, and for one that is not known."""
+        if self.rates is None or self.rates.why_not_swapped is None:
+            return None
+        return f"nothing is swapped on {self.spec.name}: {self.rates.why_not_swapped}"
+
+    @property
+    def is_unsupported(self) -> bool:
+        """Whether nothing is ever swapped on it, not even by a manual count."""
+        return self.rates is not None and self.rates.vendor is Vendor.OTHER
 
 
 def plan(options: Namespace) -> Result:
@@ -62,13 +77,14 @@ def plan(options: Namespace) -> Result:
     card = _card(options)
     tokens = None if options.shape is None else tokens_for(checkpoint.architecture, *parse_shape(options.shape))
     beside = [read_checkpoint(Path(name)).model for name in options.beside]
-    settings = _settings(options, checkpoint.architecture)
-    readings = _readings(checkpoint.model, card, _host(options.ram, options.available_ram))
+    settings = _settings(options, checkpoint.architecture, card)
+    readings = _readings(checkpoint.model, card, _host(options.ram, options.available_ram, card))
     readings = replace(
         readings, disk=None if options.disk is None else DiskSpeed(options.disk * 1e9, options.disk * 1e9)
     )
     known = _known(checkpoint, card, tokens)
     alone = readings.host.available_bytes
+    why_not = card.why_not_swapped if card.is_unsupported or options.blocks_to_swap is None else None
     try:
         readings, locked = _with(beside, settings, readings, known)
         inputs = _inputs(checkpoint.model, settings, once_loaded(checkpoint.model, readings), known, locked)
@@ -79,9 +95,15 @@ def plan(options: Namespace) -> Result:
             decided = make_plan(checkpoint.model, replace(inputs, disk=readings.disk))
     except PlanError as failure:
         taken = f"; --beside takes {format_bytes(alone - readings.host.available_bytes)} of the host" if beside else ""
-        raise PlanError(f"{failure} (--ram and --vram change the machine of the plan{taken})") from failure
+        raise PlanError(
+            f"{f'{why_not}; ' if why_not else ''}{failure} (--ram and --vram change the machine of the plan{taken})"
+        ) from failure
+    if why_not is not None:
+        reasons = (why_not if text == UNIFIED else text for text in decided.reasons)
+        decided = replace(decided, reasons=tuple(reasons))
     data = _data(checkpoint, decided)
     data |= {"card": card.spec.name, "vram_bytes": card.memory.total_bytes, "tokens": tokens}
+    data |= {"link_assumed": card.assumed}
     data |= {"beside_bytes": sum(model.nbytes for model in beside)}
     data |= {"beside_host_bytes": alone - readings.host.available_bytes}
     return Result(data, _text(options, checkpoint, decided, readings, card), succeeded=decided.fits is not False)
@@ -129,10 +151,10 @@ def _inputs(
     )
 
 
-def _settings(options: Namespace, architecture: WanArchitecture) -> SwapSettings:
+def _settings(options: Namespace, architecture: WanArchitecture, card: Card) -> SwapSettings:
     settings = SwapSettings(vram_threshold_percent=options.vram_threshold_percent)
     count = parse_count(options.blocks_to_swap, architecture.blocks)
-    if count is None:
+    if count is None or card.is_unsupported:
         return settings
     vace = {"half": architecture.vace_blocks // 2, "all": architecture.vace_blocks}.get(options.blocks_to_swap, 0)
     return replace(settings, auto_hardware_tuning=False, blocks_to_swap=count, vace_blocks_to_swap=vace)
@@ -140,40 +162,57 @@ def _settings(options: Namespace, architecture: WanArchitecture) -> SwapSettings
 
 def _card(options: Namespace) -> Card:
     """The card that the options name, else this machine's."""
-    try:
-        rates = None if options.gpu is None else find_gpu(options.gpu)
-    except ValueError as cause:
-        if options.vram is None:
-            message = f"--gpu: {cause}; to plan for another GPU, add its memory, such as --vram 16GiB"
-            raise SettingsError(message) from cause
-        rates = None
     link = None if options.link is None else LinkSpeed(((1, options.link * 1e9),), None)
-    if options.vram is not None:
-        return _named(options.gpu or "a GPU", parse_size("--vram", options.vram), link, rates)
-    if rates is not None:
-        return _named(rates.name, rates.total_bytes, link, rates)
+    if options.gpu is not None or options.vram is not None:
+        return _named(options, link)
     device = choose_device("auto")
     memory = read_device_memory(device)
     if memory is None:
         raise SettingsError("no GPU in this machine: give one with --vram 12GiB or --gpu 'RTX 4090'")
-    spec = probe_device(device)
+    spec, rates = probe_device(device), None
     with contextlib.suppress(ValueError):  # of an unknown GPU, memory and link are known and only durations are not
-        rates = find_gpu(spec.name)
+        rates = find_gpu(spec.name, total_bytes=spec.total_bytes)
     return Card(spec, memory, link or measure_link(device, cache_dir=cache_dir()), rates)
 
 
-def _named(name: str, size: int, link: LinkSpeed | None, rates: KnownGpu | None) -> Card:
-    """A card of which only the name and the memory are known, with nothing in use."""
-    vendor = Vendor.AMD if name.startswith("RX ") else Vendor.NVIDIA
-    spec = DeviceSpec(name, vendor, torch_device="", is_integrated=False, total_bytes=size)
-    return Card(spec, DeviceMemory(size, size, "as given"), link, rates)
+def _named(options: Namespace, link: LinkSpeed | None) -> Card:
+    """The card of --gpu and --vram, with nothing in use and, if it is known and --link is not given, its own link."""
+    size = None if options.vram is None else parse_size("--vram", options.vram)
+    try:
+        known = None if options.gpu is None else find_gpu(options.gpu, total_bytes=size)
+    except ValueError as cause:
+        if size is None:
+            message = f"--gpu: {cause}; to plan for another GPU, add its memory, such as --vram 16GiB"
+            raise SettingsError(message) from cause
+        known = None
+    name = options.gpu or "a GPU" if known is None or size is not None else known.name
+    if size is None and known is not None:
+        shared = read_host_memory().physical_bytes if options.ram is None else parse_size("--ram", options.ram)
+        size = known.total_bytes or shared
+    assert size is not None, "without --vram the GPU is known"
+    assumed = None
+    if link is None and known is not None and known.link_bytes_per_second is not None:
+        link = LinkSpeed(((1, known.link_bytes_per_second),), None)
+        assumed = f"assumed: {known.pcie}, {known.link_bytes_per_second / 1e9:.1f} GB/s; --link changes it"
+    spec = DeviceSpec(
+        name,
+        vendor_of(name) if known is None else known.vendor,
+        torch_device="",
+        is_integrated=known is not None and known.why_not_swapped is not None,
+        total_bytes=size,
+    )
+    return Card(spec, DeviceMemory(size, size, _GIVEN), link, known, assumed)
 
 
-def _host(ram: str | None, available_ram: str | None) -> HostMemory:
-    """This machine's host, or one with this much memory, all of it available unless that is given too."""
+def _host(ram: str | None, available_ram: str | None, card: Card) -> HostMemory:
+    """This machine's host, or one with this much memory, all of it available unless that is given too.
+
+    Of a named GPU that shares the host's memory, the host has what the GPU has.
+    """
     host = read_host_memory()
-    if ram is not None:
-        size = parse_size("--ram", ram)
+    is_shared = card.memory.source == _GIVEN and card.rates is not None and card.rates.shares_memory
+    if ram is not None or is_shared:
+        size = card.memory.total_bytes if ram is None else parse_size("--ram", ram)
         host = replace(host, physical_bytes=size, available_bytes=size, cgroup_limit_bytes=None)
     if available_ram is None:
         return host
@@ -211,8 +250,8 @@ def _known(checkpoint: CheckpointProfile, card: Card, tokens: int | None) -> Kno
     if card.rates is None or card.link is None:  # times are predicted together or not at all
         return Known(activations=activations)
     linear, attention = block_flops(architecture, tokens)
-    block_ms = (linear / card.rates.linear_flops + attention / card.rates.attention_flops) * 1e3
-    return Known((block_ms,) * len(model.blocks), activations)
+    block_ms = card.rates.compute_ms(linear, attention)
+    return Known(None if block_ms is None else (block_ms,) * len(model.blocks), activations)
 
 
 def _data(checkpoint: CheckpointProfile, decided: SwapPlan) -> dict[str, object]:
@@ -273,13 +312,14 @@ def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, 
         ["read from the file", format_bytes(decided.file_bytes)],
         ["copied per forward", format_bytes(decided.streamed_bytes)],
     ]
+    rows += [["link", card.assumed]] if card.assumed is not None else []
     forward = decided.predicted
     if forward is None:
         wanted = [("--gpu", card.rates), ("--link", card.link), ("--shape", options.shape)]
         wanted += [("--disk", readings.disk)] if decided.file_bytes else []
         missing = " and ".join(name for name, known in wanted if known is None)
         why = f"give {missing}" if missing else "this host's speed of copies into staging slabs is unknown"
-        if options.gpu is not None and card.rates is None:
+        if options.gpu is not None and (card.rates is None or card.rates.linear_flops is None):
             why = f"the speed of {card.spec.name} is unknown"
         rows.append(["stall per forward", f"unknown: {why}"])
     else:

@@ -16,7 +16,7 @@ from .records import (
     Samples,
     Vendor,
 )
-from .tiers import KnownGpu, find_gpu, tier_for, tune
+from .tiers import tier_for, tune
 from .units import GIB, KIB, MIB, format_bytes, parse_bytes
 
 __all__ = [
@@ -30,13 +30,11 @@ __all__ = [
     "HardwareUnavailableError",
     "HostMemory",
     "HostPlatform",
-    "KnownGpu",
     "LinkSpeed",
     "Sampler",
     "Samples",
     "Vendor",
     "contradicts",
-    "find_gpu",
     "format_bytes",
     "is_driver_refusal",
     "is_out_of_memory",

@@ -1,4 +1,4 @@
-"""GPU tiers that bound the automatic settings, and assumed figures of known GPUs for planning without one."""
+"""GPU tiers that bound the automatic settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 
 from .records import DeviceSpec, HostMemory, HostPlatform, LinkSpeed, Vendor
-from .units import GIB
 
 # From this many compute units on, an unknown GPU gets its tier from a formula instead of the lowest tier.
 _FORMULA_MIN_UNITS = 100
@@ -15,7 +14,6 @@ _MEMORY_SIZE = re.compile(r"\b(\d+)\s*gb\b")
 _TOKEN = re.compile(r"[a-z]+|\d+")
 # Words that drivers and people add to, or leave out of, the name of the same GPU.
 _NOISE = frozenset({"nvidia", "geforce", "amd", "radeon", "gpu", "graphics", "tm", "r"})
-_SERIES = frozenset({"rtx", "rx"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +50,6 @@ class Tuning:
     reasons: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class KnownGpu:
-    """Figures for planning for a GPU that is not in this machine.
-
-    Attributes:
-        linear_flops: floating-point operations per second reached in bf16 linear layers.
-        attention_flops: the same in bf16 attention.
-    """
-
-    name: str
-    total_bytes: int
-    linear_flops: float
-    attention_flops: float
-
-
 # Class, exact models, max_streams, bandwidth_target. Streams and ratios are the product's published table. It names the
 # first models of each row; the rest of the row are models of the same chip family, link and about the same memory: the
 # Ti models of the 30 series, and the D models of the Chinese market. Laptop GPUs have the name of a bigger desktop GPU
@@ -76,17 +59,6 @@ _TIERS = (
     ("RTX 3090/3080", ("RTX 3090", "RTX 3080", "RTX 3090 Ti", "RTX 3080 Ti"), 12, 0.80),
     ("RX 7900 XTX", ("RX 7900 XTX",), 12, 0.80),
     ("RX 7900 XT", ("RX 7900 XT",), 10, 0.80),
-)
-
-# Assumed, not measured: nominal memory, and rates that kernels typically reach at video sizes. The H200's memory is
-# what CUDA shows of its 141 GB. Links are not assumed: a card has 4 to 16 lanes of whatever generation its slot has.
-_KNOWN_GPUS = (
-    KnownGpu("RTX 3060 12GB", 12 * GIB, 22e12, 18e12),
-    KnownGpu("RTX 3090", 24 * GIB, 60e12, 50e12),
-    KnownGpu("RTX 4090", 24 * GIB, 150e12, 130e12),
-    KnownGpu("RTX 5090", 32 * GIB, 200e12, 170e12),
-    KnownGpu("RX 7900 XTX", 24 * GIB, 75e12, 35e12),
-    KnownGpu("H200", 139 * GIB, 600e12, 450e12),
 )
 
 
@@ -149,28 +121,6 @@ def _why_not_pinned(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None) 
         figures = f"{link.best()[1] / 1e9:.1f} against {link.pageable / 1e9:.1f} GB/s"
         return f"copies from page-locked memory are no faster than from pageable memory here ({figures})"
     return None
-
-
-def find_gpu(name: str) -> KnownGpu:
-    """The figures of a GPU that a person named, such as "rtx 4090", "4090" or "NVIDIA GeForce RTX 4090".
-
-    Case, vendor, series and memory size may be left out; nothing else may, because a Ti, an XT or a laptop model is
-    another GPU.
-
-    Raises:
-        ValueError: no known GPU has this name, or several do. The message lists the known names.
-    """
-    words, sizes = _words(name), set(_MEMORY_SIZE.findall(name.lower()))
-    sized = [gpu for gpu in _KNOWN_GPUS if sizes <= {str(gpu.total_bytes // GIB)}]
-    fits = [gpu for gpu in sized if words and words <= _words(gpu.name)]
-    exact = [gpu for gpu in fits if _words(gpu.name) - words <= _SERIES]
-    if len(exact) == 1:
-        return exact[0]
-    known = ", ".join(gpu.name for gpu in _KNOWN_GPUS)
-    if fits:
-        which = f"which could be {' or '.join(gpu.name for gpu in fits)} or a model that is not known"
-        raise ValueError(f"name of a GPU: expected one model, got {name!r}, {which}; known are {known}")
-    raise ValueError(f"name of a GPU: expected a known model, got {name!r}; known are {known}")
 
 
 def _words(name: str) -> frozenset[str]:

@@ -17,6 +17,7 @@ else:
 ROOT = Path(__file__).parents[1]
 ROOMS = {
     "hardware": (),
+    "hardware/cards": ("hardware",),
     "hardware/disk": ("hardware",),
     "blockswap": ("hardware",),
     "blockswap/model": ("blockswap", "hardware", "hardware/disk"),
@@ -39,7 +40,7 @@ ROOMS = {
     "blockswap/simulation": ("blockswap/device", "blockswap/model", "blockswap", "hardware"),
     "commands": (
         *("blockswap/run", "blockswap/engine", "blockswap/device", "blockswap/plan", "blockswap/model", "blockswap"),
-        *("blockswap/checkpoint", "blockswap/simulation", "hardware", "hardware/disk"),
+        *("blockswap/checkpoint", "blockswap/simulation", "hardware", "hardware/cards", "hardware/disk"),
     ),
     ".": (
         *("commands", "blockswap/wrapper", "blockswap/run", "blockswap/engine", "blockswap/device", "blockswap/plan"),

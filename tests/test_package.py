@@ -85,6 +85,18 @@ def test_every_folder_of_shipped_code_is_installed() -> None:
     assert {".".join(parts) for parts in ours} == set(INNER)
 
 
+def test_every_file_of_data_that_shipped_code_reads_is_installed() -> None:
+    installed = PYPROJECT["tool"]["setuptools"]["package-data"]
+    files = {path for inner in INNER for path in (ROOT / inner.replace(".", "/")).glob("*.csv")}
+    assert files == {
+        ROOT / package.removeprefix(OUTER).strip(".").replace(".", "/") / name
+        for package, names in installed.items()
+        for name in names
+        if name.endswith(".csv")
+    }
+    assert files
+
+
 def test_requirements_are_the_dependencies_of_the_project(requirements: list[str]) -> None:
     assert [line for line in requirements if line] == PYPROJECT["project"]["dependencies"]
 

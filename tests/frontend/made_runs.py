@@ -34,8 +34,8 @@ from wanvideo_enhanced_blockswap.hardware import (
     HostPlatform,
     LinkSpeed,
     Vendor,
-    find_gpu,
 )
+from wanvideo_enhanced_blockswap.hardware.cards import find_gpu
 
 IN_USE_BYTES = GIB
 """Of the card, by the desktop and the CUDA context: as the example on the plan's help page has it."""
@@ -123,7 +123,8 @@ class MadeRun:
         rates, model = find_gpu(case.rates), case.model
         tokens = tokens_for(model.architecture, *case.video)
         linear, attention = block_flops(model.architecture, tokens)
-        block_ms = (linear / rates.linear_flops + attention / rates.attention_flops) * 1e3
+        block_ms = rates.compute_ms(linear, attention)
+        assert block_ms is not None, "the table has rates for this GPU"
         expected = activation_bytes(model.architecture, tokens)
         total = case.vram_gib * GIB
         spec = DeviceSpec(case.card, Vendor.NVIDIA, "cuda:0", None, None, None, False, None, total, None)

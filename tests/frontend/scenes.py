@@ -60,7 +60,7 @@ def scenes() -> list[Scene]:
 
 def twelve_gib() -> MadeRun:
     """Image to video on a card of 12 GB: the example of the README and of the help pages."""
-    return MadeRun(Case(card="NVIDIA GeForce RTX 3060", vram_gib=12, rates="RTX 3060", model=fp8(channels=36)))
+    return MadeRun(Case(card="NVIDIA GeForce RTX 3060", vram_gib=12, rates="RTX 3060 12GB", model=fp8(channels=36)))
 
 
 def _swap(progress: Progress, top: int, *, width: int = 440, number: int = 0) -> Part:
@@ -96,7 +96,7 @@ def _two_experts() -> Scene:
 
 def _gguf_with_lora() -> Scene:
     model = gguf_with_lora()
-    case = Case(card="NVIDIA GeForce RTX 3060 Ti", vram_gib=8, rates="RTX 3060", model=model, video=(640, 384, 81))
+    case = Case(card="NVIDIA GeForce RTX 3060 Ti", vram_gib=8, rates="RTX 3060 12GB", model=model, video=(640, 384, 81))
     lora = Part(kind="WanVideoLoraSelect", place=(20, 20, 440))
     return Scene(example=4, parts=(lora, _swap(MadeRun(case).adopting(25), 146)))
 

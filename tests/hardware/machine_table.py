@@ -25,17 +25,17 @@ from wanvideo_enhanced_blockswap.hardware import (
     DiskSpeed,
     LinkSpeed,
     Vendor,
-    find_gpu,
     format_bytes,
     tune,
 )
+from wanvideo_enhanced_blockswap.hardware.cards import find_gpu
 from wanvideo_enhanced_blockswap.hardware.records import PcieLink
 
 GOLDEN = Path(__file__).parent / "machines.txt"
 INTRODUCTION = """\
 What is read on each machine of machines.py, and the plans that follow from it with the default settings (automatic).
 Nothing here was measured: the readings are those of public reports, and compute times are those assumed for GPUs that
-hardware/tuning.py knows. `python tests/hardware/write_machines.py` writes this file; the tests compare it.
+hardware/cards knows. `python tests/hardware/write_machines.py` writes this file; the tests compare it.
 
 A cell:  35/40 2 slots  4.60+1.31  pin 22.9  12 ms  7.1% !
          swapped blocks of all; slots of the window; GiB on the device, residents and small tensors + window; host tiers
@@ -133,12 +133,12 @@ def _plan(machine: Machine, readings: Readings, checkpoint: CheckpointProfile, s
 
 def _compute_ms(readings: Readings, checkpoint: CheckpointProfile, tokens: int) -> tuple[float, ...] | None:
     try:
-        gpu = find_gpu(readings.spec.name)
+        gpu = find_gpu(readings.spec.name, total_bytes=readings.spec.total_bytes)
     except ValueError:
         return None
     linear, attention = block_flops(checkpoint.architecture, tokens)
-    block_ms = (linear / gpu.linear_flops + attention / gpu.attention_flops) * 1e3
-    return (block_ms,) * len(checkpoint.model.blocks)
+    block_ms = gpu.compute_ms(linear, attention)
+    return None if block_ms is None else (block_ms,) * len(checkpoint.model.blocks)
 
 
 def table(found: Iterable[tuple[Machine, Readings, Plans]], rows: Sequence[Model]) -> str:
