@@ -133,7 +133,13 @@ def _add_demo(commands: Commands) -> None:
 def _add_plan(commands: Commands) -> None:
     command = _add(commands, "plan", plan, "Show what would be swapped on a GPU, from a checkpoint's header alone.")
     add = command.add_argument
-    add("model", help="a .safetensors or .gguf file of a Wan transformer")
+    add(
+        "model", help="a .safetensors or .gguf file of a Wan transformer; of a model in several files, one or the index"
+    )
+    module = "a file that the loader merges into the model, such as VACE's or InfiniteTalk's; repeatable"
+    add("--module", metavar="FILE", action="append", default=[], help=module)
+    lora = "a LoRA that is not merged into the weights (a merged one changes no size); repeatable"
+    add("--lora", metavar="FILE", action="append", default=[], help=lora)
     add(
         "--vram",
         metavar="SIZE",
@@ -149,8 +155,9 @@ def _add_plan(commands: Commands) -> None:
     disk = "speed of reading the model's file: a hard disk has about 0.2, SATA 0.5, NVMe 3 to 7"
     add("--disk", metavar="GB/s", type=_LINK, help=disk)
     add("--shape", metavar="WxHxF", help="size of the video, such as 832x480x81")
-    beside = "a model in the host at the same time; repeatable"
-    add("--beside", metavar="MODEL", action="append", default=[], help=beside)
+    add("--context-window", metavar="F", type=_COUNT, help="frames of one context window (default: the whole video)")
+    beside = "a model in the host at the same time, such as the other expert of Wan 2.2; repeatable"
+    add("--beside", "--experts", metavar="MODEL", action="append", default=[], help=beside)
     add("--blocks-to-swap", metavar="N", help="a number, half or all (default: automatic)")
     percent = _number(30, 90, "a percentage from 30 to 90")
     ceiling = "ceiling on VRAM use, 30 to 90 (default: 50)"

@@ -13,7 +13,8 @@ import torch
 
 from .blockswap.device.backend import backend_for
 from .blockswap.errors import SettingsError
-from .blockswap.model.wan import activation_bytes, profile_tensors, tokens_for
+from .blockswap.model.recognise import profile_tensors
+from .blockswap.model.wan import activation_bytes, tokens_for
 from .blockswap.plan.make_plan import Limits, Readings, make_plan, plan_inputs
 from .blockswap.plan.swap_plan import Activations, SwapPlan
 from .blockswap.run.machine import TorchMachine

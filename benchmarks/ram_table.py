@@ -12,14 +12,8 @@ from dataclasses import dataclass, replace
 
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
 from wanvideo_enhanced_blockswap.blockswap.model.layout import ModelProfile
-from wanvideo_enhanced_blockswap.blockswap.model.wan import (
-    CheckpointProfile,
-    TensorInfo,
-    activation_bytes,
-    block_flops,
-    profile_tensors,
-    tokens_for,
-)
+from wanvideo_enhanced_blockswap.blockswap.model.recognise import CheckpointProfile, TensorInfo, profile_tensors
+from wanvideo_enhanced_blockswap.blockswap.model.wan import activation_bytes, block_flops, tokens_for
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Readings, make_plan, plan_inputs, predict
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, PlanInputs, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings

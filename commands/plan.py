@@ -7,10 +7,11 @@ from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..blockswap.checkpoint.wan_file import read_checkpoint
+from ..blockswap.checkpoint.wan_file import model_files, read_checkpoint
 from ..blockswap.errors import PlanError, SettingsError
 from ..blockswap.model.layout import ModelProfile
-from ..blockswap.model.wan import CheckpointProfile, WanArchitecture, activation_bytes, block_flops, tokens_for
+from ..blockswap.model.recognise import CheckpointProfile
+from ..blockswap.model.wan import WanArchitecture, activation_bytes, block_flops, tokens_for
 from ..blockswap.plan.budget import SAFETY_RESERVE
 from ..blockswap.plan.make_plan import UNIFIED, Readings, make_plan, plan_inputs
 from ..blockswap.plan.swap_plan import Activations, PlanInputs, SwapPlan
@@ -73,9 +74,10 @@ def plan(options: Namespace) -> Result:
         SettingsError: An option has an impossible value.
         PlanError: No plan fits.
     """
-    checkpoint = read_checkpoint(Path(options.model))
+    modules, loras = map(Path, options.module), map(Path, options.lora)
+    checkpoint = read_checkpoint(Path(options.model), modules=[*modules], loras=[*loras])
     card = _card(options)
-    tokens = None if options.shape is None else tokens_for(checkpoint.architecture, *parse_shape(options.shape))
+    tokens = _tokens(options, checkpoint.architecture)
     beside = [read_checkpoint(Path(name)).model for name in options.beside]
     settings = _settings(options, checkpoint.architecture, card)
     readings = _readings(checkpoint.model, card, _host(options.ram, options.available_ram, card))
@@ -91,7 +93,8 @@ def plan(options: Namespace) -> Result:
         decided = make_plan(checkpoint.model, inputs)
         is_named = options.gpu is not None or options.vram is not None
         if decided.file_bytes and readings.disk is None and not is_named:
-            readings = replace(readings, disk=measure_disk(options.model, cache_dir=cache_dir()))
+            first = model_files(Path(options.model))[0]
+            readings = replace(readings, disk=measure_disk(str(first), cache_dir=cache_dir()))
             decided = make_plan(checkpoint.model, replace(inputs, disk=readings.disk))
     except PlanError as failure:
         taken = f"; --beside takes {format_bytes(alone - readings.host.available_bytes)} of the host" if beside else ""
@@ -149,6 +152,19 @@ def _inputs(
         activations=known.activations,
         timing=replace(inputs.timing, compute_ms=known.compute_ms),
     )
+
+
+def _tokens(options: Namespace, architecture: WanArchitecture) -> int | None:
+    """Tokens of a forward: those of the whole video, or of one context window."""
+    if options.shape is None:
+        if options.context_window is not None:
+            raise SettingsError("--context-window: the size of the video is unknown; give it with --shape")
+        return None
+    width, height, frames = parse_shape(options.shape)
+    tokens = tokens_for(architecture, width, height, frames)
+    if options.context_window is None:
+        return tokens
+    return min(tokens, tokens_for(architecture, width, height, options.context_window))
 
 
 def _settings(options: Namespace, architecture: WanArchitecture, card: Card) -> SwapSettings:
@@ -257,6 +273,7 @@ def _known(checkpoint: CheckpointProfile, card: Card, tokens: int | None) -> Kno
 def _data(checkpoint: CheckpointProfile, decided: SwapPlan) -> dict[str, object]:
     model, forward = checkpoint.model, decided.predicted
     return {
+        "family": checkpoint.family,
         "blocks": len(model.blocks),
         "blocks_to_swap": decided.swapped_count,
         "swapped": list(decided.swapped_indices),
@@ -299,6 +316,7 @@ def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, 
     reserve = int(SAFETY_RESERVE * card.memory.total_bytes)
     idle = decided.limit_bytes - decided.device_bytes - (activations or 0) - reserve
     rows = [
+        ["model", checkpoint.family],
         ["card", f"{card.spec.name}, {format_bytes(card.memory.total_bytes)}"],
         ["  other weights and what is in use", format_bytes(card.memory.total_bytes - readings.memory.free_bytes)],
         ["  block weights", format_bytes(decided.device_bytes)],
@@ -323,7 +341,8 @@ def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, 
             why = f"the speed of {card.spec.name} is unknown"
         rows.append(["stall per forward", f"unknown: {why}"])
     else:
-        at = f"at {options.shape}, with the rates assumed for this GPU"
+        window = "" if options.context_window is None else f" in windows of {options.context_window} frames"
+        at = f"at {options.shape}{window}, with the rates assumed for this GPU"
         rows.append(["compute per forward", f"{forward.compute:,.0f} ms {at}"])
         rows.append(["transfer per forward", f"{forward.transferred:,.0f} ms"])
         rows.append(["stall per forward", f"{forward.stall:,.0f} ms"])

@@ -66,7 +66,7 @@ BOUNDARIES = {
 }
 SHIPPED = sorted(file for room in ROOMS for file in (ROOT / room).glob("*.py"))
 PURE = (
-    *("errors", "settings", "spans", "model/layout", "model/wan"),
+    *("errors", "settings", "spans", "model/layout", "model/names", "model/recognise", "model/wan"),
     *("plan/budget", "plan/schedule", "plan/hosting", "plan/swap_plan", "plan/make_plan"),
     *("run/replan", "run/report", "run/text", "run/trace_file", "wrapper/wiring", "simulation/races"),
 )

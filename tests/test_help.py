@@ -17,7 +17,8 @@ import wanvideo_enhanced_blockswap as package
 from checkpoint_files import wan_shapes
 from facts import Facts, make_plan
 from test_report import FULL, brief, plan
-from wanvideo_enhanced_blockswap.blockswap.model.wan import TensorInfo, activation_bytes, profile_tensors, tokens_for
+from wanvideo_enhanced_blockswap.blockswap.model.recognise import TensorInfo, profile_tensors
+from wanvideo_enhanced_blockswap.blockswap.model.wan import activation_bytes, tokens_for
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations
 from wanvideo_enhanced_blockswap.blockswap.run.text import plan_text, summary
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SHOWN_LETTERS, CheckpointError, printable
-from ..model.wan import TensorInfo
+from ..model.recognise import TensorInfo
 
 LONGEST_HEADER = 8 << 20
 """Bytes of a .safetensors header. Wan 14B in fp8 with scales has 0.2 MB for its 1,500 tensors, and an embedded workflow

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ...hardware.disk import FileMappings
+from ..model.recognise import TensorInfo
 from ..model.tensors import region_of
-from ..model.wan import TensorInfo
 from .wanvideo import entry, named_blocks
 
 logger = logging.getLogger(__name__)

@@ -10,14 +10,8 @@ import gguf
 from checkpoint_files import Shapes, wan_shapes
 from facts import Facts, make_plan
 from shown import ran
-from wanvideo_enhanced_blockswap.blockswap.model.wan import (
-    CheckpointProfile,
-    TensorInfo,
-    activation_bytes,
-    block_flops,
-    profile_tensors,
-    tokens_for,
-)
+from wanvideo_enhanced_blockswap.blockswap.model.recognise import CheckpointProfile, TensorInfo, profile_tensors
+from wanvideo_enhanced_blockswap.blockswap.model.wan import activation_bytes, block_flops, tokens_for
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.run.progress import (
     AdoptFigures,

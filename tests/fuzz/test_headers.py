@@ -49,6 +49,7 @@ def outcome(path: Path) -> str:
     """Whether `plan` plans for this file, or which kind of error it raises; raises what `plan` must not raise."""
     options = Namespace(model=str(path), gpu="RTX 4090", vram=None, ram="64GiB", link=25.0, shape="832x480x81")
     options.available_ram = options.disk = None
+    options.module, options.lora, options.context_window = [], [], None
     options.beside, options.blocks_to_swap, options.vram_threshold_percent = [], None, 50.0
     try:
         shown = command.plan(options)

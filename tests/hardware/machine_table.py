@@ -13,7 +13,8 @@ from fake_machine import Readings, in_place, read
 from machines import Machine
 from wanvideo_enhanced_blockswap.blockswap.checkpoint.wan_file import read_checkpoint
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
-from wanvideo_enhanced_blockswap.blockswap.model.wan import CheckpointProfile, activation_bytes, block_flops, tokens_for
+from wanvideo_enhanced_blockswap.blockswap.model.recognise import CheckpointProfile
+from wanvideo_enhanced_blockswap.blockswap.model.wan import activation_bytes, block_flops, tokens_for
 from wanvideo_enhanced_blockswap.blockswap.plan import make_plan as planning
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
