@@ -18,6 +18,7 @@ from .commands.plan import plan
 from .commands.probe import probe
 from .commands.simulate import simulate
 from .commands.wan_model import PRESETS
+from .commands.what_fits import what_fits
 from .hardware import HardwareUnavailableError
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = options.run(options)
         print(json.dumps(result.data) if options.json else result.text, flush=True)
+    except UsageError as failure:
+        return _fail(f"{failure} (--help shows the options)", 2, as_json=options.json)
     except (BlockSwapError, HardwareUnavailableError) as failure:
         return _fail(str(failure), 1, as_json=options.json)
     except ImportError as failure:
@@ -131,11 +134,15 @@ def _add_demo(commands: Commands) -> None:
 
 
 def _add_plan(commands: Commands) -> None:
-    command = _add(commands, "plan", plan, "Show what would be swapped on a GPU, from a checkpoint's header alone.")
+    command = _add(commands, "plan", _plan, "Show what would be swapped on a GPU, from a checkpoint's header alone.")
     add = command.add_argument
     add(
-        "model", help="a .safetensors or .gguf file of a Wan transformer; of a model in several files, one or the index"
+        "model",
+        nargs="?",
+        help="a .safetensors or .gguf file of a Wan transformer; of a model in several files, one or the index",
     )
+    tables = "a Markdown table of cards and sizes of video: for MODEL, or for the models that people run most"
+    add("--table", action="store_true", help=tables)
     module = "a file that the loader merges into the model, such as VACE's or InfiniteTalk's; repeatable"
     add("--module", metavar="FILE", action="append", default=[], help=module)
     lora = "a LoRA that is not merged into the weights (a merged one changes no size); repeatable"
@@ -162,6 +169,14 @@ def _add_plan(commands: Commands) -> None:
     percent = _number(30, 90, "a percentage from 30 to 90")
     ceiling = "ceiling on VRAM use, 30 to 90 (default: 50)"
     add("--vram-threshold-percent", type=percent, default=50.0, metavar="P", help=ceiling)
+
+
+def _plan(options: argparse.Namespace) -> Result:
+    if options.table:
+        return what_fits(options)
+    if options.model is None:
+        raise UsageError("the following arguments are required: model (or --table)")
+    return plan(options)
 
 
 def _add_probe(commands: Commands) -> None:

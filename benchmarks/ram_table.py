@@ -5,18 +5,18 @@ python -m benchmarks.ram_table > docs/ram.md
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
 from wanvideo_enhanced_blockswap.blockswap.model.layout import ModelProfile
-from wanvideo_enhanced_blockswap.blockswap.model.recognise import CheckpointProfile, TensorInfo, profile_tensors
+from wanvideo_enhanced_blockswap.blockswap.model.recognise import CheckpointProfile
 from wanvideo_enhanced_blockswap.blockswap.model.wan import activation_bytes, block_flops, tokens_for
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Readings, make_plan, plan_inputs, predict
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, PlanInputs, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
+from wanvideo_enhanced_blockswap.commands.common_models import CommonModel
 from wanvideo_enhanced_blockswap.commands.plan import once_loaded
 from wanvideo_enhanced_blockswap.hardware import (
     GIB,
@@ -65,9 +65,9 @@ GPU = find_gpu("RTX 3060 12GB")
 SPEC = DeviceSpec("NVIDIA GeForce RTX 3060", Vendor.NVIDIA, "cuda:0", compute_units=28, is_integrated=False)
 MUCH = 1 << 50
 FORWARDS_PER_STEP = 2
-WIDTH, FFN, BLOCKS = 5120, 13824, 40
-BITS = {"fp8": 8, "fp16": 16, "GGUF Q4_K": 4.5, "GGUF Q8_0": 8.5}
-"""Bits per weight of the blocks' matrices."""
+BLOCKS = 40
+KINDS = {"fp8": "fp8", "fp16": "fp16", "GGUF Q4_K_M": "Q4_K_M", "GGUF Q8_0": "Q8_0"}
+"""How the blocks' matrices are stored, and its key in `common_models.BITS`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,33 +96,14 @@ class Row:
 
 def checkpoint(kind: str) -> CheckpointProfile:
     """Wan 2.1 14B, text to video, with the blocks' matrices in `kind`; either expert of Wan 2.2 has the same sizes."""
-    matrices = {f"{attention}.{name}": (WIDTH, WIDTH) for attention in ("self_attn", "cross_attn") for name in "qkvo"}
-    matrices |= {"ffn.0": (FFN, WIDTH), "ffn.2": (WIDTH, FFN)}
-    in_file = not kind.startswith("GGUF")
-    stored = {
-        "patch_embedding.weight": _tensor((WIDTH, 16, 1, 2, 2), 16, in_file=in_file),
-        "head.head.weight": _tensor((64, WIDTH), 16, in_file=in_file),
-        "text_embedding.0.weight": _tensor((WIDTH, 4096), 16, in_file=in_file),
-        "text_embedding.2.weight": _tensor((WIDTH, WIDTH), 16, in_file=in_file),
-        "time_projection.1.weight": _tensor((6 * WIDTH, WIDTH), 16, in_file=in_file),
-    }
-    for i in range(BLOCKS):
-        stored[f"blocks.{i}.modulation"] = _tensor((1, 6, WIDTH), 16, in_file=in_file)
-        for name, shape in matrices.items():
-            stored[f"blocks.{i}.{name}.weight"] = _tensor(shape, BITS[kind], in_file=in_file)
-            stored[f"blocks.{i}.{name}.bias"] = _tensor(shape[:1], 16, in_file=in_file)
-    return profile_tensors(kind, stored)
-
-
-def _tensor(shape: tuple[int, ...], bits: float, *, in_file: bool) -> TensorInfo:
-    return TensorInfo(shape, "any", int(math.prod(shape) * bits / 8), in_file=in_file)
+    return CommonModel(name=kind, kind=KINDS[kind]).profile()
 
 
 def rows() -> Iterator[Row]:
     """All rows of the table."""
     for ram_gib in RAM_GIB:
         for experts in (1, 2):
-            for kind in BITS:
+            for kind in KINDS:
                 yield row(ram_gib, kind, experts)
 
 

@@ -74,22 +74,20 @@ def plan(options: Namespace) -> Result:
         SettingsError: An option has an impossible value.
         PlanError: No plan fits.
     """
-    modules, loras = map(Path, options.module), map(Path, options.lora)
-    checkpoint = read_checkpoint(Path(options.model), modules=[*modules], loras=[*loras])
-    card = _card(options)
+    checkpoint, card = checkpoint_of(options), _card(options)
     tokens = _tokens(options, checkpoint.architecture)
     beside = [read_checkpoint(Path(name)).model for name in options.beside]
     settings = _settings(options, checkpoint.architecture, card)
-    readings = _readings(checkpoint.model, card, _host(options.ram, options.available_ram, card))
+    readings = readings_of(checkpoint.model, card, host_of(options.ram, options.available_ram, card))
     readings = replace(
         readings, disk=None if options.disk is None else DiskSpeed(options.disk * 1e9, options.disk * 1e9)
     )
-    known = _known(checkpoint, card, tokens)
+    known = known_of(checkpoint, card, tokens)
     alone = readings.host.available_bytes
     why_not = card.why_not_swapped if card.is_unsupported or options.blocks_to_swap is None else None
     try:
         readings, locked = _with(beside, settings, readings, known)
-        inputs = _inputs(checkpoint.model, settings, once_loaded(checkpoint.model, readings), known, locked)
+        inputs = inputs_of(checkpoint.model, settings, once_loaded(checkpoint.model, readings), known, locked)
         decided = make_plan(checkpoint.model, inputs)
         is_named = options.gpu is not None or options.vram is not None
         if decided.file_bytes and readings.disk is None and not is_named:
@@ -112,12 +110,18 @@ def plan(options: Namespace) -> Result:
     return Result(data, _text(options, checkpoint, decided, readings, card), succeeded=decided.fits is not False)
 
 
+def checkpoint_of(options: Namespace) -> CheckpointProfile:
+    """The model of the options, with its modules and LoRAs."""
+    modules, loras = map(Path, options.module), map(Path, options.lora)
+    return read_checkpoint(Path(options.model), modules=[*modules], loras=[*loras])
+
+
 def _with(beside: list[ModelProfile], settings: SwapSettings, readings: Readings, known: Known) -> tuple[Readings, int]:
     """The machine with these models in the host too, and the bytes that their own plans page-lock."""
     locked = 0
     for model in beside:
         readings = once_loaded(model, readings)
-        decided = make_plan(model, _inputs(model, settings, readings, replace(known, compute_ms=None), locked))
+        decided = make_plan(model, inputs_of(model, settings, readings, replace(known, compute_ms=None), locked))
         locked += decided.pinned_bytes
         readings = _less(readings, decided.added_bytes)
     return readings, locked
@@ -142,9 +146,10 @@ def _less(readings: Readings, nbytes: int) -> Readings:
     return replace(readings, host=replace(readings.host, available_bytes=readings.host.available_bytes - nbytes))
 
 
-def _inputs(
+def inputs_of(
     model: ModelProfile, settings: SwapSettings, readings: Readings, known: Known, locked_bytes: int
 ) -> PlanInputs:
+    """Inputs of a plan for a machine of which other models page-lock so many bytes."""
     inputs = plan_inputs(model, settings, readings)
     return replace(
         inputs,
@@ -180,7 +185,7 @@ def _card(options: Namespace) -> Card:
     """The card that the options name, else this machine's."""
     link = None if options.link is None else LinkSpeed(((1, options.link * 1e9),), None)
     if options.gpu is not None or options.vram is not None:
-        return _named(options, link)
+        return named_card(options.gpu, vram=options.vram, ram=options.ram, link=link)
     device = choose_device("auto")
     memory = read_device_memory(device)
     if memory is None:
@@ -191,19 +196,23 @@ def _card(options: Namespace) -> Card:
     return Card(spec, memory, link or measure_link(device, cache_dir=cache_dir()), rates)
 
 
-def _named(options: Namespace, link: LinkSpeed | None) -> Card:
-    """The card of --gpu and --vram, with nothing in use and, if it is known and --link is not given, its own link."""
-    size = None if options.vram is None else parse_size("--vram", options.vram)
+def named_card(gpu: str | None, *, vram: str | None, ram: str | None, link: LinkSpeed | None) -> Card:
+    """A card by its name, its memory or both, with nothing in use; without `link`, its own interface gives one.
+
+    Raises:
+        SettingsError: No card has this name, and its memory is not given.
+    """
+    size = None if vram is None else parse_size("--vram", vram)
     try:
-        known = None if options.gpu is None else find_gpu(options.gpu, total_bytes=size)
+        known = None if gpu is None else find_gpu(gpu, total_bytes=size)
     except ValueError as cause:
         if size is None:
             message = f"--gpu: {cause}; to plan for another GPU, add its memory, such as --vram 16GiB"
             raise SettingsError(message) from cause
         known = None
-    name = options.gpu or "a GPU" if known is None or size is not None else known.name
+    name = gpu or "a GPU" if known is None or size is not None else known.name
     if size is None and known is not None:
-        shared = read_host_memory().physical_bytes if options.ram is None else parse_size("--ram", options.ram)
+        shared = read_host_memory().physical_bytes if ram is None else parse_size("--ram", ram)
         size = known.total_bytes or shared
     assert size is not None, "without --vram the GPU is known"
     assumed = None
@@ -220,7 +229,7 @@ def _named(options: Namespace, link: LinkSpeed | None) -> Card:
     return Card(spec, DeviceMemory(size, size, _GIVEN), link, known, assumed)
 
 
-def _host(ram: str | None, available_ram: str | None, card: Card) -> HostMemory:
+def host_of(ram: str | None, available_ram: str | None, card: Card) -> HostMemory:
     """This machine's host, or one with this much memory, all of it available unless that is given too.
 
     Of a named GPU that shares the host's memory, the host has what the GPU has.
@@ -247,7 +256,7 @@ class Known:
     activations: Activations | None = None
 
 
-def _readings(model: ModelProfile, card: Card, host: HostMemory) -> Readings:
+def readings_of(model: ModelProfile, card: Card, host: HostMemory) -> Readings:
     """The machine when the model's other weights are on the card."""
     free = card.memory.free_bytes - model.other_bytes
     if free < 0:
@@ -257,7 +266,7 @@ def _readings(model: ModelProfile, card: Card, host: HostMemory) -> Readings:
     return Readings(spec=card.spec, memory=replace(card.memory, free_bytes=free), host=host, link=card.link)
 
 
-def _known(checkpoint: CheckpointProfile, card: Card, tokens: int | None) -> Known:
+def known_of(checkpoint: CheckpointProfile, card: Card, tokens: int | None) -> Known:
     """Compute time and activations of a forward of so many tokens."""
     model, architecture = checkpoint.model, checkpoint.architecture
     if tokens is None:

@@ -1,0 +1,157 @@
+"""`plan --table`: what stays on the GPU, and how long a forward takes, for cards and sizes of video, as Markdown."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from ..blockswap.errors import PlanError, SettingsError
+from ..blockswap.model.recognise import CheckpointProfile
+from ..blockswap.model.wan import tokens_for
+from ..blockswap.plan.make_plan import make_plan
+from ..blockswap.settings import SwapSettings
+from ..hardware import GIB, DiskSpeed, HostMemory, LinkSpeed
+from .common_models import COMMON_MODELS
+from .options import parse_shape
+from .output import Result
+from .plan import Card, checkpoint_of, host_of, inputs_of, known_of, named_card, once_loaded, readings_of
+
+CARDS = (
+    *("RTX 4060", "RTX 3080 10GB", "RTX 3060 12GB", "RTX 4070", "RTX 4060 Ti 16GB", "RTX 5060 Ti 16GB"),
+    *("RTX 4070 Ti SUPER", "RTX 5070 Ti", "RTX 3090", "RTX 4090", "RTX 5090"),
+    *("RX 7800 XT", "RX 9070 XT", "RX 7900 XTX"),
+)
+"""The rows, unless a card is named."""
+
+SHAPES = ("832x480x81", "1280x720x81")
+"""Sizes of video, unless one is given."""
+
+RAM, OTHERS_BYTES, DISK = "32GB", 4 * GIB, 3.5
+"""Unless they are given: RAM, what the system and other programs take of it, and GB/s of the disk."""
+
+BOUND_BY_COPIES = 0.05
+"""Share of a forward that the GPU may wait for copies without being bound by them."""
+
+PAGE = """\
+With {ram} of RAM, of which {available:.0f} GB are available, a disk of {disk:g} GB/s, and default settings. \
+**All of it is predicted, nothing is measured**: VRAM and RAM follow from the plan, the times from the rates of \
+`hardware/cards/cards.csv` and the card's own PCIe interface.
+
+- *kept*: blocks that stay on the GPU; the others are streamed. *VRAM*: weights and activations at the peak. *RAM*: \
+memory for the weights that the system cannot drop. Both in GB of 2^30 bytes, as on the boxes of cards.
+- *forward*: one pass through the model; a step with CFG takes two. It is *bound* by the GPU's own computation, by the \
+copies over PCIe (`link`), or by reading the model's file (`disk`).
+- A side that a model cannot have is cut to the next one that it can: 720 becomes 704 with Wan 2.2 5B.
+"""
+
+Row = tuple[str, str, tuple["Fit", ...]]
+"""A model, a card, and what fits at each size of video."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A model on a card at one size of video.
+
+    Attributes:
+        shape: Width, height and frames, as `832x480x81`.
+        missing: `VRAM` or `RAM` where it does not fit; the rest then means nothing.
+        kept: Blocks that stay on the GPU.
+        vram_bytes: Weights and activations.
+        ram_bytes: Host memory for the weights that the system cannot drop.
+        forward_ms: Predicted; None where a speed is unknown.
+        bound: What decides that time; None if it is unknown.
+    """
+
+    shape: str
+    missing: str | None = None
+    kept: int = 0
+    vram_bytes: int = 0
+    ram_bytes: int = 0
+    forward_ms: float | None = None
+    bound: str | None = None
+
+
+def what_fits(options: Namespace) -> Result:
+    """The table for a model's file, or for the models that people run most.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+        SettingsError: An option has an impossible value.
+    """
+    models = [checkpoint_of(options)] if options.model else [model.profile() for model in COMMON_MODELS]
+    names = [models[0].family] if options.model else [model.name for model in COMMON_MODELS]
+    link = None if options.link is None else LinkSpeed(((1, options.link * 1e9),), None)
+    named = CARDS if options.gpu is None and options.vram is None else (options.gpu,)
+    ram, disk = options.ram or RAM, DISK if options.disk is None else options.disk
+    cards = [named_card(name, vram=options.vram, ram=ram, link=link) for name in named]
+    host = host_of(ram, options.available_ram, cards[0])
+    if options.available_ram is None:
+        host = replace(host, available_bytes=max(0, host.physical_bytes - OTHERS_BYTES))
+    settings = SwapSettings(vram_threshold_percent=options.vram_threshold_percent)
+    shapes = SHAPES if options.shape is None else (options.shape,)
+    rows: list[Row] = []
+    for name, model in zip(names, models, strict=True):
+        for card in cards:
+            fits = tuple(
+                _fit(model, card, host, settings, shape, DiskSpeed(disk * 1e9, disk * 1e9)) for shape in shapes
+            )
+            rows.append((name, card.spec.name, fits))
+    blocks = {name: len(model.model.blocks) for name, model in zip(names, models, strict=True)}
+    intro = PAGE.format(ram=f"{host.physical_bytes / GIB:.0f} GB", available=host.available_bytes / GIB, disk=disk)
+    data = [{"model": model, "card": card, **asdict(fit)} for model, card, fits in rows for fit in fits]
+    return Result({"rows": data}, "\n".join([intro, *_lines(rows, blocks)]))
+
+
+def _fit(
+    checkpoint: CheckpointProfile, card: Card, host: HostMemory, settings: SwapSettings, shape: str, disk: DiskSpeed
+) -> Fit:
+    model = checkpoint.model
+    known = known_of(checkpoint, card, tokens_for(checkpoint.architecture, *_on_grid(checkpoint, parse_shape(shape))))
+    try:
+        on_card = replace(readings_of(model, card, host), disk=disk)
+    except SettingsError:
+        return Fit(shape, "VRAM")
+    try:
+        plan = make_plan(model, inputs_of(model, settings, once_loaded(model, on_card), known, 0))
+    except PlanError:
+        return Fit(shape, "RAM")
+    if plan.fits is False:
+        return Fit(shape, "VRAM")
+    forward, bound = plan.predicted, None
+    if forward is not None:
+        waits = forward.stall > BOUND_BY_COPIES * forward.elapsed
+        bound = "computation" if not waits else "disk" if plan.file_bytes else "link"
+    return Fit(
+        shape=shape,
+        kept=len(model.blocks) - plan.swapped_count,
+        vram_bytes=model.other_bytes + plan.device_bytes + (plan.activation_bytes or 0),
+        ram_bytes=model.anonymous_bytes + plan.added_bytes,
+        forward_ms=None if forward is None else forward.elapsed,
+        bound=bound,
+    )
+
+
+def _on_grid(checkpoint: CheckpointProfile, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The largest size of video up to this one that the model can have."""
+    (_, rows, columns), scale = checkpoint.architecture.patch, checkpoint.architecture.pixels_per_latent
+    width, height, frames = shape
+    return width - width % (scale * columns), height - height % (scale * rows), frames
+
+
+def _lines(rows: Sequence[Row], blocks: dict[str, int]) -> Iterator[str]:
+    for name, of in blocks.items():
+        mine = [row for row in rows if row[0] == name]
+        yield from ("", f"### {name}", "")
+        heads = [f"{fit.shape}: kept of {of} | VRAM | RAM | forward | bound" for fit in mine[0][2]]
+        yield f"| card | {' | '.join(heads)} |"
+        yield f"| --- |{' ---: | ---: | ---: | ---: | --- |' * len(heads)}"
+        for _, card, fits in mine:
+            yield f"| {card} | {' | '.join(map(_cells, fits))} |"
+
+
+def _cells(fit: Fit) -> str:
+    if fit.missing:
+        return f"too little {fit.missing} | | | |"
+    took = "-" if fit.forward_ms is None else f"{fit.forward_ms / 1e3:.1f} s"
+    return f"{fit.kept} | {fit.vram_bytes / GIB:.1f} | {fit.ram_bytes / GIB:.1f} | {took} | {fit.bound or '-'}"
