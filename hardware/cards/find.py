@@ -5,7 +5,9 @@ accumulation (or the type in `type`, where the card has no fast bf16). `source` 
 computed that the vendor does not print. `gib` is the memory that the driver shows, where it is less than on the box.
 These are assumed: the share of the published rate that kernels reach (`_REACHED`), and the share of the nominal PCIe
 rate that copies reach (`_LINK_SHARE`). Rows with `linear` and `attention` have rates assumed for that very card. The
-interface of a laptop GPU is not published: manufacturers of laptops choose its lanes.
+interface of a laptop GPU is not published: manufacturers of laptops choose its lanes. Its rate is that of its highest
+clock, which it keeps only with the most power. Laptop GPUs of the 10, 16 and 20 series have the desktop card's name in
+the driver, and are told apart only in names that people write.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ _SPELLINGS = (
     (re.compile(r"\[zluda\]|\(tm\)|\(r\)"), " "),
     (re.compile(r"max[ -]?q"), " maxq "),
     (re.compile(r"sxm\d"), " sxm "),
+    (re.compile(r"gddr\dx?"), " "),
     (re.compile(r"mobile|(?<=\b\d{4})\s?m\b|(?<=x\d{4})m\b"), " laptop "),
     (re.compile(r"(?<=[1-5]0[6-8]0)\s?s\b|(?<=ti)\s?s\b"), " super "),
 )
