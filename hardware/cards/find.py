@@ -17,15 +17,15 @@ import difflib
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..records import Vendor
 from ..units import GIB
 
 # By vendor and kind: the share of the published rate that linear layers and attention reach at video sizes. Medians of
-# the rates assumed for the RTX 3060, 3090, 4090 and 5090 ("half": fp32 accumulation at half the tensor rate), the H200
-# ("full") and the RX 7900 XTX, each over its published rate.
+# the rates assumed for the RTX 3060, 3090, 4090 and 5090 ("half": fp32 accumulation at half the tensor rate, or no
+# tensor cores), the H200 ("full") and the RX 7900 XTX, each over its published rate.
 _REACHED = {("nvidia", "half"): (0.88, 0.75), ("nvidia", "full"): (0.61, 0.45), ("amd", "full"): (0.61, 0.28)}
 # Bytes per second of one lane, and the share of it that large copies from page-locked memory reach: 25 GB/s of 31.5 for
 # 4.0 x16, 12.3 of 15.8 for 3.0 x16.
@@ -123,6 +123,8 @@ def find_gpu(name: str, *, total_bytes: int | None = None) -> KnownGpu:
     sizes = {int(size) for size in _SIZE.findall(name.lower())}
     if not fits:
         raise ValueError(f"no card is known by the name {name!r}{_nearest(name)}")
+    if fits[0].total_bytes is None and sizes:  # a GPU without memory of its own: the size is that of the RAM
+        return replace(fits[0], total_bytes=max(sizes) * GIB)
     if total_bytes is None:
         chosen = [gpu for gpu in fits if sizes <= {gpu.box_gb, (gpu.total_bytes or 0) // GIB}]
     else:

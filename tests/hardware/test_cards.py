@@ -104,6 +104,12 @@ def test_each_row_finds_itself_and_is_plausible(gpu):
         assert gpu.compute_ms(1, 1) is None
 
 
+def test_a_size_in_the_name_of_a_gpu_without_memory_of_its_own_is_the_ram():
+    assert find_gpu("Strix Halo").total_bytes is None
+    assert find_gpu("Strix Halo 128GB").total_bytes == 128 * GIB
+    assert find_gpu("Apple M4 Max 64 GB").total_bytes == 64 * GIB
+
+
 def test_names_are_unique():
     names = [gpu.name for gpu in known_gpus()]
     assert len(names) == len(set(names))
