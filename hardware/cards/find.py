@@ -39,6 +39,7 @@ _WHY_NOT = {
 _VENDORS = {"nvidia": Vendor.NVIDIA, "amd": Vendor.AMD}
 
 _SIZE = re.compile(r"(?<!\ba)(?<!\d)(\d+)\s*g(?:i?b)?\b")  # the A10G is a card
+# Spellings of one word as people and drivers write it; a four-digit model with an M is a laptop GPU, with an S a SUPER.
 _SPELLINGS = (
     (re.compile(r"\[zluda\]|\(tm\)|\(r\)"), " "),
     (re.compile(r"max[ -]?q"), " maxq "),
@@ -103,14 +104,14 @@ class KnownGpu:
 
 
 def find_gpu(name: str, *, total_bytes: int | None = None) -> KnownGpu:
-    """The card that a person or a driver calls so: "4060 Ti 16GB", "rtx4090", "NVIDIA A100-SXM4-80GB", "RX 9070 XT".
+    """Finds the card with this name: "4060 Ti 16GB", "rtx4090", "NVIDIA A100-SXM4-80GB", "RX 9070 XT".
 
     Case, vendor, series, spaces and dashes may be left out, and the size where the model has only one; nothing else
     may, because a Ti, an XT or a laptop GPU is another card. A driver of AMD may name several models: "Radeon RX
     6800/6800 XT / 6900 XT".
 
     Args:
-        name: the name.
+        name: as people or drivers write it.
         total_bytes: memory of the card, if known: it goes before a size in the name, and chooses among models that
             the name leaves open, the slowest of those that have it.
 
