@@ -56,6 +56,7 @@ class CommonModel:
     def _shapes(self) -> Shapes:
         width, outputs = self.width, 48 if self.channels == 48 else 16  # noqa: PLR2004 - 5B's VAE
         shapes: Shapes = {"patch_embedding.weight": (width, self.channels, 1, 2, 2), "patch_embedding.bias": (width,)}
+        shapes["head.modulation"] = (1, 2, width)
         shapes |= _linear("text_embedding.0", width, TEXT_WIDTH) | _linear("text_embedding.2", width, width)
         shapes |= _linear("time_embedding.0", width, FREQUENCIES) | _linear("time_embedding.2", width, width)
         shapes |= _linear("time_projection.1", 6 * width, width) | _linear("head.head", 4 * outputs, width)

@@ -34,9 +34,12 @@ BOUND_BY_COPIES = 0.05
 """Share of a forward that the GPU may wait for copies without being bound by them."""
 
 PAGE = """\
-With {ram} of RAM, of which {available:.0f} GB are available, a disk of {disk:g} GB/s, and default settings. \
-**All of it is predicted, nothing is measured**: VRAM and RAM follow from the plan, the times from the rates of \
-`hardware/cards/cards.csv` and the card's own PCIe interface.
+# What fits
+
+This page is the output of `python -m wanvideo_enhanced_blockswap plan --table`; with a model file, the command makes \
+the same table for that model. Machine: {ram} of RAM, {available:.0f} GB of it available, a disk of {disk:g} GB/s, \
+default settings. **All of it is predicted, nothing is measured**: VRAM and RAM follow from the plan, \
+the times from the rates of `hardware/cards/cards.csv` and the card's own PCIe interface.
 
 - *kept*: blocks that stay on the GPU; the others are streamed. *VRAM*: weights and activations at the peak. *RAM*: \
 memory for the weights that the system cannot drop. Both in GB of 2^30 bytes, as on the boxes of cards.
