@@ -309,7 +309,7 @@ class SwapSession:
         """Prepares block `block` to run. The hooks call it; who calls a block's `forward` directly must call it too."""
         self._expect("enter", SessionState.RUNNING)
         assert self._holds.swapper is not None
-        if not self._holds.swapper.enter(block) and not self._adopt_again().enter(block):
+        if not self._holds.swapper.enter(block) and not self.adopt_again("its weights were replaced").enter(block):
             raise UnsupportedModelError(
                 f"a weight of {self._named[block][0]} was replaced again while the weights were being placed; remove "
                 "other nodes that move or patch the model during a forward"
@@ -361,9 +361,9 @@ class SwapSession:
                     swapper.abort()  # a second interrupt has ended it half way
                     raise
 
-    def _adopt_again(self) -> BlockSwapper:
-        """Places all weights again, after a tensor of a block was replaced or moved inside a forward."""
-        logger.info("a block's weights were replaced: adopting again")
+    def adopt_again(self, why: str) -> BlockSwapper:
+        """Places all weights again inside a forward, between two of its blocks."""
+        logger.info("placing the blocks again: %s", why)
         self.state = SessionState.IDLE  # first: where dropping fails, no forward is left to end
         self._holds.drop_device()
         self.adopt(wait=False)

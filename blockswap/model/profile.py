@@ -243,3 +243,11 @@ def _tie(entries: Sequence[TensorEntry]) -> None:
             tied.placement, tied.reason = Placement.SMALL, "its bytes overlap another tensor's"
         leader.extent = max(leader.extent, distance + entry.extent)
         entry.leader, entry.offset, entry.extent = leader, distance, 0
+
+
+def count_parameters(modules: Sequence[nn.Module]) -> int | None:
+    """Parameters of the modules; None where packed bytes hide how many they stand for, as in GGUF."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    if any(not parameter.is_floating_point() for parameter in parameters):
+        return None
+    return sum(parameter.numel() for parameter in parameters)

@@ -235,6 +235,16 @@ class PeakMeter:
         self._was_reset = anew and self._machine.reset_peak()
         self._before, self._peak = self._machine.allocated_bytes(), self._machine.peak_bytes()
 
+    def held_bytes(self) -> int | None:
+        """Device memory that the forward holds now; None if unknown."""
+        now = self._machine.allocated_bytes()
+        return None if now is None or self._before is None else now - self._before
+
+    def gave_back(self, nbytes: int) -> None:
+        """So much of what was allocated before the forward has been freed meanwhile."""
+        if self._before is not None:
+            self._before -= nbytes
+
     def taken_bytes(self) -> int | None:
         """Device memory that the forward took, at its end; None if unknown: a peak that was not reset and has not
         grown may be older than the forward.

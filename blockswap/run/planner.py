@@ -152,6 +152,29 @@ class Planner:
         """Whether the peak of the present workload has been measured."""
         return self.history.of(self.workload).activation_bytes is not None
 
+    def is_tight(self, plan: SwapPlan, share: float) -> bool:
+        """Whether a forward that has not been measured overflows the card if it needs this share more than expected."""
+        if self._inputs is None or self.is_peak_known or not self.settings.auto_hardware_tuning:
+            return False
+        expected, room = self.activations, _room(self._inputs)
+        return expected is not None and plan.device_bytes + (1 + share) * expected.nbytes > room
+
+    def foresee(self, plan: SwapPlan, activation_bytes: int) -> SwapPlan | None:
+        """A smaller plan where the present workload needs more than expected; None if `plan` has room for it.
+
+        Raises:
+            PlanError: No plan has.
+        """
+        assert self._inputs is not None, "a plan has been made"
+        assert self.profile is not None, "a plan has been made"
+        self.history.of(self.workload).foreseen_bytes = activation_bytes
+        self._activations_changed = True
+        inputs = replace(self._inputs, activations=self.activations)
+        if plan.device_bytes <= make_budget(inputs).weight_bytes:
+            return None
+        other = make_plan(self.profile, inputs)
+        return other if other.device_bytes < plan.device_bytes else None
+
     def start(self, workload: Workload | None) -> bool:
         """Sets the workload of the next forward. Returns whether it is the run's first of this workload."""
         self.workload = workload

@@ -19,9 +19,11 @@ from ..engine.placer import Listeners
 from ..engine.session import SessionState, SwapSession
 from ..engine.trace import EVERY_FORWARD
 from ..errors import BlockSwapError, DeviceMemoryError, HostMemoryError, PlanError
+from ..model.profile import count_parameters
 from ..plan.make_plan import Limits
 from ..plan.swap_plan import HostTier, SwapPlan
 from ..settings import SwapSettings
+from .foresight import Foresight
 from .history import Workload
 from .machine import LastKnownReadings, Machine, PeakMeter
 from .planner import Planner
@@ -86,6 +88,8 @@ class SwapRun:
         placed = weakref.WeakMethod(self._placed)  # weak: a run that is dropped goes at once
         listeners = Listeners(on_placed=lambda *of: None if (report := placed()) is None else report(*of))
         self.session = SwapSession(blocks, self.planner, backend, root=root, traced=TIMED_FORWARDS, listeners=listeners)
+        self._blocks = [module for _, module in blocks]
+        self._foresight = Foresight(self.session, self.planner, self._peak, backend.device)
         self.last_report: RunReport | None = None
         self._title = f"{'blocks' if root is None else type(root).__name__} on {machine.spec.name}"
         self._stats = RunStats(self._title, self.session, self.planner)
@@ -101,7 +105,7 @@ class SwapRun:
         self._trace_dir = trace_dir
         self._sampling = contextlib.ExitStack()
         weakref.finalize(self, self._sampling.close)
-        self._parameters = count_parameters([module for _, module in blocks] if root is None else [root])
+        self._parameters = count_parameters(self._blocks if root is None else [root])
 
     @property
     def plan(self) -> SwapPlan | None:
@@ -131,7 +135,7 @@ class SwapRun:
         self.prepare(workload)
         self._prepared = False
         self._peak.start(anew=not self.planner.is_peak_known)
-        with self.session.forward(blocks):
+        with self.session.forward(blocks), self._foresight.watch(self._blocks if blocks is None else blocks):
             yield
         self._learn()
         if self._feed.watcher is not None:
@@ -440,11 +444,3 @@ def limits_within(limits: Limits, backend: Backend) -> Limits:
         overlap=limits.overlap and backend.overlap,
         pin=limits.pin and backend.registrar is not None,
     )
-
-
-def count_parameters(modules: Sequence[nn.Module]) -> int | None:
-    """Parameters of the modules; None where packed bytes hide how many they stand for, as in GGUF."""
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    if any(not parameter.is_floating_point() for parameter in parameters):
-        return None
-    return sum(parameter.numel() for parameter in parameters)

@@ -1,0 +1,83 @@
+"""Foresight: before a new workload's first block runs, its peak on fake tensors corrects a plan that is too large."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..engine.session import SwapSession
+from ..errors import PlanError
+from ..model.fake_run import peak_bytes
+from .machine import PeakMeter
+from .planner import Planner
+
+logger = logging.getLogger(__name__)
+
+TIGHT = 0.5
+"""Share of the expected activations that a plan must leave free beside them, else the block is run on fake tensors
+first. A forward of an architecture that `activation_bytes` does not know may need half as much again."""
+
+
+class Foresight:
+    """Finds the peak of a workload that has not run yet, from its first block and that block's arguments.
+
+    Args:
+        session: Runs the blocks.
+        planner: Made the plan.
+        meter: Knows what the forward has allocated.
+        device: The device.
+    """
+
+    def __init__(self, session: SwapSession, planner: Planner, meter: PeakMeter, device: torch.device) -> None:
+        self._session = session
+        self._planner = planner
+        self._meter = meter
+        self._device = device
+
+    @contextlib.contextmanager
+    def watch(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+        """Inside, the first block that is called is run on fake tensors first, if the plan is tight and its workload
+        has not been measured.
+
+        Args:
+            blocks: The modules that will be called.
+        """
+        plan = self._session.plan
+        if plan is None or not self._planner.is_tight(plan, TIGHT):
+            yield
+            return
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def before_first(block: nn.Module, arguments: Any, keywords: Any) -> None:
+            stack.close()
+            self._correct(block, arguments, keywords)
+
+        with contextlib.ExitStack() as stack:
+            for block in blocks:
+                handle = block.register_forward_pre_hook(before_first, prepend=True, with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+
+    def _correct(self, block: nn.Module, arguments: Any, keywords: Any) -> None:
+        peak, held = peak_bytes(block, arguments, keywords, self._device), self._meter.held_bytes()
+        present = self._session.plan
+        if peak is None or held is None or present is None:
+            return
+        try:
+            other = self._planner.foresee(present, held + peak)
+        except PlanError as failure:
+            logger.warning("the first forward will probably run out of memory: %s", failure)
+            return
+        if other is None:
+            return
+        self._planner.next_plan = other
+        try:
+            self._session.adopt_again("the forward needs more memory than expected")
+        finally:
+            self._planner.next_plan = None
+        self._meter.gave_back(present.device_bytes - other.device_bytes)

@@ -1,0 +1,198 @@
+"""A forward's memory is known before it is needed: the peak of a block on fake tensors corrects the plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pretend_accelerator import PretendHpu
+from run_bench import BLOCK, COUNT, SMALL_VIDEO, Bench
+from torch import nn
+from wanvideo_enhanced_blockswap.blockswap.model.fake_run import peak_bytes
+from wanvideo_enhanced_blockswap.blockswap.run import foresight
+from wanvideo_enhanced_blockswap.blockswap.run.history import Workload
+
+WIDTH, TOKENS = 256, 300
+
+
+class WanLike(nn.Module):
+    """Modulation, norms, attention without a kernel, a chunked and a whole feed-forward, views and in-place sums."""
+
+    def __init__(self, *, chunks: int = 1) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 6, WIDTH))
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+        self.query, self.value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.first, self.last = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.register_buffer("scale", torch.ones(WIDTH))
+        self.chunks = chunks
+
+    def forward(self, x: torch.Tensor, *, timestep: torch.Tensor, others: list[torch.Tensor]) -> torch.Tensor:
+        shift, scale, gate, *_ = (self.modulation + timestep).chunk(6, dim=1)
+        normed = self.norm(x) * (1 + scale) + shift
+        query = self.query(normed).unflatten(-1, (4, -1)).transpose(1, 2)
+        value = self.value(normed).unflatten(-1, (4, -1)).transpose(1, 2)
+        found = (query.softmax(-1) * value).transpose(1, 2).flatten(2)
+        x = x + found * gate
+        x += others[0]
+        hidden = [
+            self.last(nn.functional.gelu(self.first(part))) for part in (x * self.scale).chunk(self.chunks, dim=1)
+        ]
+        return x + torch.cat(hidden, dim=1)
+
+
+def arguments(device: torch.device) -> tuple[tuple[torch.Tensor], dict[str, Any]]:
+    x = torch.randn(1, TOKENS, WIDTH, device=device)
+    return (x,), {"timestep": torch.randn(1, 6, WIDTH, device=device), "others": [torch.randn_like(x)]}
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("weights_are_on_the_device", [True, False])
+def test_the_peak_on_fake_tensors_is_that_of_the_forward(
+    pretend_stats: PretendHpu, *, chunks: int, weights_are_on_the_device: bool
+) -> None:
+    device = torch.device("hpu:0")
+    block = WanLike(chunks=chunks).requires_grad_(requires_grad=False)
+    if weights_are_on_the_device:
+        block.to(device)
+    given, named = arguments(device)
+    pointers = [one.data_ptr() for one in (*block.parameters(), *block.buffers())]
+    before = torch.hpu.memory_allocated()
+    foreseen = peak_bytes(block, given, named, device)
+    assert torch.hpu.memory_allocated() == before
+    assert [one.data_ptr() for one in (*block.parameters(), *block.buffers())] == pointers
+    block.to(device)
+    before = torch.hpu.memory_allocated()
+    torch.hpu.reset_peak_memory_stats()
+    with torch.inference_mode():
+        block(*given, **named)
+    assert foreseen == torch.hpu.max_memory_allocated() - before
+
+
+class Reading(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * x.sum().item()
+
+
+class Odd(nn.Parameter):
+    """A class of its own."""
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = Odd(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.weight.sum()
+
+
+class Kernel(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.data_ptr()
+        return x
+
+
+@pytest.mark.parametrize("block", [Reading(), Packed(), Kernel()], ids=lambda block: type(block).__name__)
+def test_a_block_that_cannot_run_on_fake_tensors_has_no_peak(block: nn.Module) -> None:
+    assert peak_bytes(block, (torch.randn(4),), {}, torch.device("cpu")) is None
+
+
+def test_a_compiled_block_has_no_peak() -> None:
+    block = nn.Linear(4, 4)
+    assert peak_bytes(block, (torch.randn(1, 4),), {}, torch.device("cpu")) is not None
+    compiled = nn.Linear(4, 4)
+    object.__setattr__(compiled, "_orig_mod", block)  # as torch.compile does
+    assert peak_bytes(compiled, (torch.randn(1, 4),), {}, torch.device("cpu")) is None
+
+
+def test_attention_is_counted_as_cudas_flash_kernel_allocates_it() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    x = torch.empty(1, 40, 1000, 128, dtype=torch.bfloat16)
+    output, logsumexp = x.numel() * 2, 40 * 1000 * 4
+    foreseen = peak_bytes(Attention(), (x,), {}, torch.device("cpu"))
+    assert foreseen is not None
+    assert output + logsumexp <= foreseen < output + logsumexp + 1024
+
+
+# ------------------------------------------------------------------------------------------------- in a run
+
+ROOM = 6
+"""Blocks that the bench's card holds under the ceiling, which is half of the card."""
+
+
+def expecting(blocks: float) -> Workload:
+    return Workload(tokens=100, expected_activation_bytes=int(blocks * BLOCK))
+
+
+def foreseen(monkeypatch: pytest.MonkeyPatch, blocks: float | None) -> list[nn.Module]:
+    """Lets each peak on fake tensors be that of so many blocks' weights; returns the blocks that were asked about."""
+    asked: list[nn.Module] = []
+
+    def found(block: nn.Module, *_: object) -> int | None:
+        asked.append(block)
+        return None if blocks is None else int(blocks * BLOCK)
+
+    monkeypatch.setattr(foresight, "peak_bytes", found)
+    return asked
+
+
+def test_a_plan_that_is_too_large_is_corrected_before_the_first_block_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, bench = foreseen(monkeypatch, 8), Bench(ROOM)
+    bench.run.prepare(expecting(5))
+    before = bench.swapped
+    bench.machine.activation_bytes = 8 * BLOCK
+    bench.forward(expecting(5))
+    assert asked == [bench.model.named[0][1]]
+    assert bench.swapped > before
+    assert bench.run.session.adoptions == 2
+    assert bench.run.plan is not None
+    assert bench.run.plan.device_bytes + 8 * BLOCK <= bench.machine.total_bytes
+    assert bench.run.planner.history.of(expecting(5)).activation_bytes == 8 * BLOCK
+    bench.forward(expecting(5), times=3)
+    assert len(asked) == 1, "the peak is known now"
+    assert bench.run.session.adoptions == 2
+
+
+def test_a_plan_that_leaves_much_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, bench = foreseen(monkeypatch, 8), Bench(ROOM)
+    bench.forward(expecting(0.5))
+    assert asked == []
+    assert bench.run.session.adoptions == 1
+
+
+@pytest.mark.parametrize("blocks", [None, 1, 5])
+def test_a_plan_is_kept_where_the_peak_is_unknown_or_not_higher(
+    monkeypatch: pytest.MonkeyPatch, blocks: float | None
+) -> None:
+    asked, bench = foreseen(monkeypatch, blocks), Bench(ROOM)
+    bench.forward(expecting(5))
+    assert len(asked) == 1
+    assert bench.run.session.adoptions == 1
+
+
+def test_a_forward_that_fits_in_no_plan_is_tried_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    foreseen(monkeypatch, 40)
+    bench = Bench(ROOM)
+    bench.forward(expecting(5))
+    assert bench.run.session.adoptions <= 2
+
+
+def test_without_an_expectation_or_with_manual_tuning_nothing_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, bench = foreseen(monkeypatch, 8), Bench(ROOM)
+    bench.forward(SMALL_VIDEO)
+    assert asked == []
+    assert len(bench.model.named) == COUNT
+
+
+def test_hooks_for_the_first_block_are_gone_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    foreseen(monkeypatch, 1)
+    bench = Bench(ROOM)
+    bench.forward(expecting(5))
+    assert all(not block._forward_pre_hooks for _, block in bench.model.named)
