@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkpoint_files import write_sparse_gguf
 from wan_models import (
     ELEMENT_BYTES,
     MODELS,
@@ -174,6 +175,47 @@ def test_a_module_that_does_not_fit_is_refused(
         read_checkpoint(base(tmp_path, size), modules=[module])
 
 
+def test_vace_is_refused_beside_a_model_that_takes_an_image(tmp_path: Path) -> None:
+    model = write_header(tmp_path / "i2v.safetensors", stored(wan("14B", 36), "fp8"))
+    module = write_header(tmp_path / "vace.safetensors", stored(vace_module("14B"), "fp8"))
+    with pytest.raises(CheckpointError, match=r"VACE needs a T2V model, and .* has 36 input channels"):
+        read_checkpoint(model, modules=[module])
+
+
+# ---- GGUF
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("kind", ["Q4_K", "Q8_0", "F16"])
+def test_a_gguf_of_animate_has_its_face_fusers_in_its_blocks(tmp_path: Path, prefix: str, kind: str) -> None:
+    files = [
+        write_sparse_gguf(tmp_path / f"{fused}.gguf", under(prefix, animate(fused=fused)), kind)
+        for fused in (False, True)
+    ]
+    first, second = map(read_checkpoint, files)
+    assert first.family == second.family == "Animate 14B"
+    assert [block.nbytes for block in first.model.blocks] == [block.nbytes for block in second.model.blocks]
+    assert first.model.blocks[0].nbytes > first.model.blocks[1].nbytes
+
+
+def test_modules_beside_a_gguf_are_gguf_where_the_loader_asks_for_it(tmp_path: Path) -> None:
+    model = write_sparse_gguf(tmp_path / "wan.gguf", wan("14B"), "Q4_K")
+    vace = write_sparse_gguf(tmp_path / "vace.gguf", vace_module("14B"), "Q4_K")
+    talk = write_header(tmp_path / "talk.safetensors", stored(talk_module(), "F16"))
+    assert read_checkpoint(model, modules=[vace, talk]).architecture.parts == ("VACE", "MultiTalk/InfiniteTalk")
+    other = write_header(tmp_path / "vace.safetensors", stored(vace_module("14B"), "F16"))
+    with pytest.raises(CheckpointError, match=r"expected a \.gguf file, got vace\.safetensors; give the module as \.g"):
+        read_checkpoint(model, modules=[other])
+    with pytest.raises(CheckpointError, match=r"expected a \.safetensors file, got vace\.gguf; give the module as \.s"):
+        read_checkpoint(base(tmp_path), modules=[vace])
+
+
+def test_a_gguf_that_lacks_its_tensor_of_5_dimensions_is_told_how_to_get_it(tmp_path: Path) -> None:
+    shapes = {name: shape for name, shape in wan("1.3B").items() if len(shape) < 5}
+    with pytest.raises(CheckpointError, match=r"lack patch_embedding\.weight, .* fix_5d_tensors\.py"):
+        read_checkpoint(write_sparse_gguf(tmp_path / "wan.gguf", shapes, "Q4_K"))
+
+
 # ---- LoRAs, experts, context windows
 
 LORA_LAYOUTS = {
@@ -320,6 +362,7 @@ def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str, reason: str
         ({"qweight": ("I8", (128, 64)), "wscales": ("BF16", (2, 128))}, r"q\.qweight is stored as SVDQuant, which"),
         ({"weight._data": ("U8", (64, 128)), "weight._scale": ("BF16", (128, 1))}, r"q\.weight is stored as Quanto's"),
         ({"qweight": ("U8", (16, 128)), "qzeros": ("U8", (1, 16))}, r"q\.qweight is stored as packed 4-bit \(GPTQ or"),
+        ({"weight": ("U8", (128, 64)), "biases": ("F16", (128, 2))}, r"q\.weight is stored as MLX's packed integers"),
         ({"W_q": ("U8", (64, 128)), "meta": ("F32", (1,))}, r"q\.W_q is stored as HQQ's packed integers"),
     ],
 )
@@ -410,10 +453,3 @@ def test_a_pickle_is_named_by_its_ending(tmp_path: Path, end: str) -> None:
     file.touch()
     with pytest.raises(CheckpointError, match=r"got wan\..*, a pickle, which runs code when it is loaded; convert it"):
         read_checkpoint(file)
-
-
-def test_a_file_that_lacks_its_tensor_of_5_dimensions_is_told_how_to_get_it(tmp_path: Path) -> None:
-    shapes = under("model.diffusion_model.", wan("1.3B"))
-    del shapes["model.diffusion_model.patch_embedding.weight"]
-    with pytest.raises(CheckpointError, match=r"lack patch_embedding\.weight, .* fix_5d_tensors\.py"):
-        read_checkpoint(write_header(tmp_path / "wan.safetensors", stored(shapes, "BF16")))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ..errors import CheckpointError, printable
+from ..model.names import EXTRA_MODELS, parts, place
 from ..model.recognise import CheckpointProfile, TensorInfo, profile_tensors
 from .headers import LONGEST_HEADER, HeaderError, read_gguf, read_safetensors
 
@@ -59,10 +60,13 @@ def read_checkpoint(path: Path, *, modules: Sequence[Path] = (), loras: Sequence
     stored: dict[str, TensorInfo] = {}
     for file in model_files(path):
         stored |= _read(file)
+    added = [(file, _read(file)) for file in modules]
+    for file, tensors in added:
+        _check_format(path, file, tensors)
     return profile_tensors(
         printable(str(path)),
         stored,
-        modules=[(printable(str(file)), _read(file)) for file in modules],
+        modules=[(printable(str(file)), tensors) for file, tensors in added],
         loras=[(printable(str(file)), _read(file)) for file in loras],
     )
 
@@ -92,6 +96,19 @@ def model_files(path: Path) -> tuple[Path, ...]:
             f"{shown}; download them into the same folder"
         )
     return files
+
+
+def _check_format(path: Path, module: Path, tensors: Collection[str]) -> None:
+    """The loader takes no GGUF module with a safetensors model, and the reverse with some modules alone."""
+    model_is_gguf, module_is_gguf = (file.suffix.lower() == ".gguf" for file in (path, module))
+    is_strict = any(part in EXTRA_MODELS for part in parts([place(name) for name in tensors]))
+    if model_is_gguf == module_is_gguf or (model_is_gguf and not is_strict):
+        return
+    wanted = ".gguf" if model_is_gguf else ".safetensors"
+    raise CheckpointError(
+        f"{printable(str(path))} takes modules of its own format: expected a {wanted} file, got "
+        f"{printable(module.name)}; give the module as {wanted}"
+    )
 
 
 def _indexed(index: Path) -> list[str]:

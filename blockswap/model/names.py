@@ -73,6 +73,9 @@ PARTS = {
 }
 """Parts that files of their own add to a model, by one of their tensors."""
 
+EXTRA_MODELS = ("VACE", "Lynx", "MTV Crafter", "Ovi audio", "FlashVSR")
+"""Parts that the loader takes in the format of the model alone: GGUF with GGUF, safetensors with safetensors."""
+
 SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B"}
 """Wan's sizes by width."""
 
@@ -137,7 +140,8 @@ PACKINGS = (
     (r"\.SCB", ".weight", "8-bit with row scales (bitsandbytes int8)"),
     (r"\._data", "", "Quanto's packed integers"),
     (r"\.wscales", ".qweight", "SVDQuant"),
-    (r"\.qzeros", ".qweight", "packed 4-bit (GPTQ or AWQ)"),
+    (r"\.(?:qzeros|g_idx)", ".qweight", "packed 4-bit (GPTQ or AWQ)"),
+    (r"\.biases", ".weight", "MLX's packed integers"),
     (r"\.W_q", ".W_q", "HQQ's packed integers"),
     (r"[._:]qdata", "", "torchao's packed integers"),
 )

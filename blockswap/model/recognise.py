@@ -33,6 +33,9 @@ MOST_BLOCKS = 128
 HEAD_WIDTH = 128
 """Channels of one attention head in every published Wan model (1.3B: 12 heads, 5B: 24, 14B: 40). No weight shows it."""
 
+T2V_CHANNELS = 16
+"""Input channels of a model that takes no image."""
+
 IMAGE_TOKENS = 257
 """Tokens that CLIP makes of one image."""
 
@@ -112,6 +115,9 @@ def profile_tensors(
     if modules or loras:
         blocks = _group_blocks(source, tensors)
     architecture = _architecture(source, tensors, blocks)
+    if modules and architecture.vace_blocks and architecture.in_channels != T2V_CHANNELS:
+        channels = f"{source} has {architecture.in_channels} input channels, a T2V model {T2V_CHANNELS}"
+        raise CheckpointError(f"VACE needs a T2V model, and {channels}; name the T2V model of this size")
     profiles = tuple(_block_profile(f"{kind}.{number}", block) for (kind, number), block in blocks.items())
     nbytes: Counter[str] = Counter()
     for tensor in tensors.values():
