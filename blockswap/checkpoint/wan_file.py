@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 from collections.abc import Collection, Sequence
@@ -40,7 +41,7 @@ CONTENTS = (
 the first that fits decides."""
 
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.safetensors)", re.IGNORECASE)
-INDEX = ".index.json"
+INDEX, SHARDS = ".index.json", ".safetensors"
 MOST_SHARDS = 1000
 
 
@@ -84,11 +85,11 @@ def model_files(path: Path) -> tuple[Path, ...]:
         index = path.with_name(f"{match[1]}{match[3]}{INDEX}")
         count = int(match[2])
         numbered = [f"{match[1]}-{number:05}-of-{count:05}{match[3]}" for number in range(1, count + 1)]
-        names = _indexed(index) if index.is_file() else numbered
+        names = _indexed(index) if os.path.isfile(index) else numbered
     else:
         return (path,)
     files = tuple(path.with_name(name) for name in names)
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not os.path.isfile(file)]  # unlike Path's, it raises nothing
     if missing:
         shown = printable(", ".join(missing[:5]))
         raise CheckpointError(
@@ -122,7 +123,7 @@ def _indexed(index: Path) -> list[str]:
         raise _unreadable(source, exc) from exc
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         names = []
-    if not names or len(names) > MOST_SHARDS or not all(type(n) is str and SHARD.fullmatch(n) for n in names):
+    if not names or len(names) > MOST_SHARDS or not all(type(n) is str and n.endswith(SHARDS) for n in names):
         raise CheckpointError(f"{source} is not the index of a model in several files; name the model file")
     if any("/" in name or "\\" in name for name in names):
         raise CheckpointError(f"{source} names files in other folders; download the model again")
@@ -140,7 +141,7 @@ def _read(path: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{source} is a pipe, a socket or a device; name a model file")
         if suffix not in FORMATS:
             raise _wrong_suffix(path)
-        if path.with_name(f"{path.name}.aria2").exists():
+        if os.path.exists(f"{path}.aria2"):
             raise CheckpointError(
                 f"{source} is an unfinished download, as {source}.aria2 shows; let it finish, or resume it"
             )

@@ -113,7 +113,7 @@ OTHER_FILES = (
         "name the model that it changes, and give this file with --lora",
     ),
     OtherFile(
-        r"^(token_embedding|shared|token_embd)\.weight$|^(text_model|encoder\.block|enc\.blk|transformer\.shared)\.",
+        r"(^|\.)(token_embedding|shared|token_embd|embed_tokens)\.weight$|^(text_model|encoder\.block|enc\.blk)\.",
         "a text encoder",
         f"{WHOLE_MODEL}, not its text encoder",
     ),

@@ -40,7 +40,7 @@ IMAGE_TOKENS = 257
 """Tokens that CLIP makes of one image."""
 
 LORA_KEY = re.compile(r"(.+?)[._](?:lora_(A|B|down|up)|lora\.(down|up)|(diff))(?:\.default)?(?:\.weight)?")
-LORA_PREFIX = re.compile(r"(?:(?:lora_unet|lycoris|base_model_model|diffusion_model|transformer|pipe_dit)_+)+")
+LORA_PREFIX = re.compile(r"^(?:(?:lora_unet|lycoris|base_model_model|diffusion_model|transformer|pipe_dit)_+)+")
 
 LORA_ELEMENT_BYTES = 2
 """Bytes of an element of an unmerged LoRA: the wrapper keeps it in the type that it computes in."""
@@ -199,7 +199,7 @@ def _lora_tensors(name: str, stored: Stored, number: int, source: str, tensors: 
         match = LORA_KEY.fullmatch(key)
         own = key.removeprefix("diffusion_model.")
         if match:
-            layer = layers.get(LORA_PREFIX.sub("", match[1].replace(".", "_"), count=1))
+            layer = layers.get(LORA_PREFIX.sub("", match[1].replace(".", "_")))
             if layer is not None:
                 part = next(filter(None, match.groups()[1:]))
                 nbytes = math.prod(tensor.shape) * LORA_ELEMENT_BYTES
