@@ -76,6 +76,22 @@ def test_a_model_is_planned_for_and_named_and_its_blocks_are_those_of_its_header
     assert shown["other_bytes"] == header_bytes(header, in_blocks=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks", "block_bytes"),
+    [
+        ("wan2.2_animate_14B_bf16", 40, 33_985_130_496),
+        ("LongCat_TI2V_comfy_bf16", 48, 27_084_767_232),
+        ("diffusion_pytorch_model", 30, 2 * 2_786_442_240),
+        ("wan2.1_t2v_14B_bf16", 40, 40 * 2 * 351_394_304),
+    ],
+)
+def test_the_blocks_of_published_files_have_the_bytes_that_their_headers_give(
+    tmp_path: Path, name: str, blocks: int, block_bytes: int
+) -> None:
+    profile = read_checkpoint(write(tmp_path, next(model for model in MODELS if model.name == name)))
+    assert (len(profile.model.blocks), profile.model.block_bytes) == (blocks, block_bytes)
+
+
 def test_the_family_is_the_first_thing_that_plan_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_header(tmp_path / "wan.safetensors", stored(wan("1.3B", 36, image=True), "BF16"))
     assert main(["plan", str(path), *MACHINE[:4]]) == 0
@@ -211,9 +227,12 @@ def test_modules_beside_a_gguf_are_gguf_where_the_loader_asks_for_it(tmp_path: P
 
 
 def test_a_gguf_that_lacks_its_tensor_of_5_dimensions_is_told_how_to_get_it(tmp_path: Path) -> None:
-    shapes = {name: shape for name, shape in wan("1.3B").items() if len(shape) < 5}
-    with pytest.raises(CheckpointError, match=r"lack patch_embedding\.weight, .* fix_5d_tensors\.py"):
-        read_checkpoint(write_sparse_gguf(tmp_path / "wan.gguf", shapes, "Q4_K"))
+    for whole_model in (wan("1.3B"), under("model.diffusion_model.", wan("1.3B") | vace_module("1.3B"))):
+        shapes = {name: shape for name, shape in whole_model.items() if len(shape) < 5}
+        with pytest.raises(CheckpointError, match=r"lack patch_embedding\.weight, .* fix_5d_tensors\.py"):
+            read_checkpoint(write_sparse_gguf(tmp_path / "wan.gguf", shapes, "Q4_K"))
+        with pytest.raises(CheckpointError, match=r"lack patch_embedding\.weight; join the parts of a split model, or"):
+            read_checkpoint(write_header(tmp_path / "wan.safetensors", stored(shapes, "BF16")))
 
 
 # ---- LoRAs, experts, context windows
@@ -243,6 +262,18 @@ def test_an_unmerged_lora_is_in_the_blocks_that_it_changes_in_the_type_of_the_co
     for before, after in zip(alone.model.blocks, profile.model.blocks, strict=True):
         assert after.nbytes - before.nbytes == 2 * 2 * (64 * 5120) * 2
     assert profile.model.other_bytes == alone.model.other_bytes
+
+
+def test_plan_takes_several_loras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header = {
+        "blocks.0.ffn.0.lora_A.weight": ("BF16", (32, 5120)),
+        "blocks.0.ffn.0.lora_B.weight": ("BF16", (13824, 32)),
+    }
+    lora = write_header(tmp_path / "lora.safetensors", header)
+    alone, both = (
+        run_plan(capsys, base(tmp_path), *loras)[1]["block_bytes"] for loras in ([], ["--lora", lora, "--lora", lora])
+    )
+    assert both - alone == 2 * 2 * 32 * (5120 + 13824)  # type: ignore[operator]
 
 
 def test_unianimates_lora_adds_layers_beside_the_blocks(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
-"""Headers of the model files that ComfyUI-WanVideoWrapper loads, under the names that its workflows give them.
+"""Headers of the model files that ComfyUI-WanVideoWrapper loads.
 
-They are rebuilt from the layers that each architecture has: the names and shapes of the published files.
+They are rebuilt from the layers of each architecture: in the blocks every tensor, outside them the large ones and those
+by which the family is known. Files have the names that the wrapper's workflows give them; where these name none, the
+name says what the file is.
 """
 
 from __future__ import annotations
@@ -373,7 +375,7 @@ class Published:
     """A model file.
 
     Attributes:
-        name: As it is published.
+        name: Of the file, without its ending.
         family: What `plan` must call it.
         shapes: Makes its tensors.
         kind: A key of KINDS.

@@ -142,14 +142,18 @@ def _transformer_tensors(source: str, stored: Stored) -> dict[str, TensorInfo]:
 def _not_a_model(source: str, stored: Stored) -> CheckpointError:
     few = _few(sorted(stored)[:3]) or "none"
     found = f"{source} is not a Wan model: its {len(stored)} tensors (first: {few})"
+    if own_prefix(stored, "blocks.0.self_attn.q.weight") is not None:
+        if source.lower().endswith(".gguf"):
+            return CheckpointError(
+                f"{found} lack patch_embedding.weight, which has 5 dimensions and is left out by tools that quantise "
+                "to GGUF; add it with fix_5d_tensors.py of ComfyUI-GGUF, or download a complete file"
+            )
+        return CheckpointError(
+            f"{found} lack patch_embedding.weight; join the parts of a split model, or name its index"
+        )
     other = other_file(stored)
     if other is not None:
         return CheckpointError(f"{found} are those of {other.kind}; {other.cure}")
-    if any(name.endswith("blocks.0.self_attn.q.weight") for name in stored):
-        return CheckpointError(
-            f"{found} lack patch_embedding.weight, which has 5 dimensions and is left out by tools that quantise to "
-            "GGUF; add it with fix_5d_tensors.py of ComfyUI-GGUF, or download a complete file"
-        )
     return CheckpointError(
         f"{found} do not include patch_embedding.weight; name a whole Wan transformer in one file, not a LoRA, a VACE "
         "module or one part of a split model"
