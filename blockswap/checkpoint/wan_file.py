@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ..errors import CheckpointError, printable
+from ..model.names import EXTRA_MODELS, parts, place
 from ..model.recognise import CheckpointProfile, TensorInfo, profile_tensors
 from .headers import LONGEST_HEADER, HeaderError, read_gguf, read_safetensors
 
@@ -39,7 +41,7 @@ CONTENTS = (
 the first that fits decides."""
 
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.safetensors)", re.IGNORECASE)
-INDEX = ".index.json"
+INDEX, SHARDS = ".index.json", ".safetensors"
 MOST_SHARDS = 1000
 
 
@@ -59,10 +61,13 @@ def read_checkpoint(path: Path, *, modules: Sequence[Path] = (), loras: Sequence
     stored: dict[str, TensorInfo] = {}
     for file in model_files(path):
         stored |= _read(file)
+    added = [(file, _read(file)) for file in modules]
+    for file, tensors in added:
+        _check_format(path, file, tensors)
     return profile_tensors(
         printable(str(path)),
         stored,
-        modules=[(printable(str(file)), _read(file)) for file in modules],
+        modules=[(printable(str(file)), tensors) for file, tensors in added],
         loras=[(printable(str(file)), _read(file)) for file in loras],
     )
 
@@ -80,11 +85,11 @@ def model_files(path: Path) -> tuple[Path, ...]:
         index = path.with_name(f"{match[1]}{match[3]}{INDEX}")
         count = int(match[2])
         numbered = [f"{match[1]}-{number:05}-of-{count:05}{match[3]}" for number in range(1, count + 1)]
-        names = _indexed(index) if index.is_file() else numbered
+        names = _indexed(index) if os.path.isfile(index) else numbered
     else:
         return (path,)
     files = tuple(path.with_name(name) for name in names)
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not os.path.isfile(file)]  # unlike Path's, it raises nothing
     if missing:
         shown = printable(", ".join(missing[:5]))
         raise CheckpointError(
@@ -92,6 +97,19 @@ def model_files(path: Path) -> tuple[Path, ...]:
             f"{shown}; download them into the same folder"
         )
     return files
+
+
+def _check_format(path: Path, module: Path, tensors: Collection[str]) -> None:
+    """The loader takes no GGUF module with a safetensors model, and the reverse with some modules alone."""
+    model_is_gguf, module_is_gguf = (file.suffix.lower() == ".gguf" for file in (path, module))
+    is_strict = any(part in EXTRA_MODELS for part in parts([place(name) for name in tensors]))
+    if model_is_gguf == module_is_gguf or (model_is_gguf and not is_strict):
+        return
+    wanted = ".gguf" if model_is_gguf else ".safetensors"
+    raise CheckpointError(
+        f"{printable(str(path))} takes modules of its own format: expected a {wanted} file, got "
+        f"{printable(module.name)}; give the module as {wanted}"
+    )
 
 
 def _indexed(index: Path) -> list[str]:
@@ -105,7 +123,7 @@ def _indexed(index: Path) -> list[str]:
         raise _unreadable(source, exc) from exc
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         names = []
-    if not names or len(names) > MOST_SHARDS or not all(type(n) is str and SHARD.fullmatch(n) for n in names):
+    if not names or len(names) > MOST_SHARDS or not all(type(n) is str and n.endswith(SHARDS) for n in names):
         raise CheckpointError(f"{source} is not the index of a model in several files; name the model file")
     if any("/" in name or "\\" in name for name in names):
         raise CheckpointError(f"{source} names files in other folders; download the model again")
@@ -123,7 +141,7 @@ def _read(path: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{source} is a pipe, a socket or a device; name a model file")
         if suffix not in FORMATS:
             raise _wrong_suffix(path)
-        if path.with_name(f"{path.name}.aria2").exists():
+        if os.path.exists(f"{path}.aria2"):
             raise CheckpointError(
                 f"{source} is an unfinished download, as {source}.aria2 shows; let it finish, or resume it"
             )

@@ -45,7 +45,6 @@ FAMILIES = {
     "patch_embedding_mask.weight": "SCAIL-2",
     "patch_embedding_pose.weight": "SCAIL",
     "text_projection.0.weight": "BindWeave",
-    "LQ_proj_in.norm1.gamma": "FlashVSR",
     "blocks.0.cam_encoder.weight": "ReCamMaster",
     "blocks.0.cross_attn.emo_k_proj.weight": "FlashPortrait",
     "audio_proj.proj1.weight": "SkyReels V3",
@@ -53,12 +52,15 @@ FAMILIES = {
     "control_adapter.conv.weight": "Fun Camera",
     "ref_conv.weight": "Fun Control",
     "add_conv_in.weight": "RealisDance",
+    "blocks.0.cross_attn.k_fusion.weight": "Ovi",
 }
 """Families by a tensor that only they have; the first that is there decides."""
 
+TALKING = "MultiTalk/InfiniteTalk"
+
 PARTS = {
     "vace_blocks.0.after_proj.weight": "VACE",
-    "blocks.0.audio_cross_attn.q_linear.weight": "MultiTalk/InfiniteTalk",
+    "blocks.0.audio_cross_attn.q_linear.weight": TALKING,
     "blocks.0.cross_attn.k_proj.weight": "FantasyTalking",
     "blocks.0.cross_attn.ip_adapter_single_stream_k_proj.weight": "FantasyPortrait",
     "blocks.0.cross_attn.ip_adapter.to_v_ip.weight": "Lynx",
@@ -67,13 +69,24 @@ PARTS = {
     "blocks.0.audio_block.self_attn.q.weight": "Ovi audio",
     "controlnet_patch_embedding.weight": "Uni3C",
     "dwpose_embedding.0.weight": "UniAnimate",
+    "LQ_proj_in.norm1.gamma": "FlashVSR",
 }
 """Parts that files of their own add to a model, by one of their tensors."""
+
+EXTRA_MODELS = ("VACE", "Lynx", "MTV Crafter", "Ovi audio", "FlashVSR")
+"""Parts that the loader takes in the format of the model alone: GGUF with GGUF, safetensors with safetensors."""
 
 SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B"}
 """Wan's sizes by width."""
 
 LONGCAT_WIDTH, WAN22_5B_WIDTH = 4096, 3072
+
+CHANNELS = {16: "Wan 2.1/2.2 T2V", 36: "Wan 2.2 I2V", 48: "Fun Control", 52: "Fun Control"}
+IMAGE_CHANNELS = CHANNELS | {36: "Wan 2.1 I2V"}
+"""What plain models are by their input channels; models with layers for an image embedding are of Wan 2.1."""
+
+OWN_AUDIO = {"LongCat": "LongCat Avatar", "SkyReels V3 14B": "SkyReels V3 14B"}
+"""Names of models that are published with the layers of MultiTalk in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +113,7 @@ OTHER_FILES = (
         "name the model that it changes, and give this file with --lora",
     ),
     OtherFile(
-        r"^(token_embedding|shared|token_embd)\.weight$|^(text_model|encoder\.block|enc\.blk|transformer\.shared)\.",
+        r"(^|\.)(token_embedding|shared|token_embd|embed_tokens)\.weight$|^(text_model|encoder\.block|enc\.blk)\.",
         "a text encoder",
         f"{WHOLE_MODEL}, not its text encoder",
     ),
@@ -127,7 +140,8 @@ PACKINGS = (
     (r"\.SCB", ".weight", "8-bit with row scales (bitsandbytes int8)"),
     (r"\._data", "", "Quanto's packed integers"),
     (r"\.wscales", ".qweight", "SVDQuant"),
-    (r"\.qzeros", ".qweight", "packed 4-bit (GPTQ or AWQ)"),
+    (r"\.(?:qzeros|g_idx)", ".qweight", "packed 4-bit (GPTQ or AWQ)"),
+    (r"\.biases", ".weight", "MLX's packed integers"),
     (r"\.W_q", ".W_q", "HQQ's packed integers"),
     (r"[._:]qdata", "", "torchao's packed integers"),
 )
@@ -177,25 +191,18 @@ def family(names: Collection[str], width: int, in_channels: int) -> str:
     """The model's name: family and size, and the parts that modules have added."""
     added, size = parts(names), SIZES.get(width, f"of width {width}")
     known = next((label for mark, label in FAMILIES.items() if mark in names), None)
-    if width == LONGCAT_WIDTH:
-        base = "LongCat"
-    elif known is not None:
-        base = f"{known} {size}"
-    else:
-        base = f"{_plain_family(names, width, in_channels)} {size}"
+    base = "LongCat" if width == LONGCAT_WIDTH else f"{known or _plain_family(names, width, in_channels)} {size}"
+    if base in OWN_AUDIO and TALKING in added:
+        base, added = OWN_AUDIO[base], tuple(part for part in added if part != TALKING)
     return " + ".join([base, *added])
 
 
 def _plain_family(names: Collection[str], width: int, in_channels: int) -> str:
     if width == WAN22_5B_WIDTH:
-        return "Wan 2.2 TI2V" if in_channels == 48 else "Wan 2.2 Fun"  # noqa: PLR2004
-    has_image = any(key in names for key in IMAGE_KEYS)
-    if IMAGE_POSITIONS in names:
-        return "Wan 2.1 FLF2V"
-    if in_channels == 16:  # noqa: PLR2004
-        return "Wan 2.1/2.2 T2V"
-    if in_channels == 36:  # noqa: PLR2004
-        return "Wan 2.1 I2V" if has_image else "Wan 2.2 I2V"
+        return "Wan 2.2 TI2V"
     if not any(name.startswith(("blocks.0.cross_attn.", "blocks.0.attn2.")) for name in names):
         return "MiniMax Remover"
-    return f"Wan {'2.1' if has_image else '2.2'} with {in_channels} input channels,"
+    if IMAGE_POSITIONS in names:
+        return "Wan 2.1 FLF2V"
+    known = IMAGE_CHANNELS if any(key in names for key in IMAGE_KEYS) else CHANNELS
+    return known.get(in_channels, f"Wan with {in_channels} input channels,")

@@ -33,11 +33,14 @@ MOST_BLOCKS = 128
 HEAD_WIDTH = 128
 """Channels of one attention head in every published Wan model (1.3B: 12 heads, 5B: 24, 14B: 40). No weight shows it."""
 
+T2V_CHANNELS = 16
+"""Input channels of a model that takes no image."""
+
 IMAGE_TOKENS = 257
 """Tokens that CLIP makes of one image."""
 
 LORA_KEY = re.compile(r"(.+?)[._](?:lora_(A|B|down|up)|lora\.(down|up)|(diff))(?:\.default)?(?:\.weight)?")
-LORA_PREFIX = re.compile(r"(?:(?:lora_unet|lycoris|base_model_model|diffusion_model|transformer|pipe_dit)_+)+")
+LORA_PREFIX = re.compile(r"^(?:(?:lora_unet|lycoris|base_model_model|diffusion_model|transformer|pipe_dit)_+)+")
 
 LORA_ELEMENT_BYTES = 2
 """Bytes of an element of an unmerged LoRA: the wrapper keeps it in the type that it computes in."""
@@ -112,6 +115,9 @@ def profile_tensors(
     if modules or loras:
         blocks = _group_blocks(source, tensors)
     architecture = _architecture(source, tensors, blocks)
+    if modules and architecture.vace_blocks and architecture.in_channels != T2V_CHANNELS:
+        channels = f"{source} has {architecture.in_channels} input channels, a T2V model {T2V_CHANNELS}"
+        raise CheckpointError(f"VACE needs a T2V model, and {channels}; name the T2V model of this size")
     profiles = tuple(_block_profile(f"{kind}.{number}", block) for (kind, number), block in blocks.items())
     nbytes: Counter[str] = Counter()
     for tensor in tensors.values():
@@ -136,14 +142,18 @@ def _transformer_tensors(source: str, stored: Stored) -> dict[str, TensorInfo]:
 def _not_a_model(source: str, stored: Stored) -> CheckpointError:
     few = _few(sorted(stored)[:3]) or "none"
     found = f"{source} is not a Wan model: its {len(stored)} tensors (first: {few})"
+    if own_prefix(stored, "blocks.0.self_attn.q.weight") is not None:
+        if source.lower().endswith(".gguf"):
+            return CheckpointError(
+                f"{found} lack patch_embedding.weight, which has 5 dimensions and is left out by tools that quantise "
+                "to GGUF; add it with fix_5d_tensors.py of ComfyUI-GGUF, or download a complete file"
+            )
+        return CheckpointError(
+            f"{found} lack patch_embedding.weight; join the parts of a split model, or name its index"
+        )
     other = other_file(stored)
     if other is not None:
         return CheckpointError(f"{found} are those of {other.kind}; {other.cure}")
-    if any(name.endswith("blocks.0.self_attn.q.weight") for name in stored):
-        return CheckpointError(
-            f"{found} lack patch_embedding.weight, which has 5 dimensions and is left out by tools that quantise to "
-            "GGUF; add it with fix_5d_tensors.py of ComfyUI-GGUF, or download a complete file"
-        )
     return CheckpointError(
         f"{found} do not include patch_embedding.weight; name a whole Wan transformer in one file, not a LoRA, a VACE "
         "module or one part of a split model"
@@ -193,7 +203,7 @@ def _lora_tensors(name: str, stored: Stored, number: int, source: str, tensors: 
         match = LORA_KEY.fullmatch(key)
         own = key.removeprefix("diffusion_model.")
         if match:
-            layer = layers.get(LORA_PREFIX.sub("", match[1].replace(".", "_"), count=1))
+            layer = layers.get(LORA_PREFIX.sub("", match[1].replace(".", "_")))
             if layer is not None:
                 part = next(filter(None, match.groups()[1:]))
                 nbytes = math.prod(tensor.shape) * LORA_ELEMENT_BYTES

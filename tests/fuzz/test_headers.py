@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from checkpoint_files import wan_shapes, write_sparse_safetensors
 from gguf import GGUFReader
 from gguf_inputs import gguf_input
 from safetensors import SafetensorError, safe_open
@@ -45,11 +46,12 @@ def write_input(folder: Path, kind: str, number: int, seed: int) -> Path:
     return path
 
 
-def outcome(path: Path) -> str:
+def outcome(path: Path, **beside: list[str]) -> str:
     """Whether `plan` plans for this file, or which kind of error it raises; raises what `plan` must not raise."""
     options = Namespace(model=str(path), gpu="RTX 4090", vram=None, ram="64GiB", link=25.0, shape="832x480x81")
     options.available_ram = options.disk = None
     options.module, options.lora, options.context_window = [], [], None
+    vars(options).update(beside)
     options.beside, options.blocks_to_swap, options.vram_threshold_percent = [], None, 50.0
     try:
         shown = command.plan(options)
@@ -61,7 +63,8 @@ def outcome(path: Path) -> str:
     message = str(failure)
     assert message.isprintable()
     assert 0 < len(message) <= LONGEST_MESSAGE
-    assert type(failure) is not CheckpointError or path.name in message
+    names = [path.name, *(Path(file).name for files in beside.values() for file in files)]
+    assert type(failure) is not CheckpointError or any(name in message for name in names)
     return type(failure).__name__
 
 
@@ -80,6 +83,21 @@ def test_hostile_headers_are_planned_for_or_refused_in_a_sentence(
     # The inputs are of use: some are whole.
     assert outcomes["planned"] > INPUTS // 10
     assert outcomes["CheckpointError"] > INPUTS // 10
+
+
+@every_format
+@pytest.mark.parametrize("role", ["module", "lora"])
+def test_hostile_headers_beside_a_model_are_planned_for_or_refused_in_a_sentence(
+    kind: str, role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "read_host_memory", lambda: HOST)
+    model = write_sparse_safetensors(tmp_path / "model.safetensors", wan_shapes())
+    for number in range(INPUTS // 5):
+        path = write_input(tmp_path, kind, number, 3)
+        try:
+            outcome(model, **{role: [str(path)]})
+        except Exception as failure:
+            raise AssertionError(f"{kind}:{number}: {path.read_bytes()[:2000]!r}") from failure
 
 
 @every_format
