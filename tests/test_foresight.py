@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from pretend_accelerator import PretendHpu
 from run_bench import BLOCK, COUNT, SMALL_VIDEO, Bench
 from torch import nn
+from wanvideo_enhanced_blockswap.blockswap.model import fake_run
 from wanvideo_enhanced_blockswap.blockswap.model.fake_run import peak_bytes
 from wanvideo_enhanced_blockswap.blockswap.run import foresight
 from wanvideo_enhanced_blockswap.blockswap.run.history import Workload
@@ -89,12 +91,36 @@ class Packed(nn.Module):
 
 
 class Kernel(nn.Module):
+    """Calls code that torch does not know with the address of what `tensor_of` gives."""
+
+    addresses: ClassVar[list[int]] = []
+
+    def __init__(self, tensor_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.tensor_of = tensor_of
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x.data_ptr()
+        self.addresses.append(self.tensor_of(x).data_ptr())
         return x
 
 
-@pytest.mark.parametrize("block", [Reading(), Packed(), Kernel()], ids=lambda block: type(block).__name__)
+KERNELS = (lambda x: x, lambda x: x[1:], lambda x: x + x, torch.empty_like, lambda x: (x + x).view(2, 2))
+
+
+@pytest.mark.parametrize("tensor_of", KERNELS)
+def test_no_code_that_torch_does_not_know_gets_the_address_of_a_fake_tensor(
+    tensor_of: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    assert peak_bytes(Kernel(tensor_of), (torch.randn(4),), {}, torch.device("cpu")) is None
+    assert Kernel.addresses == []
+
+
+def test_a_torch_that_cannot_refuse_addresses_foresees_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_run, "_REFUSE_POINTER", None)
+    assert peak_bytes(nn.Linear(4, 4), (torch.randn(1, 4),), {}, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("block", [Reading(), Packed()], ids=lambda block: type(block).__name__)
 def test_a_block_that_cannot_run_on_fake_tensors_has_no_peak(block: nn.Module) -> None:
     assert peak_bytes(block, (torch.randn(4),), {}, torch.device("cpu")) is None
 

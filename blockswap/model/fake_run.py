@@ -33,7 +33,7 @@ def peak_bytes(
         keywords: Of the forward.
         device: The device.
     """
-    if hasattr(block, "_orig_mod"):  # made by torch.compile, which fuses what is counted here
+    if hasattr(block, "_orig_mod") or _REFUSE_POINTER is None:  # torch.compile fuses what is counted here
         return None
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -53,6 +53,8 @@ def peak_bytes(
     return storages.peak_bytes
 
 
+# A kernel that torch does not know would get the address 0 from a fake tensor, and a warning, and break the device.
+_REFUSE_POINTER = getattr(torch._C, "_set_throw_on_mutable_data_ptr", None)
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer) if hasattr(nn, "Buffer") else (torch.Tensor, nn.Parameter)
 
 
@@ -73,8 +75,9 @@ class _Storages(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == self._device:
-                self._follow(tensor.untyped_storage(), device_bytes(tensor.untyped_storage().nbytes()))
+            if isinstance(tensor, torch.Tensor):
+                size = tensor.untyped_storage().nbytes() if tensor.device.type == self._device else 0
+                self._follow(tensor, device_bytes(size))
         self.peak_bytes = max(self.peak_bytes, self._bytes)
         return result
 
@@ -84,12 +87,15 @@ class _Storages(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 key = tensor.untyped_storage()._cdata
                 self._freed(key)
-                self._follow(tensor.untyped_storage(), 0)
+                self._follow(tensor, 0)
         self.peak_bytes = self._bytes
 
-    def _follow(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+    def _follow(self, tensor: torch.Tensor, nbytes: int) -> None:
+        storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._sizes:
+            assert _REFUSE_POINTER is not None
+            _REFUSE_POINTER(tensor)
             self._sizes[key] = nbytes
             self._bytes += nbytes
             weakref.finalize(storage, self._freed, key).atexit = False
