@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ..blockswap.checkpoint.wan_file import read_checkpoint
 from ..blockswap.errors import PlanError, SettingsError
+from ..blockswap.model.activations import WRAPPER, activation_bytes
 from ..blockswap.model.layout import ModelProfile
-from ..blockswap.model.wan import CheckpointProfile, WanArchitecture, activation_bytes, block_flops, tokens_for
+from ..blockswap.model.wan import CheckpointProfile, WanArchitecture, block_flops, tokens_for
 from ..blockswap.plan.budget import SAFETY_RESERVE
 from ..blockswap.plan.make_plan import Readings, make_plan, plan_inputs
 from ..blockswap.plan.swap_plan import Activations, PlanInputs, SwapPlan
@@ -207,7 +208,7 @@ def _known(checkpoint: CheckpointProfile, card: Card, tokens: int | None) -> Kno
     model, architecture = checkpoint.model, checkpoint.architecture
     if tokens is None:
         return Known()
-    activations = Activations(nbytes=activation_bytes(architecture, tokens), is_measured=False)
+    activations = Activations(nbytes=activation_bytes(architecture, tokens, WRAPPER), is_measured=False)
     if card.rates is None or card.link is None:  # times are predicted together or not at all
         return Known(activations=activations)
     linear, attention = block_flops(architecture, tokens)
