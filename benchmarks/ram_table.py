@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
-from wanvideo_enhanced_blockswap.blockswap.model.activations import WRAPPER, activation_bytes
+from wanvideo_enhanced_blockswap.blockswap.model.activations import activation_bytes
 from wanvideo_enhanced_blockswap.blockswap.model.layout import ModelProfile
 from wanvideo_enhanced_blockswap.blockswap.model.wan import (
     CheckpointProfile,
@@ -192,7 +192,9 @@ def _inputs(found: CheckpointProfile, readings: Readings) -> PlanInputs:
     inputs = plan_inputs(found.model, SwapSettings(), readings)
     return replace(
         inputs,
-        activations=Activations(nbytes=activation_bytes(found.architecture, tokens, WRAPPER), is_measured=False),
+        activations=Activations(
+            nbytes=activation_bytes(found.architecture, tokens, found.forward_options), is_measured=False
+        ),
         timing=replace(inputs.timing, compute_ms=(block_ms(found),) * BLOCKS),
     )
 

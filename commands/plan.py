@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..blockswap.checkpoint.wan_file import read_checkpoint
 from ..blockswap.errors import PlanError, SettingsError
-from ..blockswap.model.activations import WRAPPER, activation_bytes
+from ..blockswap.model.activations import activation_bytes
 from ..blockswap.model.layout import ModelProfile
 from ..blockswap.model.wan import CheckpointProfile, WanArchitecture, block_flops, tokens_for
 from ..blockswap.plan.budget import SAFETY_RESERVE
@@ -208,7 +208,9 @@ def _known(checkpoint: CheckpointProfile, card: Card, tokens: int | None) -> Kno
     model, architecture = checkpoint.model, checkpoint.architecture
     if tokens is None:
         return Known()
-    activations = Activations(nbytes=activation_bytes(architecture, tokens, WRAPPER), is_measured=False)
+    activations = Activations(
+        nbytes=activation_bytes(architecture, tokens, checkpoint.forward_options), is_measured=False
+    )
     if card.rates is None or card.link is None:  # times are predicted together or not at all
         return Known(activations=activations)
     linear, attention = block_flops(architecture, tokens)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from facts import Facts, make_plan
-from wanvideo_enhanced_blockswap.blockswap.model.activations import WRAPPER, activation_bytes
+from wanvideo_enhanced_blockswap.blockswap.model.activations import activation_bytes
 from wanvideo_enhanced_blockswap.blockswap.model.wan import tokens_for
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
@@ -37,7 +37,9 @@ def planned(
         link=ram_table.LINK,
         disk=disk,
         compute_ms=(ram_table.block_ms(found),) * len(found.model.blocks),
-        activations=Activations(nbytes=activation_bytes(found.architecture, tokens, WRAPPER), is_measured=False),
+        activations=Activations(
+            nbytes=activation_bytes(found.architecture, tokens, found.forward_options), is_measured=False
+        ),
     )
     return make_plan(found.model, SwapSettings(), facts)
 

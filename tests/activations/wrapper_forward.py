@@ -233,8 +233,8 @@ class Forward:
         return inputs
 
     def _unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """The body of dequantize_gguf_tensor, whose parameter type has no fakes, for Q8_0: blocks of 2 bytes of scale and
-        32 values.
+        """The body of dequantize_gguf_tensor, whose parameter type has no fakes, for Q8_0: blocks of a scale of 2 bytes
+        and 32 values.
         """
         if packed.dtype != torch.uint8:
             return packed

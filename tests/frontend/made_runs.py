@@ -10,7 +10,7 @@ import gguf
 from checkpoint_files import Shapes, wan_shapes
 from facts import Facts, make_plan
 from shown import ran
-from wanvideo_enhanced_blockswap.blockswap.model.activations import WRAPPER, activation_bytes
+from wanvideo_enhanced_blockswap.blockswap.model.activations import activation_bytes
 from wanvideo_enhanced_blockswap.blockswap.model.wan import (
     CheckpointProfile,
     TensorInfo,
@@ -124,7 +124,7 @@ class MadeRun:
         tokens = tokens_for(model.architecture, *case.video)
         linear, attention = block_flops(model.architecture, tokens)
         block_ms = (linear / rates.linear_flops + attention / rates.attention_flops) * 1e3
-        expected = activation_bytes(model.architecture, tokens, WRAPPER)
+        expected = activation_bytes(model.architecture, tokens, model.forward_options)
         total = case.vram_gib * GIB
         spec = DeviceSpec(case.card, Vendor.NVIDIA, "cuda:0", None, None, None, False, None, total, None)
         facts = Facts(
