@@ -9,48 +9,26 @@ import sys
 from pathlib import Path
 
 import pytest
-from activations.cases import CASES, SIZES, Case
+from activations.cases import CASES, Case
+from activations.table import MEASURED, lines, ratio
 from wanvideo_enhanced_blockswap.blockswap.model.activations import (
-    Attention,
     ForwardOptions,
-    Rope,
     activation_bytes,
 )
 from wanvideo_enhanced_blockswap.blockswap.model.wan import WanArchitecture
 
 HERE = Path(__file__).parent / "activations"
-MEASURED = json.loads((HERE / "measured.json").read_text(encoding="utf-8"))
 LOWEST, HIGHEST = 0.98, 1.05
-SPEECH_TOKENS = 2500 + 3701
-"""S2V: of the reference frame, and of the motion frames in three sizes."""
-
-KERNELS = {"sdpa": Attention.SDPA, "sageattn": Attention.SAGE, "flash_attn_2": Attention.FLASH}
-COPIES = {"bf16": 0, "fp16": 0, "fp8": 1, "fp8_scaled": 2, "gguf": 2, "lora": 3}
-
-
-def expected(case: Case) -> int:
-    width, ffn, heads, channels = SIZES[case.size]
-    vace = case.vace_blocks if case.kind == "vace" else 0
-    architecture = WanArchitecture(width, ffn, heads, 2, vace, (1, 2, 2), channels, channels)
-    options = ForwardOptions(
-        attention=KERNELS[case.attention],
-        rope=Rope.FUSED if case.fused_rope else Rope(case.rope),
-        sequences=2 if case.batched else 1,
-        per_token=case.per_token,
-        wide=case.float_modulation or case.weights == "fp8",
-        weight_copies=4 if case.lora else COPIES[case.weights],
-        vace_inputs=case.vace_inputs,
-        speakers=case.humans,
-        frames=case.frames,
-        speech=case.kind == "s2v",
-    )
-    tokens = case.tokens * options.sequences + (SPEECH_TOKENS if case.kind == "s2v" else 0)
-    return activation_bytes(architecture, tokens, options)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_forward_of_the_wrapper_takes_what_is_expected(case: Case) -> None:
-    assert LOWEST <= MEASURED["peaks"][case.name] / expected(case) <= HIGHEST
+    assert LOWEST <= ratio(case) <= HIGHEST
+
+
+def test_the_page_has_the_tables_of_today() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "predictions.md").read_text(encoding="utf-8")
+    assert "\n".join(lines()) in page
 
 
 def test_what_was_measured_is_what_is_asked() -> None:

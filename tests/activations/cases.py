@@ -115,4 +115,5 @@ OTHERS = [
     Case(size="LongCat", attention="sageattn"),
 ]
 
-CASES = _grid() + OTHERS
+GRID = _grid()
+CASES = GRID + OTHERS
