@@ -13,8 +13,9 @@ import torch
 
 from .blockswap.device.backend import backend_for
 from .blockswap.errors import SettingsError
+from .blockswap.model.activations import activation_bytes
 from .blockswap.model.recognise import profile_tensors
-from .blockswap.model.wan import activation_bytes, tokens_for
+from .blockswap.model.wan import tokens_for
 from .blockswap.plan.make_plan import Limits, Readings, make_plan, plan_inputs
 from .blockswap.plan.swap_plan import Activations, SwapPlan
 from .blockswap.run.machine import TorchMachine
@@ -193,7 +194,9 @@ class ComfyUI:
         inputs = replace(
             inputs,
             pin_budget_bytes=min(inputs.pin_budget_bytes, self._pin_budget().limit_bytes),
-            activations=Activations(nbytes=activation_bytes(found.architecture, tokens), is_measured=False),
+            activations=Activations(
+                nbytes=activation_bytes(found.architecture, tokens, found.forward_options), is_measured=False
+            ),
         )
         return make_plan(found.model, inputs), machine.spec.name
 

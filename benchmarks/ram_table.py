@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
+from wanvideo_enhanced_blockswap.blockswap.model.activations import activation_bytes
 from wanvideo_enhanced_blockswap.blockswap.model.layout import ModelProfile
 from wanvideo_enhanced_blockswap.blockswap.model.recognise import CheckpointProfile
-from wanvideo_enhanced_blockswap.blockswap.model.wan import activation_bytes, block_flops, tokens_for
+from wanvideo_enhanced_blockswap.blockswap.model.wan import block_flops, tokens_for
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Readings, make_plan, plan_inputs, predict
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, PlanInputs, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
@@ -169,7 +170,9 @@ def _inputs(found: CheckpointProfile, readings: Readings) -> PlanInputs:
     inputs = plan_inputs(found.model, SwapSettings(), readings)
     return replace(
         inputs,
-        activations=Activations(nbytes=activation_bytes(found.architecture, tokens), is_measured=False),
+        activations=Activations(
+            nbytes=activation_bytes(found.architecture, tokens, found.forward_options), is_measured=False
+        ),
         timing=replace(inputs.timing, compute_ms=(block_ms(found),) * BLOCKS),
     )
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from ..blockswap.model.recognise import CheckpointProfile, TensorInfo, profile_tensors
 
+DTYPES = {"fp16": "F16", "fp8": "F8_E4M3", "Q8_0": "Q8_0", "Q4_K_M": "Q4_K"}
+"""As files name these types."""
+
 BITS = {"fp16": 16.0, "fp8": 8.0, "Q8_0": 8.5, "Q4_K_M": 4.85}
 """Bits per weight of the blocks' matrices. Q4_K_M has 6.56 (Q6_K) for a sixth of them and 4.5 (Q4_K) for the others."""
 
@@ -49,9 +52,11 @@ class CommonModel:
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         is_quantised = "blocks." in name and len(shape) == 2  # noqa: PLR2004 - matrices
-        bits = BITS[self.kind] if is_quantised else BITS["fp16"]
+        kind = self.kind if is_quantised else "fp16"
         # The loader copies every tensor of a GGUF file, and maps those of others.
-        return TensorInfo(shape, self.kind, int(math.prod(shape) * bits / 8), in_file=not self.kind.startswith("Q"))
+        return TensorInfo(
+            shape, DTYPES[kind], int(math.prod(shape) * BITS[kind] / 8), in_file=not self.kind.startswith("Q")
+        )
 
     def _shapes(self) -> Shapes:
         width, outputs = self.width, 48 if self.channels == 48 else 16  # noqa: PLR2004 - 5B's VAE

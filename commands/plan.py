@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ..blockswap.checkpoint.wan_file import model_files, read_checkpoint
 from ..blockswap.errors import PlanError, SettingsError
+from ..blockswap.model.activations import activation_bytes
 from ..blockswap.model.layout import ModelProfile
 from ..blockswap.model.recognise import CheckpointProfile
-from ..blockswap.model.wan import WanArchitecture, activation_bytes, block_flops, tokens_for
+from ..blockswap.model.wan import WanArchitecture, block_flops, tokens_for
 from ..blockswap.plan.budget import SAFETY_RESERVE
 from ..blockswap.plan.make_plan import UNIFIED, Readings, make_plan, plan_inputs
 from ..blockswap.plan.swap_plan import Activations, PlanInputs, SwapPlan
@@ -271,7 +272,9 @@ def known_of(checkpoint: CheckpointProfile, card: Card, tokens: int | None) -> K
     model, architecture = checkpoint.model, checkpoint.architecture
     if tokens is None:
         return Known()
-    activations = Activations(nbytes=activation_bytes(architecture, tokens), is_measured=False)
+    activations = Activations(
+        nbytes=activation_bytes(architecture, tokens, checkpoint.forward_options), is_measured=False
+    )
     if card.rates is None or card.link is None:  # times are predicted together or not at all
         return Known(activations=activations)
     linear, attention = block_flops(architecture, tokens)

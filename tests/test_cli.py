@@ -393,7 +393,7 @@ def test_a_video_that_does_not_fit_is_the_first_reason_and_fails(
     assert (code, shown["fits"]) == (0, True)
     code, shown = run_json(capsys, *common, "--shape", "1280x720x161")
     assert (code, shown["fits"], shown["over_ceiling"]) == (1, False, True)
-    assert shown["reasons"][0].startswith("expect it to run out of memory: 13.0 GiB of activations")
+    assert shown["reasons"][0].startswith("expect it to run out of memory: 12.8 GiB of activations")
 
 
 def test_a_gpu_that_is_not_known_is_planned_for_by_its_memory(

@@ -332,8 +332,8 @@ def test_automatic_hints_go_to_the_host_where_the_plan_has_no_room_for_them(
     caplog.set_level(logging.INFO)
     expected = {True: 1_000 if room else 10_000_000, False: 1_000}
     monkeypatch.setattr(
-        "wanvideo_enhanced_blockswap.blockswap.wrapper.wanvideo.activation_bytes",
-        lambda architecture, tokens, *, vace_hints: expected[vace_hints],
+        "wanvideo_enhanced_blockswap.blockswap.wrapper.workload.activation_bytes",
+        lambda architecture, tokens, options: expected[options.vace_hints],
     )
     pretend_stats.set_memory_limit(2_000_000)
     workflow = bench.workflow("vace", arguments(None))

@@ -17,8 +17,9 @@ import wanvideo_enhanced_blockswap as package
 from checkpoint_files import wan_shapes
 from facts import Facts, make_plan
 from test_report import FULL, brief, plan
+from wanvideo_enhanced_blockswap.blockswap.model.activations import activation_bytes
 from wanvideo_enhanced_blockswap.blockswap.model.recognise import TensorInfo, profile_tensors
-from wanvideo_enhanced_blockswap.blockswap.model.wan import activation_bytes, tokens_for
+from wanvideo_enhanced_blockswap.blockswap.model.wan import tokens_for
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations
 from wanvideo_enhanced_blockswap.blockswap.run.text import plan_text, summary
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
@@ -236,7 +237,7 @@ def example_plan() -> str:
         for name, shape in shapes.items()
     }
     found = profile_tensors("an example", stored)
-    expected = activation_bytes(found.architecture, tokens_for(found.architecture, 832, 480, 81))
+    expected = activation_bytes(found.architecture, tokens_for(found.architecture, 832, 480, 81), found.forward_options)
     facts = Facts(
         spec=DeviceSpec("NVIDIA GeForce RTX 3060", Vendor.NVIDIA, "cuda:0", None, None, 28, False, None, None, None),
         memory=DeviceMemory(12 * GIB, 11 * GIB - found.model.other_bytes, "a test"),

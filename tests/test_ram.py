@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from facts import Facts, make_plan
-from wanvideo_enhanced_blockswap.blockswap.model.wan import activation_bytes, tokens_for
+from wanvideo_enhanced_blockswap.blockswap.model.activations import activation_bytes
+from wanvideo_enhanced_blockswap.blockswap.model.wan import tokens_for
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 from wanvideo_enhanced_blockswap.hardware import GIB, DiskSpeed, HostMemory, HostPlatform
@@ -36,7 +37,9 @@ def planned(
         link=ram_table.LINK,
         disk=disk,
         compute_ms=(ram_table.block_ms(found),) * len(found.model.blocks),
-        activations=Activations(nbytes=activation_bytes(found.architecture, tokens), is_measured=False),
+        activations=Activations(
+            nbytes=activation_bytes(found.architecture, tokens, found.forward_options), is_measured=False
+        ),
     )
     return make_plan(found.model, SwapSettings(), facts)
 

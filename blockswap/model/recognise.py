@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import SHOWN_LETTERS, CheckpointError, printable
+from .activations import ELEMENT_BYTES, FLOAT, MODULATION, ForwardOptions
 from .layout import BlockProfile, ModelProfile, Placement, TensorProfile, small_cutoff
 from .names import (
     GATES,
@@ -82,6 +83,23 @@ class CheckpointProfile:
     architecture: WanArchitecture
     dtypes: tuple[tuple[str, int], ...]
     family: str = ""
+
+    @property
+    def forward_options(self) -> ForwardOptions:
+        """How the wrapper runs this file, by its nodes' defaults.
+
+        It runs plain fp8 under autocast, which has norms in float32, and dequantises scaled fp8 and GGUF itself; norms
+        and modulation that are stored in float32 stay so (load_weights in nodes_model_loading.py).
+        """
+        stored = {tensor.name: tensor.nbytes for tensor in self.model.blocks[-1].tensors}
+        kinds = {dtype for dtype, _ in self.dtypes}
+        is_fp8 = any(kind.startswith("F8") for kind in kinds)
+        is_scaled = is_fp8 and any("scale" in key and "scale_shift" not in key for key in stored)
+        is_packed = any(kind.startswith(("Q", "IQ")) for kind in kinds)
+        is_float = stored.get("modulation", 0) == MODULATION * self.architecture.width * FLOAT * ELEMENT_BYTES
+        return ForwardOptions(
+            wide=is_float or (is_fp8 and not is_scaled), weight_copies=2 if is_scaled or is_packed else int(is_fp8)
+        )
 
 
 def profile_tensors(

@@ -5,19 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import SettingsError
-
-TEXT_TOKENS = 512
-"""Length to which Wan pads its text embedding (text_len in Wan's configuration)."""
+from .activations import TEXT_TOKENS
 
 WAN22_VAE_CHANNELS = 48
 """Latent channels of Wan 2.2 5B's VAE; Wan 2.1's, which the 14B models of Wan 2.2 use too, has 16."""
-
-ELEMENT_BYTES = 2
-"""Size of an activation's element: bf16 and fp16, in which fp8 and GGUF models compute too."""
-
-TEMPORARIES = 1.25
-"""Ratio of the peak to the widest layers' own tensors. For diffusers' Wan transformer it was 1.37 at width 256, 1.19 at
-width 1536 (768 to 3072 tokens, as counted by the tests' pretend accelerator, torch 2.13, 2026-11-25)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +59,6 @@ def block_flops(architecture: WanArchitecture, tokens: int) -> tuple[float, floa
     linear = 2 * tokens * (6 * width**2 + architecture.ffn_matrices * width * ffn) + 2 * TEXT_TOKENS * 2 * width**2
     attention = 4 * tokens**2 * width + 4 * tokens * TEXT_TOKENS * width
     return float(linear), float(attention)
-
-
-def activation_bytes(architecture: WanArchitecture, tokens: int, *, vace_hints: bool = True) -> int:
-    """Expected device memory of a forward above the weights, used until a forward has been measured.
-
-    The feed-forward pair needs the most in a block: the residual and the normed input (`width` channels each), and the
-    hidden channels before and after the activation (`ffn_width` each), times `TEMPORARIES` for what is held beside
-    them. Attention holds five times `width`, which is less. Each VACE block leaves a hint of `width` channels.
-
-    Args:
-        architecture: The model's sizes.
-        tokens: Length of one sequence.
-        vace_hints: The hints of the VACE blocks stay on the device for the main blocks.
-    """
-    width, ffn = architecture.width, architecture.ffn_width
-    channels = max(2 * width + 2 * ffn, 5 * width)
-    hints = architecture.vace_blocks * width if vace_hints else 0
-    return tokens * (int(TEMPORARIES * channels) + hints) * ELEMENT_BYTES
 
 
 def tokens_for(architecture: WanArchitecture, width: int, height: int, frames: int) -> int:

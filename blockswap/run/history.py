@@ -20,7 +20,7 @@ class Workload:
     Attributes:
         tokens: Length of all sequences of a batch together.
         expected_activation_bytes: Device memory it is expected to need above the weights, from
-            `activation_bytes` in model/wan.py; None if unknown.
+            `activation_bytes` in model/activations.py; None if unknown.
         latent_frames: Frames of the latents; None if unknown.
     """
 

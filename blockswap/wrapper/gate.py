@@ -44,8 +44,8 @@ from .wanvideo import (
     unwrapped,
     vace_blocks_entered,
     vace_blocks_of,
-    workload_of,
 )
+from .workload import workload_of
 
 logger = logging.getLogger(__name__)
 
@@ -316,7 +316,6 @@ class GatedModel:
         """One forward. If device memory runs out, it is called again with a smaller plan, unless that could change the
         result.
         """
-        latents = arguments[0] if arguments else keywords.get("x")
         if keywords.get("last_step") and not self._is_last_step:
             self._is_last_step = True
             read_ahead = self._on_last_step()
@@ -325,7 +324,7 @@ class GatedModel:
         while True:
             has_started = False
             try:
-                workload = self._prepare(transformer, latents)
+                workload = self._prepare(transformer, arguments, keywords)
                 has_started = True
                 with (
                     native_swapping_disabled(transformer, hints_to_host=self.hints_to_host),
@@ -345,16 +344,16 @@ class GatedModel:
                 raise DeviceMemoryError(not_again(blocker, reported=reason))
             logger.warning("%s; trying a smaller plan", reason)
 
-    def _prepare(self, transformer: Any, latents: Any) -> Workload | None:
+    def _prepare(self, transformer: Any, arguments: Any, keywords: Any) -> Workload | None:
         """Plans the forward and returns its workload. VACE hints go to the host if the plan has no room for them."""
-        workload = workload_of(transformer, latents, hints_to_host=self.hints_to_host)
+        workload = workload_of(transformer, arguments, keywords, hints_to_host=self.hints_to_host)
         plan = self.run.prepare(workload)
         vace = len(vace_blocks_of(transformer))
         if self.hints_to_host or not vace or not plan.over_ceiling:
             return workload
         self.hints_to_host = True
         self.run.withdraw(workload)
-        workload = workload_of(transformer, latents, hints_to_host=True)
+        workload = workload_of(transformer, arguments, keywords, hints_to_host=True)
         self.run.prepare(workload)
         logger.info("the hints of %d VACE blocks go to the host, since the device has no room for them", vace)
         return workload

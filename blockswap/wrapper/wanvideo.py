@@ -18,8 +18,6 @@ from torch import nn
 
 from ..errors import WrapperError, WrapperMissingError
 from ..model.profile import blocks_of
-from ..model.wan import WanArchitecture, activation_bytes
-from ..run.history import Workload
 from ..settings import EVERY_BLOCK
 
 LOAD, START, END = "load_weights", "init_blockswap", "offload_transformer"
@@ -216,32 +214,6 @@ def host_weight_bytes(transformer: nn.Module) -> int:
     """Bytes of the blocks' weights in host memory now."""
     weights = [weight for _, block in named_blocks(transformer) for weight in block.parameters()]
     return sum(weight.numel() * weight.element_size() for weight in weights if weight.device.type == "cpu")
-
-
-def workload_of(transformer: Any, latents: Any, *, hints_to_host: bool) -> Workload | None:
-    """The workload of a forward; None if the latents are not of the shape that the wrapper passes.
-
-    Args:
-        transformer: The model.
-        latents: A list of `(channels, frames, rows, columns)`, or one tensor with a batch dimension before these.
-        hints_to_host: VACE hints take no device memory.
-    """
-    patch = getattr(transformer, "patch_size", None)
-    shapes = [tuple(one.shape[-3:]) for one in latents if isinstance(one, torch.Tensor) and one.dim() > 3]  # noqa: PLR2004
-    if patch is None or not shapes:
-        return None
-    tokens = sum(f // patch[0] * (h // patch[1]) * (w // patch[2]) for f, h, w in shapes)
-    architecture = WanArchitecture(
-        width=int(transformer.dim),
-        ffn_width=int(transformer.ffn_dim),
-        heads=int(transformer.num_heads),
-        blocks=len(transformer.blocks),
-        vace_blocks=len(vace_blocks_of(transformer)),
-        patch=tuple(patch),
-        in_channels=int(transformer.in_dim),
-    )
-    expected = activation_bytes(architecture, tokens, vace_hints=not hints_to_host)
-    return Workload(tokens=tokens, expected_activation_bytes=expected, latent_frames=max(f for f, _, _ in shapes))
 
 
 def retry_blocker(transformer: Any, original: Any, *, step: int) -> str | None:

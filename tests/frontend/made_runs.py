@@ -10,8 +10,9 @@ import gguf
 from checkpoint_files import Shapes, wan_shapes
 from facts import Facts, make_plan
 from shown import ran
+from wanvideo_enhanced_blockswap.blockswap.model.activations import activation_bytes
 from wanvideo_enhanced_blockswap.blockswap.model.recognise import CheckpointProfile, TensorInfo, profile_tensors
-from wanvideo_enhanced_blockswap.blockswap.model.wan import activation_bytes, block_flops, tokens_for
+from wanvideo_enhanced_blockswap.blockswap.model.wan import block_flops, tokens_for
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.run.progress import (
     AdoptFigures,
@@ -119,7 +120,7 @@ class MadeRun:
         linear, attention = block_flops(model.architecture, tokens)
         block_ms = rates.compute_ms(linear, attention)
         assert block_ms is not None, "the table has rates for this GPU"
-        expected = activation_bytes(model.architecture, tokens)
+        expected = activation_bytes(model.architecture, tokens, model.forward_options)
         total = case.vram_gib * GIB
         spec = DeviceSpec(case.card, Vendor.NVIDIA, "cuda:0", None, None, None, False, None, total, None)
         facts = Facts(

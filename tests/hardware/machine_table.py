@@ -13,8 +13,9 @@ from fake_machine import Readings, in_place, read
 from machines import Machine
 from wanvideo_enhanced_blockswap.blockswap.checkpoint.wan_file import read_checkpoint
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
+from wanvideo_enhanced_blockswap.blockswap.model.activations import activation_bytes
 from wanvideo_enhanced_blockswap.blockswap.model.recognise import CheckpointProfile
-from wanvideo_enhanced_blockswap.blockswap.model.wan import activation_bytes, block_flops, tokens_for
+from wanvideo_enhanced_blockswap.blockswap.model.wan import block_flops, tokens_for
 from wanvideo_enhanced_blockswap.blockswap.plan import make_plan as planning
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
@@ -127,7 +128,9 @@ def _plan(machine: Machine, readings: Readings, checkpoint: CheckpointProfile, s
         link=machine.link,
         disk=DISK,
         compute_ms=_compute_ms(readings, checkpoint, tokens),
-        activations=Activations(nbytes=activation_bytes(architecture, tokens), is_measured=False),
+        activations=Activations(
+            nbytes=activation_bytes(architecture, tokens, checkpoint.forward_options), is_measured=False
+        ),
     )
     return make_plan(checkpoint.model, SwapSettings(), facts)
 

@@ -1,0 +1,101 @@
+"""The workload of a forward of the wrapper's model, with the memory that its arguments make it take."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..model.activations import Attention, ForwardOptions, Rope, activation_bytes
+from ..model.wan import WanArchitecture
+from ..run.history import Workload
+from .wanvideo import unwrapped, vace_blocks_of
+
+
+def workload_of(
+    transformer: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], *, hints_to_host: bool
+) -> Workload | None:
+    """The workload of a forward; None if the latents are not of the shape that the wrapper passes.
+
+    Args:
+        transformer: The model.
+        arguments: Of the forward. The first is the latents: a list of `(channels, frames, rows, columns)`, or one
+            tensor with a batch dimension before these. The second is the timesteps.
+        keywords: Of the forward; the latents may be `x` and the timesteps `t`.
+        hints_to_host: VACE hints take no device memory.
+    """
+    latents = arguments[0] if arguments else keywords.get("x")
+    patch = getattr(transformer, "patch_size", None)
+    shapes = [tuple(one.shape[-3:]) for one in latents or () if isinstance(one, torch.Tensor) and one.dim() > 3]  # noqa: PLR2004
+    if patch is None or not shapes:
+        return None
+    tokens = sum(f // patch[0] * (h // patch[1]) * (w // patch[2]) for f, h, w in shapes)
+    frames = max(f for f, _, _ in shapes)
+    architecture = WanArchitecture(
+        width=int(transformer.dim),
+        ffn_width=int(transformer.ffn_dim),
+        heads=int(transformer.num_heads),
+        blocks=len(transformer.blocks),
+        vace_blocks=len(vace_blocks_of(transformer)),
+        patch=tuple(patch),
+        in_channels=int(transformer.in_dim),
+    )
+    block = unwrapped(transformer.blocks[0])
+    is_autocast = torch.is_autocast_enabled(torch.device(transformer.main_device).type)
+    options = ForwardOptions(
+        attention=_attention(str(getattr(transformer, "attention_mode", ""))),
+        rope=_rope(str(getattr(block, "rope_func", ""))),
+        sequences=len(shapes),
+        per_token=_is_per_frame(arguments[1] if len(arguments) > 1 else keywords.get("t")),
+        wide=is_autocast or getattr(getattr(block, "modulation", None), "dtype", None) is torch.float32,
+        weight_copies=1 if is_autocast else _weight_copies(block),
+        vace_inputs=_vace_inputs(keywords.get("vace_data")),
+        vace_hints=not hints_to_host,
+        speakers=1 if keywords.get("ref_target_masks") is None or keywords.get("multitalk_audio") is None else 2,
+        frames=frames,
+        speech=getattr(transformer, "model_type", None) == "s2v",
+    )
+    return Workload(
+        tokens=tokens,
+        expected_activation_bytes=activation_bytes(architecture, tokens, options),
+        latent_frames=frames,
+    )
+
+
+def _attention(mode: str) -> Attention:
+    if "sage" in mode:
+        return Attention.SAGE
+    return Attention.FLASH if "flash" in mode else Attention.SDPA
+
+
+def _rope(function: str) -> Rope:
+    """The wrapper takes any name without "comfy" for its own functions with complex numbers."""
+    if function == Rope.CHUNKED.value:
+        return Rope.CHUNKED
+    if "comfy" not in function:
+        return Rope.DEFAULT
+    is_available = getattr(getattr(sys.modules.get("comfy_kitchen"), "registry", None), "is_available", None)
+    return Rope.FUSED if is_available is not None and is_available("cuda") else Rope.COMFY
+
+
+def _is_per_frame(timesteps: Any) -> bool:
+    return isinstance(timesteps, torch.Tensor) and timesteps.dim() > 1
+
+
+def _vace_inputs(data: Any) -> int:
+    """The wrapper's list has an entry for each control, or is the frames of one."""
+    if not data:
+        return 0
+    return len(data) if isinstance(data[0], Mapping) else 1
+
+
+def _weight_copies(block: Any) -> int:
+    """Copies of a matrix while one of the wrapper's CustomLinear layers prepares it: dequantised, and that in its own
+    type or scaled; the product of a LoRA, that with its strength, and the sum.
+    """
+    layers = [layer for layer in block.modules() if hasattr(layer, "lora_diffs")]
+    is_quantised = any(layer.is_gguf or layer.scale_weight is not None for layer in layers)
+    has_lora = any(layer.lora_diffs for layer in layers)
+    return 3 + is_quantised if has_lora else 2 * is_quantised

@@ -1,0 +1,1 @@
+"""Forwards of the real wrapper, measured without running them."""
