@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 from activations.cases import CASES, Case
 from activations.table import MEASURED, lines, ratio
+from checkpoint_files import wan_shapes
 from wanvideo_enhanced_blockswap.blockswap.model.activations import (
     ForwardOptions,
     activation_bytes,
 )
-from wanvideo_enhanced_blockswap.blockswap.model.wan import WanArchitecture
+from wanvideo_enhanced_blockswap.blockswap.model.wan import TensorInfo, WanArchitecture, profile_tensors
 
 HERE = Path(__file__).parent / "activations"
 LOWEST, HIGHEST = 0.98, 1.05
@@ -94,3 +96,27 @@ def test_diffusers_on_the_pretend_accelerator(
     architecture = WanArchitecture(heads * 128, ffn_width, heads, 2, 0, (1, 2, 2), 16, 16)
     options = ForwardOptions(is_diffusers=True, per_token=per_token)
     assert LOWEST <= peak / activation_bytes(architecture, tokens, options) <= HIGHEST
+
+
+@pytest.mark.parametrize(
+    ("matrices", "others", "scales", "options"),
+    [
+        ("BF16", "BF16", False, ForwardOptions()),
+        ("F16", "F16", False, ForwardOptions()),
+        ("BF16", "F32", False, ForwardOptions(wide=True)),
+        ("F8_E4M3", "BF16", False, ForwardOptions(wide=True, weight_copies=1)),
+        ("F8_E4M3", "BF16", True, ForwardOptions(weight_copies=2)),
+        ("F8_E4M3", "F32", True, ForwardOptions(wide=True, weight_copies=2)),
+        ("Q4_K", "F16", False, ForwardOptions(weight_copies=2)),
+    ],
+)
+def test_what_is_stored_says_how_the_wrapper_runs_it(
+    matrices: str, others: str, scales: bool, options: ForwardOptions
+) -> None:
+    stored = {}
+    for name, shape in wan_shapes(256, 512, 2).items():
+        dtype = matrices if "blocks." in name and len(shape) == 2 else others
+        stored[name] = TensorInfo(shape, dtype, math.prod(shape) * {"F32": 4, "F8_E4M3": 1, "Q4_K": 1}.get(dtype, 2))
+        if scales and dtype == matrices and name.endswith(".weight"):
+            stored[name.removesuffix("weight") + "scale_weight"] = TensorInfo((), "F32", 4)
+    assert profile_tensors("a test", stored).forward_options == options

@@ -112,7 +112,9 @@ def activation_bytes(architecture: WanArchitecture, tokens: int, options: Forwar
     phases = [_queries(options), _attention(architecture, options), *_feed_forward(architecture, tokens, options)]
     nbytes = max(int(units * unit) + copies * _largest_matrix(architecture) for units, copies in phases)
     nbytes = max(nbytes, _speakers(architecture, tokens, options))
-    held = _vace(architecture, options) + (2 * MODULATION / options.sequences if options.per_token else 0)
+    # The projected timesteps, expanded, and their sum with the block's modulation. LongCat keeps one for each frame.
+    is_expanded = options.per_token and architecture.width != LONGCAT_WIDTH
+    held = _vace(architecture, options) + (2 * MODULATION / options.sequences if is_expanded else 0)
     return nbytes + int(held * unit) + _beside(architecture, tokens, options)
 
 

@@ -85,10 +85,10 @@ def _is_per_frame(timesteps: Any) -> bool:
 
 
 def _vace_inputs(data: Any) -> int:
-    """The wrapper's list has an entry for each control, or is the frames of one."""
-    if not data:
-        return 0
-    return len(data) if isinstance(data[0], Mapping) else 1
+    """The wrapper's list has an entry for each control, or is the frames of one. A forward without any, which comes
+    between others, counts as theirs: it is no workload of its own.
+    """
+    return len(data) if data and isinstance(data[0], Mapping) else 1
 
 
 def _weight_copies(block: Any) -> int:

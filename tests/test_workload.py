@@ -1,0 +1,94 @@
+"""What the arguments of a forward of the wrapper's model say of the memory that it takes."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from wanvideo_enhanced_blockswap.blockswap.model.activations import Attention, ForwardOptions, Rope, activation_bytes
+from wanvideo_enhanced_blockswap.blockswap.model.wan import WanArchitecture
+from wanvideo_enhanced_blockswap.blockswap.run.history import Workload
+from wanvideo_enhanced_blockswap.blockswap.wrapper.workload import workload_of
+
+LATENTS = torch.empty(16, 3, 8, 8, device="meta")
+TOKENS = 3 * 4 * 4
+
+
+def transformer(**changes: Any) -> Any:
+    block = nn.Module()
+    block.modulation = nn.Parameter(torch.empty(1, 6, 384, dtype=torch.bfloat16, device="meta"), requires_grad=False)
+    block.rope_func = changes.pop("rope_func", "comfy")
+    for name, value in changes.pop("layer", {}).items():
+        block.add_module("ffn", getattr(block, "ffn", None) or nn.Module())
+        setattr(block.ffn, name, value)
+    made = {"dim": 384, "ffn_dim": 1024, "num_heads": 3, "in_dim": 16, "patch_size": (1, 2, 2), "main_device": "cpu"}
+    return SimpleNamespace(blocks=[block], **{**made, **changes})
+
+
+def expected(sequences: int = 1, vace_blocks: int = 0, **options: Any) -> Workload:
+    architecture = WanArchitecture(384, 1024, 3, 1, vace_blocks, (1, 2, 2), 16)
+    tokens = TOKENS * sequences
+    nbytes = activation_bytes(architecture, tokens, ForwardOptions(sequences=sequences, frames=3, **options))
+    return Workload(tokens=tokens, expected_activation_bytes=nbytes, latent_frames=3)
+
+
+PLAIN_LAYER = {"lora_diffs": [], "is_gguf": False, "scale_weight": None}
+
+
+@pytest.mark.parametrize(
+    ("model", "keywords", "options"),
+    [
+        ({}, {}, {}),
+        ({"attention_mode": "sageattn"}, {}, {"attention": Attention.SAGE}),
+        ({"attention_mode": "flash_attn_3"}, {}, {"attention": Attention.FLASH}),
+        ({"rope_func": "comfy_chunked"}, {}, {"rope": Rope.CHUNKED}),
+        ({"rope_func": "default"}, {}, {"rope": Rope.DEFAULT}),
+        ({"rope_func": "mocha"}, {}, {"rope": Rope.DEFAULT}),
+        ({}, {"x": [LATENTS, LATENTS]}, {"sequences": 2}),
+        ({}, {"t": torch.zeros(1, 3)}, {"per_token": True}),
+        ({}, {"multitalk_audio": LATENTS, "ref_target_masks": LATENTS}, {"speakers": 2}),
+        ({"model_type": "s2v"}, {}, {"speech": True}),
+        ({"layer": PLAIN_LAYER | {"is_gguf": True}}, {}, {"weight_copies": 2}),
+        ({"layer": PLAIN_LAYER | {"lora_diffs": ["lora_diff_0"]}}, {}, {"weight_copies": 3}),
+        ({"layer": PLAIN_LAYER | {"lora_diffs": ["lora_diff_0"], "scale_weight": 1}}, {}, {"weight_copies": 4}),
+        ({"vace_blocks": [nn.Module()]}, {"vace_data": [{}, {}]}, {"vace_blocks": 1, "vace_inputs": 2}),
+        ({"vace_blocks": [nn.Module()]}, {"vace_data": None}, {"vace_blocks": 1, "vace_inputs": 1}),
+    ],
+)
+def test_a_forward_is_expected_to_take_what_its_arguments_say(
+    model: dict[str, Any], keywords: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "comfy_kitchen", raising=False)
+    given = {"x": [LATENTS], "t": torch.zeros(1), **keywords}
+    assert workload_of(transformer(**model), (), given, hints_to_host=False) == expected(**options)
+
+
+def test_norms_in_float32_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "comfy_kitchen", raising=False)
+    model = transformer()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert workload_of(model, ([LATENTS],), {}, hints_to_host=False) == expected(wide=True, weight_copies=1)
+    model.blocks[0].modulation = nn.Parameter(torch.empty(1, 6, 384), requires_grad=False)
+    assert workload_of(model, ([LATENTS],), {}, hints_to_host=False) == expected(wide=True)
+
+
+def test_the_kernel_of_comfy_kitchen_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = SimpleNamespace(is_available=lambda name: name == "cuda")
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", SimpleNamespace(registry=registry))
+    assert workload_of(transformer(), ([LATENTS],), {}, hints_to_host=False) == expected(rope=Rope.FUSED)
+
+
+def test_hints_on_the_host_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "comfy_kitchen", raising=False)
+    model = transformer(vace_blocks=[nn.Module(), nn.Module()])
+    on_host = expected(vace_blocks=2, vace_hints=False)
+    assert workload_of(model, ([LATENTS],), {"vace_data": [{}]}, hints_to_host=True) == on_host
+
+
+def test_what_is_not_as_the_wrapper_passes_it_has_no_workload() -> None:
+    assert workload_of(transformer(), (), {}, hints_to_host=False) is None
+    assert workload_of(transformer(), ([torch.empty(4)],), {}, hints_to_host=False) is None
