@@ -28,6 +28,7 @@ MODELS = {
     "i2v": {"channels": 36, "takes_image": True},
     "talk": {"channels": 36, "takes_image": True, "takes_audio": True},
     "vace": {"vace": 8},
+    "5b": {"width": 3072, "ffn": 14336, "blocks": 30, "channels": 48},
 }
 IN_FLIGHT = (1, 2)
 """Streamed blocks on the device at once: without and with the wrapper's prefetching."""

@@ -24,7 +24,7 @@ from .names import (
     parts,
     place,
 )
-from .wan import WanArchitecture
+from .wan import WAN22_VAE_CHANNELS, WanArchitecture
 
 BLOCK_KEY = re.compile(r"(vace_blocks|blocks)\.(0|[1-9][0-9]{0,3})\.(.+)")
 
@@ -89,7 +89,8 @@ class CheckpointProfile:
         """How the wrapper runs this file, by its nodes' defaults.
 
         It runs plain fp8 under autocast, which has norms in float32, and dequantises scaled fp8 and GGUF itself; norms
-        and modulation that are stored in float32 stay so (load_weights in nodes_model_loading.py).
+        and modulation that are stored in float32 stay so (load_weights in nodes_model_loading.py). Wan 2.2 5B has a
+        timestep for each token when it starts from an image, and diffusion forcing always has.
         """
         stored = {tensor.name: tensor.nbytes for tensor in self.model.blocks[-1].tensors}
         kinds = {dtype for dtype, _ in self.dtypes}
@@ -98,7 +99,9 @@ class CheckpointProfile:
         is_packed = any(kind.startswith(("Q", "IQ")) for kind in kinds)
         is_float = stored.get("modulation", 0) == MODULATION * self.architecture.width * FLOAT * ELEMENT_BYTES
         return ForwardOptions(
-            wide=is_float or (is_fp8 and not is_scaled), weight_copies=2 if is_scaled or is_packed else int(is_fp8)
+            per_token=self.architecture.latent_channels == WAN22_VAE_CHANNELS or "DF" in self.family.split(),
+            wide=is_float or (is_fp8 and not is_scaled),
+            weight_copies=2 if is_scaled or is_packed else int(is_fp8),
         )
 
 
