@@ -199,6 +199,10 @@ def test_a_plan_is_kept_where_the_peak_is_unknown_or_not_higher(
     bench.forward(expecting(5))
     assert len(asked) == 1
     assert bench.run.session.adoptions == 1
+    activations = bench.run.planner.history.activations(expecting(5))
+    assert activations is not None
+    assert (activations.nbytes, activations.is_measured) == (0, True)
+    assert bench.run.planner.history.of(expecting(5)).foreseen_bytes is None
 
 
 def test_a_forward_that_fits_in_no_plan_is_tried_all_the_same(
