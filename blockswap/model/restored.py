@@ -16,8 +16,10 @@ from torch import nn
 MOST_OBJECTS = 100_000
 """Objects that are looked through, which takes a tenth of a second. A block of Wan 14B has some hundred."""
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
-_HOOKS += ("_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_pre_hooks", "_backward_hooks"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
 
 
 @contextlib.contextmanager
