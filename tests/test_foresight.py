@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from pretend_accelerator import PretendHpu
-from run_bench import BLOCK, COUNT, SMALL_VIDEO, Bench
+from run_bench import BLOCK, COUNT, SMALL_VIDEO, Bench, X
 from torch import nn
+from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError
 from wanvideo_enhanced_blockswap.blockswap.model import fake_run, restored
 from wanvideo_enhanced_blockswap.blockswap.model.fake_run import peak_bytes
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.run import foresight
 from wanvideo_enhanced_blockswap.blockswap.run.history import Workload
 
@@ -303,6 +305,70 @@ def test_a_plan_is_kept_where_the_peak_is_unknown_or_not_higher(
     bench.forward(expecting(5))
     assert len(asked) == 1
     assert bench.run.session.adoptions == 1
+
+
+def test_a_first_block_that_needs_less_than_a_later_one_does_not_lower_the_expectation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    foreseen(monkeypatch, 1)
+    bench = Bench(ROOM)
+    bench.forward(expecting(5))
+    history = bench.run.planner.history
+    history.of(expecting(5)).activation_bytes = None  # as after memory has run out
+    activations = history.activations(expecting(5))
+    assert activations is not None
+    assert activations.nbytes == 5 * BLOCK
+
+
+@pytest.mark.parametrize("blocks", [None, 1])
+def test_a_workload_is_run_on_fake_tensors_once_where_its_peak_cannot_be_measured(
+    monkeypatch: pytest.MonkeyPatch, blocks: float | None
+) -> None:
+    asked, bench = foreseen(monkeypatch, blocks), Bench(ROOM)
+    bench.machine.can_reset = False
+    bench.machine._peak = 1 << 40
+    bench.forward(expecting(5), times=3)
+    assert bench.run.planner.history.of(expecting(5)).activation_bytes is None
+    assert len(asked) == 1
+    bench.forward(expecting(5.5))
+    assert len(asked) == 2
+
+
+def test_memory_that_runs_out_while_a_plan_is_corrected_makes_the_next_plan_smaller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    foreseen(monkeypatch, 8)
+    bench = Bench(ROOM)
+    bench.run.prepare(expecting(5))
+    before, adopt = bench.swapped, bench.run.session.adopt
+
+    def refuse(*, wait: bool = True) -> SwapPlan:
+        monkeypatch.setattr(bench.run.session, "adopt", adopt)
+        raise DeviceMemoryError("out of memory")
+
+    monkeypatch.setattr(bench.run.session, "adopt", refuse)
+    with pytest.raises(DeviceMemoryError), torch.inference_mode(), bench.run.forward(expecting(5)):
+        bench.model(X)
+    assert bench.run.planner.next_plan is None
+    assert all(not block._forward_pre_hooks for _, block in bench.model.named)
+    bench.run.shrink("out of memory")
+    bench.forward(expecting(5), times=2)
+    assert bench.swapped > before
+
+
+def test_an_interrupt_while_a_block_runs_on_fake_tensors_ends_the_forward_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(foresight, "peak_bytes", interrupted)
+    bench = Bench(ROOM)
+    with pytest.raises(KeyboardInterrupt), torch.inference_mode(), bench.run.forward(expecting(5)):
+        bench.model(X)
+    assert all(not block._forward_pre_hooks for _, block in bench.model.named)
+    bench.run.release()
+    bench.forward(expecting(5), times=2)
 
 
 def test_a_forward_that_fits_in_no_plan_is_tried_all_the_same(
