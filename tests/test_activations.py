@@ -17,7 +17,8 @@ from wanvideo_enhanced_blockswap.blockswap.model.activations import (
     ForwardOptions,
     activation_bytes,
 )
-from wanvideo_enhanced_blockswap.blockswap.model.wan import TensorInfo, WanArchitecture, profile_tensors
+from wanvideo_enhanced_blockswap.blockswap.model.recognise import TensorInfo, profile_tensors
+from wanvideo_enhanced_blockswap.blockswap.model.wan import WanArchitecture
 
 HERE = Path(__file__).parent / "activations"
 LOWEST, HIGHEST = 0.98, 1.05

@@ -176,7 +176,7 @@ def _speakers(architecture: WanArchitecture, tokens: int, options: ForwardOption
     """The map of each token's attention to the first frame (get_attn_map_with_target), for half of the heads and a
     quarter of the tokens, three times, beside queries, keys, values, output and residual stream.
     """
-    if options.speakers < 2 or options.frames is None:  # noqa: PLR2004 - masks tell two or more apart
+    if options.speakers < 2 or not options.frames:  # noqa: PLR2004 - masks tell two or more apart
         return 0
     in_frame = tokens // options.sequences // options.frames
     one = architecture.heads // 2 * (tokens // 4) * in_frame * ELEMENT_BYTES
