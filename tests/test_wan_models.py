@@ -286,6 +286,47 @@ def test_unianimates_lora_adds_layers_beside_the_blocks(tmp_path: Path) -> None:
     assert profile.model.other_bytes - read_checkpoint(base(tmp_path)).model.other_bytes == 2 * 16 * 3 * 27
 
 
+@pytest.mark.parametrize(("side", "shape"), [("lora_B", (1536, 32)), ("diff", (1536, 1536))])
+def test_a_lora_for_a_model_of_another_size_is_refused(side: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    header = {f"diffusion_model.blocks.0.self_attn.q.{side}.weight": ("F16", shape)}
+    header["diffusion_model.blocks.0.self_attn.q.lora_A.weight"] = ("F16", (32, 1536))
+    lora = write_header(tmp_path / "lora.safetensors", header)
+    with pytest.raises(
+        CheckpointError, match=rf"is not for .*has shape \({shape[0]}, .*the layer 5120 outputs; give a"
+    ):
+        read_checkpoint(base(tmp_path), loras=[lora])
+
+
+@pytest.mark.parametrize(
+    ("kind", "wide", "copies", "with_lora"),
+    [
+        ("BF16", False, 0, 3),
+        ("fp8", True, 1, 4),
+        ("fp8_scaled", False, 2, 4),
+        ("fp8_weight_scale", False, 2, 4),
+        ("fp8_comfy", False, 2, 4),
+    ],
+)
+def test_how_the_wrapper_runs_a_file_follows_from_what_is_stored(
+    kind: str, wide: bool, copies: int, with_lora: int, tmp_path: Path
+) -> None:
+    model = write_header(tmp_path / "model.safetensors", stored(wan("1.3B"), kind))
+    header = {f"blocks.0.ffn.0.{side}.weight": ("BF16", (8960, 1536)) for side in ("lora_A", "lora_B")}
+    lora = write_header(tmp_path / "lora.safetensors", header)
+    options = read_checkpoint(model).forward_options
+    assert (options.wide, options.weight_copies) == (wide, copies)
+    options = read_checkpoint(model, loras=[lora]).forward_options
+    assert (options.wide, options.weight_copies) == (False, with_lora)
+
+
+def test_a_mixed_file_whose_last_block_is_not_quantised_is_scaled(tmp_path: Path) -> None:
+    mixed, plain = (stored(wan("1.3B"), kind) for kind in ("fp8_scaled", "BF16"))
+    mixed = {name: entry for name, entry in mixed.items() if not name.startswith("blocks.29.")}
+    mixed |= {name: entry for name, entry in plain.items() if name.startswith("blocks.29.")}
+    options = read_checkpoint(write_header(tmp_path / "mixed.safetensors", mixed)).forward_options
+    assert (options.wide, options.weight_copies) == (False, 2)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -36,6 +36,7 @@ def expected(sequences: int = 1, vace_blocks: int = 0, **options: Any) -> Worklo
     return Workload(tokens=tokens, expected_activation_bytes=nbytes, latent_frames=3)
 
 
+FP8 = torch.empty(4, 4, dtype=torch.float8_e4m3fn)
 PLAIN_LAYER = {"lora_diffs": [], "is_gguf": False, "scale_weight": None}
 
 
@@ -55,6 +56,9 @@ PLAIN_LAYER = {"lora_diffs": [], "is_gguf": False, "scale_weight": None}
         ({"layer": PLAIN_LAYER | {"is_gguf": True}}, {}, {"weight_copies": 2}),
         ({"layer": PLAIN_LAYER | {"lora_diffs": ["lora_diff_0"]}}, {}, {"weight_copies": 3}),
         ({"layer": PLAIN_LAYER | {"lora_diffs": ["lora_diff_0"], "scale_weight": 1}}, {}, {"weight_copies": 4}),
+        ({"layer": PLAIN_LAYER | {"weight": FP8}}, {}, {"weight_copies": 1}),
+        ({"layer": PLAIN_LAYER | {"weight": FP8, "lora_diffs": ["lora_diff_0"]}}, {}, {"weight_copies": 4}),
+        ({"layer": PLAIN_LAYER | {"weight": FP8, "scale_weight": 1}}, {}, {"weight_copies": 2}),
         ({"vace_blocks": [nn.Module()]}, {"vace_data": [{}, {}]}, {"vace_blocks": 1, "vace_inputs": 2}),
         ({"vace_blocks": [nn.Module()]}, {"vace_data": None}, {"vace_blocks": 1, "vace_inputs": 1}),
     ],

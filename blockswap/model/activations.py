@@ -92,6 +92,19 @@ class ForwardOptions:
     is_diffusers: bool = False
 
 
+def weight_copies(*, dequantised: bool, fp8: bool, lora: bool) -> int:
+    """Copies of a matrix while the wrapper prepares it (CustomLinear, or autocast).
+
+    Args:
+        dequantised: It is scaled fp8 or GGUF: dequantised, and that in its own type or scaled.
+        fp8: It is fp8: cast.
+        lora: It has a LoRA: its product, that with its strength, and the sum, beside one of the copies before.
+    """
+    if lora:
+        return 3 + (dequantised or fp8)
+    return 2 if dequantised else int(fp8)
+
+
 WRAPPER = ForwardOptions()
 """As the wrapper's nodes run a bf16 model by their defaults."""
 

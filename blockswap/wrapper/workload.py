@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from ..model.activations import Attention, ForwardOptions, Rope, activation_bytes
+from ..model.activations import Attention, ForwardOptions, Rope, activation_bytes, weight_copies
 from ..model.wan import WanArchitecture
 from ..run.history import Workload
 from .wanvideo import unwrapped, vace_blocks_of
 
 logger = logging.getLogger(__name__)
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 ODD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors where a transformer lacks what the wrapper's has, as in an older one: then its memory is measured only."""
@@ -108,10 +110,10 @@ def _vace_inputs(data: Any) -> int:
 
 
 def _weight_copies(block: Any) -> int:
-    """Copies of a matrix while one of the wrapper's CustomLinear layers prepares it: dequantised, and that in its own
-    type or scaled; the product of a LoRA, that with its strength, and the sum.
-    """
     layers = [layer for layer in block.modules() if hasattr(layer, "lora_diffs")]
-    is_quantised = any(layer.is_gguf or layer.scale_weight is not None for layer in layers)
-    has_lora = any(layer.lora_diffs for layer in layers)
-    return 3 + is_quantised if has_lora else 2 * is_quantised
+    weights = [getattr(layer, "weight", None) for layer in layers]
+    return weight_copies(
+        dequantised=any(layer.is_gguf or layer.scale_weight is not None for layer in layers),
+        fp8=any(isinstance(weight, torch.Tensor) and weight.dtype in FP8 for weight in weights),
+        lora=any(layer.lora_diffs for layer in layers),
+    )
