@@ -142,8 +142,18 @@ def test_a_block_compiled_in_place_has_no_peak() -> None:
     assert peak_bytes(parts, (torch.randn(1, 4),), {}, torch.device("cpu")) is None
 
 
+class Slotted:
+    __slots__ = ("known", "late")
+
+    def __init__(self) -> None:
+        self.known: torch.Tensor | None = None
+
+
 class Keeping(nn.Module):
     """Keeps what it computes wherever code of packs keeps such: a forward that meets a fake tensor there fails."""
+
+    of_all: ClassVar[dict[str, torch.Tensor]] = {}
+    last_of_all: ClassVar[torch.Tensor | None] = None
 
     def __init__(self, *, fails: bool) -> None:
         super().__init__()
@@ -153,6 +163,7 @@ class Keeping(nn.Module):
         self.lists: list[list[torch.Tensor]] = [[]]
         self.calls, self.fails = 0, fails
         self.other = SimpleNamespace(found=None)
+        self.slotted, self.plain = Slotted(), torch.ones(4)
         in_closure: list[torch.Tensor] = []
         last: torch.Tensor | None = None
 
@@ -173,6 +184,10 @@ class Keeping(nn.Module):
         self.other.found = x + 3
         state.last = shared["last"] = self.cache
         self.register_buffer("late", x.clone())
+        self.slotted.known = self.slotted.late = x + 4
+        self.of_all["x"] = x + 5
+        type(self).last_of_all = type(self).late_of_all = x + 6  # type: ignore[attr-defined]
+        self.plain.data = x + 7
         x += self.inner(x)
         if self.fails:
             raise ValueError("a fake run may fail half way")
@@ -193,6 +208,12 @@ def test_a_run_on_fake_tensors_leaves_nothing_behind(*, fails: bool, inference: 
         assert block.cache is block.other.found is None
         assert list(block.by_name) == ["x"]
         assert block.lists == [[]]
+        assert block.slotted.known is None
+        assert not hasattr(block.slotted, "late")
+        assert Keeping.of_all == {}
+        assert Keeping.last_of_all is None
+        assert not hasattr(Keeping, "late_of_all")
+        assert torch.equal(block.plain, torch.ones(4))
         assert [name for name, _ in block.named_buffers()] == []
         assert not vars(state)
         assert list(shared) == ["first"]
@@ -203,6 +224,9 @@ def test_a_run_on_fake_tensors_leaves_nothing_behind(*, fails: bool, inference: 
             wanted = untouched(given, SimpleNamespace(), {})
             assert torch.equal(block(x, state, shared), wanted)
             assert type(state.last) is torch.Tensor
+    Keeping.of_all.clear()
+    Keeping.last_of_all = None
+    del Keeping.late_of_all  # type: ignore[attr-defined]
 
 
 def test_hooks_are_not_called_on_fake_tensors_and_stay() -> None:

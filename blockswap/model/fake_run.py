@@ -39,7 +39,7 @@ def peak_bytes(
         return None
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with torch.no_grad(), mode as fake, _Storages(device) as storages:
+        with restored(block, arguments, keywords), torch.no_grad(), mode as fake, _Storages(device) as storages:
             weights = {**dict(block.named_parameters()), **dict(block.named_buffers())}
             given = [tree_map(fake.from_tensor, leaf) for leaf in weights.values() if type(leaf) in _PLAIN]
             if len(given) < len(weights):
@@ -47,7 +47,7 @@ def peak_bytes(
             placed = {name: torch.empty_like(one, device=device) for name, one in zip(weights, given, strict=True)}
             passed = tree_map(lambda leaf: _fake(fake, leaf), (tuple(arguments), dict(keywords)))
             storages.ignore((placed, passed))
-            with restored(block, arguments, keywords), _Attention():
+            with _Attention():
                 torch.func.functional_call(block, placed, *passed)
     except Exception as failure:  # noqa: BLE001 - a block is any code, written for real tensors
         logger.debug("%s does not run on fake tensors: %s", type(block).__name__, failure)
