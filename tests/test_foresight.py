@@ -252,6 +252,24 @@ def test_a_block_that_refers_to_more_than_can_be_looked_through_has_no_peak(monk
     assert peak_bytes(block, (torch.randn(1, 4),), {}, torch.device("cpu")) is None
 
 
+class Indexing(nn.Module):
+    """Takes its hint by the value of a buffer, as the blocks of the wrapper's VACE models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("block_id", torch.tensor(1))
+
+    def forward(self, x: torch.Tensor, hints: list[torch.Tensor]) -> torch.Tensor:
+        return x.add_(hints[self.block_id], alpha=0.5) + 1
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_block_that_takes_its_hint_by_a_buffers_value_has_a_peak(*, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        x = torch.randn(1000)
+        assert peak_bytes(Indexing(), (x,), {"hints": [x[:10], x.clone()]}, torch.device("cpu")) == 4096
+
+
 def test_attention_is_counted_as_cudas_flash_kernel_allocates_it() -> None:
     class Attention(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -39,12 +39,15 @@ def peak_bytes(
         return None
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
+        weights = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+        # Blocks of VACE models take their hint from a list by a buffer's value, which a constant keeps.
+        numbers = {name: int(leaf) for name, leaf in weights.items() if _is_number(leaf)}
         with restored(block, arguments, keywords), torch.no_grad(), mode as fake, _Storages(device) as storages:
-            weights = {**dict(block.named_parameters()), **dict(block.named_buffers())}
             given = [tree_map(fake.from_tensor, leaf) for leaf in weights.values() if type(leaf) in _PLAIN]
             if len(given) < len(weights):
                 return None
             placed = {name: torch.empty_like(one, device=device) for name, one in zip(weights, given, strict=True)}
+            placed |= {name: torch.tensor(number, device=device) for name, number in numbers.items()}
             passed = tree_map(lambda leaf: _fake(fake, leaf), (tuple(arguments), dict(keywords)))
             storages.ignore((placed, passed))
             with _Attention():
@@ -63,6 +66,10 @@ _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer) if hasattr(nn, "Buffer") else (
 def _is_compiled(module: nn.Module) -> bool:
     """torch.compile fuses what is counted here."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _is_number(leaf: torch.Tensor) -> bool:
+    return leaf.dim() == 0 and leaf.device.type == "cpu" and leaf.dtype is torch.int64
 
 
 def _fake(mode: FakeTensorMode, leaf: Any) -> Any:
