@@ -161,6 +161,18 @@ def test_the_blocks_of_a_vace_module_are_swapped_as_vace_blocks(
     assert shown["blocks_to_swap"] == 48
 
 
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_module_in_several_files_is_read_whole(tmp_path: Path, part: int) -> None:
+    header = stored(vace_module("14B"), "BF16")
+    names = [*header]
+    for number, own in enumerate((names[:100], names[100:]), start=1):
+        write_header(tmp_path / f"vace-0000{number}-of-00002.safetensors", {name: header[name] for name in own})
+    profile = read_checkpoint(base(tmp_path), modules=[tmp_path / f"vace-0000{part}-of-00002.safetensors"])
+    whole = write_header(tmp_path / "vace.safetensors", header)
+    assert profile.model.block_bytes == read_checkpoint(base(tmp_path), modules=[whole]).model.block_bytes
+    assert profile.architecture.vace_blocks == 8
+
+
 def test_several_modules_add_up(tmp_path: Path) -> None:
     files = [
         write_header(tmp_path / f"{number}.safetensors", stored(shapes, "F16"))
