@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def plan(options: Namespace) -> Result:
     checkpoint, card = checkpoint_of(options), _card(options)
     tokens = _tokens(options, checkpoint.architecture)
     beside = [read_checkpoint(Path(name)).model for name in options.beside]
-    settings = _settings(options, checkpoint.architecture, card)
+    settings = settings_of(options, checkpoint.architecture, card)
     readings = readings_of(checkpoint.model, card, host_of(options.ram, options.available_ram, card))
     readings = replace(
         readings, disk=None if options.disk is None else DiskSpeed(options.disk * 1e9, options.disk * 1e9)
@@ -87,7 +88,7 @@ def plan(options: Namespace) -> Result:
     alone = readings.host.available_bytes
     why_not = card.why_not_swapped if card.is_unsupported or options.blocks_to_swap is None else None
     try:
-        readings, locked = _with(beside, settings, readings, known)
+        readings, locked = with_beside(beside, settings, readings, known)
         inputs = inputs_of(checkpoint.model, settings, once_loaded(checkpoint.model, readings), known, locked)
         decided = make_plan(checkpoint.model, inputs)
         is_named = options.gpu is not None or options.vram is not None
@@ -117,7 +118,9 @@ def checkpoint_of(options: Namespace) -> CheckpointProfile:
     return read_checkpoint(Path(options.model), modules=[*modules], loras=[*loras])
 
 
-def _with(beside: list[ModelProfile], settings: SwapSettings, readings: Readings, known: Known) -> tuple[Readings, int]:
+def with_beside(
+    beside: Sequence[ModelProfile], settings: SwapSettings, readings: Readings, known: Known
+) -> tuple[Readings, int]:
     """The machine with these models in the host too, and the bytes that their own plans page-lock."""
     locked = 0
     for model in beside:
@@ -173,7 +176,12 @@ def _tokens(options: Namespace, architecture: WanArchitecture) -> int | None:
     return min(tokens, tokens_for(architecture, width, height, options.context_window))
 
 
-def _settings(options: Namespace, architecture: WanArchitecture, card: Card) -> SwapSettings:
+def settings_of(options: Namespace, architecture: WanArchitecture, card: Card) -> SwapSettings:
+    """The settings that the options ask for.
+
+    Raises:
+        SettingsError: The model has fewer blocks than are to be swapped.
+    """
     settings = SwapSettings(vram_threshold_percent=options.vram_threshold_percent)
     count = parse_count(options.blocks_to_swap, architecture.blocks)
     if count is None or card.is_unsupported:

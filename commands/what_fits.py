@@ -5,17 +5,30 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
+from ..blockswap.checkpoint.wan_file import read_checkpoint
 from ..blockswap.errors import PlanError, SettingsError
+from ..blockswap.model.layout import ModelProfile
 from ..blockswap.model.recognise import CheckpointProfile
 from ..blockswap.model.wan import tokens_for
 from ..blockswap.plan.make_plan import make_plan
-from ..blockswap.settings import SwapSettings
 from ..hardware import GIB, DiskSpeed, HostMemory, LinkSpeed
 from .common_models import COMMON_MODELS
 from .options import parse_shape
 from .output import Result
-from .plan import Card, checkpoint_of, host_of, inputs_of, known_of, named_card, once_loaded, readings_of
+from .plan import (
+    Card,
+    checkpoint_of,
+    host_of,
+    inputs_of,
+    known_of,
+    named_card,
+    once_loaded,
+    readings_of,
+    settings_of,
+    with_beside,
+)
 
 CARDS = (
     *("RTX 4060", "RTX 3080 10GB", "RTX 3060 12GB", "RTX 4070", "RTX 4060 Ti 16GB", "RTX 5060 Ti 16GB"),
@@ -82,6 +95,8 @@ def what_fits(options: Namespace) -> Result:
         CheckpointError: The file cannot be read.
         SettingsError: An option has an impossible value.
     """
+    if not options.model and (options.module or options.lora):
+        raise SettingsError("--module and --lora: the model that they are loaded into is unknown; name its file")
     models = [checkpoint_of(options)] if options.model else [model.profile() for model in COMMON_MODELS]
     names = [models[0].family] if options.model else [model.name for model in COMMON_MODELS]
     link = None if options.link is None else LinkSpeed(((1, options.link * 1e9),), None)
@@ -91,13 +106,13 @@ def what_fits(options: Namespace) -> Result:
     host = host_of(ram, options.available_ram, cards[0])
     if options.available_ram is None:
         host = replace(host, available_bytes=max(0, host.physical_bytes - OTHERS_BYTES))
-    settings = SwapSettings(vram_threshold_percent=options.vram_threshold_percent)
+    beside = [read_checkpoint(Path(name)).model for name in options.beside]
     shapes = SHAPES if options.shape is None else (options.shape,)
     rows: list[Row] = []
     for name, model in zip(names, models, strict=True):
         for card in cards:
             fits = tuple(
-                _fit(model, card, host, settings, shape, DiskSpeed(disk * 1e9, disk * 1e9)) for shape in shapes
+                _fit(options, model, beside, card, host, shape, DiskSpeed(disk * 1e9, disk * 1e9)) for shape in shapes
             )
             rows.append((name, card.spec.name, fits))
     blocks = {name: len(model.model.blocks) for name, model in zip(names, models, strict=True)}
@@ -107,18 +122,33 @@ def what_fits(options: Namespace) -> Result:
 
 
 def _fit(
-    checkpoint: CheckpointProfile, card: Card, host: HostMemory, settings: SwapSettings, shape: str, disk: DiskSpeed
+    options: Namespace,
+    checkpoint: CheckpointProfile,
+    beside: Sequence[ModelProfile],
+    card: Card,
+    host: HostMemory,
+    shape: str,
+    disk: DiskSpeed,
 ) -> Fit:
-    model = checkpoint.model
-    known = known_of(checkpoint, card, tokens_for(checkpoint.architecture, *_on_grid(checkpoint, parse_shape(shape))))
+    model, settings = checkpoint.model, settings_of(options, checkpoint.architecture, card)
+    width, height, frames = _on_grid(checkpoint, parse_shape(shape))
+    tokens = tokens_for(checkpoint.architecture, width, height, frames)
+    if options.context_window is not None:
+        tokens = min(tokens, tokens_for(checkpoint.architecture, width, height, options.context_window))
+    known = known_of(checkpoint, card, tokens)
     try:
         on_card = replace(readings_of(model, card, host), disk=disk)
     except SettingsError:
         return Fit(shape, "VRAM")
     try:
-        plan = make_plan(model, inputs_of(model, settings, once_loaded(model, on_card), known, 0))
+        on_card, locked = with_beside(beside, settings, on_card, known)
+        on_card = once_loaded(model, on_card)
     except PlanError:
         return Fit(shape, "RAM")
+    try:
+        plan = make_plan(model, inputs_of(model, settings, on_card, known, locked))
+    except PlanError:
+        return Fit(shape, "RAM" if card.why_not_swapped is None else "VRAM")
     if plan.fits is False:
         return Fit(shape, "VRAM")
     forward, bound = plan.predicted, None
@@ -139,7 +169,7 @@ def _on_grid(checkpoint: CheckpointProfile, shape: tuple[int, int, int]) -> tupl
     """The largest size of video up to this one that the model can have."""
     (_, rows, columns), scale = checkpoint.architecture.patch, checkpoint.architecture.pixels_per_latent
     width, height, frames = shape
-    return width - width % (scale * columns), height - height % (scale * rows), frames
+    return (width - width % (scale * columns)) or width, (height - height % (scale * rows)) or height, frames
 
 
 def _lines(rows: Sequence[Row], blocks: dict[str, int]) -> Iterator[str]:

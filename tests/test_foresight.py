@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from pretend_accelerator import PretendHpu
-from run_bench import BLOCK, COUNT, SMALL_VIDEO, Bench
+from run_bench import BLOCK, COUNT, SMALL_VIDEO, Bench, X
 from torch import nn
-from wanvideo_enhanced_blockswap.blockswap.model import fake_run
+from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError
+from wanvideo_enhanced_blockswap.blockswap.model import fake_run, restored
 from wanvideo_enhanced_blockswap.blockswap.model.fake_run import peak_bytes
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.run import foresight
 from wanvideo_enhanced_blockswap.blockswap.run.history import Workload
 
@@ -133,6 +136,140 @@ def test_a_compiled_block_has_no_peak() -> None:
     assert peak_bytes(compiled, (torch.randn(1, 4),), {}, torch.device("cpu")) is None
 
 
+def test_a_block_compiled_in_place_has_no_peak() -> None:
+    parts = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    parts[1]._compiled_call_impl = parts[1]._call_impl  # as nn.Module.compile does
+    assert peak_bytes(parts, (torch.randn(1, 4),), {}, torch.device("cpu")) is None
+
+
+class Slotted:
+    __slots__ = ("known", "late")
+
+    def __init__(self) -> None:
+        self.known: torch.Tensor | None = None
+
+
+class Keeping(nn.Module):
+    """Keeps what it computes wherever code of packs keeps such: a forward that meets a fake tensor there fails."""
+
+    of_all: ClassVar[dict[str, torch.Tensor]] = {}
+    last_of_all: ClassVar[torch.Tensor | None] = None
+
+    def __init__(self, *, fails: bool) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.cache: torch.Tensor | None = None
+        self.by_name: dict[str, torch.Tensor] = {"x": torch.ones(4)}
+        self.lists: list[list[torch.Tensor]] = [[]]
+        self.calls, self.fails = 0, fails
+        self.other = SimpleNamespace(found=None)
+        self.slotted, self.plain = Slotted(), torch.ones(4)
+        in_closure: list[torch.Tensor] = []
+        last: torch.Tensor | None = None
+
+        def patched(x: torch.Tensor) -> torch.Tensor:
+            nonlocal last
+            last = x + 1 if last is None else x + last
+            in_closure.append(last)
+            return nn.functional.linear(x, self.inner.weight, self.inner.bias) + sum(in_closure)
+
+        self.inner.forward = patched  # type: ignore[method-assign]
+
+    def forward(self, x: torch.Tensor, state: Any, shared: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.calls += 1
+        self.cache = x + 1 if self.cache is None else self.cache + x
+        self.by_name["x"] = self.by_name["x"] + x
+        self.by_name["new"] = self.by_name.get("new", x) + x
+        self.lists[0].append(x * 2)
+        self.other.found = x + 3
+        state.last = shared["last"] = self.cache
+        self.register_buffer("late", x.clone())
+        self.slotted.known = self.slotted.late = x + 4
+        self.of_all["x"] = x + 5
+        type(self).last_of_all = type(self).late_of_all = x + 6  # type: ignore[attr-defined]
+        self.plain.data = x + 7
+        x += self.inner(x)
+        if self.fails:
+            raise ValueError("a fake run may fail half way")
+        return x + sum(self.lists[0])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_run_on_fake_tensors_leaves_nothing_behind(*, fails: bool, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        block, untouched = Keeping(fails=fails), Keeping(fails=False)
+        untouched.load_state_dict(block.state_dict())
+        x, state, shared = torch.randn(4), SimpleNamespace(), {"first": torch.zeros(1)}
+        given, drawn = x.clone(), torch.get_rng_state()
+        found = peak_bytes(block, (x,), {"state": state, "shared": shared}, torch.device("cpu"))
+        assert (found is None) == fails
+        assert block.calls == 0
+        assert block.cache is block.other.found is None
+        assert list(block.by_name) == ["x"]
+        assert block.lists == [[]]
+        assert block.slotted.known is None
+        assert not hasattr(block.slotted, "late")
+        assert Keeping.of_all == {}
+        assert Keeping.last_of_all is None
+        assert not hasattr(Keeping, "late_of_all")
+        assert torch.equal(block.plain, torch.ones(4))
+        assert [name for name, _ in block.named_buffers()] == []
+        assert not vars(state)
+        assert list(shared) == ["first"]
+        assert torch.equal(x, given)
+        assert torch.equal(torch.get_rng_state(), drawn)
+        block.fails = False
+        with torch.no_grad():
+            wanted = untouched(given, SimpleNamespace(), {})
+            assert torch.equal(block(x, state, shared), wanted)
+            assert type(state.last) is torch.Tensor
+    Keeping.of_all.clear()
+    Keeping.last_of_all = None
+    del Keeping.late_of_all  # type: ignore[attr-defined]
+
+
+def test_hooks_are_not_called_on_fake_tensors_and_stay() -> None:
+    called: list[nn.Module] = []
+    block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    handles = [module.register_forward_pre_hook(lambda module, _: called.append(module)) for module in block.modules()]
+    handles += [module.register_forward_hook(lambda module, *_: called.append(module)) for module in block.modules()]
+    x = torch.randn(1, 4)
+    assert peak_bytes(block, (x,), {}, torch.device("cpu")) is not None
+    assert called == []
+    block(x)
+    assert len(called) == len(handles)
+    for handle in handles:
+        handle.remove()
+    block(x)
+    assert len(called) == len(handles)
+
+
+def test_a_block_that_refers_to_more_than_can_be_looked_through_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restored, "MOST_OBJECTS", 50)
+    block = nn.Linear(4, 4)
+    block.many = [[] for _ in range(100)]  # type: ignore[assignment]
+    assert peak_bytes(block, (torch.randn(1, 4),), {}, torch.device("cpu")) is None
+
+
+class Indexing(nn.Module):
+    """Takes its hint by the value of a buffer, as the blocks of the wrapper's VACE models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("block_id", torch.tensor(1))
+
+    def forward(self, x: torch.Tensor, hints: list[torch.Tensor]) -> torch.Tensor:
+        return x.add_(hints[self.block_id], alpha=0.5) + 1
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_block_that_takes_its_hint_by_a_buffers_value_has_a_peak(*, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        x = torch.randn(1000)
+        assert peak_bytes(Indexing(), (x,), {"hints": [x[:10], x.clone()]}, torch.device("cpu")) == 4096
+
+
 def test_attention_is_counted_as_cudas_flash_kernel_allocates_it() -> None:
     class Attention(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -184,6 +321,17 @@ def test_a_plan_that_is_too_large_is_corrected_before_the_first_block_runs(monke
     assert bench.run.session.adoptions == 2
 
 
+def test_a_block_under_the_hooks_of_a_run_has_a_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int | None] = []
+    monkeypatch.setattr(foresight, "peak_bytes", lambda *of: found.append(peak_bytes(*of)) or found[-1])
+    bench = Bench(ROOM)
+    bench.forward(expecting(5), times=2)
+    assert len(found) == 1
+    assert found[0] is not None
+    assert 0 < found[0] < BLOCK
+    assert bench.run.session.adoptions == 1
+
+
 def test_a_plan_that_leaves_much_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, bench = foreseen(monkeypatch, 8), Bench(ROOM)
     bench.forward(expecting(0.5))
@@ -203,6 +351,70 @@ def test_a_plan_is_kept_where_the_peak_is_unknown_or_not_higher(
     assert activations is not None
     assert (activations.nbytes, activations.is_measured) == (0, True)
     assert bench.run.planner.history.of(expecting(5)).foreseen_bytes is None
+
+
+def test_a_first_block_that_needs_less_than_a_later_one_does_not_lower_the_expectation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    foreseen(monkeypatch, 1)
+    bench = Bench(ROOM)
+    bench.forward(expecting(5))
+    history = bench.run.planner.history
+    history.of(expecting(5)).activation_bytes = None  # as after memory has run out
+    activations = history.activations(expecting(5))
+    assert activations is not None
+    assert activations.nbytes == 5 * BLOCK
+
+
+@pytest.mark.parametrize("blocks", [None, 1])
+def test_a_workload_is_run_on_fake_tensors_once_where_its_peak_cannot_be_measured(
+    monkeypatch: pytest.MonkeyPatch, blocks: float | None
+) -> None:
+    asked, bench = foreseen(monkeypatch, blocks), Bench(ROOM)
+    bench.machine.can_reset = False
+    bench.machine._peak = 1 << 40
+    bench.forward(expecting(5), times=3)
+    assert bench.run.planner.history.of(expecting(5)).activation_bytes is None
+    assert len(asked) == 1
+    bench.forward(expecting(5.5))
+    assert len(asked) == 2
+
+
+def test_memory_that_runs_out_while_a_plan_is_corrected_makes_the_next_plan_smaller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    foreseen(monkeypatch, 8)
+    bench = Bench(ROOM)
+    bench.run.prepare(expecting(5))
+    before, adopt = bench.swapped, bench.run.session.adopt
+
+    def refuse(*, wait: bool = True) -> SwapPlan:
+        monkeypatch.setattr(bench.run.session, "adopt", adopt)
+        raise DeviceMemoryError("out of memory")
+
+    monkeypatch.setattr(bench.run.session, "adopt", refuse)
+    with pytest.raises(DeviceMemoryError), torch.inference_mode(), bench.run.forward(expecting(5)):
+        bench.model(X)
+    assert bench.run.planner.next_plan is None
+    assert all(not block._forward_pre_hooks for _, block in bench.model.named)
+    bench.run.shrink("out of memory")
+    bench.forward(expecting(5), times=2)
+    assert bench.swapped > before
+
+
+def test_an_interrupt_while_a_block_runs_on_fake_tensors_ends_the_forward_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(foresight, "peak_bytes", interrupted)
+    bench = Bench(ROOM)
+    with pytest.raises(KeyboardInterrupt), torch.inference_mode(), bench.run.forward(expecting(5)):
+        bench.model(X)
+    assert all(not block._forward_pre_hooks for _, block in bench.model.named)
+    bench.run.release()
+    bench.forward(expecting(5), times=2)
 
 
 def test_a_forward_that_fits_in_no_plan_is_tried_all_the_same(

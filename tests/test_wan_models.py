@@ -161,6 +161,18 @@ def test_the_blocks_of_a_vace_module_are_swapped_as_vace_blocks(
     assert shown["blocks_to_swap"] == 48
 
 
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_module_in_several_files_is_read_whole(tmp_path: Path, part: int) -> None:
+    header = stored(vace_module("14B"), "BF16")
+    names = [*header]
+    for number, own in enumerate((names[:100], names[100:]), start=1):
+        write_header(tmp_path / f"vace-0000{number}-of-00002.safetensors", {name: header[name] for name in own})
+    profile = read_checkpoint(base(tmp_path), modules=[tmp_path / f"vace-0000{part}-of-00002.safetensors"])
+    whole = write_header(tmp_path / "vace.safetensors", header)
+    assert profile.model.block_bytes == read_checkpoint(base(tmp_path), modules=[whole]).model.block_bytes
+    assert profile.architecture.vace_blocks == 8
+
+
 def test_several_modules_add_up(tmp_path: Path) -> None:
     files = [
         write_header(tmp_path / f"{number}.safetensors", stored(shapes, "F16"))
@@ -284,6 +296,47 @@ def test_unianimates_lora_adds_layers_beside_the_blocks(tmp_path: Path) -> None:
     profile = read_checkpoint(base(tmp_path), loras=[write_header(tmp_path / "lora.safetensors", header)])
     assert profile.family.endswith("+ UniAnimate")
     assert profile.model.other_bytes - read_checkpoint(base(tmp_path)).model.other_bytes == 2 * 16 * 3 * 27
+
+
+@pytest.mark.parametrize(("side", "shape"), [("lora_B", (1536, 32)), ("diff", (1536, 1536))])
+def test_a_lora_for_a_model_of_another_size_is_refused(side: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    header = {f"diffusion_model.blocks.0.self_attn.q.{side}.weight": ("F16", shape)}
+    header["diffusion_model.blocks.0.self_attn.q.lora_A.weight"] = ("F16", (32, 1536))
+    lora = write_header(tmp_path / "lora.safetensors", header)
+    with pytest.raises(
+        CheckpointError, match=rf"is not for .*has shape \({shape[0]}, .*the layer 5120 outputs; give a"
+    ):
+        read_checkpoint(base(tmp_path), loras=[lora])
+
+
+@pytest.mark.parametrize(
+    ("kind", "wide", "copies", "with_lora"),
+    [
+        ("BF16", False, 0, 3),
+        ("fp8", True, 1, 4),
+        ("fp8_scaled", False, 2, 4),
+        ("fp8_weight_scale", False, 2, 4),
+        ("fp8_comfy", False, 2, 4),
+    ],
+)
+def test_how_the_wrapper_runs_a_file_follows_from_what_is_stored(
+    kind: str, wide: bool, copies: int, with_lora: int, tmp_path: Path
+) -> None:
+    model = write_header(tmp_path / "model.safetensors", stored(wan("1.3B"), kind))
+    header = {f"blocks.0.ffn.0.{side}.weight": ("BF16", (8960, 1536)) for side in ("lora_A", "lora_B")}
+    lora = write_header(tmp_path / "lora.safetensors", header)
+    options = read_checkpoint(model).forward_options
+    assert (options.wide, options.weight_copies) == (wide, copies)
+    options = read_checkpoint(model, loras=[lora]).forward_options
+    assert (options.wide, options.weight_copies) == (False, with_lora)
+
+
+def test_a_mixed_file_whose_last_block_is_not_quantised_is_scaled(tmp_path: Path) -> None:
+    mixed, plain = (stored(wan("1.3B"), kind) for kind in ("fp8_scaled", "BF16"))
+    mixed = {name: entry for name, entry in mixed.items() if not name.startswith("blocks.29.")}
+    mixed |= {name: entry for name, entry in plain.items() if name.startswith("blocks.29.")}
+    options = read_checkpoint(write_header(tmp_path / "mixed.safetensors", mixed)).forward_options
+    assert (options.wide, options.weight_copies) == (False, 2)
 
 
 @pytest.mark.parametrize(

@@ -90,3 +90,51 @@ def test_slow_copies_and_slow_disks_bind(capsys: pytest.CaptureFixture[str], tmp
 def test_without_a_model_only_the_table_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--vram", "12GB"]) == 2
     assert "model (or --table)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("--blocks-to-swap", "35"),
+        ("--context-window", "17"),
+        ("--beside", "wan.safetensors"),
+        ("--vram-threshold-percent", "60"),
+    ],
+    ids=lambda changes: changes[0],
+)
+def test_each_option_of_a_plan_changes_the_table_as_it_changes_the_plan(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: tuple[str, str]
+) -> None:
+    file = str(write_sparse_safetensors(tmp_path / "wan.safetensors", WHOLE, "F8_E4M3"))
+    machine = ["--gpu", "RTX 3060 12GB", "--ram", "32GB", "--available-ram", "18GB", "--disk", "3.5"]
+    machine += ["--shape", "832x480x81", changes[0], file if changes[0] == "--beside" else changes[1]]
+    (row,) = rows(capsys, file, *machine)
+    assert main(["plan", file, *machine, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert row["kept"] == plan["blocks"] - plan["blocks_to_swap"]
+    assert row["vram_bytes"] == plan["other_bytes"] + plan["device_bytes"] + plan["activation_bytes"]
+    assert row["ram_bytes"] == plan["host_bytes"]
+    assert row["forward_ms"] == pytest.approx(plan["predicted_compute_ms"] + plan["predicted_stall_ms"])
+
+
+@pytest.mark.parametrize("option", ["--module", "--lora"])
+def test_what_is_loaded_into_a_model_needs_the_model(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    assert main(["plan", "--table", option, "any.safetensors"]) == 1
+    assert "the model that they are loaded into is unknown; name its file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("card", ["Arc B580", "Apple M3 Max"])
+def test_a_card_on_which_nothing_is_swapped_has_too_little_vram(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, card: str
+) -> None:
+    file = str(write_sparse_safetensors(tmp_path / "wan.safetensors", WHOLE, "F8_E4M3"))
+    (row,) = rows(capsys, file, "--gpu", card, "--ram", "10GB", "--shape", "832x480x81")
+    assert row["missing"] == "VRAM"
+
+
+def test_a_side_that_is_smaller_than_a_token_is_refused_as_given(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = str(write_sparse_safetensors(tmp_path / "wan.safetensors", WHOLE, "F8_E4M3"))
+    assert main(["plan", "--table", file, "--gpu", "RTX 4090", "--shape", "10x480x81"]) == 1
+    assert "width: expected a multiple of 16, got 10; use 16" in capsys.readouterr().err

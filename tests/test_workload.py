@@ -36,6 +36,7 @@ def expected(sequences: int = 1, vace_blocks: int = 0, **options: Any) -> Worklo
     return Workload(tokens=tokens, expected_activation_bytes=nbytes, latent_frames=3)
 
 
+FP8 = torch.empty(4, 4, dtype=torch.float8_e4m3fn)
 PLAIN_LAYER = {"lora_diffs": [], "is_gguf": False, "scale_weight": None}
 
 
@@ -55,6 +56,9 @@ PLAIN_LAYER = {"lora_diffs": [], "is_gguf": False, "scale_weight": None}
         ({"layer": PLAIN_LAYER | {"is_gguf": True}}, {}, {"weight_copies": 2}),
         ({"layer": PLAIN_LAYER | {"lora_diffs": ["lora_diff_0"]}}, {}, {"weight_copies": 3}),
         ({"layer": PLAIN_LAYER | {"lora_diffs": ["lora_diff_0"], "scale_weight": 1}}, {}, {"weight_copies": 4}),
+        ({"layer": PLAIN_LAYER | {"weight": FP8}}, {}, {"weight_copies": 1}),
+        ({"layer": PLAIN_LAYER | {"weight": FP8, "lora_diffs": ["lora_diff_0"]}}, {}, {"weight_copies": 4}),
+        ({"layer": PLAIN_LAYER | {"weight": FP8, "scale_weight": 1}}, {}, {"weight_copies": 2}),
         ({"vace_blocks": [nn.Module()]}, {"vace_data": [{}, {}]}, {"vace_blocks": 1, "vace_inputs": 2}),
         ({"vace_blocks": [nn.Module()]}, {"vace_data": None}, {"vace_blocks": 1, "vace_inputs": 1}),
     ],
@@ -92,3 +96,33 @@ def test_hints_on_the_host_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_is_not_as_the_wrapper_passes_it_has_no_workload() -> None:
     assert workload_of(transformer(), (), {}, hints_to_host=False) is None
     assert workload_of(transformer(), ([torch.empty(4)],), {}, hints_to_host=False) is None
+    assert workload_of(transformer(), (5,), {}, hints_to_host=False) is None
+    assert workload_of(transformer(patch_size=2), ([LATENTS],), {}, hints_to_host=False) is None
+
+
+def test_latents_in_one_tensor_count_as_a_list_of_them() -> None:
+    both = torch.stack([LATENTS, LATENTS])
+    found = workload_of(transformer(), (both, torch.zeros(1)), {}, hints_to_host=False)
+    assert found == workload_of(transformer(), ([LATENTS, LATENTS], torch.zeros(1)), {}, hints_to_host=False)
+
+
+@pytest.mark.parametrize("lacks", ["dim", "ffn_dim", "num_heads", "in_dim", "main_device"])
+def test_a_transformer_without_a_size_has_a_workload_of_which_nothing_is_expected(lacks: str) -> None:
+    model, given = transformer(), Workload(tokens=TOKENS, latent_frames=3)
+    delattr(model, lacks)
+    assert workload_of(model, ([LATENTS],), {}, hints_to_host=False) == given
+    assert workload_of(transformer(**{lacks: None}), ([LATENTS],), {}, hints_to_host=False) == given
+
+
+@pytest.mark.parametrize("data", [5, torch.zeros(2, 3), [torch.zeros(2)], {}, "x"])
+def test_odd_controls_count_as_one(data: object) -> None:
+    model = transformer(vace_blocks=[nn.Module()])
+    found = workload_of(model, ([LATENTS],), {"vace_data": data}, hints_to_host=False)
+    assert found == workload_of(model, ([LATENTS],), {"vace_data": [{}]}, hints_to_host=False)
+
+
+def test_latents_without_frames_and_several_speakers_have_a_workload() -> None:
+    talk = {"multitalk_audio": LATENTS, "ref_target_masks": LATENTS}
+    found = workload_of(transformer(), ([torch.empty(16, 0, 8, 8)],), talk, hints_to_host=False)
+    assert found is not None
+    assert found.tokens == 0

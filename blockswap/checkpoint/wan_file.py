@@ -58,10 +58,8 @@ def read_checkpoint(path: Path, *, modules: Sequence[Path] = (), loras: Sequence
         CheckpointError: A file is missing, truncated, of another format, not of a Wan model or incomplete, or the
             package that reads it is missing.
     """
-    stored: dict[str, TensorInfo] = {}
-    for file in model_files(path):
-        stored |= _read(file)
-    added = [(file, _read(file)) for file in modules]
+    stored = _read_all(path)
+    added = [(file, _read_all(file)) for file in modules]
     for file, tensors in added:
         _check_format(path, file, tensors)
     return profile_tensors(
@@ -128,6 +126,14 @@ def _indexed(index: Path) -> list[str]:
     if any("/" in name or "\\" in name for name in names):
         raise CheckpointError(f"{source} names files in other folders; download the model again")
     return names
+
+
+def _read_all(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of all files of a model."""
+    stored: dict[str, TensorInfo] = {}
+    for file in model_files(path):
+        stored |= _read(file)
+    return stored
 
 
 def _read(path: Path) -> dict[str, TensorInfo]:

@@ -92,6 +92,19 @@ class ForwardOptions:
     is_diffusers: bool = False
 
 
+def weight_copies(*, dequantised: bool, fp8: bool, lora: bool) -> int:
+    """Copies of a matrix while the wrapper prepares it (CustomLinear, or autocast).
+
+    Args:
+        dequantised: It is scaled fp8 or GGUF: dequantised, and that in its own type or scaled.
+        fp8: It is fp8: cast.
+        lora: It has a LoRA: its product, that with its strength, and the sum, beside one of the copies before.
+    """
+    if lora:
+        return 3 + (dequantised or fp8)
+    return 2 if dequantised else int(fp8)
+
+
 WRAPPER = ForwardOptions()
 """As the wrapper's nodes run a bf16 model by their defaults."""
 
@@ -176,7 +189,7 @@ def _speakers(architecture: WanArchitecture, tokens: int, options: ForwardOption
     """The map of each token's attention to the first frame (get_attn_map_with_target), for half of the heads and a
     quarter of the tokens, three times, beside queries, keys, values, output and residual stream.
     """
-    if options.speakers < 2 or options.frames is None:  # noqa: PLR2004 - masks tell two or more apart
+    if options.speakers < 2 or not options.frames:  # noqa: PLR2004 - masks tell two or more apart
         return 0
     in_frame = tokens // options.sequences // options.frames
     one = architecture.heads // 2 * (tokens // 4) * in_frame * ELEMENT_BYTES

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .layout import device_bytes
+from .restored import restored
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,8 @@ def peak_bytes(
     """Device memory that a forward of the block takes above its weights and arguments; None if it cannot be found.
 
     It cannot where the block calls a kernel that torch knows no shapes of, reads values of a tensor, has tensors of a
-    class of its own, or is compiled. Random numbers are not drawn.
+    class of its own, or is compiled. Random numbers are not drawn, hooks are not called, and what the forward keeps in
+    the block or in its arguments is taken out again: a fake tensor there would break the real forward.
 
     Args:
         block: Runs on `device`, wherever its weights are now.
@@ -33,16 +35,19 @@ def peak_bytes(
         keywords: Of the forward.
         device: The device.
     """
-    if hasattr(block, "_orig_mod") or _REFUSE_POINTER is None:  # torch.compile fuses what is counted here
+    if _REFUSE_POINTER is None or any(map(_is_compiled, block.modules())):
         return None
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with torch.no_grad(), mode as fake, _Storages(device) as storages:
-            weights = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+        weights = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+        # Blocks of VACE models take their hint from a list by a buffer's value, which a constant keeps.
+        numbers = {name: int(leaf) for name, leaf in weights.items() if _is_number(leaf)}
+        with restored(block, arguments, keywords), torch.no_grad(), mode as fake, _Storages(device) as storages:
             given = [tree_map(fake.from_tensor, leaf) for leaf in weights.values() if type(leaf) in _PLAIN]
             if len(given) < len(weights):
                 return None
             placed = {name: torch.empty_like(one, device=device) for name, one in zip(weights, given, strict=True)}
+            placed |= {name: torch.tensor(number, device=device) for name, number in numbers.items()}
             passed = tree_map(lambda leaf: _fake(fake, leaf), (tuple(arguments), dict(keywords)))
             storages.ignore((placed, passed))
             with _Attention():
@@ -56,6 +61,15 @@ def peak_bytes(
 # A kernel that torch does not know would get the address 0 from a fake tensor, and a warning, and break the device.
 _REFUSE_POINTER = getattr(torch._C, "_set_throw_on_mutable_data_ptr", None)
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer) if hasattr(nn, "Buffer") else (torch.Tensor, nn.Parameter)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """torch.compile fuses what is counted here."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _is_number(leaf: torch.Tensor) -> bool:
+    return leaf.dim() == 0 and leaf.device.type == "cpu" and leaf.dtype is torch.int64
 
 
 def _fake(mode: FakeTensorMode, leaf: Any) -> Any:

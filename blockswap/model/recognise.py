@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import SHOWN_LETTERS, CheckpointError, printable
-from .activations import ELEMENT_BYTES, FLOAT, MODULATION, ForwardOptions
+from .activations import ELEMENT_BYTES, FLOAT, MODULATION, ForwardOptions, weight_copies
 from .layout import BlockProfile, ModelProfile, Placement, TensorProfile, small_cutoff
 from .names import (
     GATES,
@@ -41,10 +41,18 @@ IMAGE_TOKENS = 257
 """Tokens that CLIP makes of one image."""
 
 LORA_KEY = re.compile(r"(.+?)[._](?:lora_(A|B|down|up)|lora\.(down|up)|(diff))(?:\.default)?(?:\.weight)?")
+LORA_OUTPUTS = ("B", "up", "diff")
+"""Parts of a LoRA whose first dimension is that of the layer's outputs."""
+
 LORA_PREFIX = re.compile(r"^(?:(?:lora_unet|lycoris|base_model_model|diffusion_model|transformer|pipe_dit)_+)+")
 
 LORA_ELEMENT_BYTES = 2
 """Bytes of an element of an unmerged LoRA: the wrapper keeps it in the type that it computes in."""
+
+LORA_DTYPE = "LORA"
+
+SCALES = (".scale_weight", ".weight_scale", ".weight_scale_2")
+"""Ends of the names of the scales beside a matrix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +96,24 @@ class CheckpointProfile:
     def forward_options(self) -> ForwardOptions:
         """How the wrapper runs this file, by its nodes' defaults.
 
-        It runs plain fp8 under autocast, which has norms in float32, and dequantises scaled fp8 and GGUF itself; norms
-        and modulation that are stored in float32 stay so (load_weights in nodes_model_loading.py). Wan 2.2 5B has a
-        timestep for each token when it starts from an image, and diffusion forcing always has.
+        It runs plain fp8 under autocast, which has norms in float32, and dequantises scaled fp8, GGUF and whatever has
+        a LoRA itself (custom_linear.py); norms and modulation that are stored in float32 stay so (load_weights in
+        nodes_model_loading.py). Wan 2.2 5B has a timestep for each token when it starts from an image, and diffusion
+        forcing always has.
         """
         stored = {tensor.name: tensor.nbytes for tensor in self.model.blocks[-1].tensors}
         kinds = {dtype for dtype, _ in self.dtypes}
         is_fp8 = any(kind.startswith("F8") for kind in kinds)
-        is_scaled = is_fp8 and any("scale" in key and "scale_shift" not in key for key in stored)
+        # Any block, since mixed files leave some blocks as they are.
+        names = (tensor.name for block in self.model.blocks for tensor in block.tensors)
+        is_scaled = is_fp8 and any(name.endswith(SCALES) for name in names)
+        has_lora = LORA_DTYPE in kinds
         is_packed = any(kind.startswith(("Q", "IQ")) for kind in kinds)
         is_float = stored.get("modulation", 0) == MODULATION * self.architecture.width * FLOAT * ELEMENT_BYTES
         return ForwardOptions(
             per_token=self.architecture.latent_channels == WAN22_VAE_CHANNELS or "DF" in self.family.split(),
-            wide=is_float or (is_fp8 and not is_scaled),
-            weight_copies=2 if is_scaled or is_packed else int(is_fp8),
+            wide=is_float or (is_fp8 and not is_scaled and not has_lora),
+            weight_copies=weight_copies(dequantised=is_scaled or is_packed, fp8=is_fp8, lora=has_lora),
         )
 
 
@@ -227,9 +239,15 @@ def _lora_tensors(name: str, stored: Stored, number: int, source: str, tensors: 
             layer = layers.get(LORA_PREFIX.sub("", match[1].replace(".", "_")))
             if layer is not None:
                 part = next(filter(None, match.groups()[1:]))
+                outputs = tensors[layer].shape[0]
+                if part in LORA_OUTPUTS and tensor.shape[:1] != (outputs,):
+                    raise CheckpointError(
+                        f"{name} is not for {source}: its {_few([key])} has shape {tensor.shape}, the layer {outputs} "
+                        "outputs; give a LoRA for a model of this size"
+                    )
                 nbytes = math.prod(tensor.shape) * LORA_ELEMENT_BYTES
                 found[f"{layer.removesuffix('.weight')}.lora_diff_{number}_{part}"] = TensorInfo(
-                    tensor.shape, "LORA", nbytes
+                    tensor.shape, LORA_DTYPE, nbytes
                 )
         elif "_loras." in own or own.startswith(("dwpose_embedding.", "randomref_embedding_pose.")):
             found[own] = tensor  # layers of Stand-In and UniAnimate, which are added to the model

@@ -13,6 +13,7 @@ from torch import nn
 from ..engine.session import SwapSession
 from ..errors import PlanError
 from ..model.fake_run import peak_bytes
+from .history import Workload
 from .machine import PeakMeter
 from .planner import Planner
 
@@ -38,6 +39,7 @@ class Foresight:
         self._planner = planner
         self._meter = meter
         self._device = device
+        self._tried: set[Workload | None] = set()
 
     @contextlib.contextmanager
     def watch(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
@@ -48,13 +50,15 @@ class Foresight:
             blocks: The modules that will be called.
         """
         plan = self._session.plan
-        if plan is None or not self._planner.is_tight(plan, TIGHT):
+        workload = self._planner.workload
+        if plan is None or workload in self._tried or not self._planner.is_tight(plan, TIGHT):
             yield
             return
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def before_first(block: nn.Module, arguments: Any, keywords: Any) -> None:
             stack.close()
+            self._tried.add(workload)
             self._correct(block, arguments, keywords)
 
         with contextlib.ExitStack() as stack:

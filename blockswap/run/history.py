@@ -36,7 +36,7 @@ class WorkloadStats:
     Attributes:
         compute_ms: Duration of each block.
         activation_bytes: The highest peak above the weights since memory last ran out.
-        foreseen_bytes: That peak as its first block gave it on fake tensors.
+        foreseen_bytes: That peak as its first block gave it on fake tensors; a later one may need more.
         refusals: How often memory has run out.
         most_slots: Slots that plans may have because of that, with everything swapped; None for no limit.
         room_bytes: Device memory for weights and activations when it last ran out.
@@ -86,15 +86,15 @@ class WorkloadHistory:
         return max(known, key=lambda pair: pair[0])[1] if known else None
 
     def activations(self, workload: Workload | None) -> Activations | None:
-        """Memory that forwards of this workload need above the weights: measured, else foreseen, else expected, else
-        None.
+        """Memory that forwards of this workload need above the weights: measured, else the larger of foreseen and
+        expected, else None.
         """
         seen = self._seen.get(workload)
         if seen is not None and seen.activation_bytes is not None:
             return Activations(nbytes=seen.activation_bytes, is_measured=True)
         expected = None if workload is None else workload.expected_activation_bytes
         if seen is not None and seen.foreseen_bytes is not None:
-            expected = seen.foreseen_bytes
+            expected = max(seen.foreseen_bytes, expected or 0)  # VACE's first block comes before all hints
         return None if expected is None else Activations(nbytes=expected, is_measured=False)
 
     def learn_activations(self, workload: Workload | None, nbytes: int, *, is_automatic: bool) -> None:

@@ -18,6 +18,7 @@ import csv
 import difflib
 import functools
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,8 @@ _WHY_NOT = {
 _VENDORS = {"nvidia": Vendor.NVIDIA, "amd": Vendor.AMD}
 
 _SIZE = re.compile(r"(?<!\ba)(?<!\d)(\d+)\s*g(?:i?b)?\b")  # the A10G is a card
+_LAST_NUMBER = re.compile(r"(.*\S)[\s-]+(\d{1,3})\s*")  # "3060 12"
+_MARKS = re.compile("[\u00ae\u00a9\u2122]")  # NFKC would make letters of them
 # Spellings of one word as people and drivers write it; a four-digit model with an M is a laptop GPU, with an S a SUPER.
 _SPELLINGS = (
     (re.compile(r"\[zluda\]|\(tm\)|\(r\)"), " "),
@@ -54,7 +57,23 @@ _TOKEN = re.compile(r"[a-z]+|\d+")
 # Words that drivers and people add to, or leave out of, the name of the same card.
 _NOISE = frozenset(
     {"nvidia", "geforce", "amd", "ati", "radeon", "intel", "gpu", "graphics", "generation", "edition", "workstation"}
-    | {"tesla", "card", "with", "design", "tensor", "core", "desktop"}
+    | {
+        "tesla",
+        "card",
+        "with",
+        "design",
+        "tensor",
+        "core",
+        "desktop",
+        "egpu",
+        "external",
+        "vram",
+        "lhr",
+        "oc",
+        "founders",
+    }
+    | {"asus", "tuf", "rog", "msi", "gigabyte", "aorus", "zotac", "pny", "palit", "gainward", "evga", "inno", "galax"}
+    | {"kfa", "colorful", "sapphire", "xfx", "powercolor", "asrock", "gaming", "ventus", "windforce", "trinity"}
 )
 _OPTIONAL = frozenset(
     {"rtx", "gtx", "gt", "rx", "pro", "ai", "quadro", "instinct", "ada", "blackwell", "arc", "apple"}
@@ -120,10 +139,14 @@ def find_gpu(name: str, *, total_bytes: int | None = None) -> KnownGpu:
     Raises:
         ValueError: no known card has this name, or several do. The message lists those, or the nearest names.
     """
-    bracket = re.search(r"\[(.*radeon.*)\]", name.lower())
-    parts = [part for part in (bracket[1] if bracket else name).split("/") if _words(part)]
+    text = unicodedata.normalize("NFKC", _MARKS.sub(" ", name)).lower()
+    bracket = re.search(r"\[(.*radeon.*)\]", text)
+    parts = [part for part in (bracket[1] if bracket else text).split("/") if _words(part)]
     fits = [gpu for part in parts for gpu in _named(part)]
-    sizes = {int(size) for size in _SIZE.findall(name.lower())}
+    last = _LAST_NUMBER.fullmatch(text)
+    if not fits and last and (fits := _named(last[1])):
+        text += "gb"
+    sizes = {int(size) for size in _SIZE.findall(text)}
     if not fits:
         raise ValueError(f"no card is known by the name {name!r}{_nearest(name)}")
     if fits[0].total_bytes is None and sizes:  # a GPU without memory of its own: the size is that of the RAM

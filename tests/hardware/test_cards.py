@@ -11,6 +11,10 @@ from wanvideo_enhanced_blockswap.hardware.cards import find_gpu, known_gpus, ven
 SPELLINGS = """
 RTX 4090            | rtx 4090; NVIDIA GeForce RTX 4090; 4090; rtx4090 24 GB; RTX-4090; GeForce 4090 24GB
 RTX 3060 12GB       | RTX 3060 12GB; 3060 12g; rtx3060-12gb
+RTX 3060 12GB       | 3060 12; RTX3060-12GB OC; RTX 3060 LHR 12GB; MSI GeForce RTX 3060 Ventus 12G OC
+RTX 5060 Ti 16GB    | 5060 ti 16; 5060Ti-16
+RTX 4090            | eGPU RTX 4090; RTX 4090 (24GB VRAM); RTX™ 4090; GeForce RTX® 4090 Founders Edition
+RTX 4070 Ti SUPER   | ASUS TUF RTX 4070 Ti SUPER OC; ASUS ROG 4070 Ti Super
 RTX 4060 Ti 16GB    | 4060 Ti 16GB; rtx4060ti-16g; RTX4060TI16GB; NVIDIA GeForce RTX 4060 Ti 16GB
 RTX 4070 Ti SUPER   | 4070 Ti Super; 4070 ti s; 4070TiS; NVIDIA GeForce RTX 4070 Ti SUPER
 RTX 4080 SUPER      | 4080S; RTX 4080 Super
@@ -110,6 +114,11 @@ def test_a_size_in_the_name_of_a_gpu_without_memory_of_its_own_is_the_ram():
     assert find_gpu("Apple M4 Max 64 GB").total_bytes == 64 * GIB
 
 
+def test_letters_and_digits_of_full_width_are_read():
+    wide = "".join(chr(ord(letter) + 0xFEE0) if letter != " " else letter for letter in "RTX 4060 Ti 16GB")
+    assert find_gpu(wide).name == "RTX 4060 Ti 16GB"
+
+
 def test_names_are_unique():
     names = [gpu.name for gpu in known_gpus()]
     assert len(names) == len(set(names))
@@ -153,6 +162,8 @@ def test_a_laptop_gpu_is_a_row_of_its_own_without_lanes_and_hardly_ever_faster()
         ("RTX 4060 Ti", "RTX 4060 Ti exists with 8 GB and 16 GB; add the size"),
         ("3060", "RTX 3060 exists with 8 GB and 12 GB; add the size"),
         ("RTX 3080 16GB", "RTX 3080 exists with 10 GB and 12 GB, not with 16 GB"),
+        ("RTX 3080 16", "RTX 3080 exists with 10 GB and 12 GB, not with 16 GB"),
+        ("RTX 4090 D 48GB", "RTX 4090 D exists with 24 GB, not with 48 GB"),
         ("RTX 4090 48GB", "RTX 4090 exists with 24 GB, not with 48 GB"),
         ("H100", "'H100' could be H100 PCIe, H100 SXM or H100 NVL; give the whole name"),
         ("RTX 4065", "no card is known by the name 'RTX 4065'; the nearest are RTX 4060, RTX 5060 and RTX 4090"),
