@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from .layout import device_bytes
-from .restored import restored
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +28,8 @@ def peak_bytes(
     """Device memory that a forward of the block takes above its weights and arguments; None if it cannot be found.
 
     It cannot where the block calls a kernel that torch knows no shapes of, reads values of a tensor, has tensors of a
-    class of its own, or is compiled. Random numbers are not drawn, hooks are not called, and what the forward keeps in
-    the block or in its arguments is taken out again: a fake tensor there would break the real forward.
+    class of its own, is compiled, or has had its forward replaced by a function. Random numbers are not drawn, hooks
+    are not called, and the block is not changed.
 
     Args:
         block: Runs on `device`, wherever its weights are now.
@@ -35,23 +37,22 @@ def peak_bytes(
         keywords: Of the forward.
         device: The device.
     """
-    if _REFUSE_POINTER is None or any(map(_is_compiled, block.modules())):
+    if _REFUSE_POINTER is None or any(map(_is_changed, block.modules())):
         return None
+    weights = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    if any(type(weight) not in _PLAIN for weight in weights.values()):
+        return None
+    # Blocks of VACE models take their hint from a list by a buffer's value, which a constant keeps.
+    numbers = {name: int(weight) for name, weight in weights.items() if _is_number(weight)}
     try:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        weights = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-        # Blocks of VACE models take their hint from a list by a buffer's value, which a constant keeps.
-        numbers = {name: int(leaf) for name, leaf in weights.items() if _is_number(leaf)}
-        with restored(block, arguments, keywords), torch.no_grad(), mode as fake, _Storages(device) as storages:
-            given = [tree_map(fake.from_tensor, leaf) for leaf in weights.values() if type(leaf) in _PLAIN]
-            if len(given) < len(weights):
-                return None
-            placed = {name: torch.empty_like(one, device=device) for name, one in zip(weights, given, strict=True)}
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            twin, passed = _copied(block, (tuple(arguments), dict(keywords)), fake)
+            tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
+            placed = {name: torch.empty_like(one, device=device) for name, one in tensors.items()}
             placed |= {name: torch.tensor(number, device=device) for name, number in numbers.items()}
-            passed = tree_map(lambda leaf: _fake(fake, leaf), (tuple(arguments), dict(keywords)))
-            storages.ignore((placed, passed))
-            with _Attention():
-                torch.func.functional_call(block, placed, *passed)
+            with _Storages(device) as storages, _Attention():
+                storages.ignore((placed, passed))
+                torch.func.functional_call(twin, placed, *passed)
     except Exception as failure:  # noqa: BLE001 - a block is any code, written for real tensors
         logger.debug("%s does not run on fake tensors: %s", type(block).__name__, failure)
         return None
@@ -63,17 +64,29 @@ _REFUSE_POINTER = getattr(torch._C, "_set_throw_on_mutable_data_ptr", None)
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer) if hasattr(nn, "Buffer") else (torch.Tensor, nn.Parameter)
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    """torch.compile fuses what is counted here."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+def _is_changed(module: nn.Module) -> bool:
+    """Whether torch.compile fuses what is counted here, or a pack's function may keep tensors out of a copy's reach."""
+    is_compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return is_compiled or isinstance(vars(module).get("forward"), FunctionType)
 
 
 def _is_number(leaf: torch.Tensor) -> bool:
     return leaf.dim() == 0 and leaf.device.type == "cpu" and leaf.dtype is torch.int64
 
 
-def _fake(mode: FakeTensorMode, leaf: Any) -> Any:
-    return mode.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf
+def _copied(block: nn.Module, passed: Any, mode: FakeTensorMode) -> Any:
+    """The block without its hooks, and its arguments, with fake tensors: what the forward keeps, it keeps in these. A
+    fake tensor in the block itself would break the real forward.
+    """
+    without_hooks: dict[int, Any] = {
+        id(hooks): OrderedDict() for module in block.modules() for hooks in _hooks_of(module)
+    }
+    with FakeCopyMode(mode):
+        return copy.deepcopy((block, passed), without_hooks)
+
+
+def _hooks_of(module: nn.Module) -> Iterator[Any]:
+    return (value for name, value in vars(module).items() if name.endswith(("_hooks", "_hooks_with_kwargs")))
 
 
 class _Storages(TorchDispatchMode):
@@ -102,7 +115,6 @@ class _Storages(TorchDispatchMode):
                 key = tensor.untyped_storage()._cdata
                 self._freed(key)
                 self._follow(tensor, 0)
-        self.peak_bytes = self._bytes
 
     def _follow(self, tensor: torch.Tensor, nbytes: int) -> None:
         storage = tensor.untyped_storage()
