@@ -54,7 +54,9 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     try:
         width, height, frames = (int(part) for part in text.lower().split("x"))
     except ValueError:
-        raise SettingsError(f"--shape: expected WxHxF such as 832x480x81, got {text[:40]!r}") from None
+        raise SettingsError(
+            f"--shape: expected WxHxF such as 832x480x81 (width, height, frames), got {text[:40]!r}"
+        ) from None
     if max(width, height, frames) > _LARGEST_SIDE:
         raise SettingsError(f"--shape: expected at most {_LARGEST_SIDE} for each number, got {text[:40]!r}")
     return width, height, frames

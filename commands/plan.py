@@ -36,6 +36,12 @@ from ..hardware.disk import measure_disk
 from .options import cache_dir, choose_device, parse_count, parse_shape, parse_size
 from .output import Result, table, window_text
 
+ASSUMED_DISK = DiskSpeed(3.5e9, 3.5e9)
+"""Of a machine that is only named: an NVMe disk on PCIe 3.0."""
+
+BOUND_BY_COPIES = 0.05
+"""Share of a forward that the GPU may wait for copies without being bound by them."""
+
 _GIVEN = "as given"  # the source of the memory of a card that is only named
 
 
@@ -91,11 +97,12 @@ def plan(options: Namespace) -> Result:
         readings, locked = with_beside(beside, settings, readings, known)
         inputs = inputs_of(checkpoint.model, settings, once_loaded(checkpoint.model, readings), known, locked)
         decided = make_plan(checkpoint.model, inputs)
-        is_named = options.gpu is not None or options.vram is not None
-        if decided.file_bytes and readings.disk is None and not is_named:
+        if decided.file_bytes and readings.disk is None:
+            is_named = options.gpu is not None or options.vram is not None
             first = model_files(Path(options.model))[0]
-            readings = replace(readings, disk=measure_disk(str(first), cache_dir=cache_dir()))
-            decided = make_plan(checkpoint.model, replace(inputs, disk=readings.disk))
+            disk = ASSUMED_DISK if is_named else measure_disk(str(first), cache_dir=cache_dir())
+            readings = replace(readings, disk=disk)
+            decided = make_plan(checkpoint.model, replace(inputs, disk=disk))
     except PlanError as failure:
         taken = f"; --beside takes {format_bytes(alone - readings.host.available_bytes)} of the host" if beside else ""
         raise PlanError(
@@ -173,7 +180,10 @@ def _tokens(options: Namespace, architecture: WanArchitecture) -> int | None:
     tokens = tokens_for(architecture, width, height, frames)
     if options.context_window is None:
         return tokens
-    return min(tokens, tokens_for(architecture, width, height, options.context_window))
+    try:
+        return min(tokens, tokens_for(architecture, width, height, options.context_window))
+    except SettingsError as cause:
+        raise SettingsError(str(cause).replace("frames:", "--context-window:")) from cause
 
 
 def settings_of(options: Namespace, architecture: WanArchitecture, card: Card) -> SwapSettings:
@@ -216,7 +226,7 @@ def named_card(gpu: str | None, *, vram: str | None, ram: str | None, link: Link
         known = None if gpu is None else find_gpu(gpu, total_bytes=size)
     except ValueError as cause:
         if size is None:
-            message = f"--gpu: {cause}; to plan for another GPU, add its memory, such as --vram 16GiB"
+            message = f"--gpu: {cause}; for a GPU that is not known, give its memory, such as --vram 16GB"
             raise SettingsError(message) from cause
         known = None
     name = gpu or "a GPU" if known is None or size is not None else known.name
@@ -331,6 +341,34 @@ def _unlocked_bytes(model: ModelProfile, decided: SwapPlan) -> int:
     return max(0, model.anonymous_bytes + decided.added_bytes - decided.pinned_bytes)
 
 
+def bound_of(decided: SwapPlan) -> str | None:
+    """What decides how long a forward takes; None if that is unknown."""
+    forward = decided.predicted
+    if forward is None:
+        return None
+    if forward.stall <= BOUND_BY_COPIES * forward.elapsed:
+        return "computation"
+    return "disk" if decided.file_bytes else "link"
+
+
+def _answer(model: ModelProfile, decided: SwapPlan, left: int) -> str:
+    """The result in one sentence or three."""
+    if decided.fits is False:
+        return (
+            f"It does not fit: {format_bytes(max(0, -left))} of VRAM are missing; take fewer frames, or a smaller size."
+        )
+    blocks, forward, vram = len(model.blocks), decided.predicted, model.other_bytes + decided.device_bytes
+    known = decided.activation_bytes is not None
+    does = "It fits" if known else "The weights fit"
+    used = f"VRAM {format_bytes(vram + (decided.activation_bytes or 0))}{'' if known else ' without activations'}"
+    ram = format_bytes(model.anonymous_bytes + decided.added_bytes)
+    text = f"{does}: {blocks - decided.swapped_count} of {blocks} blocks stay on the GPU. {used}, RAM {ram}."
+    if forward is None:
+        return text
+    bound = {"computation": "the GPU's computation", "link": "the link", "disk": "the disk"}[bound_of(decided) or ""]
+    return f"{text} A forward takes {forward.elapsed / 1e3:.1f} s, bound by {bound}; a step with CFG takes two."
+
+
 def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, readings: Readings, card: Card) -> str:
     model, activations = checkpoint.model, decided.activation_bytes
     reserve = int(SAFETY_RESERVE * card.memory.total_bytes)
@@ -351,19 +389,20 @@ def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, 
         ["copied per forward", format_bytes(decided.streamed_bytes)],
     ]
     rows += [["link", card.assumed]] if card.assumed is not None else []
+    if readings.disk is ASSUMED_DISK:
+        rows.append(["disk", "assumed: NVMe, 3.5 GB/s; --disk changes it"])
     forward = decided.predicted
     if forward is None:
         wanted = [("--gpu", card.rates), ("--link", card.link), ("--shape", options.shape)]
-        wanted += [("--disk", readings.disk)] if decided.file_bytes else []
         missing = " and ".join(name for name, known in wanted if known is None)
         why = f"give {missing}" if missing else "this host's speed of copies into staging slabs is unknown"
         if options.gpu is not None and (card.rates is None or card.rates.linear_flops is None):
             why = f"the speed of {card.spec.name} is unknown"
         rows.append(["stall per forward", f"unknown: {why}"])
     else:
-        window = "" if options.context_window is None else f" in windows of {options.context_window} frames"
-        at = f"at {options.shape}{window}, with the rates assumed for this GPU"
+        window = "" if options.context_window is None else f"for one window of {options.context_window} frames "
+        at = f"{window}at {options.shape}, with the rates assumed for this GPU"
         rows.append(["compute per forward", f"{forward.compute:,.0f} ms {at}"])
         rows.append(["transfer per forward", f"{forward.transferred:,.0f} ms"])
         rows.append(["stall per forward", f"{forward.stall:,.0f} ms"])
-    return "\n".join([table(rows), "", *(f"- {reason}" for reason in decided.reasons)])
+    return "\n".join([_answer(model, decided, idle), "", table(rows), "", *(f"- {text}" for text in decided.reasons)])

@@ -18,7 +18,9 @@ from .common_models import COMMON_MODELS
 from .options import parse_shape
 from .output import Result
 from .plan import (
+    ASSUMED_DISK,
     Card,
+    bound_of,
     checkpoint_of,
     host_of,
     inputs_of,
@@ -40,11 +42,8 @@ CARDS = (
 SHAPES = ("832x480x81", "1280x720x81")
 """Sizes of video, unless one is given."""
 
-RAM, OTHERS_BYTES, DISK = "32GB", 4 * GIB, 3.5
-"""Unless they are given: RAM, what the system and other programs take of it, and GB/s of the disk."""
-
-BOUND_BY_COPIES = 0.05
-"""Share of a forward that the GPU may wait for copies without being bound by them."""
+RAM, OTHERS_BYTES = "32GB", 4 * GIB
+"""Unless they are given: RAM, and what the system and other programs take of it."""
 
 PAGE = """\
 # What fits
@@ -57,7 +56,11 @@ the times from the rates of `hardware/cards/cards.csv` and the card's own PCIe i
 - *kept*: blocks that stay on the GPU; the others are streamed. *VRAM*: weights and activations at the peak. *RAM*: \
 memory for the weights that the system cannot drop. Both in GB of 2^30 bytes, as on the boxes of cards.
 - *forward*: one pass through the model; a step with CFG takes two. It is *bound* by the GPU's own computation, by the \
-copies over PCIe (`link`), or by reading the model's file (`disk`).
+copies over PCIe (`link`), or by reading the model's file (`disk`). A `-` is a laptop's link, which no one publishes \
+(`--link 12` is PCIe 4.0 x8), or an unknown rate. The time in which GGUF weights are unpacked is not counted.
+- Activations agree with the wrapper's own code within 2 % for the models tried ([predictions.md](predictions.md)); \
+attention kernels, rope function and other nodes change them. Default settings fill at most half of the card with \
+weights: `vram_threshold_percent` raises that, and gains nothing where computation is the bound.
 - A side that a model cannot have is cut to the next one that it can: 720 becomes 704 with Wan 2.2 5B.
 """
 
@@ -101,7 +104,7 @@ def what_fits(options: Namespace) -> Result:
     names = [models[0].family] if options.model else [model.name for model in COMMON_MODELS]
     link = None if options.link is None else LinkSpeed(((1, options.link * 1e9),), None)
     named = CARDS if options.gpu is None and options.vram is None else (options.gpu,)
-    ram, disk = options.ram or RAM, DISK if options.disk is None else options.disk
+    ram, disk = options.ram or RAM, ASSUMED_DISK if options.disk is None else DiskSpeed(*[options.disk * 1e9] * 2)
     cards = [named_card(name, vram=options.vram, ram=ram, link=link) for name in named]
     host = host_of(ram, options.available_ram, cards[0])
     if options.available_ram is None:
@@ -111,12 +114,12 @@ def what_fits(options: Namespace) -> Result:
     rows: list[Row] = []
     for name, model in zip(names, models, strict=True):
         for card in cards:
-            fits = tuple(
-                _fit(options, model, beside, card, host, shape, DiskSpeed(disk * 1e9, disk * 1e9)) for shape in shapes
-            )
+            fits = tuple(_fit(options, model, beside, card, host, shape, disk) for shape in shapes)
             rows.append((name, card.spec.name, fits))
     blocks = {name: len(model.model.blocks) for name, model in zip(names, models, strict=True)}
-    intro = PAGE.format(ram=f"{host.physical_bytes / GIB:.0f} GB", available=host.available_bytes / GIB, disk=disk)
+    intro = PAGE.format(
+        ram=f"{host.physical_bytes / GIB:.0f} GB", available=host.available_bytes / GIB, disk=(disk.cold or 0) / 1e9
+    )
     data = [{"model": model, "card": card, **asdict(fit)} for model, card, fits in rows for fit in fits]
     return Result({"rows": data}, "\n".join([intro, *_lines(rows, blocks)]))
 
@@ -151,17 +154,14 @@ def _fit(
         return Fit(shape, "RAM" if card.why_not_swapped is None else "VRAM")
     if plan.fits is False:
         return Fit(shape, "VRAM")
-    forward, bound = plan.predicted, None
-    if forward is not None:
-        waits = forward.stall > BOUND_BY_COPIES * forward.elapsed
-        bound = "computation" if not waits else "disk" if plan.file_bytes else "link"
+    forward = plan.predicted
     return Fit(
         shape=shape,
         kept=len(model.blocks) - plan.swapped_count,
         vram_bytes=model.other_bytes + plan.device_bytes + (plan.activation_bytes or 0),
         ram_bytes=model.anonymous_bytes + plan.added_bytes,
         forward_ms=None if forward is None else forward.elapsed,
-        bound=bound,
+        bound=bound_of(plan),
     )
 
 

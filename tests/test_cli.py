@@ -126,7 +126,10 @@ def test_the_demo_says_it_all_to_a_person(capsys: pytest.CaptureFixture[str], tm
         (["demo", "--vram", "twelve"], r"--vram: expected a memory size such as 12GiB or 12, got 'twelve'"),
         (["demo", "--vram", "12KB"], r"--vram: expected a memory size such as 12GiB, got '12KB', which is 12288 bytes"),
         (["demo", "--vram", "99999999999"], r"--vram: memory size: expected at most .* \(1 EiB\)"),
-        (["plan", "WAN", "--gpu", "4060 Ti"], r"--gpu: RTX 4060 Ti exists with 8 GB and 16 GB; add the size; .*--vram"),
+        (
+            ["plan", "WAN", "--gpu", "4060 Ti"],
+            r"--gpu: RTX 4060 Ti exists with 8 GB and 16 GB; add the size, such as .*--vram",
+        ),
         (["plan", "WAN", "--gpu", "RTX 3080 16GB"], r"--gpu: RTX 3080 exists with 10 GB and 12 GB, not with 16 GB"),
         (["demo", "--shape", "32x"], r"WxHxF.*'32x'"),
         (["demo", "--shape", f"{'9' * 180}x16x1"], r"at most 100000 for each"),
@@ -371,16 +374,46 @@ def test_the_bytes_of_a_plan_are_page_locked_in_other_memory_or_read_from_the_fi
     assert shown["host_bytes"] == shown["block_bytes"] == shown["pinned_bytes"] + shown["anonymous_bytes"]
 
 
-def test_the_speed_of_the_disk_is_needed_only_where_blocks_are_read_from_it(
+def test_the_disk_of_a_named_machine_is_assumed_where_blocks_are_read_from_it(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = write_sparse_safetensors(tmp_path / "wan.safetensors", wan_shapes(5120, 13824, 40))
     known = ["plan", str(path), "--gpu", "RTX 3060 12GB", "--link", "25", "--shape", "832x480x81"]
-    assert run_json(capsys, *known, "--ram", "64GiB")[1]["predicted_stall_ms"] is not None
-    assert run_json(capsys, *known, "--ram", "16GiB")[1]["predicted_stall_ms"] is None
-    assert main([*known, "--ram", "16GiB"]) == 0
-    assert "unknown: give --disk" in capsys.readouterr().out
-    assert run_json(capsys, *known, "--ram", "16GiB", "--disk", "3.5")[1]["predicted_stall_ms"] is not None
+    for ram, options, is_assumed in (("64GB", (), False), ("16GB", (), True), ("16GB", ("--disk", "3.5"), False)):
+        assert run_json(capsys, *known, "--ram", ram, *options)[1]["predicted_stall_ms"] is not None
+        assert main([*known, "--ram", ram, *options]) == 0
+        assert ("assumed: NVMe, 3.5 GB/s; --disk changes it" in capsys.readouterr().out) == is_assumed
+
+
+@pytest.mark.parametrize(
+    ("machine", "answer"),
+    [
+        (
+            ("--vram", "12GB", "--ram", "64GB"),
+            r"The weights fit: \d+ of 40 blocks stay on the GPU\. VRAM [\d.]+ GiB without activations, "
+            r"RAM [\d.]+ GiB\.",
+        ),
+        (
+            ("--gpu", "RTX 3060 12GB", "--ram", "64GB", "--shape", "832x480x81"),
+            r"It fits: \d+ of 40 blocks stay on the GPU\. VRAM [\d.]+ GiB, RAM [\d.]+ GiB\. A forward takes 85\.3 s, "
+            r"bound by the GPU's computation; a step with CFG takes two\.",
+        ),
+        (
+            ("--gpu", "RTX 4090", "--ram", "16GB", "--disk", "0.2", "--shape", "480x480x17"),
+            r"It fits: .* bound by the disk; .*",
+        ),
+        (
+            ("--vram", "8GB", "--ram", "64GB", "--shape", "1280x720x161"),
+            r"It does not fit: [\d.]+ GiB of VRAM are missing; take fewer frames, or a smaller size\.",
+        ),
+    ],
+)
+def test_the_first_line_answers_whether_it_fits(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, machine: tuple[str, ...], answer: str
+) -> None:
+    path = write_sparse_safetensors(tmp_path / "wan.safetensors", wan_shapes(5120, 13824, 40))
+    main(["plan", str(path), *machine])
+    assert re.fullmatch(answer, capsys.readouterr().out.splitlines()[0])
 
 
 def test_a_video_that_does_not_fit_is_the_first_reason_and_fails(
@@ -405,7 +438,7 @@ def test_a_gpu_that_is_not_known_is_planned_for_by_its_memory(
     code, shown = run_json(capsys, "plan", path, "--gpu", "RTX 4065")
     assert code == 1
     assert "no card is known by the name 'RTX 4065'; the nearest are RTX 4060" in shown["error"]
-    assert "add its memory, such as --vram 16GiB" in shown["error"]
+    assert "give its memory, such as --vram 16GB" in shown["error"]
 
 
 def test_a_model_beside_it_takes_its_part_of_what_may_be_page_locked(

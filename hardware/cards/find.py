@@ -163,7 +163,9 @@ def find_gpu(name: str, *, total_bytes: int | None = None) -> KnownGpu:
         names = _listed([gpu.name for gpu in chosen or fits], "or")
         raise ValueError(f"{name!r} could be {names}; give the whole name")
     exists = f"{fits[0].model} exists with {_listed([f'{gpu.box_gb} GB' for gpu in fits], 'and')}"
-    raise ValueError(f"{exists}; add the size" if chosen else f"{exists}, not with {max(sizes)} GB")
+    raise ValueError(
+        f"{exists}; add the size, such as {fits[0].name!r}" if chosen else f"{exists}, not with {max(sizes)} GB"
+    )
 
 
 @functools.cache

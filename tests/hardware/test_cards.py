@@ -159,8 +159,8 @@ def test_a_laptop_gpu_is_a_row_of_its_own_without_lanes_and_hardly_ever_faster()
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("RTX 4060 Ti", "RTX 4060 Ti exists with 8 GB and 16 GB; add the size"),
-        ("3060", "RTX 3060 exists with 8 GB and 12 GB; add the size"),
+        ("RTX 4060 Ti", "RTX 4060 Ti exists with 8 GB and 16 GB; add the size, such as 'RTX 4060 Ti 8GB'"),
+        ("3060", "RTX 3060 exists with 8 GB and 12 GB; add the size, such as 'RTX 3060 8GB'"),
         ("RTX 3080 16GB", "RTX 3080 exists with 10 GB and 12 GB, not with 16 GB"),
         ("RTX 3080 16", "RTX 3080 exists with 10 GB and 12 GB, not with 16 GB"),
         ("RTX 4090 D 48GB", "RTX 4090 D exists with 24 GB, not with 48 GB"),
