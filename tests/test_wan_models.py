@@ -92,10 +92,10 @@ def test_the_blocks_of_published_files_have_the_bytes_that_their_headers_give(
     assert (len(profile.model.blocks), profile.model.block_bytes) == (blocks, block_bytes)
 
 
-def test_the_family_is_the_first_thing_that_plan_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_shows_the_family_below_its_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_header(tmp_path / "wan.safetensors", stored(wan("1.3B", 36, image=True), "BF16"))
     assert main(["plan", str(path), *MACHINE[:4]]) == 0
-    assert re.match(r"model +Wan 2\.1 I2V 1\.3B\n", capsys.readouterr().out)
+    assert re.match(r"The weights fit: [^\n]*\n\nmodel +Wan 2\.1 I2V 1\.3B\n", capsys.readouterr().out)
 
 
 def test_longcat_has_48_blocks_of_width_4096_and_three_matrices_in_each_feed_forward_layer(tmp_path: Path) -> None:
@@ -188,7 +188,11 @@ def test_several_modules_add_up(tmp_path: Path) -> None:
     ("size", "shapes", "reason"),
     [
         ("1.3B", talk_module(), r"has blocks\.39, but the blocks of .* end at blocks\.29; give the module for a model"),
-        ("14B", vace_module("1.3B"), r"vace_blocks\.0 has width 1536, the other blocks 5120; give the module for"),
+        (
+            "14B",
+            vace_module("1.3B"),
+            r"module\.safetensors has blocks of width 1536, those of .* have 5120; give",
+        ),
         ("14B", wan("1.3B"), "is a whole model, not a module; name it as the model, or give it with --experts"),
         ("14B", {"decoder.conv1.weight": (4, 4)}, "is not a module .*: its tensors are those of a VAE; name the Wan"),
         ("14B", {"blocks.0.self_attn.q.lora_A.weight": (4, 4)}, "those of a LoRA; .* give this file with --lora"),

@@ -224,8 +224,18 @@ def _module_tensors(
             f"{name} has blocks.{beyond}, but the blocks of {source} end at blocks.{most}; "
             "give the module for a model of this size"
         )
+    query, own = _matrix(blocks["blocks", most], "query"), _matrix(_of_block(named, "vace_blocks.0."), "query")
+    if query is not None and own is not None and own.shape[0] != query.shape[0]:
+        raise CheckpointError(
+            f"{name} has blocks of width {own.shape[0]}, those of {source} have {query.shape[0]}; give the module for "
+            "a model of this size"
+        )
     # The loader renames them, too: audio_proj is another layer in other models.
     return {re.sub(r"^audio_proj\.", "multitalk_audio_proj.", key): tensor for key, tensor in named.items()}
+
+
+def _of_block(tensors: Stored, prefix: str) -> dict[str, TensorInfo]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def _lora_tensors(name: str, stored: Stored, number: int, source: str, tensors: Stored) -> dict[str, TensorInfo]:
