@@ -96,7 +96,7 @@ class SwapRun:
         self._in_run = False
         self._timed = TIMED_FORWARDS
         self._workload: Workload | None = None
-        self._prepared = False
+        self._prepared = self._is_new = False  # new: the coming forward is the run's first of its workload
         self._adoptions = 0
         self._adopted_settings = settings
         self._has_other_settings = False
@@ -135,8 +135,12 @@ class SwapRun:
         self.prepare(workload)
         self._prepared = False
         self._peak.start(anew=not self.planner.is_peak_known)
-        with self.session.forward(blocks), self._foresight.watch(self._blocks if blocks is None else blocks):
-            yield
+        with self.session.forward(blocks):
+            if self._is_new:
+                with self._foresight.watch(self._blocks if blocks is None else blocks):
+                    yield
+            else:
+                yield
         self._learn()
         if self._feed.watcher is not None:
             self._feed.ran(self._present, self._stats)
@@ -155,12 +159,12 @@ class SwapRun:
                 f"a forward can start only between two others, but the session is {state.value}; end the forward that "
                 "is under way, or make a new run"
             )
-        is_new, is_other = self.planner.start(workload), workload != self._workload
+        self._is_new, is_other = self.planner.start(workload), workload != self._workload
         self._workload = workload
         if state is SessionState.ADOPTED:
             if is_other:
                 self._time_again()
-            self._plan_again_if_needed(is_new=is_new)
+            self._plan_again_if_needed(is_new=self._is_new)
         else:
             self._start_run()
         self._prepared = True
