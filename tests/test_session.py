@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from toys import Model, Simulation, alternating, fixed_plan, replan, toy
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState, SwapSession
@@ -239,6 +241,63 @@ def test_grad_on_weights_that_require_it_is_refused_before_anything_changes() ->
     assert addresses(model) == before
     assert_nothing_left(simulation)
     session.close()
+
+
+class Taking(nn.Module):
+    """A frozen block that takes its input in many ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(16, 16), requires_grad=False)
+
+    def forward(self, *given: object, **named: object) -> torch.Tensor:
+        (x,) = (leaf for leaf in tree_leaves((given, named)) if isinstance(leaf, torch.Tensor))
+        return x @ self.w
+
+
+WAYS: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
+    "positional": lambda block, x: block(x),
+    "keyword": lambda block, x: block(x=x),
+    "nested": lambda block, x: block(3, [None, ({"x": x},)]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("at", [0, 2])
+def test_an_input_that_requires_grad_is_refused_with_the_name_of_its_block(way: str, at: int) -> None:
+    model, simulation = Model([Taking() for _ in range(3)]), Simulation()
+    x = x_of().requires_grad_()
+    with simulation.session(model, fixed_plan([True] * 3)) as session:
+        with session.forward():
+            for block in model.blocks[:at]:
+                block(x_of())
+            with pytest.raises(
+                UnsupportedModelError, match=rf"an input of blocks\.{at} requires grad.*no_grad.*detach"
+            ):
+                WAYS[way](model.blocks[at], x)
+        with torch.no_grad(), session.forward():
+            WAYS[way](model.blocks[at], x)
+        with session.forward():
+            assert not WAYS[way](model.blocks[at], x.detach()).requires_grad
+    assert_nothing_left(simulation)
+
+
+def test_grad_that_is_enabled_inside_of_a_forward_is_seen() -> None:
+    model = toy(3)
+    model.blocks[1].up.requires_grad_()
+    with Simulation().session(model, fixed_plan([True] * 3)) as session, torch.no_grad():
+        for x, refused in ((x_of().requires_grad_(), "an input of blocks.0"), (x_of(), "blocks.1.up")):
+            with pytest.raises(UnsupportedModelError, match=refused), session.forward(), torch.enable_grad():
+                model(x)
+        assert torch.equal(run(session, model), truth_of(model))
+
+
+def test_what_a_block_is_called_with_may_be_passed_to_enter() -> None:
+    model = toy(2)
+    with Simulation().session(model, fixed_plan([True] * 2)) as session, session.forward():
+        session.enter(0, (x_of(), {"x": None}))
+        with pytest.raises(UnsupportedModelError, match=r"an input of blocks\.1 requires grad"):
+            session.enter(1, (x_of(), [x_of().requires_grad_()]))
 
 
 def test_a_forward_over_another_number_of_blocks_is_refused() -> None:

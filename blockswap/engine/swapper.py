@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from ..device.failures import device_error
 from ..errors import BlockSwapError, TransferError, UnsupportedModelError
 from ..host.slabs import Slab
 from ..host.store import HostStore
 from ..model.layout import Placement
-from ..model.profile import ProfiledModel
+from ..model.profile import ProfiledModel, refuse_grad
 from ..model.tensors import flat
 from ..plan.schedule import Ring, Step
 from ..plan.swap_plan import HostTier, SwapPlan
@@ -193,6 +194,39 @@ class BlockSwapper:
             block = onload.block
             slab = self._placer.slab(block) if block in self._pending else self._store.slabs[block]
             self._copies.start(onload.slot, slab, block=block)
+
+
+class HoldsSwapper(Protocol):
+    """What a session holds; another swapper takes the place of the first when blocks are placed again."""
+
+    swapper: BlockSwapper | None
+
+
+def block_hook(
+    holds: HoldsSwapper, enter: Callable[[], Callable[[int], None] | None], block: int, named: tuple[str, nn.Module]
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    """The hook that runs before a block and sees its arguments.
+
+    Args:
+        holds: Holds the swapper.
+        enter: Returns the session's `enter`, None once the session is gone. A hook that held the session itself would
+            keep a dropped session alive until the garbage collector runs.
+        block: Index of the block.
+        named: Its name and module.
+    """
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def before_block(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            refuse_grad((named,), (arguments, keywords))
+        swapper = holds.swapper
+        if swapper is not None and swapper.enter(block):
+            return
+        alive = enter()
+        assert alive is not None, "hooks are registered only inside a session's forward"
+        alive(block)
+
+    return before_block
 
 
 WORD = 8

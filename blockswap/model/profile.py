@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ...hardware.disk import FileRegion
 from ..errors import UnsupportedModelError
@@ -142,9 +143,23 @@ def _files(entries: Sequence[TensorEntry]) -> tuple[str, ...]:
     return tuple(path for path, _ in nbytes.most_common())
 
 
-def refuse_grad(blocks: Sequence[tuple[str, nn.Module]]) -> None:
-    """Raises UnsupportedModelError if a parameter of `blocks` requires grad."""
+def refuse_grad(blocks: Sequence[tuple[str, nn.Module]], given: object = ()) -> None:
+    """Refuses what a backward would need: it runs after other weights have taken the place of a block's in its slot.
+
+    Args:
+        blocks: Name and module of each block.
+        given: What one block is called with: tensors in tuples, lists and dicts.
+
+    Raises:
+        UnsupportedModelError: A parameter of `blocks` requires grad, or a tensor in `given`.
+    """
     for name, module in blocks:
+        for leaf in tree_leaves(given):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                raise UnsupportedModelError(
+                    f"an input of {name} requires grad and grad is enabled, but swapped blocks support inference only; "
+                    "run under torch.inference_mode() or torch.no_grad(), or detach() the input"
+                )
         for path, parameter in module.named_parameters():
             if parameter.requires_grad:
                 raise UnsupportedModelError(
