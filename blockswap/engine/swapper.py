@@ -102,11 +102,14 @@ class BlockSwapper:
                     return False
                 self.entered += 1
                 if binding.counting and binding.was_edited():
-                    if self._store.slabs[block].tier is HostTier.FILE:
-                        binding.outdate()  # the edit is in memory alone, and not in the file
+                    slab = self._store.slabs[block]
+                    if slab.tier is not HostTier.FILE:
+                        slab.forget_sources()
+                    if slab.tier is HostTier.FILE or binding.shells:
+                        # The edit is in memory alone and not in the file, or it may be of a scale beside the slab.
+                        binding.outdate()
                         return False
                     self._ring.forget(block)
-                    self._store.slabs[block].forget_sources()
                 step = self._ring.enter(block)
                 before = None if self.trace is None else self._transfer.mark()  # here, since starting a copy may block
                 self._apply(step)
@@ -175,6 +178,8 @@ class BlockSwapper:
             self.trace.add(COMPUTE, block, began, self._transfer.mark())
         self._running = None  # only now: `abort` binds the masters of the block that an exception left in its slot
         if binding.counting and binding.was_edited():
+            if binding.shells:
+                binding.outdate()  # a scale beside the slot may have kept the edit
             raise UnsupportedModelError(
                 f"the forward of {self._model.profile.blocks[block].name} edited one of its weights in place, and the "
                 "edit is lost with the slot; keep that tensor in a buffer"
