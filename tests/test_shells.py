@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from odd_tensors import Doubled, Scaled, scaled
+from on_disk import skip_unless_on_disk
+from safetensors.torch import load_file, save_file
 from torch import nn
 from toys import Model, Simulation, fixed_plan, replan
 from wanvideo_enhanced_blockswap.blockswap import PinBudget, backend_for
-from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
+from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState, SwapSession
 from wanvideo_enhanced_blockswap.blockswap.errors import UnsupportedModelError
 from wanvideo_enhanced_blockswap.blockswap.model.profile import profile_model
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 
 if TYPE_CHECKING:
     from pretend_accelerator import PretendHpu
@@ -221,6 +225,30 @@ def test_a_plan_may_change_which_blocks_are_swapped() -> None:
             replan(session, fixed_plan(swapped)) if session.plan else None
             assert torch.equal(run(session, model), want)
     assert_same_bytes(model, shells("nested"))
+
+
+@pytest.mark.parametrize("kind", ["nested", "TensorCoreMXFP8Layout", "TensorWiseINT8Layout"])
+@pytest.mark.parametrize("tier", [HostTier.FILE, HostTier.PINNED])
+def test_tensors_that_are_in_a_file_are_read_from_it(tmp_path: Path, kind: str, tier: HostTier) -> None:
+    """And an edit of the whole parameter, which its tensors do not count, is kept."""
+    path, model, unswapped = tmp_path / "weights.safetensors", shells(kind), shells(kind)
+    save_file({f"{i}": tensor.detach().clone() for i, tensor in enumerate(tensors(model))}, path)
+    skip_unless_on_disk(path)
+    state = load_file(path)
+    for i, tensor in enumerate(tensors(model)):
+        tensor.data = state[f"{i}"]
+    with Simulation().session(model, fixed_plan([True] * COUNT, tiers=tier)) as session:
+        assert torch.equal(run(session, model), unswapped(x_of()))
+        assert set(session.tiers.values()) == {tier}
+        assert all(slab.originals or slab.pages is None for slab in session._holds.slabs.values())
+        for changed in (model, unswapped):
+            torch.manual_seed(9)
+            (load_state if hasattr(changed.blocks[1].one, "_qdata") else edit_data)(changed.blocks[1], KINDS[kind])
+        session.release()
+        for swapped in ([True] * COUNT, [False] * COUNT, [True] * COUNT):
+            replan(session, fixed_plan(swapped, tiers=tier)) if session.state is SessionState.ADOPTED else None
+            assert torch.equal(run(session, model), unswapped(x_of()))
+    assert_same_bytes(model, unswapped)
 
 
 # ------------------------------------------------------------------------- on a device whose memory is not the host's
