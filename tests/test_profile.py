@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from odd_tensors import Doubled as DoubledTensor
-from odd_tensors import Opaque, PackedParameter, scaled
+from odd_tensors import Opaque, PackedParameter, Scaled, scaled
 from torch import nn
 from torch.nn.utils import parametrize
 from toys import toy
@@ -193,6 +193,20 @@ def test_a_wrapper_subclass_around_a_tensor_that_cannot_be_copied_as_bytes_stays
     weight = scaled(32, 32)
     weight.scale = torch.eye(4).to_sparse()
     assert only(weight).placement is Placement.FIXED
+
+
+def test_a_subclass_that_has_bytes_of_its_own_beside_its_tensors_stays() -> None:
+    class Both(Scaled):
+        @staticmethod
+        def __new__(cls, data: torch.Tensor, scale: torch.Tensor) -> Both:
+            return torch.Tensor._make_subclass(cls, data.float())
+
+        @classmethod
+        def __torch_dispatch__(cls, func: object, types: object, args: tuple = (), kwargs: object = None) -> object:
+            return Both(args[0].inner, args[0].scale)
+
+    weight = Both(torch.zeros(32, 32, dtype=torch.int8), torch.ones(1))
+    assert only(nn.Parameter(weight, requires_grad=False)).placement is Placement.FIXED
 
 
 def test_a_buffer_of_a_wrapper_subclass_stays() -> None:

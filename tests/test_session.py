@@ -13,6 +13,8 @@ from toys import Model, Simulation, alternating, fixed_plan, replan, toy
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState, SwapSession
 from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError, UnsupportedModelError
+from wanvideo_enhanced_blockswap.blockswap.model.profile import blocks_of
+from wanvideo_enhanced_blockswap.blockswap.wrapper.wanvideo import vace_blocks_entered
 
 COUNT = 6
 SLAB = 3072  # of a toy block: two matrices of 16 x 24 float32
@@ -298,6 +300,39 @@ def test_what_a_block_is_called_with_may_be_passed_to_enter() -> None:
         session.enter(0, (x_of(), {"x": None}))
         with pytest.raises(UnsupportedModelError, match=r"an input of blocks\.1 requires grad"):
             session.enter(1, (x_of(), [x_of().requires_grad_()]))
+
+
+class Vace(nn.Module):
+    """A block whose forward the wrapper calls directly."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        if not index:
+            self.before_proj = nn.Linear(16, 16).requires_grad_(False)
+        self.after_proj = nn.Linear(16, 16).requires_grad_(False)
+
+    def forward(self, c: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.after_proj(self.before_proj(c) + x if hasattr(self, "before_proj") else c)
+
+
+@pytest.mark.parametrize(("name", "at"), [("c", 0), ("x", 1)])
+def test_an_input_of_a_vace_block_that_requires_grad_is_refused(name: str, at: int) -> None:
+    model = nn.Module()
+    model.vace_blocks = nn.ModuleList(Vace(index) for index in range(3))
+    given = {"c": x_of(), "x": x_of()}
+    given[name].requires_grad_()
+
+    def forward() -> None:
+        c = given["c"]
+        for block in model.vace_blocks:
+            c = block.forward(c, given["x"])
+
+    with SwapSession(list(blocks_of(model)), fixed_plan([True] * 3), Simulation().backend, root=model) as session:
+        refused = pytest.raises(UnsupportedModelError, match=rf"an input of vace_blocks\.{at} requires grad")
+        with session.forward(), vace_blocks_entered(model, session.enter), refused:
+            forward()
+        with torch.no_grad(), session.forward(), vace_blocks_entered(model, session.enter):
+            forward()
 
 
 def test_a_forward_over_another_number_of_blocks_is_refused() -> None:

@@ -148,9 +148,7 @@ def edit_data(block: ShellBlock, make: Callable[[], nn.Parameter]) -> None:
 
 
 def load_state(block: ShellBlock, make: Callable[[], nn.Parameter]) -> None:
-    """As the wrapper's loader and ComfyUI's patches do."""
-    if not hasattr(block.one, "_qdata"):
-        pytest.skip("our own class does not take part in copy_")
+    """As the wrapper's loader and ComfyUI's patches do; our own classes do not know the operation."""
     with torch.no_grad():
         block.one.copy_(make())
 
@@ -160,10 +158,14 @@ def to_host(block: ShellBlock, make: Callable[[], nn.Parameter]) -> None:
 
 
 CHANGES = [replace_shell, replace_data, edit_data, load_state, to_host]
+every_change = pytest.mark.parametrize(
+    ("kind", "change"),
+    [(kind, change) for kind in KINDS for change in CHANGES if kind in LAYOUTS or change is not load_state],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
 
 
-@every_kind
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@every_change
 @pytest.mark.parametrize("at", [0, 1, 4])
 def test_a_change_between_forwards_is_seen_and_kept(kind: str, change: Callable, at: int) -> None:
     model, unswapped = shells(kind), shells(kind)
@@ -225,6 +227,42 @@ def test_a_plan_may_change_which_blocks_are_swapped() -> None:
             replan(session, fixed_plan(swapped)) if session.plan else None
             assert torch.equal(run(session, model), want)
     assert_same_bytes(model, shells("nested"))
+
+
+class LinearBlock(nn.Module):
+    """A linear layer whose class computes it, in kernels of its own where it has some."""
+
+    def __init__(self, make: Callable[[], nn.Parameter]) -> None:
+        super().__init__()
+        self.weight = make()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(nn.functional.linear(x, self.weight))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layer_that_the_class_itself_computes_gives_the_same(layout: str) -> None:
+    torch.manual_seed(0)
+    model = Model([LinearBlock(KINDS[layout]) for _ in range(COUNT)])
+    x = x_of().to(torch.bfloat16)
+    want = model(x)
+    with Simulation().session(model, fixed_plan(SWAPPED)) as session:
+        assert all(torch.equal(run(session, model, x), want) for _ in range(3))
+
+
+@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig", "IntxWeightOnlyConfig"])
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_torchao_has_quantized_give_the_same(name: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="the classes are torchao's")
+    torch.manual_seed(0)
+    model = Model([nn.Sequential(nn.Linear(256, 256, dtype=torch.bfloat16)) for _ in range(COUNT)])
+    quantization.quantize_(model.requires_grad_(False), getattr(quantization, name)())
+    x = torch.randn(3, 256, dtype=torch.bfloat16)
+    want = model(x)
+    streamed = sum(block.streamed_bytes for block in profile_model(model.named).profile.blocks)
+    assert streamed == COUNT * 256 * 256
+    with Simulation().session(model, fixed_plan(SWAPPED)) as session:
+        assert all(torch.equal(run(session, model, x), want) for _ in range(3))
 
 
 @pytest.mark.parametrize("kind", ["nested", "TensorCoreMXFP8Layout", "TensorWiseINT8Layout"])
@@ -290,8 +328,7 @@ def test_on_a_device_only_what_streams_is_copied_and_the_peak_is_as_planned(
     session.close()
 
 
-@every_kind
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@every_change
 @pytest.mark.parametrize("at", [0, 1])
 def test_on_a_device_a_change_between_forwards_is_seen_and_kept(
     pretend_stats: PretendHpu, kind: str, change: Callable, at: int

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ...hardware.disk import FileRegion
 from ..errors import UnsupportedModelError
 from .layout import BlockProfile, ModelProfile, Placement, TensorProfile, device_bytes, small_cutoff
-from .tensors import has_own_storage, inner_names, span_bytes
+from .tensors import allocations, has_own_storage, inner_names, stored_bytes
 
 HOST_NAMES = frozenset({"block_id"})
 """Names of tensors that index Python lists; on the device each use would synchronise the host."""
@@ -163,7 +163,7 @@ def profile_model(
             entry.region = region_of(entry.tensor)
     inside = {id(entry.tensor) for entry in every} | {id(shell.tensor) for block in shells for shell in block}
     outside = () if root is None else (t for t in (*root.parameters(), *root.buffers()) if id(t) not in inside)
-    other = sum(sum(_parts(tensor)) for tensor in outside if not tensor.is_meta)
+    other = sum(stored_bytes(tensor) for tensor in outside if not tensor.is_meta)
     profiles = tuple(
         BlockProfile(
             name,
@@ -284,21 +284,12 @@ def _oddity(tensor: torch.Tensor) -> tuple[str, str] | None:
 def _place(block: Sequence[TensorEntry]) -> None:
     """Sets the placement and extent of each entry of a block."""
     for entry in block:
-        entry.extent = sum(_parts(entry.tensor))
+        entry.extent = stored_bytes(entry.tensor)
     cutoff = small_cutoff(sum(entry.extent for entry in block))
     for entry in block:
         entry.placement, entry.reason = _placement(entry, cutoff)
         if entry.placement is Placement.FIXED:
-            entry.extent = sum(map(device_bytes, _parts(entry.tensor)))
-
-
-def _parts(tensor: torch.Tensor) -> list[int]:
-    """Bytes of each allocation behind a tensor: one, or several for a subclass that is made of other tensors."""
-    if has_own_storage(tensor) and tensor.layout is torch.strided:
-        return [span_bytes(tensor)]
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor.numel() * tensor.element_size()]  # outside the blocks it may be sparse: this is an upper limit
-    return [size for name in tensor.__tensor_flatten__()[0] for size in _parts(getattr(tensor, name))]
+            entry.extent = sum(map(device_bytes, allocations(entry.tensor)))
 
 
 def _placement(entry: TensorEntry, cutoff: int) -> tuple[Placement, str]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import WrapperError, WrapperMissingError
 from ..model.profile import blocks_of
+from ..model.tensors import stored_bytes
 from ..settings import EVERY_BLOCK
 
 LOAD, START, END = "load_weights", "init_blockswap", "offload_transformer"
@@ -213,7 +214,7 @@ def vace_blocks_of(transformer: Any) -> Sequence[nn.Module]:
 def host_weight_bytes(transformer: nn.Module) -> int:
     """Bytes of the blocks' weights in host memory now."""
     weights = [weight for _, block in named_blocks(transformer) for weight in block.parameters()]
-    return sum(weight.numel() * weight.element_size() for weight in weights if weight.device.type == "cpu")
+    return sum(stored_bytes(weight) for weight in weights if weight.device.type == "cpu")
 
 
 def retry_blocker(transformer: Any, original: Any, *, step: int) -> str | None:
