@@ -44,10 +44,58 @@ class Scaled(torch.Tensor):
         return value.plain() if isinstance(value, Scaled) else value
 
 
-def scaled(*shape: int) -> nn.Parameter:
+def scaled(*shape: int, kind: type[Scaled] = Scaled) -> nn.Parameter:
     """A parameter of a wrapper subclass."""
     data = torch.randint(-100, 100, shape, dtype=torch.int8)
-    return nn.Parameter(Scaled(data, torch.tensor([0.01])), requires_grad=False)
+    return nn.Parameter(kind(data, torch.tensor([0.01])), requires_grad=False)
+
+
+class Opaque(Scaled):
+    """The same, but it cannot be taken apart: the tensor that it shows is not the one that it uses."""
+
+    @property
+    def inner(self) -> torch.Tensor:
+        return self.hidden.view(self.hidden.shape)
+
+    @inner.setter
+    def inner(self, data: torch.Tensor) -> None:
+        self.hidden = data
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        return Opaque(result.inner, result.scale) if isinstance(result, Scaled) else result
+
+
+class Doubled(torch.Tensor):
+    """A wrapper subclass around another: twice a `Scaled`."""
+
+    @staticmethod
+    def __new__(cls, half: Scaled) -> Doubled:
+        return torch.Tensor._make_wrapper_subclass(cls, half.shape, dtype=half.dtype, device=half.device)
+
+    def __init__(self, half: Scaled) -> None:
+        self.half = half
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["half"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], meta: None, size: object, stride: object) -> Doubled:
+        return Doubled(inner["half"])
+
+    def plain(self) -> torch.Tensor:
+        return 2 * self.half.plain()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten._to_copy.default):
+            return Doubled(func(args[0].half, *args[1:], **(kwargs or {})))
+        return func(*tree_map(cls._plain, args), **tree_map(cls._plain, kwargs or {}))
+
+    @staticmethod
+    def _plain(value: object) -> object:
+        return value.plain() if isinstance(value, Doubled) else value
 
 
 class PackedParameter(nn.Parameter):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from facts import Facts, make_plan
+from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
 from wanvideo_enhanced_blockswap.blockswap.model.layout import BlockProfile, ModelProfile, Placement, TensorProfile
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 from wanvideo_enhanced_blockswap.hardware import (
@@ -88,3 +89,32 @@ def test_by_hand_the_streams_are_those_asked_for_and_nobody_speaks_of_tiers() ->
     made = make_plan(MODEL, BY_HAND, FACTS)
     assert (made.swapped_count, made.streams, made.tuning) == (12, 6, ())
     assert not [reason for reason in made.reasons if reason.startswith(("tier", "link"))]
+
+
+WHOLE = TensorProfile("w", 400 * MIB, Placement.FIXED, "Opaque cannot be taken apart")
+
+
+def beside(tensor: TensorProfile) -> ModelProfile:
+    """The model with this tensor in each block."""
+    return ModelProfile(tuple(BlockProfile(block.name, (*block.tensors, tensor)) for block in MODEL.blocks))
+
+
+@pytest.mark.parametrize("chosen", [SwapSettings(), BY_HAND], ids=["automatic", "by hand"])
+def test_a_plan_says_how_much_cannot_be_swapped_and_of_which_type(chosen: SwapSettings) -> None:
+    small = replace(WHOLE, nbytes=4 * MIB)
+    assert "80.0 MiB of weights always stay on the device (Opaque cannot be taken apart)" in (
+        make_plan(beside(small), chosen, FACTS).reasons
+    )
+    assert not [reason for reason in make_plan(MODEL, chosen, FACTS).reasons if "always stay" in reason]
+
+
+def test_a_number_of_blocks_that_frees_nothing_is_refused_with_the_type_that_stays() -> None:
+    model = ModelProfile(tuple(BlockProfile(block.name, (WHOLE,)) for block in MODEL.blocks))
+    sentence = (
+        r"swapping 12 blocks would free nothing: 7\.8 GiB of weights always stay on the device \(Opaque cannot be "
+        r"taken apart\); set blocks_to_swap to 0"
+    )
+    with pytest.raises(PlanError, match=sentence):
+        make_plan(model, BY_HAND, FACTS)
+    assert make_plan(model, replace(BY_HAND, blocks_to_swap=0), FACTS).swapped_count == 0
+    assert make_plan(model, SwapSettings(), replace(FACTS, memory=ROOM)).swapped_count == 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from copies_seen import assert_placed_in_few_copies_of_our_memory
-from odd_tensors import PackedBlock, PackedParameter, scaled
+from odd_tensors import Opaque, PackedBlock, PackedParameter, scaled
 from test_swapper import Counting, ScaledBlock
 from torch import nn
 from toys import Block, Model, fixed_plan, small_bytes
@@ -350,7 +350,7 @@ def test_memory_that_runs_out_for_a_tensor_that_cannot_be_re_pointed_is_a_clear_
 ) -> None:
     torch.manual_seed(0)
     model = Model([ScaledBlock() for _ in range(3)])
-    model.blocks[2].weight = scaled(512, 16)
+    model.blocks[2].weight = scaled(512, 16, kind=Opaque)
     session = session_of(model, [True] * 3)
     pretend_stats.set_memory_limit(pretend_stats.memory_allocated() + 4096)
     with pytest.raises(DeviceMemoryError, match="not enough VRAM on hpu:0 for"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from odd_tensors import PackedParameter, scaled
+from odd_tensors import Doubled as DoubledTensor
+from odd_tensors import Opaque, PackedParameter, Scaled, scaled
 from torch import nn
 from torch.nn.utils import parametrize
 from toys import toy
@@ -162,10 +163,55 @@ def test_overlapping_tensors_that_no_whole_element_parts_are_refused_by_name() -
         read(holding({"narrow": narrow, "wide": wide}))
 
 
-def test_a_wrapper_subclass_cannot_be_re_pointed_stays_and_says_why() -> None:
-    found = only(scaled(32, 32))
-    assert found.placement is Placement.FIXED
-    assert found.reason
+def test_the_tensors_in_a_wrapper_subclass_are_placed_like_any_other() -> None:
+    profile = read(holding({"w": scaled(32, 32), "d": nn.Parameter(DoubledTensor(scaled(32, 32).data), False)})).profile
+    found = {name: (tensor.nbytes, tensor.placement) for name, tensor in tensors(profile.blocks[0]).items()}
+    large, small = (1024, Placement.STREAMED), (4, Placement.SMALL)
+    assert found == {"w.inner": large, "w.scale": small, "d.half.inner": large, "d.half.scale": small}
+
+
+def test_the_tensors_in_a_wrapper_subclass_are_not_counted_outside_of_the_blocks() -> None:
+    model = nn.Module()
+    model.blocks = nn.ModuleList([holding({"w": scaled(32, 32)})])
+    model.register_parameter("head", scaled(8, 8))
+    assert read(*model.blocks, root=model).profile.other_bytes == 64 + 4
+
+
+def test_two_wrapper_subclasses_around_the_same_tensor_keep_it_on_the_device() -> None:
+    weight = scaled(32, 32)
+    block = read(holding({"a": weight, "b": nn.Parameter(weight.data, requires_grad=False)})).profile.blocks[0]
+    assert {tensor.placement for tensor in block.tensors} == {Placement.SMALL}
+    assert block.nbytes == 1024 + 4
+
+
+def test_a_wrapper_subclass_that_cannot_be_taken_apart_stays_and_says_why() -> None:
+    found = only(scaled(32, 32, kind=Opaque))
+    assert (found.placement, found.reason) == (Placement.FIXED, "Opaque cannot be taken apart")
+
+
+def test_a_wrapper_subclass_around_a_tensor_that_cannot_be_copied_as_bytes_stays() -> None:
+    weight = scaled(32, 32)
+    weight.scale = torch.eye(4).to_sparse()
+    assert only(weight).placement is Placement.FIXED
+
+
+def test_a_subclass_that_has_bytes_of_its_own_beside_its_tensors_stays() -> None:
+    class Both(Scaled):
+        @staticmethod
+        def __new__(cls, data: torch.Tensor, scale: torch.Tensor) -> Both:
+            return torch.Tensor._make_subclass(cls, data.float())
+
+        @classmethod
+        def __torch_dispatch__(cls, func: object, types: object, args: tuple = (), kwargs: object = None) -> object:
+            return Both(args[0].inner, args[0].scale)
+
+    weight = Both(torch.zeros(32, 32, dtype=torch.int8), torch.ones(1))
+    assert only(nn.Parameter(weight, requires_grad=False)).placement is Placement.FIXED
+
+
+def test_a_buffer_of_a_wrapper_subclass_stays() -> None:
+    block = read(holding({"w": torch.zeros(64, 64)}, lora=scaled(32, 32).data)).profile.blocks[0]
+    assert tensors(block)["lora"].placement is Placement.FIXED
 
 
 @pytest.mark.parametrize(
@@ -197,7 +243,7 @@ def test_a_sparse_tensor_outside_of_the_blocks_is_no_trouble() -> None:
 
 
 def test_the_bytes_of_a_wrapper_subclass_are_what_its_parts_take_when_they_are_allocated() -> None:
-    weight = scaled(32, 32)
+    weight = scaled(32, 32, kind=Opaque)
     assert (weight.inner.nbytes, weight.scale.nbytes) == (1024, 4)
     assert only(weight).nbytes == 1024 + 512
 
@@ -269,6 +315,6 @@ def test_empty_and_missing_tensors_are_no_trouble() -> None:
 
 
 def test_small_tensors_are_priced_as_one_allocation_and_the_immovable_one_by_one() -> None:
-    one = holding({"w": torch.zeros(64, 64), "a": torch.zeros(3), "s": scaled(4, 4)})
+    one = holding({"w": torch.zeros(64, 64), "a": torch.zeros(3), "s": scaled(4, 4, kind=Opaque)})
     profile = read(one).profile
     assert profile.small_device_bytes == device_bytes(12) + 2 * device_bytes(4)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from toys import Model, Simulation, alternating, fixed_plan, replan, toy
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState, SwapSession
 from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError, UnsupportedModelError
+from wanvideo_enhanced_blockswap.blockswap.model.profile import blocks_of
+from wanvideo_enhanced_blockswap.blockswap.wrapper.wanvideo import vace_blocks_entered
 
 COUNT = 6
 SLAB = 3072  # of a toy block: two matrices of 16 x 24 float32
@@ -239,6 +243,96 @@ def test_grad_on_weights_that_require_it_is_refused_before_anything_changes() ->
     assert addresses(model) == before
     assert_nothing_left(simulation)
     session.close()
+
+
+class Taking(nn.Module):
+    """A frozen block that takes its input in many ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(16, 16), requires_grad=False)
+
+    def forward(self, *given: object, **named: object) -> torch.Tensor:
+        (x,) = (leaf for leaf in tree_leaves((given, named)) if isinstance(leaf, torch.Tensor))
+        return x @ self.w
+
+
+WAYS: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
+    "positional": lambda block, x: block(x),
+    "keyword": lambda block, x: block(x=x),
+    "nested": lambda block, x: block(3, [None, ({"x": x},)]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("at", [0, 2])
+def test_an_input_that_requires_grad_is_refused_with_the_name_of_its_block(way: str, at: int) -> None:
+    model, simulation = Model([Taking() for _ in range(3)]), Simulation()
+    x = x_of().requires_grad_()
+    with simulation.session(model, fixed_plan([True] * 3)) as session:
+        with session.forward():
+            for block in model.blocks[:at]:
+                block(x_of())
+            with pytest.raises(
+                UnsupportedModelError, match=rf"an input of blocks\.{at} requires grad.*no_grad.*detach"
+            ):
+                WAYS[way](model.blocks[at], x)
+        with torch.no_grad(), session.forward():
+            WAYS[way](model.blocks[at], x)
+        with session.forward():
+            assert not WAYS[way](model.blocks[at], x.detach()).requires_grad
+    assert_nothing_left(simulation)
+
+
+def test_grad_that_is_enabled_inside_of_a_forward_is_seen() -> None:
+    model = toy(3)
+    model.blocks[1].up.requires_grad_()
+    with Simulation().session(model, fixed_plan([True] * 3)) as session, torch.no_grad():
+        for x, refused in ((x_of().requires_grad_(), "an input of blocks.0"), (x_of(), "blocks.1.up")):
+            with pytest.raises(UnsupportedModelError, match=refused), session.forward(), torch.enable_grad():
+                model(x)
+        assert torch.equal(run(session, model), truth_of(model))
+
+
+def test_what_a_block_is_called_with_may_be_passed_to_enter() -> None:
+    model = toy(2)
+    with Simulation().session(model, fixed_plan([True] * 2)) as session, session.forward():
+        session.enter(0, (x_of(), {"x": None}))
+        with pytest.raises(UnsupportedModelError, match=r"an input of blocks\.1 requires grad"):
+            session.enter(1, (x_of(), [x_of().requires_grad_()]))
+
+
+class Vace(nn.Module):
+    """A block whose forward the wrapper calls directly."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        if not index:
+            self.before_proj = nn.Linear(16, 16).requires_grad_(False)
+        self.after_proj = nn.Linear(16, 16).requires_grad_(False)
+
+    def forward(self, c: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.after_proj(self.before_proj(c) + x if hasattr(self, "before_proj") else c)
+
+
+@pytest.mark.parametrize(("name", "at"), [("c", 0), ("x", 1)])
+def test_an_input_of_a_vace_block_that_requires_grad_is_refused(name: str, at: int) -> None:
+    model = nn.Module()
+    model.vace_blocks = nn.ModuleList(Vace(index) for index in range(3))
+    given = {"c": x_of(), "x": x_of()}
+    given[name].requires_grad_()
+
+    def forward() -> None:
+        c = given["c"]
+        for block in model.vace_blocks:
+            c = block.forward(c, given["x"])
+
+    with SwapSession(list(blocks_of(model)), fixed_plan([True] * 3), Simulation().backend, root=model) as session:
+        refused = pytest.raises(UnsupportedModelError, match=rf"an input of vace_blocks\.{at} requires grad")
+        with session.forward(), vace_blocks_entered(model, session.enter), refused:
+            forward()
+        with torch.no_grad(), session.forward(), vace_blocks_entered(model, session.enter):
+            forward()
 
 
 def test_a_forward_over_another_number_of_blocks_is_refused() -> None:

@@ -18,8 +18,8 @@ from ..host.pages import PageMemory
 from ..host.slabs import ComingSlab, Slab
 from ..host.store import HostStore
 from ..model.layout import BlockProfile, Placement, device_bytes, slab_offsets
-from ..model.profile import ProfiledModel, TensorEntry
-from ..model.tensors import copy_bytes, element_view, plain_view, storage_key, version_of
+from ..model.profile import ProfiledModel, Shell, TensorEntry
+from ..model.tensors import copy_bytes, element_view, plain_view, shell_on, storage_key, version_of
 from ..plan.swap_plan import HostTier, SwapPlan
 from .binding import BlockBinding, TensorBinding, bind, bring_back
 from .transfer import Transfer
@@ -82,8 +82,8 @@ class Pending:
 
 def _states(entries: Iterable[TensorEntry]) -> list[tuple[int, int, int | None]]:
     """What changes if a tensor is replaced, pointed elsewhere or edited in place; 0 of one that was removed."""
-    tensors = [entry.holder.get(entry.name) for entry in entries]
-    return [(0, 0, 0) if t is None else (id(t), t.data_ptr(), version_of(t)) for t in tensors]
+    tensors = [(entry.holder.get(entry.name), entry.shells) for entry in entries]
+    return [(0, 0, 0) if t is None else (id(t), t.data_ptr(), version_of(t, *shells)) for t, shells in tensors]
 
 
 class Placer:
@@ -115,6 +115,8 @@ class Placer:
         self.pending: dict[int, Pending] = {}
         self.bindings: dict[int, BlockBinding] = {}
         self._bound: list[TensorBinding] = []
+        self._masters: dict[int, torch.Tensor] = {}  # of the small tensors
+        self._shells: list[tuple[Shell, torch.Tensor]] = []
         self._fixed: list[tuple[TensorEntry, torch.Tensor, torch.Tensor]] = []
         self._memories: list[torch.Tensor] = []
         self._gathered: PageMemory | None = None  # host memory in which `_copy_to_device` gathers
@@ -144,6 +146,7 @@ class Placer:
     def _release(self) -> None:
         inside = {storage_key(memory) for memory in (*self._memories, *self._transfer.window)}
         bound, self._bound = self._bound, []
+        shells, self._shells = self._shells, []
         fixed, self._fixed = self._fixed, []
         memories, self._memories = self._memories, []
         with contextlib.ExitStack() as stack:  # runs every step, even if another fails, from the last to the first
@@ -155,6 +158,9 @@ class Placer:
             if self._gathered is not None:  # placing has failed, and its error holds this object
                 stack.callback(self._drop_gathered)
                 stack.callback(self._transfer.settle_placed)
+            for shell, master in shells:
+                if shell.is_whole:
+                    stack.callback(bind, (shell.tensor,), (master,))
             for one in bound:
                 stack.callback(self._restore_master, one, inside)
             with self._transfer.streams.guard():  # Rule 8
@@ -173,6 +179,7 @@ class Placer:
         everything = [entry for entries in self._model.entries for entry in entries]
         small = self._to_copy(entry for entry in everything if entry.placement is Placement.SMALL)
         self._copy_to_device(small, self._allocate(small))
+        self._masters = {id(bound.tensor): bound.master for bound in self._bound}
         for entry in everything:
             if entry.placement is Placement.FIXED:
                 self._move(entry)
@@ -252,7 +259,7 @@ class Placer:
         pending.note_placed({id(tensor): view.data_ptr() for tensor, view in zip(tensors, slab.views, strict=True)})
         slab.watch(tensors)
         for entry, tensor, master in zip(streamed, tensors, slab.views, strict=True):
-            self._bound.append(TensorBinding(entry, tensor, master, None, version_of(tensor)))
+            self._bound.append(TensorBinding(entry, tensor, master, None, version_of(tensor, *entry.shells)))
         if self._listeners.on_master is not None:
             name = self._profile(block).name
             for entry, address, master in zip(streamed, addresses, slab.views, strict=True):
@@ -311,7 +318,8 @@ class Placer:
             tensor = entry.tensor
             copy = element_view(memory, tensor, offset=start)
             targets[id(tensor)] = copy.data_ptr()
-            self._bound.append(TensorBinding(entry, tensor, plain_view(tensor), copy, version_of(tensor)))
+            version = version_of(tensor, *entry.shells)
+            self._bound.append(TensorBinding(entry, tensor, plain_view(tensor), copy, version))
             bind((tensor,), (copy,))
         if pending is not None:
             pending.note_placed(targets)
@@ -355,6 +363,9 @@ class Placer:
         streamed = [entry for entry in entries if entry.placement is Placement.STREAMED]
         small = [entry for entry in entries if entry.placement is Placement.SMALL and not entry.is_buffer]
         watched = [*streamed, *small]
+        beside = self._beside_streamed(block) if self._plan.swapped[block] else []
+        copies = list(map(plain_view, beside))
+        bind(beside, [self._masters[id(tensor)] for tensor in beside])
         moving = {entry.name for entry in streamed if entry.is_buffer and self._plan.swapped[block]}
         binding = BlockBinding(
             watched=[entry.tensor for entry in watched],
@@ -369,16 +380,44 @@ class Placer:
             ],
             bare=[holder for holder in self._model.buffers[block] if not holder],
             device=self._transfer.streams.device,
+            shells=self._model.shells[block],
         )
         if self._plan.swapped[block]:
             slab = self._store.slabs[block]
             offsets, _ = slab_offsets(entry.extent for entry in streamed)
             binding.streamed = [entry.tensor for entry in streamed]
-            binding.counting = [tensor for tensor in binding.streamed if version_of(tensor) is not None]
-            binding.versions = [tensor._version for tensor in binding.counting]
             binding.masters = list(slab.views)
             binding.slots = [
                 [element_view(memory, like, offset=offset) for like, offset in zip(slab.views, offsets, strict=True)]
                 for memory in self._transfer.window
             ]
+            binding.streamed += beside
+            binding.masters += [self._masters[id(tensor)] for tensor in beside]
+            for slot in binding.slots:
+                slot += copies
+        for shell in binding.shells:
+            self._bind_shell(shell, binding)
+        binding.counting = [tensor for tensor in binding.streamed if version_of(tensor) is not None]
+        binding.versions = [tensor._version for tensor in binding.counting]
         return binding
+
+    def _beside_streamed(self, block: int) -> list[torch.Tensor]:
+        """The small tensors in shells that stream. Their bytes stay on the device, but between forwards they point at
+        their masters with the rest of the shell: its class expects to find all of it on one device.
+        """
+        together = {id(e): e for shell in self._model.shells[block] if shell.is_streamed for e in shell.entries}
+        tensors = [e.tensor for e in together.values() if e.placement is Placement.SMALL and not e.is_tied]
+        return [tensor for tensor in tensors if id(tensor) in self._masters]
+
+    def _bind_shell(self, shell: Shell, binding: BlockBinding) -> None:
+        """Lets a shell follow its streamed tensors; one without any is on the device until the release."""
+        tensor = shell.tensor
+        master, copy = shell_on(tensor.device, tensor), shell_on(binding.device, tensor)
+        self._shells.append((shell, master))
+        if binding.slots and shell.is_streamed:
+            binding.streamed.append(tensor)
+            binding.masters.append(master)
+            for slot in binding.slots:
+                slot.append(copy)
+        else:
+            bind((tensor,), (copy,))

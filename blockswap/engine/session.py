@@ -26,7 +26,7 @@ from ..model.layout import ModelProfile
 from ..model.profile import ProfiledModel, profile_model, refuse_grad
 from ..plan.swap_plan import STAGING_SLABS, HeldMemory, HostTier, SwapPlan
 from .placer import Listeners
-from .swapper import BlockSwapper
+from .swapper import BlockSwapper, block_hook
 from .trace import ForwardLog, Trace
 from .transfer import Counters, Transfer
 
@@ -98,7 +98,7 @@ class SwapSession:
         weakref.finalize(self, run_outside_workers, self._holds.drop).atexit = False
         self._handles: list[RemovableHandle] = []
         enter = weakref.WeakMethod(self.enter)
-        self._hooks = [block_hook(self._holds, enter, index) for index in range(len(self._named))]
+        self._hooks = [block_hook(self._holds, enter, index, named) for index, named in enumerate(self._named)]
         self.state = SessionState.IDLE
         self.plan: SwapPlan | None = None
         self.log = ForwardLog(traced)
@@ -305,9 +305,20 @@ class SwapSession:
         finally:
             self._end(finished=finished)
 
-    def enter(self, block: int) -> None:
-        """Prepares block `block` to run. The hooks call it; who calls a block's `forward` directly must call it too."""
+    def enter(self, block: int, given: object = ()) -> None:
+        """Prepares block `block` to run. The hooks call it; code that calls a block's `forward` must call it as well.
+
+        Args:
+            block: Index of the block.
+            given: What the block is called with, as far as the caller knows it: tensors in tuples, lists and dicts.
+
+        Raises:
+            UnsupportedModelError: Grad is enabled, and a tensor in `given` or a parameter of the block requires it; or
+                weights were replaced while they were being placed.
+        """
         self._expect("enter", SessionState.RUNNING)
+        if torch.is_grad_enabled():
+            refuse_grad((self._named[block],), given)
         assert self._holds.swapper is not None
         if not self._holds.swapper.enter(block) and not self.adopt_again("its weights were replaced").enter(block):
             raise UnsupportedModelError(
@@ -320,7 +331,7 @@ class SwapSession:
         self.state = SessionState.RUNNING
         self._begin_swapper()
         for module, hook in zip(modules, self._hooks, strict=True):
-            self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
+            self._handles.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
 
     def _begin_swapper(self) -> BlockSwapper:
         swapper, transfer = self._holds.swapper, self._holds.transfer
@@ -424,27 +435,3 @@ class Holdings:
             finally:
                 if store is not None:
                     store.release()
-
-
-def block_hook(
-    holds: Holdings, enter: Callable[[], Callable[[int], None] | None], block: int
-) -> Callable[[nn.Module, object], None]:
-    """The hook that runs before a block.
-
-    Args:
-        holds: The session's swapper.
-        enter: Returns the session's `enter`, None once the session is gone. A hook that held the session itself would
-            keep a dropped session alive until the garbage collector runs.
-        block: Index of the block.
-    """
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def before_block(module: nn.Module, arguments: object) -> None:
-        swapper = holds.swapper
-        if swapper is not None and swapper.enter(block):
-            return
-        alive = enter()
-        assert alive is not None, "hooks are registered only inside a session's forward"
-        alive(block)
-
-    return before_block

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from ..device.failures import device_error
 from ..errors import BlockSwapError, TransferError, UnsupportedModelError
 from ..host.slabs import Slab
 from ..host.store import HostStore
 from ..model.layout import Placement
-from ..model.profile import ProfiledModel
+from ..model.profile import ProfiledModel, refuse_grad
 from ..model.tensors import flat
 from ..plan.schedule import Ring, Step
 from ..plan.swap_plan import HostTier, SwapPlan
@@ -101,11 +102,14 @@ class BlockSwapper:
                     return False
                 self.entered += 1
                 if binding.counting and binding.was_edited():
-                    if self._store.slabs[block].tier is HostTier.FILE:
-                        binding.outdate()  # the edit is in memory alone, and not in the file
+                    slab = self._store.slabs[block]
+                    if slab.tier is not HostTier.FILE:
+                        slab.forget_sources()
+                    if slab.tier is HostTier.FILE or binding.shells:
+                        # The edit is in memory alone and not in the file, or it may be of a scale beside the slab.
+                        binding.outdate()
                         return False
                     self._ring.forget(block)
-                    self._store.slabs[block].forget_sources()
                 step = self._ring.enter(block)
                 before = None if self.trace is None else self._transfer.mark()  # here, since starting a copy may block
                 self._apply(step)
@@ -174,6 +178,8 @@ class BlockSwapper:
             self.trace.add(COMPUTE, block, began, self._transfer.mark())
         self._running = None  # only now: `abort` binds the masters of the block that an exception left in its slot
         if binding.counting and binding.was_edited():
+            if binding.shells:
+                binding.outdate()  # a scale beside the slot may have kept the edit
             raise UnsupportedModelError(
                 f"the forward of {self._model.profile.blocks[block].name} edited one of its weights in place, and the "
                 "edit is lost with the slot; keep that tensor in a buffer"
@@ -193,6 +199,39 @@ class BlockSwapper:
             block = onload.block
             slab = self._placer.slab(block) if block in self._pending else self._store.slabs[block]
             self._copies.start(onload.slot, slab, block=block)
+
+
+class HoldsSwapper(Protocol):
+    """What a session holds; another swapper takes the place of the first when blocks are placed again."""
+
+    swapper: BlockSwapper | None
+
+
+def block_hook(
+    holds: HoldsSwapper, enter: Callable[[], Callable[[int], None] | None], block: int, named: tuple[str, nn.Module]
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    """The hook that runs before a block and sees its arguments.
+
+    Args:
+        holds: Holds the swapper.
+        enter: Returns the session's `enter`, None once the session is gone. A hook that held the session itself would
+            keep a dropped session alive until the garbage collector runs.
+        block: Index of the block.
+        named: Its name and module.
+    """
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def before_block(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            refuse_grad((named,), (arguments, keywords))
+        swapper = holds.swapper
+        if swapper is not None and swapper.enter(block):
+            return
+        alive = enter()
+        assert alive is not None, "hooks are registered only inside a session's forward"
+        alive(block)
+
+    return before_block
 
 
 WORD = 8

@@ -31,7 +31,7 @@ class Placement(Enum):
     SMALL = "small"
     """Always on the device: under the cut-off, or a buffer that a forward may change."""
     FIXED = "fixed"
-    """Always on the device, moved as a whole: a wrapper subclass, whose data cannot be re-pointed."""
+    """Always on the device, moved as a whole: a wrapper subclass that cannot be taken apart."""
     HOST = "host"
     """Always on the host: Python reads it, and on the device each read would wait for the GPU."""
 
@@ -161,6 +161,14 @@ class ModelProfile:
         small = [t.nbytes for b in self.blocks for t in b.tensors if t.placement is Placement.SMALL]
         fixed = [t.nbytes for b in self.blocks for t in b.tensors if t.placement is Placement.FIXED]
         return device_bytes(slab_offsets(small)[1]) + sum(map(device_bytes, fixed))
+
+    @property
+    def fixed_bytes(self) -> dict[str, int]:
+        """Bytes of the FIXED tensors, by the reason why they do not stream."""
+        nbytes: dict[str, int] = {}
+        for tensor in (t for b in self.blocks for t in b.tensors if t.placement is Placement.FIXED):
+            nbytes[tensor.reason] = nbytes.get(tensor.reason, 0) + tensor.nbytes
+        return nbytes
 
     def resident_device_bytes(self, indices: Iterable[int]) -> int:
         """Device memory of the streamed tensors of the blocks at `indices` when they are resident."""

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ...hardware.disk import FileRegion
 from ..errors import UnsupportedModelError
 from .layout import BlockProfile, ModelProfile, Placement, TensorProfile, device_bytes, small_cutoff
-from .tensors import span_bytes
+from .tensors import allocations, has_own_storage, inner_names, stored_bytes
 
 HOST_NAMES = frozenset({"block_id"})
 """Names of tensors that index Python lists; on the device each use would synchronise the host."""
@@ -23,11 +24,12 @@ LORA_MARK = "lora"
 
 @dataclass(eq=False, slots=True)
 class TensorEntry:
-    """One parameter or buffer of a block, found by module and name, since loading makes new Parameter objects.
+    """One parameter or buffer of a block, or a tensor inside a shell, found by holder and name, since loading makes new
+    Parameter objects.
 
     Attributes:
-        module: The module that holds it.
-        name: Its name in the module.
+        holder: The dict of the module, or of the shell, that holds it.
+        name: Its name there.
         path: Dotted name inside the block, without `_orig_mod.`.
         is_buffer: It is a buffer, not a parameter.
         placement: Where it lives.
@@ -36,9 +38,11 @@ class TensorEntry:
         offset: Bytes from the leader's start to this tensor's.
         extent: Bytes that the entry spans, together with the entries that it leads; 0 for an entry with a leader.
         region: The bytes of a file that are the tensor's, as they stand; None if there are none, or they are unknown.
+        shells: The shells around the tensor, which count in-place edits of it.
+        is_tied: Its bytes overlap those of another tensor.
     """
 
-    module: nn.Module
+    holder: dict[str, torch.Tensor | None]
     name: str
     path: str
     is_buffer: bool
@@ -48,11 +52,8 @@ class TensorEntry:
     offset: int = 0
     extent: int = 0
     region: FileRegion | None = None
-
-    @property
-    def holder(self) -> dict[str, torch.Tensor | None]:
-        """The module's dict that holds the tensor."""
-        return self.module._buffers if self.is_buffer else self.module._parameters  # type: ignore[return-value]
+    shells: tuple[torch.Tensor, ...] = ()
+    is_tied: bool = False
 
     @property
     def may_change(self) -> bool:
@@ -67,6 +68,44 @@ class TensorEntry:
         return tensor
 
 
+@dataclass(eq=False, slots=True)
+class Shell:
+    """A parameter that has no bytes of its own, since its class keeps them in other tensors; these are placed like any
+    other, and the shell shows the device that they are on. A shell may be inside another.
+
+    Attributes:
+        holder: The dict of the module, or of the shell around it, that holds it.
+        name: Its name there.
+        tensor: The parameter.
+        inner: Names of the attributes that hold its tensors.
+        entries: The tensors in it and in the shells around it, which are on one device between forwards.
+        attributes: The dict of its attributes.
+    """
+
+    holder: dict[str, torch.Tensor | None]
+    name: str
+    tensor: torch.Tensor
+    inner: list[str]
+    entries: list[TensorEntry]
+    attributes: dict[str, torch.Tensor | None]
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether one of these tensors streams."""
+        return any(entry.placement is Placement.STREAMED for entry in self.entries)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it keeps its tensors where they were found; `Module.to` exchanges all attributes at once."""
+        return vars(self.tensor) is self.attributes
+
+    def is_unchanged(self) -> bool:
+        """Whether it is still in its place and made of the same attributes, which are brought up to date."""
+        if self.holder.get(self.name) is not self.tensor or not self.is_whole:
+            return False
+        return list(self.tensor.__tensor_flatten__()[0]) == self.inner  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True, slots=True)
 class ProfiledModel:
     """A profile with the tensors that it describes.
@@ -75,11 +114,13 @@ class ProfiledModel:
         profile: Bytes and placements.
         entries: For each block, one entry per tensor, in the order of `profile.blocks[i].tensors`.
         buffers: For each block, the buffer dicts of its modules, to which a forward or a patch may add.
+        shells: For each block, the parameters that are made of other tensors.
     """
 
     profile: ModelProfile
     entries: tuple[tuple[TensorEntry, ...], ...]
     buffers: tuple[tuple[dict[str, torch.Tensor | None], ...], ...]
+    shells: tuple[tuple[Shell, ...], ...]
 
 
 def blocks_of(model: nn.Module, names: Sequence[str] = ("vace_blocks", "blocks")) -> tuple[tuple[str, nn.Module], ...]:
@@ -111,7 +152,8 @@ def profile_model(
         raise UnsupportedModelError(
             "the model has no list of blocks to swap; give the transformer's blocks, for example model.blocks"
         )
-    entries = tuple(tuple(_entries(name, module)) for name, module in blocks)
+    shells: tuple[list[Shell], ...] = tuple([] for _ in blocks)
+    entries = tuple(tuple(_entries(name, module, into)) for (name, module), into in zip(blocks, shells, strict=True))
     for block in entries:
         _place(block)
     every = [entry for block in entries for entry in block]
@@ -119,9 +161,9 @@ def profile_model(
     for entry in every:
         if region_of is not None and entry.placement is Placement.STREAMED:
             entry.region = region_of(entry.tensor)
-    inside = {id(entry.tensor) for entry in every}
+    inside = {id(entry.tensor) for entry in every} | {id(shell.tensor) for block in shells for shell in block}
     outside = () if root is None else (t for t in (*root.parameters(), *root.buffers()) if id(t) not in inside)
-    other = sum(sum(_parts(tensor)) for tensor in outside if not tensor.is_meta)
+    other = sum(stored_bytes(tensor) for tensor in outside if not tensor.is_meta)
     profiles = tuple(
         BlockProfile(
             name,
@@ -130,7 +172,7 @@ def profile_model(
         for (name, _), block in zip(blocks, entries, strict=True)
     )
     buffers = tuple(tuple(m._buffers for m in block.modules()) for _, block in blocks)
-    return ProfiledModel(ModelProfile(profiles, other, _files(every)), entries, buffers)
+    return ProfiledModel(ModelProfile(profiles, other, _files(every)), entries, buffers, tuple(map(tuple, shells)))
 
 
 def _files(entries: Sequence[TensorEntry]) -> tuple[str, ...]:
@@ -142,9 +184,23 @@ def _files(entries: Sequence[TensorEntry]) -> tuple[str, ...]:
     return tuple(path for path, _ in nbytes.most_common())
 
 
-def refuse_grad(blocks: Sequence[tuple[str, nn.Module]]) -> None:
-    """Raises UnsupportedModelError if a parameter of `blocks` requires grad."""
+def refuse_grad(blocks: Sequence[tuple[str, nn.Module]], given: object = ()) -> None:
+    """Refuses what a backward would need: it runs after other weights have taken the place of a block's in its slot.
+
+    Args:
+        blocks: Name and module of each block.
+        given: What one block is called with: tensors in tuples, lists and dicts.
+
+    Raises:
+        UnsupportedModelError: A parameter of `blocks` requires grad, or a tensor in `given`.
+    """
     for name, module in blocks:
+        for leaf in tree_leaves(given):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                raise UnsupportedModelError(
+                    f"an input of {name} requires grad and grad is enabled, but swapped blocks support inference only; "
+                    "run under torch.inference_mode() or torch.no_grad(), or detach() the input"
+                )
         for path, parameter in module.named_parameters():
             if parameter.requires_grad:
                 raise UnsupportedModelError(
@@ -153,14 +209,48 @@ def refuse_grad(blocks: Sequence[tuple[str, nn.Module]]) -> None:
                 )
 
 
-def _entries(block_name: str, block: nn.Module) -> Iterator[TensorEntry]:
+def _entries(block_name: str, block: nn.Module, shells: list[Shell]) -> Iterator[TensorEntry]:
+    """The block's tensors; the parameters that are made of other tensors are added to `shells`."""
     for prefix, module in block.named_modules():
         for holder, is_buffer in ((module._parameters, False), (module._buffers, True)):
             for name, tensor in holder.items():
                 if tensor is not None:
                     path = (f"{prefix}.{name}" if prefix else name).replace("_orig_mod.", "")
                     _refuse_unsupported(f"{block_name}.{path}", tensor)
-                    yield TensorEntry(module, name, path, is_buffer)
+                    whole = TensorEntry(holder, name, path, is_buffer)
+                    if is_buffer or not _can_be_taken_apart(tensor):
+                        yield whole
+                    else:
+                        yield from _taken_apart(whole, shells)
+
+
+def _can_be_taken_apart(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a shell around tensors, or around shells around tensors, that can be copied as bytes."""
+    inner: list[torch.Tensor] = [] if has_own_storage(tensor) else [vars(tensor)[name] for name in inner_names(tensor)]
+    return bool(inner) and all(
+        not one.is_meta and _oddity(one) is None if has_own_storage(one) else _can_be_taken_apart(one) for one in inner
+    )
+
+
+def _taken_apart(whole: TensorEntry, shells: list[Shell], around: list[TensorEntry] | None = None) -> list[TensorEntry]:
+    """The tensors in a shell, which is added to `shells`.
+
+    Args:
+        whole: The shell's place.
+        shells: Receives the shell and those in it.
+        around: Receives the tensors of a shell in another one, with the other's.
+    """
+    tensor, entries = whole.tensor, [] if around is None else around
+    shell = Shell(whole.holder, whole.name, tensor, inner_names(tensor), entries, vars(tensor))
+    shells.append(shell)
+    for name in shell.inner:
+        within = (*whole.shells, tensor)
+        inner = TensorEntry(shell.attributes, name, f"{whole.path}.{name}", is_buffer=False, shells=within)
+        if has_own_storage(inner.tensor):
+            entries.append(inner)
+        else:
+            _taken_apart(inner, shells, entries)
+    return entries
 
 
 def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
@@ -169,8 +259,17 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
             f"{name} has no data (it is on the meta device or not initialised); load the weights before the blocks are "
             "swapped"
         )
-    if not _has_own_storage(tensor):
-        return
+    odd = _oddity(tensor) if has_own_storage(tensor) else None
+    if odd is not None:
+        kind, cure = odd
+        raise UnsupportedModelError(
+            f"{name} is {kind}, which cannot be swapped; replace it by its {cure} after loading, or take another "
+            "checkpoint of the model"
+        )
+
+
+def _oddity(tensor: torch.Tensor) -> tuple[str, str] | None:
+    """Why a tensor's bytes are not its elements in order, and what makes them so; None if they are."""
     for is_so, kind, cure in (
         (tensor.is_quantized, "quantized (a torch.quantize_* tensor)", "dequantize()"),
         (tensor.layout is not torch.strided, f"stored as {tensor.layout}", "to_dense()"),
@@ -178,38 +277,28 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
         (tensor.is_neg(), "a negative view", "resolve_neg()"),
     ):
         if is_so:
-            raise UnsupportedModelError(
-                f"{name} is {kind}, which cannot be swapped; replace it by its {cure} after loading, or take another "
-                "checkpoint of the model"
-            )
+            return kind, cure
+    return None
 
 
 def _place(block: Sequence[TensorEntry]) -> None:
     """Sets the placement and extent of each entry of a block."""
     for entry in block:
-        entry.extent = sum(_parts(entry.tensor))
+        entry.extent = stored_bytes(entry.tensor)
     cutoff = small_cutoff(sum(entry.extent for entry in block))
     for entry in block:
         entry.placement, entry.reason = _placement(entry, cutoff)
         if entry.placement is Placement.FIXED:
-            entry.extent = sum(map(device_bytes, _parts(entry.tensor)))
-
-
-def _parts(tensor: torch.Tensor) -> list[int]:
-    """Bytes of each allocation behind a tensor: one, or several for a subclass that is made of other tensors."""
-    if _has_own_storage(tensor) and tensor.layout is torch.strided:
-        return [span_bytes(tensor)]
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor.numel() * tensor.element_size()]  # outside the blocks it may be sparse: this is an upper limit
-    return [size for name in tensor.__tensor_flatten__()[0] for size in _parts(getattr(tensor, name))]
+            entry.extent = sum(map(device_bytes, allocations(entry.tensor)))
 
 
 def _placement(entry: TensorEntry, cutoff: int) -> tuple[Placement, str]:
     tensor = entry.tensor
     if entry.name in HOST_NAMES:
         return Placement.HOST, "Python reads it"
-    if not _has_own_storage(tensor):
-        return Placement.FIXED, "a wrapper subclass, whose data cannot be re-pointed"
+    if not has_own_storage(tensor):
+        kind = type(tensor).__name__
+        return Placement.FIXED, f"a buffer of type {kind}" if entry.is_buffer else f"{kind} cannot be taken apart"
     if ".parametrizations." in f".{entry.path}":
         return Placement.SMALL, "a parametrization computes a weight from it, at times that the block does not control"
     if entry.may_change:
@@ -217,11 +306,6 @@ def _placement(entry: TensorEntry, cutoff: int) -> tuple[Placement, str]:
     if entry.extent < max(cutoff, 1):
         return Placement.SMALL, "under the cut-off"
     return Placement.STREAMED, ""
-
-
-def _has_own_storage(tensor: torch.Tensor) -> bool:
-    """False for a wrapper subclass, which keeps its data in other tensors (torchao's, ComfyUI's QuantizedTensor)."""
-    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def _tie(entries: Sequence[TensorEntry]) -> None:
@@ -240,7 +324,7 @@ def _tie(entries: Sequence[TensorEntry]) -> None:
                 "after it, which is not a whole number of elements; clone one of them"
             )
         for tied in (leader, entry):
-            tied.placement, tied.reason = Placement.SMALL, "its bytes overlap another tensor's"
+            tied.placement, tied.reason, tied.is_tied = Placement.SMALL, "its bytes overlap another tensor's", True
         leader.extent = max(leader.extent, distance + entry.extent)
         entry.leader, entry.offset, entry.extent = leader, distance, 0
 

@@ -50,12 +50,71 @@ def span_bytes(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def version_of(tensor: torch.Tensor) -> int | None:
-    """Number of in-place edits of a tensor; None for inference tensors, which do not count edits."""
+def version_of(*tensors: torch.Tensor) -> int | None:
+    """Number of in-place edits of a tensor, and of the shells around it, since an edit of a shell is counted there and
+    not in what it is made of; None if one is an inference tensor, which does not count edits.
+    """
     try:
-        return tensor._version
+        return sum([tensor._version for tensor in tensors])
     except RuntimeError:
         return None
+
+
+def has_own_storage(tensor: torch.Tensor) -> bool:
+    """False for a wrapper subclass, which keeps its data in other tensors (torchao's, ComfyUI's QuantizedTensor)."""
+    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+
+
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Bytes behind a tensor, as stored; of a subclass that shows no tensors inside, those of its elements."""
+    return sum(allocations(tensor))
+
+
+def allocations(tensor: torch.Tensor) -> list[int]:
+    """Bytes of each allocation behind a tensor: one, or several for a subclass that is made of other tensors."""
+    if has_own_storage(tensor) and tensor.layout is torch.strided:
+        return [span_bytes(tensor)]
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor.numel() * tensor.element_size()]  # outside the blocks it may be sparse: this is an upper limit
+    return [size for name in tensor.__tensor_flatten__()[0] for size in allocations(getattr(tensor, name))]
+
+
+def inner_names(shell: torch.Tensor) -> list[str]:
+    """The attributes that hold the tensors a wrapper subclass is made of; none if it cannot be taken apart.
+
+    Flattening a shell may set these attributes. If that makes other tensors each time, they are copies of what the
+    shell's operations use, and re-pointing them would have no effect.
+    """
+    flatten = getattr(shell, "__tensor_flatten__", None)
+    if flatten is None or _has_bytes(shell):
+        return []
+    names = list(flatten()[0])
+    inner = [vars(shell).get(name) for name in names]
+    flatten()
+    is_stable = all(vars(shell).get(name) is tensor for name, tensor in zip(names, inner, strict=True))
+    return names if is_stable and all(isinstance(tensor, torch.Tensor) for tensor in inner) else []
+
+
+def _has_bytes(shell: torch.Tensor) -> bool:
+    """Whether a tensor has bytes beside those of the tensors that it is made of."""
+    with torch._C.DisableTorchFunctionSubclass():
+        try:
+            return shell.untyped_storage().data_ptr() != 0
+        except RuntimeError:  # as of every storage without bytes
+            return False
+
+
+def shell_on(device: torch.device, like: torch.Tensor) -> torch.Tensor:
+    """A shell without anything in it, with the class, dtype, shape and strides of `like`, on a device.
+
+    To point a shell at it changes the shell's device and nothing else. It is an inference tensor exactly if `like` is
+    one, as in `element_view`.
+    """
+    with torch.inference_mode(mode=like.is_inference()), torch._C.DisableTorchFunctionSubclass():
+        shell: torch.Tensor = torch.Tensor._make_wrapper_subclass(
+            type(like), like.shape, strides=like.stride(), dtype=like.dtype, device=device
+        )
+        return shell
 
 
 def element_view(memory: torch.Tensor, like: torch.Tensor, *, offset: int) -> torch.Tensor:

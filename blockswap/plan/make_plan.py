@@ -87,8 +87,13 @@ def plan_inputs(
         readings: The machine.
         limits: Limits beside the settings; None sets none.
         own_host_bytes: What slabs and staging slabs in place have added to host memory; it counts as available.
+
+    Raises:
+        PlanError: The user asks for a number of blocks, and no tensor of a block can be swapped.
     """
     limits, is_auto = limits or Limits(), settings.auto_hardware_tuning
+    if not (is_auto or limits.must_swap_all):
+        _refuse_what_frees_nothing(profile, settings)
     memory, host = readings.memory, readings.host
     host = replace(host, available_bytes=host.available_bytes + own_host_bytes)
     percent = settings.vram_threshold_percent
@@ -117,6 +122,20 @@ def plan_inputs(
         notes=(f"free device memory is an estimate: {memory.source}",) if memory.is_estimate else (),
     )
     return swapping_all(inputs, profile) if limits.must_swap_all else inputs
+
+
+def _refuse_what_frees_nothing(profile: ModelProfile, settings: SwapSettings) -> None:
+    fixed = _fixed(profile)
+    if fixed and settings.blocks_to_swap and not any(block.streamed_bytes for block in profile.blocks):
+        raise PlanError(
+            f"swapping {format_count(settings.blocks_to_swap, 'block')} would free nothing: {'; '.join(fixed)}; set "
+            "blocks_to_swap to 0, or load the model with another quantization"
+        )
+
+
+def _fixed(profile: ModelProfile) -> list[str]:
+    """What stays on the device whole, as sentences."""
+    return [f"{format_bytes(n)} of weights always stay on the device ({why})" for why, n in profile.fixed_bytes.items()]
 
 
 def swapping_all(inputs: PlanInputs, profile: ModelProfile) -> PlanInputs:
@@ -299,6 +318,8 @@ def _complete(
         reasons.append(
             f"{len(inside)} swapped blocks have a slot each: nothing moves after the first forward, nothing is freed"
         )
+    if inside:
+        reasons += _fixed(profile)
     tuning = inputs.tuning if inside else ()
     return SwapPlan(
         swapped=swapped,

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import WrapperError, WrapperMissingError
 from ..model.profile import blocks_of
+from ..model.tensors import stored_bytes
 from ..settings import EVERY_BLOCK
 
 LOAD, START, END = "load_weights", "init_blockswap", "offload_transformer"
@@ -213,7 +214,7 @@ def vace_blocks_of(transformer: Any) -> Sequence[nn.Module]:
 def host_weight_bytes(transformer: nn.Module) -> int:
     """Bytes of the blocks' weights in host memory now."""
     weights = [weight for _, block in named_blocks(transformer) for weight in block.parameters()]
-    return sum(weight.numel() * weight.element_size() for weight in weights if weight.device.type == "cpu")
+    return sum(stored_bytes(weight) for weight in weights if weight.device.type == "cpu")
 
 
 def retry_blocker(transformer: Any, original: Any, *, step: int) -> str | None:
@@ -259,20 +260,22 @@ def native_swapping_disabled(transformer: Any, *, hints_to_host: bool) -> Iterat
 
 
 @contextlib.contextmanager
-def vace_blocks_entered(transformer: nn.Module, enter: Callable[[int], None]) -> Iterator[None]:
-    """A context in which `enter` is called with the index of each VACE block before it runs. The wrapper calls
-    `block.forward`, which skips hooks on the block, so that the hooks are on its parts: block 0 is entered before its
-    `before_proj`, and each other block after the `after_proj` of the previous one.
+def vace_blocks_entered(transformer: nn.Module, enter: Callable[[int, object], None]) -> Iterator[None]:
+    """A context in which `enter` is called with the index of each VACE block before it runs, and with a tensor that it
+    is given. The wrapper calls `block.forward`, which skips hooks on the block, so that the hooks are on its parts:
+    block 0 is entered before its `before_proj`, and each other block after the `after_proj` of the previous one.
     """
     blocks = vace_blocks_of(transformer)
     entering = torch.compiler.disable(enter)
     with contextlib.ExitStack() as stack:  # removes the hooks
         if blocks:
             first = unwrapped(blocks[0]).before_proj
-            stack.enter_context(first.register_forward_pre_hook(lambda module, arguments: entering(0), prepend=True))
+            stack.enter_context(first.register_forward_pre_hook(lambda module, given: entering(0, given), prepend=True))
         for index, block in enumerate(blocks[:-1], start=1):
             after = unwrapped(block).after_proj
-            stack.enter_context(after.register_forward_hook(lambda module, arguments, output, i=index: entering(i)))
+            stack.enter_context(
+                after.register_forward_hook(lambda module, given, output, i=index: entering(i, (given, output)))
+            )
         yield
 
 
