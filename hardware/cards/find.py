@@ -9,7 +9,7 @@ These are assumed: the share of the published rate that kernels reach (`_REACHED
 rate that copies reach (`_LINK_SHARE`). Rows with `linear` and `attention` have rates assumed for that very card. The
 interface of a laptop GPU is not published: manufacturers of laptops choose its lanes. Its rate is that of its highest
 clock, which it keeps only with the most power. Laptop GPUs of the 10, 16 and 20 series have the desktop card's name in
-the driver, and are told apart only in names that people write.
+the driver, and differ only in names that people write.
 """
 
 from __future__ import annotations
