@@ -176,12 +176,26 @@ def _tokens(options: Namespace, architecture: WanArchitecture) -> int | None:
         if options.context_window is not None:
             raise SettingsError("--context-window: the size of the video is unknown; give it with --shape")
         return None
-    width, height, frames = parse_shape(options.shape)
+    return tokens_of(architecture, parse_shape(options.shape), options.context_window)
+
+
+def tokens_of(architecture: WanArchitecture, shape: tuple[int, int, int], window: int | None) -> int:
+    """Tokens of a forward for a video of this width, height and number of frames, or for one window of it.
+
+    Args:
+        architecture: The model's sizes.
+        shape: Width, height, frames.
+        window: Frames of a context window; None for the whole video.
+
+    Raises:
+        SettingsError: The model cannot have this size or window.
+    """
+    width, height, frames = shape
     tokens = tokens_for(architecture, width, height, frames)
-    if options.context_window is None:
+    if window is None:
         return tokens
     try:
-        return min(tokens, tokens_for(architecture, width, height, options.context_window))
+        return min(tokens, tokens_for(architecture, width, height, window))
     except SettingsError as cause:
         raise SettingsError(str(cause).replace("frames:", "--context-window:")) from cause
 

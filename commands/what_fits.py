@@ -11,7 +11,6 @@ from ..blockswap.checkpoint.wan_file import read_checkpoint
 from ..blockswap.errors import PlanError, SettingsError
 from ..blockswap.model.layout import ModelProfile
 from ..blockswap.model.recognise import CheckpointProfile
-from ..blockswap.model.wan import tokens_for
 from ..blockswap.plan.make_plan import make_plan
 from ..hardware import GIB, DiskSpeed, HostMemory, LinkSpeed
 from .common_models import COMMON_MODELS
@@ -29,6 +28,7 @@ from .plan import (
     once_loaded,
     readings_of,
     settings_of,
+    tokens_of,
     with_beside,
 )
 
@@ -134,11 +134,8 @@ def _fit(
     disk: DiskSpeed,
 ) -> Fit:
     model, settings = checkpoint.model, settings_of(options, checkpoint.architecture, card)
-    width, height, frames = _on_grid(checkpoint, parse_shape(shape))
-    tokens = tokens_for(checkpoint.architecture, width, height, frames)
-    if options.context_window is not None:
-        tokens = min(tokens, tokens_for(checkpoint.architecture, width, height, options.context_window))
-    known = known_of(checkpoint, card, tokens)
+    on_grid = _on_grid(checkpoint, parse_shape(shape))
+    known = known_of(checkpoint, card, tokens_of(checkpoint.architecture, on_grid, options.context_window))
     try:
         on_card = replace(readings_of(model, card, host), disk=disk)
     except SettingsError:

@@ -13,6 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 Shapes = dict[str, tuple[int, ...]]
+Header = dict[str, tuple[str, tuple[int, ...]]]
+"""Stored type and shape of each tensor."""
+
+ELEMENT_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I8": 1}
 
 
 def block_shapes(width: int, ffn: int) -> Shapes:
@@ -94,18 +98,23 @@ def embedding_shapes(width: int) -> Shapes:
     return shapes
 
 
-def write_sparse_safetensors(path: Path, shapes: Shapes, kind: str = "BF16") -> Path:
-    """A file of full size, of which only the header takes room on the disk; the blocks' matrices are of `kind`."""
-    header, end, element_bytes = {}, 0, {"BF16": 2, "F8_E4M3": 1}
-    for name, shape in shapes.items():
-        dtype = kind if "blocks." in name and len(shape) == 2 else "BF16"
-        start, end = end, end + element_bytes[dtype] * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+def write_header(path: Path, header: Header) -> Path:
+    """A file of full size, of which only the header takes room on the disk."""
+    fields, end = {}, 0
+    for name, (dtype, shape) in header.items():
+        start, end = end, end + ELEMENT_BYTES[dtype] * math.prod(shape)
+        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(fields).encode()
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
     return path
+
+
+def write_sparse_safetensors(path: Path, shapes: Shapes, kind: str = "BF16") -> Path:
+    """A file of full size, of which only the header takes room on the disk; the blocks' matrices are of `kind`."""
+    is_matrix = {name: "blocks." in name and len(shape) == 2 for name, shape in shapes.items()}
+    return write_header(path, {name: (kind if is_matrix[name] else "BF16", shape) for name, shape in shapes.items()})
 
 
 def write_sparse_gguf(path: Path, shapes: Shapes, kind: str) -> Path:

@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoint_files import write_sparse_gguf
+from checkpoint_files import ELEMENT_BYTES, Header, write_header, write_sparse_gguf
 from wan_models import (
-    ELEMENT_BYTES,
     MODELS,
     MODULES,
-    Header,
     Published,
     animate,
     lynx,
@@ -23,7 +21,6 @@ from wan_models import (
     under,
     vace_module,
     wan,
-    write_header,
 )
 from wanvideo_enhanced_blockswap.blockswap.checkpoint.wan_file import read_checkpoint
 from wanvideo_enhanced_blockswap.blockswap.errors import CheckpointError

@@ -7,18 +7,11 @@ name says what the file is.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from checkpoint_files import Shapes, block_shapes, embedding_shapes
+from checkpoint_files import Header, Shapes, block_shapes, embedding_shapes
 
-Header = dict[str, tuple[str, tuple[int, ...]]]
-"""Stored type and shape by name."""
-
-ELEMENT_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I8": 1}
 WIDTHS = {"1.3B": (1536, 8960, 30), "5B": (3072, 14336, 30), "14B": (5120, 13824, 40)}
 FUSED_BLOCKS = range(0, 40, 5)
 
@@ -390,19 +383,6 @@ class Published:
 
     def header(self) -> Header:
         return {self.prefix + name: entry for name, entry in stored(self.shapes(), self.kind).items()}
-
-
-def write_header(path: Path, header: Header) -> Path:
-    """A file of full size, of which only the header takes room on the disk."""
-    fields, end = {}, 0
-    for name, (dtype, shape) in header.items():
-        start, end = end, end + ELEMENT_BYTES[dtype] * math.prod(shape)
-        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(fields).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    return path
 
 
 T2V, I2V = "Wan 2.1/2.2 T2V", "Wan 2.1 I2V"
