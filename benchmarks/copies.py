@@ -88,7 +88,7 @@ def window(streams: Streams, slot_bytes: int) -> Iterator[Transfer]:
     """
     transfer = Transfer(streams)
     try:
-        transfer.open_window(slots=1, slot_bytes=slot_bytes)
+        transfer.open_window((slot_bytes,))
         yield transfer
     finally:
         try:

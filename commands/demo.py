@@ -25,7 +25,7 @@ from ..blockswap.errors import SettingsError
 from ..blockswap.model.layout import ModelProfile
 from ..blockswap.model.profile import blocks_of, profile_model
 from ..blockswap.model.wan import tokens_for
-from ..blockswap.plan.make_plan import make_plan, weight_bytes
+from ..blockswap.plan.make_plan import Weights, make_plan
 from ..blockswap.plan.swap_plan import SwapPlan, Timing
 from ..blockswap.simulation.backend import simulated_backend
 from ..blockswap.simulation.streams import SimulatedHardware, SimulatedStreams
@@ -159,7 +159,7 @@ def _figures(stage: Stage, plan: SwapPlan, unswapped: Run, swapped: Run) -> dict
         "h2d_bytes": swapped.moved.to_device - unswapped.moved.to_device,
         "planned_weight_bytes": plan.device_bytes,
         "peak_weight_bytes": swapped.weight_bytes - unswapped.above_weights_bytes,
-        "unswapped_weight_bytes": weight_bytes(stage.profile, (False,) * len(blocks), 0),
+        "unswapped_weight_bytes": Weights(stage.profile).nbytes(((False,) * len(blocks), 0)),
         "swapped_bytes": sum(blocks[i].streamed_bytes for i in plan.swapped_indices),
         "slab_bytes": swapped.slab_bytes,
         "pinned_bytes": swapped.pinned_bytes,

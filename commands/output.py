@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..blockswap.plan.swap_plan import SwapPlan
-from ..hardware import format_bytes
+from ..blockswap.run.text import slots_in_words
 from ..hardware.units import format_count
 
 
@@ -39,5 +39,4 @@ def window_text(plan: SwapPlan) -> str:
     """A plan's slots and copy streams in words."""
     if not plan.slots:
         return "no window"
-    slots = format_count(plan.slots, "slot")
-    return f"{slots} of {format_bytes(plan.slot_bytes)}, {format_count(plan.streams, 'copy stream')}"
+    return f"{slots_in_words(plan)}, {format_count(plan.streams, 'copy stream')}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..blockswap.checkpoint.wan_file import model_files, read_checkpoint
 from ..blockswap.errors import PlanError, SettingsError
 from ..blockswap.model.activations import activation_bytes
+from ..blockswap.model.groups import is_beside
 from ..blockswap.model.layout import ModelProfile
 from ..blockswap.model.recognise import CheckpointProfile
 from ..blockswap.model.wan import WanArchitecture, block_flops, tokens_for
@@ -311,7 +312,15 @@ def known_of(checkpoint: CheckpointProfile, card: Card, tokens: int | None) -> K
         return Known(activations=activations)
     linear, attention = block_flops(architecture, tokens)
     block_ms = card.rates.compute_ms(linear, attention)
-    return Known(None if block_ms is None else (block_ms,) * len(model.blocks), activations)
+    return Known(None if block_ms is None else _durations(model, block_ms), activations)
+
+
+def _durations(model: ModelProfile, block_ms: float) -> tuple[float, ...]:
+    """The duration of each block: of modules beside the blocks, a block's in proportion to their bytes."""
+    whole = max(block.nbytes for block in model.blocks if not is_beside(block.name))
+    return tuple(
+        block_ms * min(1.0, block.nbytes / whole) if is_beside(block.name) else block_ms for block in model.blocks
+    )
 
 
 def _data(checkpoint: CheckpointProfile, decided: SwapPlan) -> dict[str, object]:
@@ -323,6 +332,7 @@ def _data(checkpoint: CheckpointProfile, decided: SwapPlan) -> dict[str, object]
         "swapped": list(decided.swapped_indices),
         "slots": decided.slots,
         "slot_bytes": decided.slot_bytes,
+        "own_slots": list(decided.own_slots),
         "resident_bytes": decided.resident_bytes,
         "window_bytes": decided.window_bytes,
         "device_bytes": decided.device_bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,8 +20,8 @@ from wanvideo_enhanced_blockswap.blockswap.model.layout import (
     align,
 )
 from wanvideo_enhanced_blockswap.blockswap.plan.budget import MemoryBudget
-from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import weight_bytes
-from wanvideo_enhanced_blockswap.blockswap.plan.schedule import spread
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Weights
+from wanvideo_enhanced_blockswap.blockswap.plan.schedule import spread_bytes
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 from wanvideo_enhanced_blockswap.hardware.records import (
@@ -204,8 +205,13 @@ def test_one_swapped_block_fewer_with_the_same_slots_would_not_fit(
     profile, _, _ = case
     plan, budget = planned(*case)
     if plan.swapped_count:
-        fewer = spread(len(plan.swapped), plan.swapped_count - 1)
-        assert weight_bytes(profile, fewer, plan.slots) > budget.weight_bytes
+        weights = Weights(profile)
+        shares = range(1, len(plan.swapped) + 1)
+        masks = [spread_bytes(weights.sizes, share) for share in shares]
+        for fewer in masks[: masks.index(plan.swapped)]:
+            # A mask with fewer blocks than slots frees nothing.
+            if len(weights.in_lane(fewer)) > plan.slots:
+                assert weights.nbytes((fewer, plan.slots)) > budget.weight_bytes
 
 
 @generated
@@ -215,7 +221,8 @@ def test_more_memory_on_the_card_never_swaps_more(case: tuple[ModelProfile, Swap
     plan, _ = planned(*case)
     memory = DeviceMemory(known.memory.total_bytes + more, known.memory.free_bytes + more, "generated")
     larger, _ = planned(profile, chosen, replace(known, memory=memory))
-    assert larger.swapped_count <= plan.swapped_count
+    bytes_of = Weights(profile).sizes
+    assert sum(map(operator.mul, bytes_of, larger.swapped)) <= sum(map(operator.mul, bytes_of, plan.swapped))
 
 
 @generated
@@ -223,7 +230,7 @@ def test_more_memory_on_the_card_never_swaps_more(case: tuple[ModelProfile, Swap
 def test_nothing_is_swapped_exactly_when_everything_fits(case: tuple[ModelProfile, SwapSettings, Facts]) -> None:
     profile, _, _ = case
     plan, budget = planned(*case)
-    everything = weight_bytes(profile, (False,) * len(profile.blocks), 0)
+    everything = Weights(profile).nbytes(((False,) * len(profile.blocks), 0))
     assert (plan.swapped_count == 0) == (everything <= budget.weight_bytes)
 
 

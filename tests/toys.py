@@ -10,6 +10,7 @@ from wanvideo_enhanced_blockswap.blockswap import PinBudget
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
 from wanvideo_enhanced_blockswap.blockswap.model.layout import BlockProfile, ModelProfile, Placement, align
+from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Weights
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HeldMemory, HostTier, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedRegistrar, simulated_backend
 from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware, SimulatedStreams
@@ -64,18 +65,19 @@ def fixed_plan(
 
     def planner(profile: ModelProfile, held: HeldMemory | None = None) -> SwapPlan:
         inside = [i for i, is_swapped in enumerate(swapped) if is_swapped]
-        residents = [i for i, is_swapped in enumerate(swapped) if not is_swapped]
-        used = min(slots, len(inside))
+        weights = Weights(profile)
+        window = weights.window((tuple(swapped), slots))
+        used = min(slots, len(weights.in_lane(swapped)))
         tier = [tiers] * len(swapped) if isinstance(tiers, HostTier) else list(tiers)
-        slot_bytes = profile.slot_bytes(inside)
         return SwapPlan(
             swapped=tuple(swapped),
             slots=used,
-            slot_bytes=slot_bytes,
+            slot_bytes=window[0] if used else 0,
+            own_slots=window[used:],
             streams=streams,
             overlap=overlap,
             tiers=tuple(t if s else None for t, s in zip(tier, swapped, strict=True)),
-            device_bytes=profile.small_device_bytes + profile.resident_device_bytes(residents) + used * slot_bytes,
+            device_bytes=weights.nbytes((tuple(swapped), slots)),
             budget_bytes=1 << 62,
             activation_bytes=None,
             limit_bytes=1 << 62,

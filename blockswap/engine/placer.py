@@ -20,6 +20,7 @@ from ..host.store import HostStore
 from ..model.layout import BlockProfile, Placement, device_bytes, slab_offsets
 from ..model.profile import ProfiledModel, Shell, TensorEntry
 from ..model.tensors import copy_bytes, element_view, plain_view, shell_on, storage_key, version_of
+from ..plan.schedule import slot_lanes
 from ..plan.swap_plan import HostTier, SwapPlan
 from .binding import BlockBinding, TensorBinding, bind, bring_back
 from .transfer import Transfer
@@ -114,6 +115,8 @@ class Placer:
         self._listeners = listeners
         self.pending: dict[int, Pending] = {}
         self.bindings: dict[int, BlockBinding] = {}
+        self._lanes = model.profile.lanes
+        self._slot_lanes = slot_lanes(plan.swapped, self._lanes, plan.slots)
         self._bound: list[TensorBinding] = []
         self._masters: dict[int, torch.Tensor] = {}  # of the small tensors
         self._shells: list[tuple[Shell, torch.Tensor]] = []
@@ -175,7 +178,7 @@ class Placer:
         Raises:
             DeviceMemoryError: The device cannot hold the plan.
         """
-        self._transfer.open_window(slots=self._plan.slots, slot_bytes=self._plan.slot_bytes)
+        self._transfer.open_window(self._plan.window)
         everything = [entry for entries in self._model.entries for entry in entries]
         small = self._to_copy(entry for entry in everything if entry.placement is Placement.SMALL)
         self._copy_to_device(small, self._allocate(small))
@@ -387,9 +390,12 @@ class Placer:
             offsets, _ = slab_offsets(entry.extent for entry in streamed)
             binding.streamed = [entry.tensor for entry in streamed]
             binding.masters = list(slab.views)
+            # A slot of another lane, which it never runs from, may be too small for it.
             binding.slots = [
                 [element_view(memory, like, offset=offset) for like, offset in zip(slab.views, offsets, strict=True)]
-                for memory in self._transfer.window
+                if lane == self._lanes[block]
+                else []
+                for memory, lane in zip(self._transfer.window, self._slot_lanes, strict=True)
             ]
             binding.streamed += beside
             binding.masters += [self._masters[id(tensor)] for tensor in beside]

@@ -114,6 +114,11 @@ class SwapSession:
         self.close()
 
     @property
+    def names(self) -> list[str]:
+        """The name of each block."""
+        return [name for name, _ in self._named]
+
+    @property
     def trace(self) -> Trace | None:
         """The trace since the last adopt; None before the first, or if nothing is traced."""
         return self.log.trace

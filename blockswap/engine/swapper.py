@@ -58,7 +58,7 @@ class BlockSwapper:
         self.trace: Trace | None = None
         self.entered = 0
         self._checks = False
-        self._ring = Ring(plan.swapped, slots=plan.slots)
+        self._ring = Ring(plan.swapped, slots=plan.slots, lanes=model.profile.lanes)
         self._blocks = self._placer.bindings
         self._pending = self._placer.pending
         self._running: tuple[int, int | None, Any] | None = None  # block, slot, mark at its start

@@ -20,6 +20,7 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,15 +113,18 @@ class Transfer:
         self._compute: Any = None  # the stream that the last block was queued on
         self._home: Any = None  # the stream that memory was allocated on, and to which the allocator returns it
 
-    def open_window(self, *, slots: int, slot_bytes: int) -> None:
+    def open_window(self, sizes: Sequence[int]) -> None:
         """Allocates the window.
+
+        Args:
+            sizes: Bytes of each slot.
 
         Raises:
             DeviceMemoryError: The device cannot hold all slots; `close_window` gives up those it holds.
         """
         with self.streams.guard():  # Rule 8
             self._home = self._compute = self.streams.current()
-            for _ in range(slots):
+            for slot_bytes in sizes:
                 # One by one, so that `close_window` gives up the slots before one that fails.
                 free, *ready = (self.streams.event() for _ in range(1 + len(self.streams.copy_streams)))
                 slot = Slot(self.streams.allocate(slot_bytes), free, tuple(ready))
@@ -140,7 +144,7 @@ class Transfer:
 
     @property
     def window(self) -> tuple[torch.Tensor, ...]:
-        """Each slot's memory, uint8 `(slot_bytes,)`."""
+        """Each slot's memory, uint8 `(its bytes,)`."""
         return tuple(slot.memory for slot in self._slots)
 
     def allocate(self, nbytes: int) -> torch.Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from .groups import MAIN, lane_of
+
 SLAB_ALIGNMENT = 256
 """Bytes between tensor starts in a slab: the alignment of a fresh CUDA allocation's interior, which kernels may assume
 (cuBLAS picks its vectorised paths from 16 bytes up, cuDNN and TMA want up to 128)."""
@@ -169,6 +171,13 @@ class ModelProfile:
         for tensor in (t for b in self.blocks for t in b.tensors if t.placement is Placement.FIXED):
             nbytes[tensor.reason] = nbytes.get(tensor.reason, 0) + tensor.nbytes
         return nbytes
+
+    @property
+    def lanes(self) -> tuple[int, ...]:
+        """For each block the number of its lane: 0, or that of a group that has a slot of its own."""
+        named = [lane_of(block.name) for block in self.blocks]
+        number = {lane: n for n, lane in enumerate([MAIN, *dict.fromkeys(lane for lane in named if lane != MAIN)])}
+        return tuple(number[lane] for lane in named)
 
     def resident_device_bytes(self, indices: Iterable[int]) -> int:
         """Device memory of the streamed tensors of the blocks at `indices` when they are resident."""

@@ -18,9 +18,14 @@ PLACES = (
     (re.compile(r"face_adapter\.fuser_blocks\.(\d{1,3})\."), lambda m: f"blocks.{5 * int(m[1])}.fuser_block."),
     (re.compile(r"audio_model\.blocks\.(\d{1,3})\."), r"blocks.\1.audio_block."),
     (re.compile(r"ip_adapter\.(?=blocks\.)"), ""),
+    (
+        re.compile(r"(?=controlnet_(patch_embedding|mask_embedding|blocks)\.|proj_in\.|proj_out\.\d)"),
+        "uni3c_controlnet.",
+    ),
 )
 """Beginnings of names, and the places where the wrapper puts these tensors: Animate's face fusers go into every fifth
-block, the blocks of Ovi's audio twin and FantasyPortrait's projections into the blocks of the same number."""
+block, the blocks of Ovi's audio twin and FantasyPortrait's projections into the blocks of the same number, and Uni3C's
+model into an attribute."""
 
 MATRICES = {
     "query": ("self_attn.q.weight", "attn1.to_q.weight", "self_attn.q.weight_int8"),
@@ -67,7 +72,7 @@ PARTS = {
     "blocks.0.self_attn.ref_adapter.to_k_ref.weight": "Lynx",
     "blocks.0.motion_attn.k.weight": "MTV Crafter",
     "blocks.0.audio_block.self_attn.q.weight": "Ovi audio",
-    "controlnet_patch_embedding.weight": "Uni3C",
+    "uni3c_controlnet.controlnet_patch_embedding.weight": "Uni3C",
     "dwpose_embedding.0.weight": "UniAnimate",
     "LQ_proj_in.norm1.gamma": "FlashVSR",
 }

@@ -6,10 +6,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import SHOWN_LETTERS, CheckpointError, printable
 from .activations import ELEMENT_BYTES, FLOAT, MODULATION, ForwardOptions, weight_copies
+from .groups import in_order, split
 from .layout import BlockProfile, ModelProfile, Placement, TensorProfile, small_cutoff
 from .names import (
     GATES,
@@ -27,6 +28,12 @@ from .names import (
 from .wan import WAN22_VAE_CHANNELS, WanArchitecture
 
 BLOCK_KEY = re.compile(r"(vace_blocks|blocks)\.(0|[1-9][0-9]{0,3})\.(.+)")
+
+LOADED_AS_FLOAT = ("motion_encoder",)
+"""Modules whose tensors the loader makes float32, however they are stored."""
+
+AUDIO_PROJECTION = re.compile(r"^audio_proj\.((?:proj|norm).*)")
+"""Names that the loader changes in the files of MultiTalk and SkyReels V3; those of HuMo's projection are others."""
 
 MOST_BLOCKS = 128
 """VACE blocks included; the largest published Wan has 48. Planning time grows by blocks times tensors."""
@@ -151,11 +158,11 @@ def profile_tensors(
     if modules and architecture.vace_blocks and architecture.in_channels != T2V_CHANNELS:
         channels = f"{source} has {architecture.in_channels} input channels, a T2V model {T2V_CHANNELS}"
         raise CheckpointError(f"VACE needs a T2V model, and {channels}; name the T2V model of this size")
-    profiles = tuple(_block_profile(f"{kind}.{number}", block) for (kind, number), block in blocks.items())
+    profiles = tuple(_block_profile(name, module) for name, module in _swapped_modules(tensors).items())
     nbytes: Counter[str] = Counter()
     for tensor in tensors.values():
         nbytes[tensor.dtype] += tensor.nbytes
-    other = nbytes.total() - sum(profile.nbytes for profile in profiles)
+    other = sum(tensor.nbytes for name, tensor in tensors.items() if split(_loaded_name(name)) is None)
     name = family(tensors, architecture.width, architecture.in_channels)
     return CheckpointProfile(ModelProfile(profiles, other), architecture, tuple(nbytes.most_common()), name)
 
@@ -231,7 +238,7 @@ def _module_tensors(
             "a model of this size"
         )
     # The loader renames them, too: audio_proj is another layer in other models.
-    return {re.sub(r"^audio_proj\.", "multitalk_audio_proj.", key): tensor for key, tensor in named.items()}
+    return {_loaded_name(key): tensor for key, tensor in named.items()}
 
 
 def _of_block(tensors: Stored, prefix: str) -> dict[str, TensorInfo]:
@@ -291,6 +298,26 @@ def _group_blocks(source: str, tensors: Stored) -> dict[Key, dict[str, TensorInf
             f"{source} has {len(found)} blocks, more than the {MOST_BLOCKS} of any Wan model; name a Wan model"
         )
     return {key: found[key] for key in sorted(found, key=lambda key: (key[0] == "blocks", key[1]))}
+
+
+def _swapped_modules(tensors: Stored) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors of each module that is swapped, in the order in which a forward runs them."""
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name, tensor in tensors.items():
+        where = split(_loaded_name(name))
+        if where is not None:
+            module, own = where
+            found.setdefault(module, {})[own] = _in_float(tensor) if module in LOADED_AS_FLOAT else tensor
+    return {name: found[name] for name in in_order(found)}
+
+
+def _loaded_name(name: str) -> str:
+    return AUDIO_PROJECTION.sub(r"multitalk_audio_proj.\1", name)
+
+
+def _in_float(tensor: TensorInfo) -> TensorInfo:
+    is_float = tensor.dtype in ("F32", "float32")
+    return tensor if is_float else replace(tensor, nbytes=math.prod(tensor.shape) * 4, in_file=False)
 
 
 def _architecture(source: str, tensors: Stored, blocks: Mapping[Key, Stored]) -> WanArchitecture:

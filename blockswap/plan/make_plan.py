@@ -10,11 +10,12 @@ from ...hardware.records import DeviceMemory, DeviceSpec, DiskSpeed, HostMemory,
 from ...hardware.tiers import tune
 from ...hardware.units import format_bytes, format_count
 from ..errors import PlanError
-from ..model.layout import ModelProfile
+from ..model.groups import MAIN, VACE, kind_of
+from ..model.layout import ModelProfile, device_bytes
 from ..settings import SwapSettings
 from .budget import MemoryBudget, make_budget
 from .hosting import choose_hosting
-from .schedule import ForwardTime, Ring, VirtualTime, spread, steady_time
+from .schedule import ForwardTime, Ring, VirtualTime, slot_lanes, spread, spread_bytes, steady_time
 from .swap_plan import HostTier, PlanInputs, SwapPlan, Timing
 
 SLOT_CHOICES = (2, 3)
@@ -26,7 +27,7 @@ WORTH_A_SLOT = 0.005
 anything below it."""
 
 Choice: TypeAlias = "tuple[tuple[bool, ...], int]"
-"""For each block whether it is swapped, and the number of slots."""
+"""For each block whether it is swapped, and the number of slots in lane 0."""
 
 UNIFIED = "device and host share one memory: swapping frees nothing, so it is off"
 
@@ -183,18 +184,52 @@ def make_plan(profile: ModelProfile, inputs: PlanInputs, budget: MemoryBudget | 
     return replace(plan, reasons=(warning, *plan.reasons))
 
 
-def weight_bytes(profile: ModelProfile, swapped: Sequence[bool], slots: int) -> int:
-    """Device memory of residents, small tensors and a window of at most `slots` slots."""
-    inside = [i for i, is_swapped in enumerate(swapped) if is_swapped]
-    residents = [i for i, is_swapped in enumerate(swapped) if not is_swapped]
-    window = min(slots, len(inside)) * profile.slot_bytes(inside)
-    return profile.small_device_bytes + profile.resident_device_bytes(residents) + window
+class Weights:
+    """The device memory of a model's weights, by what of them is swapped.
+
+    Args:
+        profile: The blocks and their bytes.
+
+    Attributes:
+        sizes: Each block's bytes in a slab.
+        lanes: Each block's lane.
+    """
+
+    def __init__(self, profile: ModelProfile) -> None:
+        self.sizes = [block.slab_bytes for block in profile.blocks]
+        self.lanes = profile.lanes
+        self._resident = [device_bytes(size) for size in self.sizes]
+        self._small = profile.small_device_bytes
+
+    def window(self, choice: Choice) -> tuple[int, ...]:
+        """The bytes of each slot: of the largest block in its lane that is swapped."""
+        swapped, slots = choice
+        largest: dict[int, int] = {}
+        for lane, size, is_swapped in zip(self.lanes, self._resident, swapped, strict=True):
+            if is_swapped:
+                largest[lane] = max(size, largest.get(lane, 0))
+        return tuple(largest[lane] for lane in slot_lanes(swapped, self.lanes, slots))
+
+    def nbytes(self, choice: Choice) -> int:
+        """Residents, small tensors and window."""
+        residents = sum(size for size, is_swapped in zip(self._resident, choice[0], strict=True) if not is_swapped)
+        return self._small + residents + sum(self.window(choice))
+
+    def in_lane(self, swapped: Sequence[bool], lane: int = 0) -> list[int]:
+        """The swapped blocks of a lane."""
+        return [i for i, own in enumerate(self.lanes) if own == lane and swapped[i]]
+
+    def copied_bytes(self, choice: Choice) -> int:
+        """What a forward copies: of each lane all its swapped blocks, unless each of them has a slot."""
+        swapped, slots = choice
+        inside = [(self.in_lane(swapped, lane), 1 if lane else slots) for lane in set(self.lanes)]
+        return sum(self.sizes[i] for blocks, most in inside if len(blocks) > most for i in blocks)
 
 
 def _block_counts(profile: ModelProfile) -> tuple[int, int]:
     """Number of main blocks, and of VACE blocks."""
-    vace = sum(block.name.startswith("vace_blocks.") for block in profile.blocks)
-    return len(profile.blocks) - vace, vace
+    kinds = [kind_of(block.name) for block in profile.blocks]
+    return kinds.count(MAIN), kinds.count(VACE)
 
 
 def _choose(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs) -> tuple[Choice, list[str]]:
@@ -204,7 +239,7 @@ def _choose(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs) -> 
         return _by_count(profile, budget, inputs, inputs.blocks_to_swap)
     if inputs.is_unified:
         return ((False,) * count, 0), [UNIFIED]
-    everything = weight_bytes(profile, (False,) * count, 0)
+    everything = Weights(profile).nbytes(((False,) * count, 0))
     if everything <= budget.weight_bytes:
         taken = f"{format_bytes(everything)} of {format_bytes(budget.weight_bytes)}"
         return ((False,) * count, 0), [f"all {count} blocks fit: {taken}"]
@@ -213,8 +248,9 @@ def _choose(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs) -> 
 
 
 def _by_count(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, asked: int) -> tuple[Choice, list[str]]:
-    """The given counts, spread. Two slots, or three if the prediction gains by it, the budget holds them, and not every
-    block is asked for: a user who swaps all blocks wants the least memory.
+    """The given counts, spread; what is beside the blocks is swapped with them. Two slots, or three if the prediction
+    gains by it, the budget holds them, and not every block is asked for: a user who swaps all blocks wants the least
+    memory.
     """
     counts, reasons = [], []
     wishes = (asked, inputs.vace_blocks_to_swap)
@@ -222,14 +258,16 @@ def _by_count(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, a
         counts.append(min(wish, most))
         if wish > most:
             reasons.append(f"{name} is cut from {wish} to {most}, the number of blocks the model has")
-    main, vace = _block_counts(profile)
-    swapped = spread(vace, counts[1]) + spread(main, counts[0])
-    count = sum(counts)
-    reasons.append(f"{count} of {len(profile.blocks)} blocks are swapped, {inputs.why}")
+    weights, (main, vace) = Weights(profile), _block_counts(profile)
+    blocks = {MAIN: iter(spread(main, counts[0])), VACE: iter(spread(vace, counts[1]))}
+    kinds = [kind_of(block.name) for block in profile.blocks]
+    swapped = tuple(next(blocks[kind]) if kind in blocks else counts[0] > 0 for kind in kinds)
+    reasons.append(f"{sum(counts)} of {main + vace} blocks are swapped, {inputs.why}")
+    count = len(weights.in_lane(swapped))
     if inputs.slots is not None or not inputs.overlap:
         return (swapped, min(inputs.slots or 1, count)), reasons
     fewest, most = SLOT_CHOICES
-    fits = asked < main and count > fewest and weight_bytes(profile, swapped, most) <= budget.weight_bytes
+    fits = asked < main and count > fewest and weights.nbytes((swapped, most)) <= budget.weight_bytes
     if fits and _saving(profile, budget, inputs, (swapped, fewest), (swapped, most)):
         return (swapped, most), reasons
     return (swapped, min(fewest, count)), reasons
@@ -244,39 +282,47 @@ def _saving(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, cho
 
 
 def _fewest_that_fit(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs) -> tuple[Choice, str]:
-    """The fewest swapped blocks that fit the weight budget, with the number of slots that is faster for that memory."""
-    count, limit = len(profile.blocks), budget.weight_bytes
+    """The least share of the bytes that fits the weight budget when it is swapped, with the number of slots that is
+    faster for that memory.
+    """
+    weights, limit = Weights(profile), budget.weight_bytes
+    count = len(weights.sizes)
     slots = inputs.slots or (SLOT_CHOICES[0] if inputs.overlap else 1)
-    # With as many slots as swapped blocks, the window takes what swapping frees.
-    ways = range(min(slots + 1, count), count + 1)
-    fewest = next((k for k in ways if weight_bytes(profile, spread(count, k), slots) <= limit), None)
+    ways = _shares(weights, slots)
+    fewest = next((share for share, choice in ways.items() if weights.nbytes(choice) <= limit), None)
     if fewest is None:
-        everything = (True,) * count
-        need = format_bytes(weight_bytes(profile, everything, slots))
-        why = f"even with all {count} blocks swapped the weights take {need} of {format_bytes(limit)}"
-        return (everything, min(slots, count)), why
-    best, why = (spread(count, fewest), slots), "blocks are swapped, the fewest that fit"
-    other = _with_another_slot(profile, limit, best) if inputs.slots is None and inputs.overlap else None
-    gain = 0.0 if other is None else _saving(profile, budget, inputs, best, other)
-    best = other if other is not None and gain else best
-    if sum(best[0]) > fewest:
-        why = f"blocks are swapped, 1 more than the {fewest} that fit, since a third slot saves {gain:.1%} of a forward"
-    taken = f"{format_bytes(weight_bytes(profile, *best))} of {format_bytes(limit)}"
+        everything = (True,) * count, min(slots, len(weights.in_lane((True,) * count)))
+        need = format_bytes(weights.nbytes(everything))
+        return everything, f"even with all {count} blocks swapped the weights take {need} of {format_bytes(limit)}"
+    first = best = ways[fewest]
+    gain, why = 0.0, "blocks are swapped, the fewest that fit"
+    if inputs.slots is None and inputs.overlap:
+        more = _shares(weights, slots + 1)
+        # In the memory of `best`, not in all that is free, so that more memory never swaps more blocks.
+        tries = ((fewest, limit), (fewest + 1, weights.nbytes(best)))
+        fitting = (more[share] for share, most in tries if share in more and weights.nbytes(more[share]) <= most)
+        other = next(fitting, None)
+        gain = 0.0 if other is None else _saving(profile, budget, inputs, best, other)
+        best = other if other is not None and gain else best
+    fit, extra = sum(first[0]), sum(best[0]) - sum(first[0])
+    if extra > 0:
+        more_than = f"{extra} more than the {fit} that fit"
+        why = f"blocks are swapped, {more_than}, since a third slot saves {gain:.1%} of a forward"
+    taken = f"{format_bytes(weights.nbytes(best))} of {format_bytes(limit)}"
     return best, f"{sum(best[0])} of {count} {why}: {taken}"
 
 
-def _with_another_slot(profile: ModelProfile, limit: int, choice: Choice) -> Choice | None:
-    """`choice` with one slot more in `limit` bytes, else with one block and one slot more in the memory that `choice`
-    takes; None if neither fits.
-
-    The second limit is not the budget, so that the number of swapped blocks follows from `choice` alone and cannot grow
-    with the memory of the card.
+def _shares(weights: Weights, slots: int) -> dict[int, Choice]:
+    """The ways to swap a share of the bytes, in as many steps as there are blocks, that free memory: with as many slots
+    as swapped blocks, the window takes what swapping frees.
     """
-    count, (swapped, slots) = len(profile.blocks), choice
-    for k, most in ((sum(swapped), limit), (sum(swapped) + 1, weight_bytes(profile, *choice))):
-        if slots + 1 < k <= count and weight_bytes(profile, spread(count, k), slots + 1) <= most:
-            return spread(count, k), slots + 1
-    return None
+    count, found = len(weights.sizes), {}
+    for share in range(1, count + 1):
+        swapped = spread_bytes(weights.sizes, share)
+        in_first = len(weights.in_lane(swapped))
+        if in_first > slots:
+            found[share] = swapped, slots
+    return found
 
 
 def predict(
@@ -299,7 +345,7 @@ def predict(
                 return None
             transfer[i] = profile.blocks[i].slab_bytes / speed * 1e3
     blocking = () if overlap else range(len(swapped))
-    ring = Ring(swapped, slots=slots)
+    ring = Ring(swapped, slots=slots, lanes=profile.lanes)
     time = VirtualTime(ring, compute=timing.compute_ms, transfer=transfer, blocking=blocking)
     return steady_time(time, [range(len(swapped))])
 
@@ -311,10 +357,15 @@ def _complete(
     hosting = choose_hosting(profile, swapped, inputs, room_bytes=budget.host_bytes)
     timing, reasons = hosting.timing(inputs, budget.host_bytes), list(hosting.reasons)
     inside = [block for block, is_swapped in zip(profile.blocks, swapped, strict=True) if is_swapped]
-    device_bytes, limit = weight_bytes(profile, swapped, slots), budget.weight_bytes
-    if device_bytes > limit:
-        reasons.append(f"the weights take {format_bytes(device_bytes)}, over the budget of {format_bytes(limit)}")
-    if inside and slots >= len(inside):
+    weights, limit = Weights(profile), budget.weight_bytes
+    taken, copied = weights.nbytes(choice), weights.copied_bytes(choice)
+    if taken > limit:
+        reasons.append(f"the weights take {format_bytes(taken)}, over the budget of {format_bytes(limit)}")
+    beside = [block for block in inside if kind_of(block.name) not in (MAIN, VACE)]
+    if beside:
+        size = format_bytes(sum(block.slab_bytes for block in beside))
+        reasons.append(f"{format_count(len(beside), 'module')} beside the blocks are swapped, too: {size}")
+    if inside and not copied:
         reasons.append(
             f"{len(inside)} swapped blocks have a slot each: nothing moves after the first forward, nothing is freed"
         )
@@ -324,11 +375,12 @@ def _complete(
     return SwapPlan(
         swapped=swapped,
         slots=slots,
-        slot_bytes=profile.slot_bytes([i for i, is_swapped in enumerate(swapped) if is_swapped]),
+        slot_bytes=weights.window(choice)[0] if slots else 0,
+        own_slots=weights.window(choice)[slots:],
         streams=inputs.timing.streams if inputs.overlap else 1,
         overlap=inputs.overlap,
         tiers=hosting.tiers,
-        device_bytes=device_bytes,
+        device_bytes=taken,
         budget_bytes=limit,
         activation_bytes=None if inputs.activations is None else inputs.activations.nbytes,
         limit_bytes=budget.limit_bytes,
@@ -338,9 +390,9 @@ def _complete(
         added_bytes=hosting.added_bytes,
         file_bytes=hosting.file_bytes,
         file_bytes_per_s=timing.file_bytes_per_s if hosting.file_bytes else None,
-        streamed_bytes=sum(block.slab_bytes for block in inside) if slots < len(inside) else 0,
+        streamed_bytes=copied,
         predicted=predict(profile, swapped, slots, hosting.tiers, timing, overlap=inputs.overlap),
-        over_ceiling=device_bytes > limit,
+        over_ceiling=taken > limit,
         reasons=(*why, budget.reason, *reasons, *tuning, *inputs.notes),
         tuning=tuning,
     )

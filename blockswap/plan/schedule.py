@@ -6,6 +6,7 @@ prediction, the output of `simulate` and the run on the GPU are therefore one sc
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import astuple, dataclass
 
@@ -86,18 +87,25 @@ class Ring:
     skipped loses its slot; a slot that holds a wanted block is not copied again; an unexpected block is onloaded at
     once; with as many slots as swapped blocks nothing moves after the first forward.
 
+    Blocks of other lanes than the first have one slot for each lane, in which the same rule holds. Its copies can run
+    while blocks of the first lane run, and the other way round.
+
     Args:
         swapped: For each block in execution order, whether it is swapped.
-        slots: Number of slots; cut to the number of swapped blocks.
+        slots: Number of slots of the first lane; cut to the number of its swapped blocks.
+        lanes: For each block, the number of its lane; None puts all into lane 0.
     """
 
-    def __init__(self, swapped: Sequence[bool], *, slots: int) -> None:
+    def __init__(self, swapped: Sequence[bool], *, slots: int, lanes: Sequence[int] | None = None) -> None:
         self._order = tuple(i for i, is_swapped in enumerate(swapped) if is_swapped)
-        if self._order and slots < 1:
-            raise ValueError(f"expected at least 1 slot for {len(self._order)} swapped blocks, got {slots}")
         self._count = len(swapped)
         self._swapped = tuple(swapped)
-        self._content: tuple[int | None, ...] = (None,) * min(slots, len(self._order))
+        self._lanes = tuple(lanes or (0,) * self._count)
+        first = sum(self._lanes[i] == 0 for i in self._order)
+        if first and slots < 1:
+            raise ValueError(f"expected at least 1 slot for {first} swapped blocks, got {slots}")
+        self._slot_lanes = slot_lanes(self._swapped, self._lanes, slots)
+        self._content: tuple[int | None, ...] = (None,) * len(self._slot_lanes)
         self._in_use: int | None = None
         self._expected = Expectation(self._count)
         self._steps: dict[tuple[object, ...], tuple[Step, tuple[int | None, ...]]] = {}
@@ -148,20 +156,33 @@ class Ring:
         ahead = [i for i in self._order if i >= position and this >> i & 1]
         ahead += [i for i in self._order if i not in ahead and following >> i & 1]
         ahead += [i for i in self._order if i not in ahead]
-        window = tuple(ahead[: len(self._content)])  # what the slots should hold, the soonest needed first
+        room = Counter(self._slot_lanes)
+        window = []  # what the slots should hold, the soonest needed first
+        for block in ahead:
+            if room[self._lanes[block]]:
+                room[self._lanes[block]] -= 1
+                window.append(block)
 
         def blocks_until_use(slot: int) -> int:
             held = self._content[slot]
             return self._count if held is None else (held - position) % self._count
 
-        missing = [block for block in window if block not in self._content]
         victims = [slot for slot, held in enumerate(self._content) if held not in window]
         victims.sort(key=blocks_until_use, reverse=True)
-        onloads = tuple(Onload(block, slot) for block, slot in zip(missing, victims, strict=False))
-        content = list(self._content)
-        for onload in onloads:
-            content[onload.slot] = onload.block
-        return onloads, tuple(content)
+        content, onloads = list(self._content), []
+        for block in window:
+            if block not in content:
+                slot = next(slot for slot in victims if self._slot_lanes[slot] == self._lanes[block])
+                victims.remove(slot)
+                content[slot] = block
+                onloads.append(Onload(block, slot))
+        return tuple(onloads), tuple(content)
+
+
+def slot_lanes(swapped: Sequence[bool], lanes: Sequence[int], slots: int) -> tuple[int, ...]:
+    """The lane of each slot: up to `slots` of lane 0, and one of each other lane with a swapped block."""
+    inside = [lane for is_swapped, lane in zip(swapped, lanes, strict=True) if is_swapped]
+    return (0,) * min(slots, inside.count(0)) + tuple(sorted(set(inside) - {0}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +265,20 @@ def spread(count: int, swapped: int) -> tuple[bool, ...]:
     Block i is swapped if the line of slope `swapped / count` passes a whole number there (Bresenham's line).
     """
     return tuple((i + 1) * swapped // count > i * swapped // count for i in range(count))
+
+
+def spread_bytes(sizes: Sequence[int], share: int) -> tuple[bool, ...]:
+    """A mask that swaps `share / len(sizes)` of the bytes as evenly as possible; of equal blocks, `share` of them.
+
+    Block i is swapped if the line of that slope over the bytes has passed the bytes swapped before by a whole block.
+    """
+    mask, passed, inside = [], 0, 0
+    for size in sizes:
+        passed += size
+        is_swapped = share > 0 and passed * share >= len(sizes) * (inside + size)
+        inside += size * is_swapped
+        mask.append(is_swapped)
+    return tuple(mask)
 
 
 SETTLING_FORWARDS = 8

@@ -162,7 +162,8 @@ class SwapPlan:
     Attributes:
         swapped: For each block in execution order, whether it is swapped.
         slots: Number of slots in the window; 0 if nothing is swapped.
-        slot_bytes: Device memory of one slot.
+        slot_bytes: Device memory of one of them.
+        own_slots: Device memory of each further slot, of which a group of modules beside the blocks has one.
         streams: Number of copy streams.
         overlap: Copies run on streams of their own.
         tiers: Host tier of each block; None for resident blocks.
@@ -187,6 +188,7 @@ class SwapPlan:
     swapped: tuple[bool, ...]
     slots: int
     slot_bytes: int
+    own_slots: tuple[int, ...] = ()
     streams: int
     overlap: bool
     tiers: tuple[HostTier | None, ...]
@@ -229,7 +231,12 @@ class SwapPlan:
     @property
     def window_bytes(self) -> int:
         """Device memory of all slots."""
-        return self.slots * self.slot_bytes
+        return sum(self.window)
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """Device memory of each slot."""
+        return (*(self.slot_bytes,) * self.slots, *self.own_slots)
 
     @property
     def resident_bytes(self) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 from ..engine.session import SwapSession
 from ..errors import PlanError
 from ..model.fake_run import peak_bytes
+from ..model.groups import is_beside
 from .history import Workload
 from .machine import PeakMeter
 from .planner import Planner
@@ -44,10 +45,10 @@ class Foresight:
     @contextlib.contextmanager
     def watch(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
         """Inside, the first block that is called is run on fake tensors first, if the plan is tight and its workload
-        has not been measured.
+        has not been measured. Modules beside the blocks, which need less memory, do not count.
 
         Args:
-            blocks: The modules that will be called.
+            blocks: The modules that will be called, in the order of the session's.
         """
         plan = self._session.plan
         workload = self._planner.workload
@@ -62,7 +63,9 @@ class Foresight:
             self._correct(block, arguments, keywords)
 
         with contextlib.ExitStack() as stack:
-            for block in blocks:
+            for block, name in zip(blocks, self._session.names, strict=True):
+                if is_beside(name):
+                    continue
                 handle = block.register_forward_pre_hook(before_first, prepend=True, with_kwargs=True)
                 stack.callback(handle.remove)
             yield

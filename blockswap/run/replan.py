@@ -59,7 +59,12 @@ class Observation:
 
 
 def observe(
-    spans: Sequence[Span], *, slab_bytes: Sequence[int], timed: range, traced: Container[int]
+    spans: Sequence[Span],
+    *,
+    slab_bytes: Sequence[int],
+    timed: range,
+    traced: Container[int],
+    optional: Container[int] = (),
 ) -> Observation | None:
     """Evaluates a trace; None while the end of the timed forwards is missing.
 
@@ -68,6 +73,7 @@ def observe(
         slab_bytes: Bytes that an onload of each block copies.
         timed: Numbers of the timed forwards; earlier ones are left out, since they warm up.
         traced: Numbers of the forwards that were traced in detail.
+        optional: Blocks that take no time where they did not run, as a control model that is not used.
     """
     forwards = {span.block: span for span in spans if span.lane == FORWARD and span.block >= timed.start}
     if timed.stop - 1 not in forwards:
@@ -79,11 +85,12 @@ def observe(
     for span in inside:
         if span.lane == COMPUTE:
             found[span.block].append(span.duration_ms)
+    known = all(durations or block in optional for block, durations in enumerate(found))
     copied = sum(slab_bytes[span.block] for span in inside if span.lane == f"{COPY} 0")
     busy = busy_ms(inside, COPY)
     return Observation(
         forwards=count,
-        compute_ms=tuple(map(statistics.median, found)) if all(found) else None,
+        compute_ms=tuple(statistics.median(durations or [0.0]) for durations in found) if known else None,
         forward_ms=statistics.median(span.duration_ms for span in forwards.values()),
         stall_ms=total_ms(inside, STALL) / count,
         copied_bytes_per_s=copied / busy * 1e3 if busy else None,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...hardware.records import Samples
+from ..model.groups import is_beside
 from ..model.layout import ModelProfile
 from ..plan.schedule import ForwardTime
 from ..plan.swap_plan import HostTier, SwapPlan
@@ -186,7 +187,8 @@ class RunStats:
         if trace is None or profile is None or traced is None:
             return
         slabs = [block.slab_bytes for block in profile.blocks]
-        observation = observe(trace.collect(), slab_bytes=slabs, timed=timed, traced=traced)
+        optional = [i for i, block in enumerate(profile.blocks) if is_beside(block.name)]
+        observation = observe(trace.collect(), slab_bytes=slabs, timed=timed, traced=traced, optional=optional)
         if observation is not None:
             self.observation, self.timed, self.is_timed = observation, timed, True
 

@@ -146,9 +146,16 @@ def _swapped(plan: SwapPlan) -> str:
     if not plan.swapped_count:
         return f"all {format_count(len(plan.swapped), 'block')} resident"
     streams = format_count(plan.streams, "copy stream") if plan.overlap else "no overlap"
-    window = f"{format_count(plan.slots, 'slot')} of {format_bytes(plan.slot_bytes)}, {streams}"
+    window = f"{slots_in_words(plan)}, {streams}"
     tiers = ", ".join(f"{count} {tier}" for tier, count in host_tiers(plan).items())
     return f"{plan.swapped_count} of {len(plan.swapped)} blocks swapped ({tiers}), {window}"
+
+
+def slots_in_words(plan: SwapPlan) -> str:
+    """The number and size of a plan's slots."""
+    slots = f"{format_count(plan.slots, 'slot')} of {format_bytes(plan.slot_bytes)}"
+    own = f", {len(plan.own_slots)} of {format_bytes(sum(plan.own_slots))} together beside them"
+    return slots + (own if plan.own_slots else "")
 
 
 def _weights(report: RunReport) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,7 @@ from ..run.run import SwapRun
 from ..run.text import not_again
 from ..settings import SwapSettings, is_ours
 from .loader import copied_bytes, offload_state_dict, replace_in
+from .parts import PUT, Part, hidden, loaded_to_host, moves_disabled, offload, parts_of, unwrapped
 from .patch import Forward, Watched
 from .wanvideo import (
     END,
@@ -30,18 +32,15 @@ from .wanvideo import (
     START,
     Wrapper,
     check_transformer,
-    current_blocks,
     discard_packed_weights,
     entry,
     host_weight_bytes,
-    named_blocks,
     native_swapping_disabled,
     refuse_cuda_graphs,
     refuse_vram_management,
     reset_counters,
     reset_our_count,
     retry_blocker,
-    unwrapped,
     vace_blocks_entered,
     vace_blocks_of,
 )
@@ -60,7 +59,9 @@ OnSet = Callable[[Any, Any], None]
 """Called with a loaded model and the arguments that WanVideoSetBlockSwap is about to give it."""
 
 MakeRun = Callable[[nn.Module, Any, SwapSettings], "SwapRun | None"]
-"""Makes the run of a transformer from its blocks and settings; None where its device cannot be swapped on."""
+"""Makes the run of a transformer from the names and modules that are swapped, and from settings; None where its device
+cannot be swapped on.
+"""
 
 
 class Gate:
@@ -127,13 +128,13 @@ class Gate:
         if self._on_set is not None:
             self._on_set(arguments.get("model"), arguments.get("block_swap_args"))
 
-    def _before_load(self, transformer: Any, arguments: Mapping[str, Any]) -> None:
+    def _before_load(self, transformer: Any, arguments: Mapping[str, Any]) -> AbstractContextManager[None] | None:
         """Refuses what cannot run, before any weight moves, and frees the device before new weights arrive there."""
         transformer, swap_args = unwrapped(transformer), arguments.get("block_swap_args")
         if swap_args is None or not is_ours(swap_args):
             if self._remove(transformer) and arguments.get("gguf"):
                 discard_packed_weights(transformer)
-            return
+            return None
         SwapSettings.from_blockswapargs(swap_args)
         refuse_cuda_graphs(arguments.get("compile_args"))
         refuse_vram_management(transformer)
@@ -142,6 +143,7 @@ class Gate:
             gated.end()
         if arguments.get("gguf"):
             self._make_room_for_copies(copied_bytes(arguments.get("reader")))
+        return loaded_to_host(self._wrapper.holders[PUT], transformer)
 
     def _make_room_for_copies(self, need: int) -> None:
         """Models whose run has ended give up slabs that are not in use, where RAM has no room beside them.
@@ -154,38 +156,45 @@ class Gate:
             if session.state is SessionState.IDLE and session.slab_bytes and host.room_bytes < need:
                 session.give_up_unused()
 
-    def _before_start(self, transformer: Any, arguments: Mapping[str, Any]) -> None:
+    def _before_start(self, transformer: Any, arguments: Mapping[str, Any]) -> AbstractContextManager[None] | None:
         """Starts our run; every tensor is at its master before the wrapper moves blocks."""
         swap_args = arguments.get("block_swap_args")
         if not is_ours(swap_args):
             self._remove(unwrapped(transformer))
-            return
+            return None
         try:
-            self._start(transformer, swap_args, arguments.get("model"))
+            return self._start(transformer, swap_args, arguments.get("model"))
         except BaseException:
             reset_counters(unwrapped(transformer))
             raise
 
-    def _start(self, outer: Any, swap_args: Any, model: Any) -> None:
+    def _start(self, outer: Any, swap_args: Any, model: Any) -> AbstractContextManager[None] | None:
         transformer = unwrapped(outer)
         check_transformer(transformer)
         refuse_cuda_graphs(entry(model, "compile_args"))
         refuse_vram_management(transformer, model)
         settings = SwapSettings.from_blockswapargs(swap_args)
         assert settings is not None, "is_ours has found them"
+        parts = parts_of(transformer)
         gated = self._gated.get(transformer)
+        if gated is not None and not gated.has_parts(parts):
+            self._remove(transformer)  # as with a control model that was added since
+            gated = None
         if gated is None:
-            run = self._make_run(transformer, named_blocks(transformer), settings)
+            run = self._make_run(transformer, [(part.name, part.weights) for part in parts], settings)
             if run is None:
-                return
+                return None
             gated = self._gated[transformer] = GatedModel(run, on_last_step=self._read_ahead)
+        offload(parts, transformer.offload_device)
         offload_state_dict(transformer, model)
         gated.run.use(settings)
         gated.run.session.listeners.on_master = replace_in(model)
         if self._on_start is not None:
             self._on_start(gated.run, swap_args)
-        self._make_room(gated, host_weight_bytes(transformer))
-        gated.start(outer, hints_to_host=not settings.auto_hardware_tuning and settings.vace_blocks_to_swap > 0)
+        self._make_room(gated, host_weight_bytes(parts))
+        hints_to_host = not settings.auto_hardware_tuning and settings.vace_blocks_to_swap > 0
+        gated.start(outer, parts, hints_to_host=hints_to_host)
+        return hidden(transformer, parts)
 
     def _make_room(self, gated: GatedModel, need: int) -> None:
         """Makes models whose run has ended give up host memory that this one needs: first locks, then slabs.
@@ -268,20 +277,26 @@ class GatedModel:
     def __init__(self, run: SwapRun, *, on_last_step: Callable[[GatedModel], None]) -> None:
         self.run = run
         self.hints_to_host = False
+        self._parts: Sequence[Part] = ()
         self._on_last_step = weakref.WeakMethod(on_last_step)
         self._is_last_step = False
         # Weak, since a Forward may hold the module's former `forward`, and with it the module.
         self._armed: list[weakref.ref[Forward]] = []
 
-    def start(self, outer: Any, *, hints_to_host: bool) -> None:
+    def has_parts(self, parts: Sequence[Part]) -> bool:
+        """Whether these are the modules that it swaps, however they are compiled now."""
+        return list(map(_unchanging, self._parts)) == list(map(_unchanging, parts))
+
+    def start(self, outer: Any, parts: Sequence[Part], *, hints_to_host: bool) -> None:
         """Puts our `forward` in place.
 
         Args:
             outer: The transformer, or the module that torch.compile made of it.
+            parts: The modules that are swapped.
             hints_to_host: Whether VACE hints go to the host from the first forward on.
         """
         self.end()
-        self.hints_to_host, self._is_last_step = hints_to_host, False
+        self.hints_to_host, self._is_last_step, self._parts = hints_to_host, False, parts
         transformer = unwrapped(outer)
         self._armed = [weakref.ref(Forward.on(transformer, self._forward))]
         if outer is not transformer:
@@ -326,10 +341,12 @@ class GatedModel:
             try:
                 workload = self._prepare(transformer, arguments, keywords)
                 has_started = True
+                parts = self._current_parts(transformer)
                 with (
                     native_swapping_disabled(transformer, hints_to_host=self.hints_to_host),
-                    self.run.forward(workload, current_blocks(transformer)),
-                    vace_blocks_entered(transformer, self.run.session.enter),
+                    moves_disabled(parts),
+                    self.run.forward(workload, [part.module for part in parts]),
+                    vace_blocks_entered(parts, self.run.session.enter),
                 ):
                     return original(*arguments, **keywords)
             except RuntimeError as failure:
@@ -344,6 +361,12 @@ class GatedModel:
                 raise DeviceMemoryError(not_again(blocker, reported=reason))
             logger.warning("%s; trying a smaller plan", reason)
 
+    def _current_parts(self, transformer: Any) -> Sequence[Part]:
+        """The parts with the modules that the forward will call, if the blocks have been compiled since the start."""
+        if list(transformer.blocks) != [part.module for part in self._parts if part.name.startswith("blocks.")]:
+            self._parts = parts_of(transformer)
+        return self._parts
+
     def _prepare(self, transformer: Any, arguments: Any, keywords: Any) -> Workload | None:
         """Plans the forward and returns its workload. VACE hints go to the host if the plan has no room for them."""
         workload = workload_of(transformer, arguments, keywords, hints_to_host=self.hints_to_host)
@@ -357,6 +380,12 @@ class GatedModel:
         self.run.prepare(workload)
         logger.info("the hints of %d VACE blocks go to the host, since the device has no room for them", vace)
         return workload
+
+
+def _unchanging(part: Part) -> tuple[str, nn.Module, list[nn.Module | None]]:
+    """What of a part stays from run to run of the same model."""
+    inside = [] if part.weights is unwrapped(part.module) else list(part.weights._modules.values())
+    return part.name, unwrapped(part.module), inside
 
 
 def _call_uncompiled(outer: Any, original: Callable[..., Any], arguments: Any, keywords: Any) -> Any:

@@ -13,7 +13,8 @@ from torch import nn
 from ...hardware.disk import FileMappings
 from ..model.recognise import TensorInfo
 from ..model.tensors import region_of
-from .wanvideo import entry, named_blocks
+from .parts import parts_of
+from .wanvideo import entry
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +93,9 @@ def offload_state_dict(transformer: nn.Module, model: Any) -> None:
     if not isinstance(stored, dict):
         return
     moved = 0
-    for prefix, block in named_blocks(transformer):
-        for path, tensor in block.named_parameters():
-            name = f"{prefix}.{path}".replace("_orig_mod.", "")
+    for part in parts_of(transformer):
+        for path, tensor in part.weights.named_parameters():
+            name = f"{part.name}.{path}".replace("_orig_mod.", "")
             held = stored.get(name)
             if not isinstance(held, torch.Tensor) or held.device.type in ("cpu", "meta") or tensor.device.type != "cpu":
                 continue

@@ -6,14 +6,17 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-Notice = Callable[[Any, Mapping[str, Any]], None]
-"""Called with the transformer (None if it is not among the arguments) and with all arguments by name."""
+Notice = Callable[[Any, Mapping[str, Any]], "AbstractContextManager[None] | None"]
+"""Called with the transformer (None if it is not among the arguments) and with all arguments by name. Returns a context
+in which the function runs, or None.
+"""
 
 RunForward = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Runs a forward; called with the module, its original function, and the arguments."""
@@ -76,12 +79,13 @@ class Watched:
             self._is_inside = True
             try:
                 try:
-                    self._before(transformer, bound)
+                    context = self._before(transformer, bound)
                 except BaseException:
                     if self._always:
                         function(*arguments, **keywords)
                     raise
-                return function(*arguments, **keywords)
+                with context or nullcontext():
+                    return function(*arguments, **keywords)
             finally:
                 self._is_inside = False
                 if self._after is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ import torch
 from torch import nn
 
 from ..errors import WrapperError, WrapperMissingError
-from ..model.profile import blocks_of
+from ..model.groups import VACE
 from ..model.tensors import stored_bytes
 from ..settings import EVERY_BLOCK
+from .parts import PUT, Part, parts_of, unwrapped
 
 LOAD, START, END = "load_weights", "init_blockswap", "offload_transformer"
 """Functions that the wrapper calls to load the weights of a run, to start the run, and to end it."""
@@ -64,8 +66,8 @@ class Wrapper:
     """The loaded wrapper.
 
     Attributes:
-        holders: For LOAD, START and END: the modules that hold the function, or another pack's wrapping of it. For SET:
-            the node class with the method, or none in a wrapper without that node.
+        holders: For LOAD, START, END and PUT: the modules that hold the function, or another pack's wrapping of it. For
+            SET: the node class with the method, or none in a wrapper without that node.
     """
 
     holders: Mapping[str, Sequence[ModuleType | type]]
@@ -100,6 +102,7 @@ def find_wrapper(node_classes: Mapping[str, type]) -> Wrapper:
     holders: dict[str, Sequence[ModuleType | type]] = {
         name: tuple(module for module in inside if _can_be_wrapped(vars(module).get(name), name)) for name in functions
     }
+    holders[PUT] = (loader,) if callable(vars(loader).get(PUT)) else ()
     setter = node_classes.get("WanVideoSetBlockSwap")
     holders[SET] = (setter,) if setter is not None and _can_be_wrapped(vars(setter).get(SET), SET) else ()
     return Wrapper(holders)
@@ -189,31 +192,14 @@ def entry(model: Any, key: str) -> Any:
         return None
 
 
-def unwrapped(module: Any) -> Any:
-    """The module inside any number of torch.compile's OptimizedModules."""
-    while (inner := getattr(module, "_orig_mod", None)) is not None:
-        module = inner
-    return module
-
-
-def current_blocks(transformer: nn.Module) -> list[nn.Module]:
-    """The modules that a forward will call; torch.compile wraps the blocks again at every run."""
-    return [block for _, block in blocks_of(transformer)]
-
-
-def named_blocks(transformer: nn.Module) -> tuple[tuple[str, nn.Module], ...]:
-    """Name and module of each block, without the wrapping by torch.compile."""
-    return tuple((name, unwrapped(block)) for name, block in blocks_of(transformer))
-
-
 def vace_blocks_of(transformer: Any) -> Sequence[nn.Module]:
     """The current VACE blocks; none in a model without VACE."""
     return tuple(getattr(transformer, "vace_blocks", None) or ())
 
 
-def host_weight_bytes(transformer: nn.Module) -> int:
-    """Bytes of the blocks' weights in host memory now."""
-    weights = [weight for _, block in named_blocks(transformer) for weight in block.parameters()]
+def host_weight_bytes(parts: Sequence[Part]) -> int:
+    """Bytes of the weights in host memory now."""
+    weights = [weight for part in parts for weight in part.weights.parameters()]
     return sum(stored_bytes(weight) for weight in weights if weight.device.type == "cpu")
 
 
@@ -234,7 +220,7 @@ def retry_blocker(transformer: Any, original: Any, *, step: int) -> str | None:
     function = original.func if isinstance(original, functools.partial) else original
     if function is not type(transformer).forward or function.__module__ != type(transformer).__module__:
         return "another pack has changed the model's forward"
-    if any(unwrapped(block)._forward_hooks for _, block in blocks_of(transformer) if isinstance(block, nn.Module)):
+    if any(unwrapped(part.module)._forward_hooks for part in parts_of(transformer)):
         return "another pack has hooks on the model's blocks"
     return None
 
@@ -260,23 +246,32 @@ def native_swapping_disabled(transformer: Any, *, hints_to_host: bool) -> Iterat
 
 
 @contextlib.contextmanager
-def vace_blocks_entered(transformer: nn.Module, enter: Callable[[int, object], None]) -> Iterator[None]:
-    """A context in which `enter` is called with the index of each VACE block before it runs, and with a tensor that it
-    is given. The wrapper calls `block.forward`, which skips hooks on the block, so that the hooks are on its parts:
-    block 0 is entered before its `before_proj`, and each other block after the `after_proj` of the previous one.
+def vace_blocks_entered(parts: Sequence[Part], enter: Callable[[int, object], None]) -> Iterator[None]:
+    """A context in which `enter` is called with the index of each VACE block among `parts` before it runs, and with a
+    tensor that it is given. The wrapper calls `block.forward`, which skips hooks on the block, so that the hooks are on
+    its layers: the first block is entered before its `before_proj`, and each other one after the `after_proj` of the
+    previous one.
     """
-    blocks = vace_blocks_of(transformer)
+    blocks: list[tuple[int, Any]] = [
+        (index, part.weights) for index, part in enumerate(parts) if part.name.startswith(f"{VACE}.")
+    ]
     entering = torch.compiler.disable(enter)
     with contextlib.ExitStack() as stack:  # removes the hooks
-        if blocks:
-            first = unwrapped(blocks[0]).before_proj
-            stack.enter_context(first.register_forward_pre_hook(lambda module, given: entering(0, given), prepend=True))
-        for index, block in enumerate(blocks[:-1], start=1):
-            after = unwrapped(block).after_proj
-            stack.enter_context(
-                after.register_forward_hook(lambda module, given, output, i=index: entering(i, (given, output)))
-            )
+        for index, block in blocks[:1]:
+            first = block.before_proj
+            hook = functools.partial(_entering_first, entering, index)
+            stack.enter_context(first.register_forward_pre_hook(hook, prepend=True))
+        for (_, block), (index, _) in itertools.pairwise(blocks):
+            stack.enter_context(block.after_proj.register_forward_hook(functools.partial(_entering, entering, index)))
         yield
+
+
+def _entering_first(enter: Callable[[int, object], None], index: int, module: nn.Module, given: Any) -> None:
+    enter(index, given)
+
+
+def _entering(enter: Callable[[int, object], None], index: int, module: nn.Module, given: Any, output: Any) -> None:
+    enter(index, (given, output))
 
 
 def reset_counters(transformer: nn.Module) -> None:
@@ -295,8 +290,8 @@ def discard_packed_weights(transformer: nn.Module) -> None:
     """Empties the packed (GGUF) weights of the blocks, so that the wrapper's loader reads them again instead of keeping
     them on their device.
     """
-    for _, block in named_blocks(transformer):
-        for module in block.modules():
+    for part in parts_of(transformer):
+        for module in part.weights.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and hasattr(parameter, "quant_type"):
                     module._parameters[name] = nn.Parameter(parameter.new_empty(0).as_subclass(torch.Tensor), False)  # noqa: FBT003

@@ -13,7 +13,8 @@ import torch
 from ..model.activations import Attention, ForwardOptions, Rope, activation_bytes, weight_copies
 from ..model.wan import WanArchitecture
 from ..run.history import Workload
-from .wanvideo import unwrapped, vace_blocks_of
+from .parts import unwrapped
+from .wanvideo import vace_blocks_of
 
 logger = logging.getLogger(__name__)
 
