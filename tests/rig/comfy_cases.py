@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import comfy_watch
+import family_inputs
+import tiny_families
 import tiny_wan
 import torch
 from call_arguments import arguments_compared
@@ -41,6 +43,9 @@ SAMPLING = {
 PLAIN = {"riflex_freq_index": 0, "batched_cfg": False}
 FORCING = {"addnoise_condition": 10, "fps": 24.0}
 """Inputs of one sampler only."""
+
+
+FILES = tiny_wan.FILES | tiny_families.FILES
 
 
 def outputs(name: str, **inputs: Any) -> tuple[Any, ...]:
@@ -77,6 +82,9 @@ class Cases:
             also: Such a node for the other place: both have arguments then.
             cached: Loaded models of the case before are used again, where their inputs are the same.
             vace: The sampler gets a VACE context.
+            family: The sampler gets what this one of family_inputs.FAMILIES adds.
+            left_out: It gets nothing of that.
+            changed: Weights whose names begin so have other values than in the file.
             size: Of the video: width, height, num_frames.
             sampler: Its node.
             sample: Inputs of the sampler.
@@ -109,6 +117,8 @@ class Cases:
         began = time.perf_counter()
         try:
             models += self._models_of(case)
+            if "changed" in case:
+                _change(models[0], case["changed"])
             found["load_s"] = time.perf_counter() - began
             if case.get("texts"):
                 found["plan_text"] = _plan_text(case, models[-1])
@@ -170,7 +180,7 @@ class Cases:
         return [self._loaded[key] for key in keys]
 
     def _make(self, name: str) -> None:
-        tiny_wan.make(self._models, name)
+        tiny_wan.make(self._models, name, FILES)
 
     def _sample(self, case: Mapping[str, Any], model: Any, **part: Any) -> Any:
         name = case.get("sampler", "WanVideoSampler")
@@ -179,14 +189,24 @@ class Cases:
         inputs: dict[str, Any] = SAMPLING | own | part | case.get("sample", {})
         inputs["text_embeds"] = _text()
         inputs["image_embeds"] = _vace_context(**size) if case.get("vace") else call("WanVideoEmptyEmbeds", **size)
-        inputs |= {key: _output_of(node) for key, node in case.get("nodes", {}).items()}
-        return call(name, model=model, **inputs)
+        inputs |= {"model": model} | {key: _output_of(node) for key, node in case.get("nodes", {}).items()}
+        if "family" in case and not case.get("left_out"):
+            inputs |= family_inputs.FAMILIES[case["family"]](inputs)
+        return call(name, **inputs)
 
 
 def _compared(case: Mapping[str, Any], models: list[Any]) -> contextlib.AbstractContextManager[list[bool] | None]:
     if not case.get("arguments"):
         return contextlib.nullcontext()
     return arguments_compared(_transformers(models)[0])
+
+
+def _change(model: Any, prefix: str) -> None:
+    """In the weights that the sampler gives to the transformer."""
+    weights = model.model["sd"]
+    names = [name for name in weights if name.startswith(prefix)]
+    assert names, f"no weight's name begins with {prefix}"
+    weights.update({name: weights[name] * 0.5 for name in names})
 
 
 def _plan_text(case: Mapping[str, Any], model: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import sys
 import types
 from collections.abc import Callable
@@ -99,11 +100,25 @@ def load_wrapper(comfyui: Path) -> None:
     load_custom_node(comfyui / "custom_nodes" / WRAPPER)
     if IS_CUDA:
         return
+    model = wrapper_module("wanvideo.modules.model")
+    model.torch = _Overlay("torch", torch, cuda=_Overlay("torch.cuda", torch.cuda, **_PRETENDED_CUDA))
+    _run_on_our_device(wrapper_module("onetoall.refextractor_2d").WanRefextractor)
+
+
+def _run_on_our_device(module: Any) -> None:
+    """A module that the wrapper builds without a device to run on: its default is CUDA."""
+    module.__init__.__defaults__ = tuple(
+        DEVICE if isinstance(value, torch.device) and value.type == "cuda" else value
+        for value in module.__init__.__defaults__
+    )
+
+
+def wrapper_module(name: str) -> Any:
+    """A module of the wrapper, by its name inside the wrapper."""
     import nodes
 
     package = nodes.NODE_CLASS_MAPPINGS["WanVideoSampler"].__module__.rpartition(".")[0]
-    model = sys.modules[f"{package}.wanvideo.modules.model"]
-    model.torch = _Overlay("torch", torch, cuda=_Overlay("torch.cuda", torch.cuda, **_PRETENDED_CUDA))
+    return importlib.import_module(f"{package}.{name}")
 
 
 class _Overlay(types.ModuleType):

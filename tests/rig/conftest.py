@@ -1,4 +1,4 @@
-"""One ComfyUI process for all tests here, and the runs that several of them look at.
+"""One ComfyUI process for the tests here, one more for the families, and the runs that several of them look at.
 
     COMFYUI_DIR=… COMFYUI_PYTHON=…/bin/python python -m pytest tests/rig
 
@@ -10,6 +10,7 @@ place of the pretend accelerator: see test_rig_cuda.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -19,18 +20,24 @@ from types import SimpleNamespace
 import pytest
 from comfy_client import ON_CUDA, Comfy, started
 from rig_runs import Runs
-from rig_variants import REMOVED_FROM, VARIANTS
+from rig_variants import FAMILIES, REMOVED_FROM, VARIANTS
 
 
-@pytest.fixture(scope="session")
-def comfy_without_us(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
+@contextlib.contextmanager
+def _started(scratch: Path) -> Iterator[Comfy]:
     folder = os.environ.get("COMFYUI_DIR")
     if not folder:
         pytest.skip("needs COMFYUI_DIR, a ComfyUI with ComfyUI-WanVideoWrapper (and COMFYUI_PYTHON, its python)")
     python = os.environ.get("COMFYUI_PYTHON") or sys.executable
-    with started(python, Path(folder), tmp_path_factory.mktemp("comfyui")) as comfy:
+    with started(python, Path(folder), scratch) as comfy:
         if comfy.skipped is not None:
             pytest.skip(comfy.skipped)
+        yield comfy
+
+
+@pytest.fixture(scope="session")
+def comfy_without_us(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
+    with _started(tmp_path_factory.mktemp("comfyui")) as comfy:
         yield comfy
 
 
@@ -54,3 +61,13 @@ def comfy(comfy_without_us: Comfy, never_installed: object) -> Comfy:
 @pytest.fixture(scope="session")
 def runs(comfy: Comfy) -> Runs:
     return Runs(comfy)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """Runs of FAMILIES in a ComfyUI of their own, which ends with the module that uses it."""
+    if ON_CUDA:
+        pytest.skip("measures on the pretend accelerator: unset RIG_DEVICE")
+    with _started(tmp_path_factory.mktemp("families")) as comfy:
+        comfy.load_package()
+        yield Runs(comfy, FAMILIES)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 from comfy_client import Comfy
-from rig_variants import BLOCKS, VARIANTS, native, ours
+from rig_variants import BLOCKS, VARIANTS, Case, native, ours
 
 HALF = BLOCKS // 2
 
@@ -18,10 +19,12 @@ class Runs:
 
     Args:
         comfy: The process.
+        cases: The variants by name.
     """
 
-    def __init__(self, comfy: Comfy) -> None:
+    def __init__(self, comfy: Comfy, cases: Mapping[str, Case] = VARIANTS) -> None:
         self._comfy = comfy
+        self._cases = cases
         self._made: dict[tuple[str, object], SimpleNamespace] = {}
 
     def of(self, variant: str, count: object) -> SimpleNamespace:
@@ -43,6 +46,10 @@ class Runs:
         """What came of it without any swapping."""
         return self._once(variant, "unswapped")
 
+    def changed(self, variant: str, **changes: object) -> SimpleNamespace:
+        """What came of it without any swapping and with some keys of the case changed."""
+        return self._once(variant, ("unswapped", *changes.items()), **changes)
+
     def native(self, variant: str) -> SimpleNamespace:
         """What came of it with all blocks swapped by the wrapper, which leaves out one of those asked for in unpatched
         models.
@@ -51,7 +58,7 @@ class Runs:
 
     def _once(self, variant: str, how: object, **changes: object) -> SimpleNamespace:
         if (variant, how) not in self._made:
-            outcome = self._comfy.run(VARIANTS[variant], **changes)
+            outcome = self._comfy.run(self._cases[variant], **changes)
             outcome.how = how
             self._made[variant, how] = outcome
         outcome = self._made[variant, how]

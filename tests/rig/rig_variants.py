@@ -125,3 +125,21 @@ VARIANTS: dict[str, Case] = {
 
 REMOVED_FROM = ("bf16", "stays", "stays_gguf", "lora_unmerged", "gguf", "vace")
 """Those from which the node is taken away."""
+
+FAMILIES: dict[str, Case] = {
+    "s2v": _case("s2v.safetensors", family="s2v"),
+    "one_to_all": _case("one_to_all.safetensors", base_precision="fp16", family="one_to_all"),
+    "uni3c_offload": _case(BF16, family="uni3c_offload", cfg=1.0),
+    "uni3c_stay": _case(BF16, family="uni3c_stay", cfg=1.0),
+    "animate": _case("animate.safetensors", family="animate", cfg=1.0),
+}
+"""Of each family that only the wrapper runs; the name is one of family_inputs.FAMILIES, too."""
+
+PARTS: dict[str, tuple[str, ...]] = {
+    "s2v": ("audio_injector.injector.", "audio_injector.injector_adain_layers.", "casual_audio_encoder."),
+    "one_to_all": ("controlnet.blocks.9.", "refextractor.blocks.8.", "image_to_cond.", "input_hint_block."),
+    "animate": ("motion_encoder.", "blocks.25.fuser_block.", "pose_patch_embedding."),
+}
+"""What names of a family's own weights begin with, in the transformer. A family that is not here has none: its net is
+beside the transformer.
+"""

@@ -6,7 +6,7 @@ VACE blocks. Matrices of a block are those of the one before, shifted: no two ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -160,9 +160,10 @@ FILES: dict[str, Callable[[], Weights]] = {
 }
 
 
-def make(models: Path, name: str) -> None:
-    """Writes FILES[name] below `models`, unless it is there already."""
+def make(models: Path, name: str, files: Mapping[str, Callable[[], Weights]] = FILES) -> None:
+    """Writes files[name] below `models`, unless it is there already."""
     path = models / name
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         write = _write_gguf if path.suffix == ".gguf" else _write_safetensors
-        write(path, FILES[name]())
+        write(path, files[name]())

@@ -1,0 +1,81 @@
+"""In the real wrapper, models that only the wrapper runs, swapped, give the unswapped latents at the planned cost."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from rig_figures import COUNTER_BYTES
+from rig_runs import COUNTS, Runs
+from rig_variants import BLOCKS, FAMILIES, PARTS
+
+pytestmark = pytest.mark.rig
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_count = pytest.mark.parametrize("count", COUNTS)
+
+
+def planned_bytes(run: SimpleNamespace) -> int:
+    """Bytes of everything that the plan counts, as stored."""
+    (plan,) = run.plans.values()
+    return sum(plan["streamed_bytes"]) + sum(plan["small_bytes"])
+
+
+@every_count
+@every_family
+def test_latents_are_those_of_the_unswapped_model(families: Runs, family: str, count: object) -> None:
+    assert families.of(family, count).latents == families.unswapped(family).latents
+
+
+@every_count
+@every_family
+def test_blocks_are_swapped(families: Runs, family: str, count: object) -> None:
+    (plan,) = families.of(family, count).plans.values()
+    assert sum(plan["swapped"]) >= (1 if count == "auto" else count)
+
+
+@every_count
+@every_family
+def test_no_planned_weight_is_copied_back(families: Runs, family: str, count: object) -> None:
+    run, unswapped = families.of(family, count), families.unswapped(family)
+    assert run.d2h_bytes <= unswapped.d2h_bytes - planned_bytes(run) + COUNTER_BYTES
+
+
+@every_count
+@every_family
+def test_weights_take_no_more_device_memory_than_planned(families: Runs, family: str, count: object) -> None:
+    run, unswapped = families.of(family, count), families.unswapped(family)
+    (plan,) = run.plans.values()
+    assert run.peak_bytes <= 1.02 * (unswapped.peak_bytes - planned_bytes(run) + plan["device_bytes"])
+
+
+@every_count
+@every_family
+def test_after_a_run_the_transformer_is_the_wrappers_own(families: Runs, family: str, count: object) -> None:
+    run, unswapped = families.of(family, count), families.unswapped(family)
+    assert run.counters == unswapped.counters == [[-1, -1, 0]]
+    assert run.places == unswapped.places
+    assert not run.has_own_forward
+    assert run.after_bytes <= unswapped.after_bytes
+
+
+@every_family
+def test_the_rig_runs_the_wrappers_own_swapping(families: Runs, family: str) -> None:
+    native, unswapped = families.native(family), families.unswapped(family)
+    assert native.latents == unswapped.latents
+    assert native.d2h_bytes > sum(unswapped.block_bytes)
+
+
+@every_family
+def test_all_blocks_run_in_the_rigs_forwards(families: Runs, family: str) -> None:
+    assert {one["blocks"] for one in families.unswapped(family).forwards} == {BLOCKS}
+
+
+@pytest.mark.parametrize(("family", "part"), [(family, part) for family, parts in PARTS.items() for part in parts])
+def test_the_rigs_latents_follow_from_each_part(families: Runs, family: str, part: str) -> None:
+    assert families.changed(family, changed=part).latents != families.unswapped(family).latents
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in PARTS])
+def test_the_rigs_latents_follow_from_what_the_family_adds(families: Runs, family: str) -> None:
+    assert families.changed(family, left_out=True).latents != families.unswapped(family).latents
