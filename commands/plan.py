@@ -34,6 +34,7 @@ from ..hardware import (
 )
 from ..hardware.cards import KnownGpu, find_gpu, vendor_of
 from ..hardware.disk import measure_disk
+from ..hardware.units import format_count
 from .options import cache_dir, choose_device, parse_count, parse_shape, parse_size
 from .output import Result, table, window_text
 
@@ -386,11 +387,21 @@ def _answer(model: ModelProfile, decided: SwapPlan, left: int) -> str:
     does = "It fits" if known else "The weights fit"
     used = f"VRAM {format_bytes(vram + (decided.activation_bytes or 0))}{'' if known else ' without activations'}"
     ram = format_bytes(model.anonymous_bytes + decided.added_bytes)
-    text = f"{does}: {blocks - decided.swapped_count} of {blocks} blocks stay on the GPU. {used}, RAM {ram}."
+    stay = f"{blocks - decided.swapped_count} of {blocks} {'modules' if _beside(model) else 'blocks'} stay on the GPU"
+    text = f"{does}: {stay}. {used}, RAM {ram}."
     if forward is None:
         return text
     bound = {"computation": "the GPU's computation", "link": "the link", "disk": "the disk"}[bound_of(decided) or ""]
     return f"{text} A forward takes {forward.elapsed / 1e3:.1f} s, bound by {bound}; a step with CFG takes two."
+
+
+def _beside(model: ModelProfile) -> int:
+    return sum(is_beside(block.name) for block in model.blocks)
+
+
+def _blocks_in_words(model: ModelProfile) -> str:
+    beside, count = _beside(model), len(model.blocks)
+    return f"{count - beside}, and {format_count(beside, 'module')} beside them" if beside else str(count)
 
 
 def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, readings: Readings, card: Card) -> str:
@@ -405,7 +416,7 @@ def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, 
         ["  activations, expected", "unknown: give --shape" if activations is None else format_bytes(activations)],
         ["  reserve", format_bytes(reserve)],
         ["  left", format_bytes(idle)],
-        ["blocks", f"{len(model.blocks)}, {format_bytes(model.block_bytes)}"],
+        ["blocks", f"{_blocks_in_words(model)}, {format_bytes(model.block_bytes)}"],
         ["swapped", f"{decided.swapped_count}, {window_text(decided)}"],
         ["page-locked", format_bytes(decided.pinned_bytes)],
         ["other host memory", format_bytes(_unlocked_bytes(model, decided))],

@@ -14,6 +14,8 @@ from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 
 CASES = 2000
 
+OWN = ("controlnet_zero", "audio_injector.injector")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def small_chunks() -> Iterator[None]:
@@ -57,6 +59,8 @@ def cases(draw: st.DrawFn) -> dict:
     )
     return {
         "blocks": draw(st.lists(block, min_size=count, max_size=count)),
+        # Those of two groups have a slot of their own.
+        "groups": draw(st.lists(st.sampled_from(["blocks", "blocks", *OWN]), min_size=count, max_size=count)),
         "swapped": draw(st.lists(st.booleans(), min_size=count, max_size=count)),
         "tiers": draw(st.lists(st.sampled_from(HostTier), min_size=count, max_size=count)),
         "slots": draw(st.integers(1, 4)),
@@ -78,6 +82,7 @@ def cases(draw: st.DrawFn) -> dict:
 def test_any_run_equals_the_unswapped_model_and_every_order_is_kept(case: dict) -> None:
     torch.manual_seed(case["seed"])
     model = Model([Tripwire(Block(8, hidden, dtype)) for hidden, dtype in case["blocks"]])
+    model.groups = case["groups"]
     x = torch.randn(2, 8)
     with torch.inference_mode():
         wanted = [model(x, order) for order, _ in case["forwards"]]

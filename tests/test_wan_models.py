@@ -16,6 +16,7 @@ from wan_models import (
     Published,
     animate,
     lynx,
+    s2v,
     stored,
     talk_module,
     under,
@@ -24,12 +25,22 @@ from wan_models import (
 )
 from wanvideo_enhanced_blockswap.blockswap.checkpoint.wan_file import read_checkpoint
 from wanvideo_enhanced_blockswap.blockswap.errors import CheckpointError
+from wanvideo_enhanced_blockswap.blockswap.model.groups import in_order, is_beside
+from wanvideo_enhanced_blockswap.blockswap.model.layout import device_bytes
 from wanvideo_enhanced_blockswap.blockswap.model.recognise import CheckpointProfile
 from wanvideo_enhanced_blockswap.cli import main
+from wanvideo_enhanced_blockswap.hardware.units import GIB
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="NTFS would store the zeros of stretched files")
 
-IN_BLOCKS = re.compile(r"(^|\.)(?<!controlnet\.)(?<!refextractor\.)(vace_blocks|blocks|fuser_blocks)\.\d+\.")
+SWAPPED = re.compile(
+    r"^(\w+_model\.|(model\.)?(diffusion_model\.)?)?("
+    r"(vace_blocks|blocks|(face_adapter|ip_adapter)\.(fuser_)?blocks)\.\d+\."
+    r"|(controlnet\.blocks|controlnet_zero|audio_injector\.injector(_adain_layers)?)\.\d+\."
+    r"|(refextractor|casual_audio_encoder|image_to_cond|face_encoder|motion_encoder|multitalk_audio_proj)\."
+    r"|audio_proj\.(proj|norm)|controlnet_(blocks|patch_embedding)\.)"
+)
+"""Names, as files have them, of what is swapped: the blocks, and what is beside them."""
 MACHINE = ("--gpu", "RTX 4090", "--ram", "256GiB", "--json")
 every_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 every_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.name)
@@ -37,9 +48,9 @@ every_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: mod
 
 def header_bytes(header: Header, *, in_blocks: bool) -> int:
     return sum(
-        ELEMENT_BYTES[dtype] * math.prod(shape)
+        (4 if "motion_encoder." in name else ELEMENT_BYTES[dtype]) * math.prod(shape)  # which is loaded as float32
         for name, (dtype, shape) in header.items()
-        if bool(IN_BLOCKS.search(name)) == in_blocks
+        if bool(SWAPPED.search(name)) == in_blocks
     )
 
 
@@ -86,7 +97,8 @@ def test_the_blocks_of_published_files_have_the_bytes_that_their_headers_give(
     tmp_path: Path, name: str, blocks: int, block_bytes: int
 ) -> None:
     profile = read_checkpoint(write(tmp_path, next(model for model in MODELS if model.name == name)))
-    assert (len(profile.model.blocks), profile.model.block_bytes) == (blocks, block_bytes)
+    found = [block.nbytes for block in profile.model.blocks if block.name.startswith("blocks.")]
+    assert (len(found), sum(found)) == (blocks, block_bytes)
 
 
 def test_plan_shows_the_family_below_its_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +129,36 @@ def test_both_layouts_of_animate_give_the_same_plan(tmp_path: Path, capsys: pyte
         plans.append(run_plan(capsys, file, "--shape", "832x480x81", "--link", "25"))
     assert plans[0] == plans[1]
     assert plans[0][0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("Wan2_2-S2V-14B_fp8_e4m3fn_scaled_KJ", 1 + 12 + 12),
+        ("Wan21-OneToAllAnimation_fp8_e4m3fn_scaled_KJ", 2 + 3 * 7),
+        ("wan2.2_animate_14B_bf16", 2),
+        ("LongCat-Avatar_comfy_bf16", 1),
+        ("Wan21-SkyReelsV3-A2V_fp8_scaled_mixed", 1),
+    ],
+)
+def test_what_is_beside_the_blocks_is_swapped_in_the_order_of_a_forward(tmp_path: Path, name: str, beside: int) -> None:
+    profile = read_checkpoint(write(tmp_path, next(model for model in MODELS if model.name == name)))
+    names = [block.name for block in profile.model.blocks]
+    assert names == in_order(names)
+    assert sum(map(is_beside, names)) == beside
+    assert len(names) - beside == profile.architecture.blocks
+
+
+def test_s2v_streams_through_two_slots_of_a_block_and_the_size_of_an_injector(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_header(tmp_path / "s2v.safetensors", stored(s2v(), "BF16"))
+    shown = run_plan(capsys, file, "--blocks-to-swap", "all")[1]
+    assert shown["blocks_to_swap"] == 40 + 25
+    block, small = max(shown["slot_bytes"], 0), shown["resident_bytes"]  # type: ignore[call-overload]
+    assert block == device_bytes(2 * (8 * 5120**2 + 2 * 5120 * 13824))
+    assert shown["device_bytes"] - 2 * block - small < 0.3 * GIB  # type: ignore[operator]
+    assert small < 0.03 * GIB  # type: ignore[operator]
 
 
 def test_the_blocks_of_ovis_audio_half_are_in_the_blocks_of_the_video_half(tmp_path: Path) -> None:
@@ -177,7 +219,8 @@ def test_several_modules_add_up(tmp_path: Path) -> None:
     ]
     profile = read_checkpoint(base(tmp_path), modules=files)
     assert profile.architecture.parts == ("VACE", "MultiTalk/InfiniteTalk", "Lynx")
-    kept = {tensor.name for tensor in profile.model.blocks[8].tensors}
+    first = next(block for block in profile.model.blocks if block.name == "blocks.0")
+    kept = {tensor.name for tensor in first.tensors}
     assert {"audio_cross_attn.q_linear.weight", "self_attn.ref_adapter.to_k_ref.weight"} <= kept
 
 

@@ -36,6 +36,7 @@ class Model(nn.Module):
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
+        self.groups = ["blocks"] * len(blocks)
 
     def forward(self, x: torch.Tensor, run: Sequence[int] | None = None) -> torch.Tensor:
         for i in range(len(self.blocks)) if run is None else run:
@@ -44,7 +45,8 @@ class Model(nn.Module):
 
     @property
     def named(self) -> list[tuple[str, nn.Module]]:
-        return [(f"blocks.{i}", block) for i, block in enumerate(self.blocks)]
+        """The blocks, each with the name of its group."""
+        return [(f"{group}.{i}", block) for i, (group, block) in enumerate(zip(self.groups, self.blocks, strict=True))]
 
 
 def toy(count: int = 6, *, seed: int = 0, width: int = 16) -> Model:

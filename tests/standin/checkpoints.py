@@ -44,6 +44,7 @@ class Contents:
     control: bool = False
     image: bool = False
     audio: bool = False
+    beside: bool = False
     seed: int = 0
 
 
@@ -82,6 +83,7 @@ def _weights(contents: Contents) -> Mapping[str, torch.Tensor]:
         face_layers=(0, 3) if contents.face else (),
         control_layers=(0, 1) if contents.control else (),
         has_image=contents.image,
+        has_beside=contents.beside,
     )
     if contents.audio:
         model.audio_model = WanModel(num_layers=LAYERS)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import beside
 from . import management as mm
 from .blocks import BaseWanAttentionBlock, Head, VaceWanAttentionBlock, WanAttentionBlock
 from .cache_state import CacheState, ask_cache, keep_end, keep_output, kept_input
@@ -23,6 +24,7 @@ class WanModel(nn.Module):
         face_layers: The layers whose block has a face block (WanAnimate).
         control_layers: The layers whose block has control layers (LongVie2).
         has_image: It takes CLIP features of an image.
+        has_beside: It has modules beside its blocks.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class WanModel(nn.Module):
         face_layers: Sequence[int] = (),
         control_layers: Sequence[int] = (),
         has_image: bool = False,
+        has_beside: bool = False,
         main_device: torch.device | None = None,
         offload_device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
@@ -94,6 +97,8 @@ class WanModel(nn.Module):
             self.face_encoder = Linear(dim, dim)
         if has_image:
             self.img_emb = Linear(text_dim, dim)
+        if has_beside:
+            beside.attach(self, dim)
         self.head = Head(dim, out_dim * patch)
 
     def block_swap(
@@ -171,6 +176,7 @@ class WanModel(nn.Module):
         self._add_hints(kwargs, x, vace_data, seq_len, current_step_percentage)
         is_extracting, features = _lynx(lynx_embeds, is_uncond=is_uncond)
 
+        x = beside.before_blocks(self, x)
         is_swapping = self.blocks_to_swap > 0
         # What the prefetch of each block has recorded. Without an accelerator there is none, and nothing is moved.
         events = [[] for _ in self.blocks] if self.main_device.type != "cpu" else None
@@ -191,6 +197,7 @@ class WanModel(nn.Module):
                 x = x + block.control_combine_linears(dense) * dual_control_input["strength"]
             if motion is not None and block.has_face_fuser_block:
                 x = x + block.fuser_block(x, motion)
+            x = beside.after_block(self, b, x)
             if self.blocks_to_swap > 0 and b >= start:
                 block.to(self.offload_device, non_blocking=self.use_non_blocking)
             if is_extracting:

@@ -195,6 +195,7 @@ def _build(sd: Mapping[str, torch.Tensor], device: torch.device, base_dtype: tor
             face_layers=numbers(r"blocks\.(\d+)\.fuser_block\."),
             control_layers=numbers(r"blocks\.(\d+)\.control_blocks_dense\."),
             has_image="img_emb.weight" in sd,
+            has_beside="refextractor.patch_embedding.weight" in sd,
         )
         if "audio_model.head.modulation" in sd:
             transformer.audio_model = WanModel(**sizes)
