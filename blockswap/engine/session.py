@@ -71,6 +71,7 @@ class SwapSession:
         listeners: Called during an adopt.
 
     Attributes:
+        backend: The device and what it offers.
         state: The state.
         plan: The plan of the last adopt; None before the first.
         log: Counts and times the forwards.
@@ -92,7 +93,7 @@ class SwapSession:
         self._named = tuple(blocks)
         self._root = None if root is None else weakref.ref(root)
         self._planner = planner
-        self._backend = backend
+        self.backend = backend
         self._holds = Holdings()
         # Not at exit, where it would unlock gigabytes beside a thread of ComfyUI that still runs: the system does it.
         weakref.finalize(self, run_outside_workers, self._holds.drop).atexit = False
@@ -198,7 +199,7 @@ class SwapSession:
         return plan
 
     def _open(self, model: ProfiledModel, plan: SwapPlan) -> None:
-        holds, backend = self._holds, self._backend
+        holds, backend = self._holds, self.backend
         streams = backend.open_streams(plan.streams, plan.overlap)
         if holds.store is None:
             holds.store = self._new_store(streams)
@@ -213,7 +214,7 @@ class SwapSession:
         swapper.prefetch()
 
     def _new_store(self, streams: Streams) -> HostStore:
-        return HostStore(streams, self._backend.registrar, self._backend.pin_budget, self._backend.host_room)
+        return HostStore(streams, self.backend.registrar, self.backend.pin_budget, self.backend.host_room)
 
     @translate_device_errors("device memory was being given back")
     def release(self) -> None:
@@ -247,7 +248,7 @@ class SwapSession:
         self._expect("take_over", SessionState.IDLE)
         other._expect("take_over", SessionState.IDLE, SessionState.CLOSED)
         if other._holds.store is not None:
-            holds, backend = self._holds, self._backend
+            holds, backend = self._holds, self.backend
             holds.store = holds.store or self._new_store(backend.open_streams(1, backend.overlap))
             holds.store.take(other._holds.store.hand_over())
 

@@ -22,6 +22,7 @@ from ..run.history import Workload
 from ..run.run import SwapRun
 from ..run.text import not_again
 from ..settings import SwapSettings, is_ours
+from .control import ControlModel, control_model
 from .loader import copied_bytes, offload_state_dict, replace_in
 from .parts import PUT, Part, hidden, loaded_to_host, moves_disabled, offload, parts_of, unwrapped
 from .patch import Forward, Watched
@@ -256,8 +257,7 @@ class Gate:
         gated = self._gated.pop(transformer, None)
         if gated is None:
             return False
-        gated.disarm()
-        gated.run.close()
+        gated.close()
         return True
 
 
@@ -278,6 +278,7 @@ class GatedModel:
         self.run = run
         self.hints_to_host = False
         self._parts: Sequence[Part] = ()
+        self._control: ControlModel | None = None
         self._on_last_step = weakref.WeakMethod(on_last_step)
         self._is_last_step = False
         # Weak, since a Forward may hold the module's former `forward`, and with it the module.
@@ -297,6 +298,8 @@ class GatedModel:
         """
         self.end()
         self.hints_to_host, self._is_last_step, self._parts = hints_to_host, False, parts
+        if self._control is not None:
+            self._control.start()
         transformer = unwrapped(outer)
         self._armed = [weakref.ref(Forward.on(transformer, self._forward))]
         if outer is not transformer:
@@ -306,7 +309,30 @@ class GatedModel:
     def end(self) -> None:
         """Puts every `forward` back and ends the run."""
         self.disarm()
-        self._release()
+        try:
+            self._end_control()
+        finally:
+            self._release()
+
+    def _end_control(self) -> None:
+        control = self._control
+        if control is None:
+            return
+        if control.was_used:
+            control.end()
+        else:
+            self._control = None
+            control.close()
+
+    def close(self) -> None:
+        """Leaves everything as it was before the first start."""
+        self.disarm()
+        control, self._control = self._control, None
+        try:
+            if control is not None:
+                control.close()
+        finally:
+            self.run.close()
 
     def disarm(self) -> None:
         """Puts every `forward` back."""
@@ -323,8 +349,11 @@ class GatedModel:
     def _forward(self, transformer: Any, original: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
         try:
             return self._forward_or_retry(transformer, original, arguments, keywords)
-        except BaseException as failure:
-            self._release(failure)  # since not every caller offloads after a failure
+        except BaseException as failure:  # since not every caller offloads after a failure
+            try:
+                self._end_control()
+            finally:
+                self._release(failure)
             raise
 
     def _forward_or_retry(self, transformer: Any, original: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
@@ -336,6 +365,7 @@ class GatedModel:
             read_ahead = self._on_last_step()
             if read_ahead is not None:
                 read_ahead(self)
+        self._take(control_model(keywords), transformer)
         while True:
             has_started = False
             try:
@@ -344,7 +374,8 @@ class GatedModel:
                 parts = self._current_parts(transformer)
                 with (
                     native_swapping_disabled(transformer, hints_to_host=self.hints_to_host),
-                    moves_disabled(parts),
+                    # The wrapper moves what is beside the blocks in the middle of a forward.
+                    moves_disabled(part.module for part in parts if part.is_beside),
                     self.run.forward(workload, [part.module for part in parts]),
                     vace_blocks_entered(parts, self.run.session.enter),
                 ):
@@ -360,6 +391,16 @@ class GatedModel:
             if blocker is not None:
                 raise DeviceMemoryError(not_again(blocker, reported=reason))
             logger.warning("%s; trying a smaller plan", reason)
+
+    def _take(self, control: nn.Module | None, transformer: Any) -> None:
+        """Swaps a control model from its next step on, too."""
+        if control is None or (self._control is not None and self._control.model is control):
+            return
+        if self._control is not None:
+            self._control.close()
+        self._control = ControlModel(control, self.run, transformer.offload_device)
+        self._control.start()
+        self._control.was_used = True
 
     def _current_parts(self, transformer: Any) -> Sequence[Part]:
         """The parts with the modules that the forward will call, if the blocks have been compiled since the start."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,14 +74,11 @@ def _without_parts(module: nn.Module, path: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def moves_disabled(parts: Sequence[Part]) -> Iterator[None]:
-    """A context in which `to` and the like do nothing to the modules beside the blocks, called on them or on a module
-    around them: the wrapper moves them in the middle of a forward.
-    """
+def moves_disabled(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A context in which `to` and the like do nothing to modules, called on them or on a module around them."""
     with contextlib.ExitStack() as stack:
-        for part in parts:
-            if part.is_beside:
-                stack.enter_context(_replaced(part.module, "_apply", functools.partial(_unmoved, part.module)))
+        for module in modules:
+            stack.enter_context(_replaced(module, "_apply", functools.partial(_unmoved, module)))
         yield
 
 
