@@ -74,7 +74,7 @@ class Cases:
         """What came of a case; of one that fails, `error` has the exception's type and text.
 
         A case has these keys, all but the first optional:
-            load: Inputs of WanVideoModelLoader; `extra_model` is a file.
+            load: Inputs of WanVideoModelLoader; `extra_model` is a file, and what is a node loads a file, too.
             second: A file: the second expert, which takes over after the first step.
             lora: Inputs of WanVideoLoraSelect; with `set`, it goes through WanVideoSetLoRAs.
             swap: `{"node": name, "inputs": {…}}`: the node that gives BLOCKSWAPARGS.
@@ -126,7 +126,7 @@ class Cases:
             with watched as seen, _compared(case, models) as kept:
                 samples = self._sample_all(case, models)
             found["kept_arguments"] = kept
-            found["latents"] = _digest(samples["samples"])
+            found["latents"] = _digest(samples["samples"] if "samples" in samples else samples["video"])
             if case.get("texts"):
                 found["report_text"] = outputs("WanVideoBlockSwapReport", samples=samples, model=models[-1])[-1]
         except BaseException as failure:  # noqa: BLE001 - an interrupt is one; ComfyUI catches it at this very place
@@ -173,6 +173,10 @@ class Cases:
         for key, inputs in zip(keys, wanted, strict=True):
             if key not in self._loaded:
                 self._make(f"diffusion_models/{inputs['model']}")
+                for name, value in inputs.items():
+                    if isinstance(value, dict) and "node" in value:
+                        self._make(f"diffusion_models/{value['inputs']['model']}")
+                        inputs |= {name: _output_of(value)}
                 if "extra_model" in inputs:
                     self._make(f"diffusion_models/{inputs['extra_model']}")
                     inputs |= {"extra_model": call("WanVideoExtraModelSelect", extra_model=inputs["extra_model"])}
@@ -206,7 +210,7 @@ def _change(model: Any, prefix: str) -> None:
     weights = model.model["sd"]
     names = [name for name in weights if name.startswith(prefix)]
     assert names, f"no weight's name begins with {prefix}"
-    weights.update({name: weights[name] * 0.5 for name in names})
+    weights.update({name: weights[name].roll(1, dims=0) for name in names})
 
 
 def _plan_text(case: Mapping[str, Any], model: Any) -> str:

@@ -103,6 +103,25 @@ def load_wrapper(comfyui: Path) -> None:
     model = wrapper_module("wanvideo.modules.model")
     model.torch = _Overlay("torch", torch, cuda=_Overlay("torch.cuda", torch.cuda, **_PRETENDED_CUDA))
     _run_on_our_device(wrapper_module("onetoall.refextractor_2d").WanRefextractor)
+    _build_what_the_files_have()
+
+
+MTV_WIDTHS = {44: 8, 84: 24}
+"""Of what the wrapper turns by time and by place: in a head of 128, and in one of 32."""
+
+
+def _build_what_the_files_have() -> None:
+    """Where the wrapper builds modules of one width only, whatever the file has."""
+    import tiny_families
+
+    control, projection = wrapper_module("LongVie2.modules"), wrapper_module("FlashVSR.LQ_proj_model")
+    dual, buffer = control.WanModelDualControl, projection.Buffer_LQ4x_Proj
+    control.WanModelDualControl = lambda **config: dual(**config | tiny_families.LONGVIE2)
+    motion = wrapper_module("MTV.mtv")
+    time, space = motion.get_1d_rotary_pos_embed, motion.get_3d_motion_spatial_embed
+    motion.get_1d_rotary_pos_embed = lambda width, *rest, **options: time(MTV_WIDTHS[width], *rest, **options)
+    motion.get_3d_motion_spatial_embed = lambda width, *rest: space(MTV_WIDTHS[width], *rest)
+    projection.Buffer_LQ4x_Proj = lambda **config: tiny_families.without_memory(lambda: buffer(**config))
 
 
 def _run_on_our_device(module: Any) -> None:

@@ -112,16 +112,18 @@ def watched(
         ]
     MEMORY.reset_copy_stats()
     MEMORY.reset_peak_memory_stats()
+    peaks: list[int] = []
     counted = COUNTS.now()
     began = time.perf_counter()
     try:
-        with _told_of_blocks(watch.block_begins):
+        with _told_of_blocks(watch.block_begins), _told_of_peaks(peaks.append):
             yield found
     finally:
         for handle in handles:
             handle.remove()
         found |= MEMORY.copy_stats()
         found["peak_bytes"] = MEMORY.max_memory_allocated()
+        found["whole_peak_bytes"] = max([*peaks, found["peak_bytes"]])
         found["sampling_s"] = time.perf_counter() - began
         found |= {"forwards": watch.forwards, "plans": watch.plans, "onloaded_bytes": watch.onloaded_bytes()}
         found["began_s"] = watch.began_s
@@ -232,6 +234,22 @@ def _told_of_blocks(block_begins: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         management.throw_exception_if_processing_interrupted = original
+
+
+@contextlib.contextmanager
+def _told_of_peaks(ends: Callable[[int], None]) -> Iterator[None]:
+    """The package forgets the peak when its first forward begins."""
+    original = MEMORY.reset_peak_memory_stats
+
+    def reset(*arguments: Any) -> None:
+        ends(MEMORY.max_memory_allocated())
+        original(*arguments)
+
+    MEMORY.reset_peak_memory_stats = reset
+    try:
+        yield
+    finally:
+        MEMORY.reset_peak_memory_stats = original
 
 
 def _interrupt(block: nn.Module) -> None:

@@ -38,7 +38,10 @@ def _case(model: str, **further: Any) -> Case:
     return {"load": {"model": model, **load}, "sample": sample, **further}
 
 
-LOADER_INPUTS = {"base_precision", "quantization", "load_device", "extra_model", "compile_args", "vram_management_args"}
+LOADER_INPUTS = {
+    *("base_precision", "quantization", "load_device", "extra_model", "compile_args", "vram_management_args"),
+    *("multitalk_model", "fantasytalking_model", "fantasyportrait_model"),
+}
 SAMPLER_INPUTS = {"steps", "cfg", "shift", "force_offload"}
 
 BF16, SCALED, GGUF = "bf16.safetensors", "fp8_scaled.safetensors", "q8_0.gguf"
@@ -126,20 +129,78 @@ VARIANTS: dict[str, Case] = {
 REMOVED_FROM = ("bf16", "stays", "stays_gguf", "lora_unmerged", "gguf", "vace")
 """Those from which the node is taken away."""
 
+_MULTITALK = {"node": "MultiTalkModelLoader", "inputs": {"model": "multitalk.safetensors"}}
+_FANTASYTALKING = {
+    "node": "FantasyTalkingModelLoader",
+    "inputs": {"model": "fantasytalking.safetensors", "base_precision": "bf16"},
+}
+_FANTASYPORTRAIT = {
+    "node": "FantasyPortraitModelLoader",
+    "inputs": {"model": "fantasyportrait.safetensors", "base_precision": "bf16"},
+}
+
+_STAND_IN = {"lora": "stand_in.safetensors", "strength": 1.0, "merge_loras": True}
+_WINDOWED = {"nodes": {"context_options": _WINDOWS}, "size": {"num_frames": 17}}
+
 FAMILIES: dict[str, Case] = {
     "s2v": _case("s2v.safetensors", family="s2v"),
     "one_to_all": _case("one_to_all.safetensors", base_precision="fp16", family="one_to_all"),
     "uni3c_offload": _case(BF16, family="uni3c_offload", cfg=1.0),
     "uni3c_stay": _case(BF16, family="uni3c_stay", cfg=1.0),
     "animate": _case("animate.safetensors", family="animate", cfg=1.0),
+    "controlnet": _case(BF16, family="controlnet", cfg=1.0),
+    "ovi": _case("ovi.safetensors", family="ovi"),
+    "multitalk": _case(BF16, family="multitalk", multitalk_model=_MULTITALK, cfg=1.0),
+    "fantasytalking": _case(BF16, family="fantasytalking", fantasytalking_model=_FANTASYTALKING, cfg=1.0),
+    "fantasyportrait": _case(BF16, family="fantasyportrait", fantasyportrait_model=_FANTASYPORTRAIT, cfg=1.0),
+    "lynx": _case(BF16, family="lynx", extra_model="lynx.safetensors"),
+    "recammaster": _case("recammaster.safetensors", family="recammaster", cfg=1.0),
+    "humo": _case("humo.safetensors", family="humo", size={"num_frames": 17}, cfg=1.0),
+    "scail": _case("scail.safetensors", family="scail", cfg=1.0),
+    "longvie2": _case("longvie2.safetensors", family="longvie2", cfg=1.0),
+    "phantom": _case(BF16, family="phantom", size={"num_frames": 9}),
+    "mocha": _case(BF16, base_precision="fp16", family="mocha", cfg=1.0),
+    "s2v_windows": _case("s2v.safetensors", family="s2v", **_WINDOWED, cfg=1.0),
+    "s2v_framepack": _case("s2v.safetensors", family="s2v_framepack", size={"num_frames": 17}, cfg=1.0),
+    "skyreels_v3": _case("skyreels_v3.safetensors", family="multitalk", cfg=1.0),
+    "steadydancer": _case("steadydancer.safetensors", family="steadydancer", cfg=1.0),
+    "flashvsr": _case("flashvsr.safetensors", family="flashvsr", cfg=1.0),
+    "fun_control": _case("fun_control.safetensors", family="fun_control", cfg=1.0),
+    "fun_camera": _case("fun_camera.safetensors", family="fun_camera", cfg=1.0),
+    "minimax_remover": _case("minimax_remover.safetensors", family="minimax_remover", cfg=1.0),
+    "mtv": _case("mtv.safetensors", family="mtv", cfg=1.0),
+    "stand_in": _case(BF16, lora=_STAND_IN, family="stand_in", cfg=1.0),
+    "stand_in_unmerged": _case(BF16, lora=_STAND_IN | {"merge_loras": False}, family="stand_in", cfg=1.0),
 }
-"""Of each family that only the wrapper runs; the name is one of family_inputs.FAMILIES, too."""
+"""Of the families that only the wrapper runs. `family` is what the sampler gets: one of family_inputs.FAMILIES."""
 
 PARTS: dict[str, tuple[str, ...]] = {
     "s2v": ("audio_injector.injector.", "audio_injector.injector_adain_layers.", "casual_audio_encoder."),
     "one_to_all": ("controlnet.blocks.9.", "refextractor.blocks.8.", "image_to_cond.", "input_hint_block."),
     "animate": ("motion_encoder.", "blocks.25.fuser_block.", "pose_patch_embedding."),
+    "ovi": ("audio_model.blocks.5.", "blocks.29.cross_attn.k_fusion."),
+    "multitalk": ("blocks.29.audio_cross_attn.", "multitalk_audio_proj."),
+    "fantasytalking": ("blocks.29.cross_attn.k_proj.",),
+    "fantasyportrait": ("blocks.29.cross_attn.ip_adapter_single_stream_",),
+    "lynx": ("blocks.29.self_attn.ref_adapter.", "blocks.29.cross_attn.ip_adapter."),
+    "recammaster": ("blocks.29.projector.", "blocks.29.cam_encoder."),
+    "humo": ("blocks.29.audio_cross_attn_wrapper.", "audio_proj."),
+    "scail": ("patch_embedding_pose.",),
+    "longvie2": ("blocks.11.control_blocks_dense.", "blocks.11.control_blocks_sparse.", "dual_controller."),
+    "s2v_windows": ("cond_encoder.",),
+    "s2v_framepack": ("frame_packer.",),
+    "skyreels_v3": ("blocks.29.audio_cross_attn.", "multitalk_audio_proj."),
+    "steadydancer": ("condition_embedding_align.", "patch_embedding_fuse."),
+    "flashvsr": ("LQ_proj_in.",),
+    "fun_control": ("ref_conv.",),
+    "fun_camera": ("control_adapter.",),
+    "minimax_remover": ("patch_embedding.",),
+    "mtv": ("blocks.28.motion_attn.",),
 }
-"""What names of a family's own weights begin with, in the transformer. A family that is not here has none: its net is
-beside the transformer.
-"""
+"""What names of a family's own weights begin with, in the transformer; the others' are not in a model's file."""
+
+BESIDE = (
+    *("s2v", "s2v_windows", "s2v_framepack", "one_to_all", "uni3c_offload", "uni3c_stay", "animate", "controlnet"),
+    *("ovi", "multitalk", "skyreels_v3", "humo", "longvie2"),
+)
+"""Families with large weights that are in none of the blocks."""

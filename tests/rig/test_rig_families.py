@@ -1,4 +1,17 @@
-"""In the real wrapper, models that only the wrapper runs, swapped, give the unswapped latents at the planned cost."""
+"""In the real wrapper, models that only the wrapper runs, swapped, give the unswapped latents at the planned cost.
+
+The files have the families' own weights at a small width (see tiny_families.py). These are not as in the wrapper:
+Uni3C and TheDenk's controlnets: the net is of its class, but not from its loader, which takes the real width only.
+LongVie2, FlashVSR and MTV: what is built for the real width only is built for that of the file.
+Encoders of audio, images, faces and expressions: their outputs are random, or follow from the images.
+
+Not here:
+LongCat (and Avatar): what selects it is the width of 4096, in each block, too: 48 blocks are 27 GB.
+SCAIL-2, UniAnimate, UniLumos, BindWeave, EchoShot, ATI, WanMove, StoryMem, Time-to-move, Pusa: nothing in or beside the
+blocks but convolutions or a projection ahead of them, or inputs.
+FlashPortrait: as FantasyPortrait, with its weights under other names in the file.
+WanAnimate and MultiTalk in a loop over windows: they run the same forwards as here, again.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +20,21 @@ from types import SimpleNamespace
 import pytest
 from rig_figures import COUNTER_BYTES
 from rig_runs import COUNTS, Runs
-from rig_variants import BLOCKS, FAMILIES, PARTS
+from rig_variants import BESIDE, BLOCKS, FAMILIES, PARTS
 
 pytestmark = pytest.mark.rig
 
+STAYS_IN_PART = "stand_in_unmerged"
+"""The wrapper leaves this LoRA on the device for good; after a run with us, it is where the blocks' weights were."""
+
 every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family_that_leaves = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=STAYS_IN_PART) if name == STAYS_IN_PART else ())
+        for name in FAMILIES
+    ],
+)
 every_count = pytest.mark.parametrize("count", COUNTS)
 
 
@@ -35,7 +58,7 @@ def test_blocks_are_swapped(families: Runs, family: str, count: object) -> None:
 
 
 @every_count
-@every_family
+@every_family_that_leaves
 def test_no_planned_weight_is_copied_back(families: Runs, family: str, count: object) -> None:
     run, unswapped = families.of(family, count), families.unswapped(family)
     assert run.d2h_bytes <= unswapped.d2h_bytes - planned_bytes(run) + COUNTER_BYTES
@@ -51,6 +74,14 @@ def test_weights_take_no_more_device_memory_than_planned(families: Runs, family:
 
 @every_count
 @every_family
+def test_placing_takes_no_more_device_memory_than_planned(families: Runs, family: str, count: object) -> None:
+    run, unswapped = families.of(family, count), families.unswapped(family)
+    (plan,) = run.plans.values()
+    assert run.whole_peak_bytes <= 1.02 * (unswapped.whole_peak_bytes - planned_bytes(run) + plan["device_bytes"])
+
+
+@every_count
+@every_family_that_leaves
 def test_after_a_run_the_transformer_is_the_wrappers_own(families: Runs, family: str, count: object) -> None:
     run, unswapped = families.of(family, count), families.unswapped(family)
     assert run.counters == unswapped.counters == [[-1, -1, 0]]
@@ -59,7 +90,7 @@ def test_after_a_run_the_transformer_is_the_wrappers_own(families: Runs, family:
     assert run.after_bytes <= unswapped.after_bytes
 
 
-@every_family
+@pytest.mark.parametrize("family", BESIDE)
 def test_the_rig_runs_the_wrappers_own_swapping(families: Runs, family: str) -> None:
     native, unswapped = families.native(family), families.unswapped(family)
     assert native.latents == unswapped.latents
