@@ -1,17 +1,18 @@
-"""A control model that the sampler runs by itself, before each forward of the transformer: TheDenk's controlnets."""
+"""Control models that the sampler runs by themselves, before each forward of the transformer: TheDenk's controlnets."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Mapping
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..engine.session import SessionState, SwapSession
+from ..engine.session import SwapSession
 from ..model.layout import ModelProfile
 from ..plan.make_plan import make_plan, plan_inputs
 from ..plan.swap_plan import HeldMemory, SwapPlan
@@ -20,63 +21,70 @@ from ..run.run import SwapRun
 from .parts import moves_disabled
 from .patch import Forward
 
-logger = logging.getLogger(__name__)
+MODULE, CLASS = "controlnet.wan_controlnet", "WanControlnet"
+"""Where the wrapper has the class of these models. It loads the module with the first of them."""
 
 
-def control_model(keywords: Mapping[str, Any]) -> nn.Module | None:
-    """The control model that has made the `controlnet` argument of a forward; None without one that has blocks."""
-    given = keywords.get("controlnet")
-    model = given.get("controlnet") if isinstance(given, Mapping) else None
-    return model if isinstance(model, nn.Module) and isinstance(getattr(model, "blocks", None), nn.ModuleList) else None
+class ControlModels:
+    """Swaps all blocks of each control model that is used during one run of a transformer.
 
-
-class ControlModel:
-    """Swaps all blocks of a control model, with a session of its own.
-
-    The sampler moves the model to the device in every step and leaves it there. From its second step on, its blocks
-    stream through slots instead; the sampler's moves leave them alone.
+    In every step, the sampler moves the model to the device, calls it, and leaves it there. Our method `to`, on its
+    class for as long as the run lasts, sees it before it is moved. From then on, its blocks stream through slots of a
+    session of their own, and moves of it leave them alone.
 
     Args:
-        model: The control model.
+        package: The wrapper's package.
         run: The transformer's run, which has the machine and its limits.
-        host: The device that the blocks are put on.
-
-    Attributes:
-        model: The control model.
-        was_used: Whether it has run since the last `start`, or is about to.
+        host: The device that blocks are put on which are not there.
     """
 
-    def __init__(self, model: nn.Module, run: SwapRun, host: torch.device) -> None:
-        self.model = model
-        self.was_used = True
-        self._blocks = list(model.blocks)  # type: ignore[arg-type]
-        for block in self._blocks:
-            block.to(host)
-        named = [(f"control.{number}", block) for number, block in enumerate(self._blocks)]
-        self._session = SwapSession(named, _everything_swapped(run.planner), run.session.backend)
-        self._armed = contextlib.ExitStack()
-
-    def start(self) -> None:
-        """Switches the sampler's moves of the blocks off, and puts our `forward` in place."""
-        self.was_used = False
-        self._armed.enter_context(moves_disabled(self._blocks))
-        self._armed.callback(Forward.on(self.model, self._forward).disarm)
+    def __init__(self, package: str, run: SwapRun, host: torch.device) -> None:
+        self._run, self._host = run, host
+        self._used = contextlib.ExitStack()
+        kind = getattr(sys.modules.get(f"{package}.{MODULE}"), CLASS, None)
+        if kind is not None:
+            self._used.enter_context(_seen_before_moves(kind, self._take))
 
     def end(self) -> None:
-        """Puts both back and frees the device memory; the weights are on the host."""
-        self._armed.close()
-        if self._session.state is SessionState.ADOPTED:
-            self._session.release()
+        """Leaves all as it was. The blocks' weights are in ordinary host memory."""
+        self._used.close()
 
-    def close(self) -> None:
-        """Ends it for good; the weights stay in ordinary host memory."""
-        self._armed.close()
-        self._session.close()
+    def _take(self, model: Any) -> None:
+        if isinstance(vars(model).get("forward"), Forward):
+            return  # by us, or by another transformer's run
+        blocks: Mapping[str, nn.Module] = {f"control.{number}": block for number, block in enumerate(model.blocks)}
+        for block in blocks.values():
+            block.to(self._host)
+        session = SwapSession(list(blocks.items()), _everything_swapped(self._run.planner), self._run.session.backend)
 
-    def _forward(self, model: Any, original: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
-        self.was_used = True
-        with self._session.forward():
-            return original(*arguments, **keywords)
+        def in_session(_: Any, original: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
+            with session.forward():
+                return original(*arguments, **keywords)
+
+        self._used.callback(session.close)
+        self._used.enter_context(moves_disabled(blocks.values()))
+        self._used.callback(Forward.on(model, in_session).disarm)
+
+
+@contextlib.contextmanager
+def _seen_before_moves(kind: type[nn.Module], notice: Callable[[nn.Module], None]) -> Iterator[None]:
+    """A context in which `notice` is called with each module of a class before its `to`."""
+    own = vars(kind).get("to")
+
+    def to(model: Any, *arguments: Any, **keywords: Any) -> Any:
+        notice(model)
+        original = super(kind, model).to if own is None else functools.partial(own, model)
+        return original(*arguments, **keywords)
+
+    setattr(kind, "to", to)  # noqa: B010 - for the types, it has another signature
+    try:
+        yield
+    finally:
+        if vars(kind).get("to") is to:
+            if own is None:
+                del kind.to
+            else:
+                setattr(kind, "to", own)  # noqa: B010
 
 
 def _everything_swapped(planner: Planner) -> Callable[[ModelProfile, HeldMemory], SwapPlan]:

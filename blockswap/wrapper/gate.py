@@ -22,7 +22,7 @@ from ..run.history import Workload
 from ..run.run import SwapRun
 from ..run.text import not_again
 from ..settings import SwapSettings, is_ours
-from .control import ControlModel, control_model
+from .control import ControlModels
 from .loader import copied_bytes, offload_state_dict, replace_in
 from .parts import PUT, Part, hidden, loaded_to_host, moves_disabled, offload, parts_of, unwrapped
 from .patch import Forward, Watched
@@ -185,7 +185,7 @@ class Gate:
             run = self._make_run(transformer, [(part.name, part.weights) for part in parts], settings)
             if run is None:
                 return None
-            gated = self._gated[transformer] = GatedModel(run, on_last_step=self._read_ahead)
+            gated = self._gated[transformer] = GatedModel(run, self._wrapper.package, on_last_step=self._read_ahead)
         offload(parts, transformer.offload_device)
         offload_state_dict(transformer, model)
         gated.run.use(settings)
@@ -268,17 +268,19 @@ class GatedModel:
 
     Args:
         run: Its run.
+        package: The wrapper's package.
         on_last_step: A method, held weakly, that is called once in a run, when its last step begins.
 
     Attributes:
         hints_to_host: Whether VACE hints go to the host.
     """
 
-    def __init__(self, run: SwapRun, *, on_last_step: Callable[[GatedModel], None]) -> None:
+    def __init__(self, run: SwapRun, package: str, *, on_last_step: Callable[[GatedModel], None]) -> None:
         self.run = run
         self.hints_to_host = False
         self._parts: Sequence[Part] = ()
-        self._control: ControlModel | None = None
+        self._package = package
+        self._control: ControlModels | None = None
         self._on_last_step = weakref.WeakMethod(on_last_step)
         self._is_last_step = False
         # Weak, since a Forward may hold the module's former `forward`, and with it the module.
@@ -298,9 +300,8 @@ class GatedModel:
         """
         self.end()
         self.hints_to_host, self._is_last_step, self._parts = hints_to_host, False, parts
-        if self._control is not None:
-            self._control.start()
         transformer = unwrapped(outer)
+        self._control = ControlModels(self._package, self.run, transformer.offload_device)
         self._armed = [weakref.ref(Forward.on(transformer, self._forward))]
         if outer is not transformer:
             logger.info("a model compiled as a whole runs uncompiled while blocks are swapped; compile only the blocks")
@@ -308,39 +309,32 @@ class GatedModel:
 
     def end(self) -> None:
         """Puts every `forward` back and ends the run."""
-        self.disarm()
+        self._disarm()
         try:
             self._end_control()
         finally:
             self._release()
 
-    def _end_control(self) -> None:
-        control = self._control
-        if control is None:
-            return
-        if control.was_used:
-            control.end()
-        else:
-            self._control = None
-            control.close()
-
     def close(self) -> None:
         """Leaves everything as it was before the first start."""
-        self.disarm()
-        control, self._control = self._control, None
+        self._disarm()
         try:
-            if control is not None:
-                control.close()
+            self._end_control()
         finally:
             self.run.close()
 
-    def disarm(self) -> None:
+    def _disarm(self) -> None:
         """Puts every `forward` back."""
         armed, self._armed = self._armed, []
         for reference in armed:
             forward = reference()
             if forward is not None:
                 forward.disarm()
+
+    def _end_control(self) -> None:
+        control, self._control = self._control, None
+        if control is not None:
+            control.end()
 
     def _release(self, failure: BaseException | None = None) -> None:
         if self.run.session.state in (SessionState.IDLE, SessionState.ADOPTED):
@@ -365,7 +359,6 @@ class GatedModel:
             read_ahead = self._on_last_step()
             if read_ahead is not None:
                 read_ahead(self)
-        self._take(control_model(keywords), transformer)
         while True:
             has_started = False
             try:
@@ -391,16 +384,6 @@ class GatedModel:
             if blocker is not None:
                 raise DeviceMemoryError(not_again(blocker, reported=reason))
             logger.warning("%s; trying a smaller plan", reason)
-
-    def _take(self, control: nn.Module | None, transformer: Any) -> None:
-        """Swaps a control model from its next step on, too."""
-        if control is None or (self._control is not None and self._control.model is control):
-            return
-        if self._control is not None:
-            self._control.close()
-        self._control = ControlModel(control, self.run, transformer.offload_device)
-        self._control.start()
-        self._control.was_used = True
 
     def _current_parts(self, transformer: Any) -> Sequence[Part]:
         """The parts with the modules that the forward will call, if the blocks have been compiled since the start."""

@@ -66,10 +66,12 @@ class Wrapper:
     """The loaded wrapper.
 
     Attributes:
+        package: Name of its package.
         holders: For LOAD, START, END and PUT: the modules that hold the function, or another pack's wrapping of it. For
             SET: the node class with the method, or none in a wrapper without that node.
     """
 
+    package: str
     holders: Mapping[str, Sequence[ModuleType | type]]
 
 
@@ -105,7 +107,7 @@ def find_wrapper(node_classes: Mapping[str, type]) -> Wrapper:
     holders[PUT] = (loader,) if callable(vars(loader).get(PUT)) else ()
     setter = node_classes.get("WanVideoSetBlockSwap")
     holders[SET] = (setter,) if setter is not None and _can_be_wrapped(vars(setter).get(SET), SET) else ()
-    return Wrapper(holders)
+    return Wrapper(package, holders)
 
 
 def _changed(missing: Sequence[str]) -> WrapperError:

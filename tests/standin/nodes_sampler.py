@@ -11,6 +11,7 @@ import torch
 
 from . import management as mm
 from .cache_state import choose_cache
+from .controlnet.wan_controlnet import controlled
 from .linear import remove_lora_from_module, replace_linear, set_lora_params
 from .multitalk_loop import multitalk_loop
 from .nodes_model_loading import load_weights
@@ -161,7 +162,7 @@ def _predictor(
 
     def forward(latent: torch.Tensor, step: int, key: Any, *, is_uncond: bool) -> torch.Tensor:
         video, _, cache[key, is_uncond] = transformer(
-            x=[latent],
+            x=[controlled(transformer_options, latent)],
             t=torch.tensor([1000 * (1 - step / request.steps)], device=latent.device),
             context=negative if is_uncond else positive,
             is_uncond=is_uncond,

@@ -21,6 +21,7 @@ class Variant:
         lora: `merged` or `unmerged` by the loader, `set` on the loaded model, or `set_at_times`: in every second run.
         lora_strength: A number, or one a step (which the wrapper heeds for `set` alone).
         vace_in_module: VACE comes in a separate file.
+        has_control_model: TheDenk's: the sampler runs it.
         has_vram_management: The loader gets vram_management_args.
         compiles: `blocks`, or `model`: as a whole.
         experts: Transformers that follow one another, each for its share of the steps.
@@ -36,6 +37,7 @@ class Variant:
     lora: str | None = None
     lora_strength: float | tuple[float, ...] = 0.8
     vace_in_module: bool = False
+    has_control_model: bool = False
     has_vram_management: bool = False
     compiles: str | None = None
     experts: int = 1
@@ -85,6 +87,7 @@ VARIANTS: dict[str, Variant] = {
     "vace_compiled": _of(**_VACE, compiles="blocks"),
     "animate": _of(**_FACE),
     "control": _of(control=True, has_control=True),
+    "control_model": _of(has_control_model=True),
     "beside": _of(beside=True),
     "beside_fp8_scaled": _of("fp8_scaled", beside=True),
     "beside_gguf": _of("gguf", beside=True),

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import management as mm
 from .checkpoints import Checkpoint, make_checkpoint, make_lora
+from .controlnet import wan_controlnet
 from .nodes_model_loading import WanVideoModelLoader, WanVideoSetBlockSwap, WanVideoSetLoRAs
 from .nodes_sampler import WanVideoSampler
 from .patcher import ModelPatcher
@@ -138,6 +139,9 @@ class Workflow:
             extra_model=files[1] if len(files) > 1 else None,
             vram_management_args={"offload_percent": 1.0} if variant.has_vram_management else None,
         )
+        if variant.has_control_model:
+            options = patcher.model_options["transformer_options"]
+            options["controlnet"] = wan_controlnet.make(patcher.model.diffusion_model.in_dim)
         return patcher
 
     def _with_nodes(self, patcher: ModelPatcher, block_swap_args: dict[str, Any] | None) -> ModelPatcher:
