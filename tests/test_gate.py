@@ -39,7 +39,9 @@ def test_latents_are_those_of_the_unswapped_model_and_no_weight_is_copied_back(
         assert run.session.counters.returned_bytes <= STEP_BYTES
     # Hints of VACE blocks that are swapped by hand go to the host, as with native swapping.
     hints = 0 if count is None or "vace" not in variant else 2 * truth.latents.nbytes * 1000
-    assert first.d2h_bytes <= truth.d2h_bytes + STEP_BYTES + hints
+    # Stand-In's layers are on the device when the first run starts, and only then; a slab samples what it is given.
+    found = 2 * BLOCKS * 4 * workflow.transformer.dim**2 if variant == "stand_in_unmerged" else 0
+    assert first.d2h_bytes <= truth.d2h_bytes + STEP_BYTES + hints + found
     if count in (2, ALL):
         assert first.h2d_bytes != truth.h2d_bytes, "a run that did not swap must not pass"
 

@@ -21,6 +21,7 @@ from wanvideo_enhanced_blockswap.blockswap.wrapper.wanvideo import find_wrapper,
 pytestmark = pytest.mark.usefixtures("pretend_stats")
 
 KINDS = ("fp32", "fp8_scaled", "gguf", "lora_merged", "lora_unmerged", "vace", "compiled", "forcing", "multitalk")
+STAND_IN = ("stand_in", "stand_in_unmerged")
 ALL = BLOCKS
 
 
@@ -92,6 +93,22 @@ def test_a_model_whose_node_was_removed_is_as_if_it_had_never_had_one(bench: Gat
     assert bench.gate.run_of(workflow.transformer) is None
 
 
+@pytest.mark.parametrize("variant", STAND_IN)
+def test_weights_that_the_wrapper_places_once_are_where_it_has_put_them_when_the_node_is_gone(
+    bench: GateBench, variant: str
+) -> None:
+    plain, workflow = bench.workflow(variant, None), bench.workflow(variant, None)
+    plain.sample()
+    expected = sampled(plain)
+    workflow.sample(arguments(2))
+    assert torch.equal(workflow.sample(), expected.latents)
+    again = sampled(workflow)
+    assert torch.equal(again.latents, expected.latents)
+    assert (again.h2d_bytes, again.d2h_bytes) == (expected.h2d_bytes, expected.d2h_bytes)
+    wanted = [one.device for one in plain.transformer.parameters()]
+    assert [one.device for one in workflow.transformer.parameters()] == wanted
+
+
 @pytest.mark.parametrize("variant", KINDS)
 def test_other_settings_with_a_cached_loader_are_obeyed(bench: GateBench, variant: str) -> None:
     workflow = bench.workflow(variant, None)
@@ -103,7 +120,7 @@ def test_other_settings_with_a_cached_loader_are_obeyed(bench: GateBench, varian
         assert plan.swapped_count == (count or 0) + vace
 
 
-@pytest.mark.parametrize("variant", KINDS)
+@pytest.mark.parametrize("variant", [*KINDS, *STAND_IN])
 def test_our_swapping_and_the_wrappers_take_turns_on_one_model(bench: GateBench, variant: str) -> None:
     workflow = bench.workflow(variant, None)
     for args in (arguments(2), swap_args(3, vace_blocks_to_swap=1), arguments(None), None, arguments(ALL)):

@@ -42,6 +42,7 @@ from .wanvideo import (
     reset_counters,
     reset_our_count,
     retry_blocker,
+    return_unloaded_weights,
     vace_blocks_entered,
     vace_blocks_of,
 )
@@ -258,6 +259,7 @@ class Gate:
         if gated is None:
             return False
         gated.close()
+        return_unloaded_weights(transformer)
         return True
 
 

@@ -288,6 +288,16 @@ def reset_our_count(transformer: nn.Module) -> None:
         reset_counters(transformer)
 
 
+def return_unloaded_weights(transformer: Any) -> None:
+    """Puts weights of a patched model back on the device that the wrapper loads once, and not again for every run:
+    Stand-In's, which have "loras" in their names.
+    """
+    if transformer.patched_linear:
+        for name, parameter in transformer.named_parameters():
+            if "loras" in name:
+                parameter.data = parameter.data.to(transformer.main_device)
+
+
 def discard_packed_weights(transformer: nn.Module) -> None:
     """Empties the packed (GGUF) weights of the blocks, so that the wrapper's loader reads them again instead of keeping
     them on their device.

@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Of tokens `(1, tokens, dim)` to others, or to themselves."""
+    """Of tokens `(1, tokens, dim)` to others, or to themselves. `q_loras`, Stand-In's, may be set from outside."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -43,7 +43,8 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:
         others = x if others is None else others
-        parts = self.norm_q(self.q(x)), self.norm_k(self.k(others)), self.v(others)
+        q = self.q(x) + self.q_loras(x) if hasattr(self, "q_loras") else self.q(x)
+        parts = self.norm_q(q), self.norm_k(self.k(others)), self.v(others)
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
         weights = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(dim=-1)
         return self.o((weights @ v).transpose(1, 2).flatten(2))

@@ -48,6 +48,8 @@ def load_weights(
             replace_linear(transformer, base_dtype, sd)
             transformer.gguf_patched = True
     for name, parameter in list(transformer.named_parameters()):
+        if "loras" in name:
+            continue  # placed once, when they were added
         if gguf and isinstance(parameter, GGUFParameter):
             continue  # still there from the run before
         key = name.replace("_orig_mod.", "")

@@ -18,6 +18,8 @@ def offload_transformer(transformer: Any, remove_lora: bool = True) -> None:
         state.clear_all()
     if transformer.patched_linear:
         for name, parameter in list(transformer.named_parameters()):
+            if "loras" in name:
+                continue
             module, leaf = _holder(transformer, name)
             if parameter.is_floating_point():
                 empty = torch.empty_like(parameter.data, device="meta")

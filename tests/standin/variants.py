@@ -20,6 +20,7 @@ class Variant:
         load_device: `offload_device`, or `main_device`: the state dict itself is on the device.
         lora: `merged` or `unmerged` by the loader, `set` on the loaded model, or `set_at_times`: in every second run.
         lora_strength: A number, or one a step (which the wrapper heeds for `set` alone).
+        has_stand_in: Stand-In's layers, which the wrapper puts on the device once.
         vace_in_module: VACE comes in a separate file.
         has_control_model: TheDenk's: the sampler runs it.
         has_vram_management: The loader gets vram_management_args.
@@ -36,6 +37,7 @@ class Variant:
     load_device: str = "offload_device"
     lora: str | None = None
     lora_strength: float | tuple[float, ...] = 0.8
+    has_stand_in: bool = False
     vace_in_module: bool = False
     has_control_model: bool = False
     has_vram_management: bool = False
@@ -76,6 +78,8 @@ VARIANTS: dict[str, Variant] = {
     "lora_set": _of(lora="set"),
     "lora_set_at_times": _of(lora="set_at_times"),
     "lora_fp8_scaled": _of("fp8_scaled", lora="unmerged"),
+    "stand_in": _of(has_stand_in=True),
+    "stand_in_unmerged": _of(lora="unmerged", has_stand_in=True),
     "lora_gguf": _of("gguf", lora="unmerged"),
     "image": _of(image=True, has_image=True),
     "vace": _of(**_VACE),

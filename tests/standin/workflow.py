@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from . import management as mm
@@ -142,6 +143,8 @@ class Workflow:
         if variant.has_control_model:
             options = patcher.model_options["transformer_options"]
             options["controlnet"] = wan_controlnet.make(patcher.model.diffusion_model.in_dim)
+        if variant.has_stand_in:
+            _add_stand_in(patcher.model.diffusion_model)
         return patcher
 
     def _with_nodes(self, patcher: ModelPatcher, block_swap_args: dict[str, Any] | None) -> ModelPatcher:
@@ -180,6 +183,15 @@ def run(
     workflow = Workflow(variant, device=device)
     workflow.load(swap_args)
     return tuple(workflow.sample() for _ in range(runs))
+
+
+def _add_stand_in(transformer: Any) -> None:
+    generator = torch.Generator().manual_seed(17)
+    for block in transformer.blocks:
+        rows, columns = block.self_attn.q.weight.shape
+        layer = block.self_attn.q_loras = nn.Linear(columns, rows, bias=False, device=mm.get_torch_device())
+        layer.requires_grad_(False)
+        layer.weight.copy_(torch.randn(rows, columns, generator=generator) * 0.1)
 
 
 def _files(variant: Variant, *, seed: int) -> Sequence[Checkpoint]:
