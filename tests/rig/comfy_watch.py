@@ -335,6 +335,7 @@ def _onloaded_bytes(transformer: nn.Module) -> int:
 def _facts(run: Any) -> dict[str, Any]:
     plan, profile = run.session.plan, run.planner.profile
     return {
+        "names": [block.name for block in profile.blocks],
         "swapped": list(plan.swapped),
         "slots": plan.slots,
         "streams": plan.streams,

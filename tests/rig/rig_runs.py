@@ -50,6 +50,10 @@ class Runs:
         """What came of it without any swapping and with some keys of the case changed."""
         return self._once(variant, ("unswapped", *changes.items()), **changes)
 
+    def resident(self, variant: str) -> SimpleNamespace:
+        """What came of it with our node and all blocks on the device."""
+        return self._once(variant, 0, swap=ours(0))
+
     def native(self, variant: str) -> SimpleNamespace:
         """What came of it with all blocks swapped by the wrapper, which leaves out one of those asked for in unpatched
         models.

@@ -16,6 +16,7 @@ WanAnimate and MultiTalk in a loop over windows: they run the same forwards as h
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rig_figures import COUNTER_BYTES
@@ -38,10 +39,36 @@ every_family_that_leaves = pytest.mark.parametrize(
 every_count = pytest.mark.parametrize("count", COUNTS)
 
 
-def planned_bytes(run: SimpleNamespace) -> int:
-    """Bytes of everything that the plan counts, as stored."""
+LOADED_TO_DEVICE = {"uni3c_stay": "uni3c_controlnet"}
+"""What is on the device before the run, since its loader was asked for that: it goes to the host, once."""
+
+
+def the_plan(run: SimpleNamespace) -> dict[str, Any]:
+    """A run's one plan: it adopts once."""
     (plan,) = run.plans.values()
-    return sum(plan["streamed_bytes"]) + sum(plan["small_bytes"])
+    return plan
+
+
+def planned_bytes(run: SimpleNamespace, prefix: str = "") -> int:
+    """Bytes of everything that the plan counts, as stored.
+
+    Args:
+        prefix: Of the modules' names; all by default.
+    """
+    plan = the_plan(run)
+    sizes = zip(plan["names"], plan["streamed_bytes"], plan["small_bytes"], strict=True)
+    return sum(large + small for name, large, small in sizes if name.startswith(prefix))
+
+
+def other_bytes(families: Runs, family: str, peak: str) -> int:
+    """Device memory that a run needs beside what the plan counts: the peak of one without swapping, less all of it.
+    Where the wrapper moves some of it away before its peak, that is less than what one with our node and all of it on
+    the device needs.
+    """
+    unswapped, resident = families.unswapped(family), families.resident(family)
+    return max(
+        getattr(unswapped, peak) - planned_bytes(resident), getattr(resident, peak) - the_plan(resident)["device_bytes"]
+    )
 
 
 @every_count
@@ -53,7 +80,7 @@ def test_latents_are_those_of_the_unswapped_model(families: Runs, family: str, c
 @every_count
 @every_family
 def test_blocks_are_swapped(families: Runs, family: str, count: object) -> None:
-    (plan,) = families.of(family, count).plans.values()
+    plan = the_plan(families.of(family, count))
     assert sum(plan["swapped"]) >= (1 if count == "auto" else count)
 
 
@@ -61,23 +88,23 @@ def test_blocks_are_swapped(families: Runs, family: str, count: object) -> None:
 @every_family_that_leaves
 def test_no_planned_weight_is_copied_back(families: Runs, family: str, count: object) -> None:
     run, unswapped = families.of(family, count), families.unswapped(family)
-    assert run.d2h_bytes <= unswapped.d2h_bytes - planned_bytes(run) + COUNTER_BYTES
+    loaded = planned_bytes(run, LOADED_TO_DEVICE[family]) if family in LOADED_TO_DEVICE else 0
+    assert run.d2h_bytes <= unswapped.d2h_bytes - planned_bytes(run) + loaded + COUNTER_BYTES
 
 
 @every_count
 @every_family
 def test_weights_take_no_more_device_memory_than_planned(families: Runs, family: str, count: object) -> None:
-    run, unswapped = families.of(family, count), families.unswapped(family)
-    (plan,) = run.plans.values()
-    assert run.peak_bytes <= 1.02 * (unswapped.peak_bytes - planned_bytes(run) + plan["device_bytes"])
+    run = families.of(family, count)
+    assert run.peak_bytes <= 1.02 * (other_bytes(families, family, "peak_bytes") + the_plan(run)["device_bytes"])
 
 
 @every_count
 @every_family
 def test_placing_takes_no_more_device_memory_than_planned(families: Runs, family: str, count: object) -> None:
-    run, unswapped = families.of(family, count), families.unswapped(family)
-    (plan,) = run.plans.values()
-    assert run.whole_peak_bytes <= 1.02 * (unswapped.whole_peak_bytes - planned_bytes(run) + plan["device_bytes"])
+    run = families.of(family, count)
+    whole = other_bytes(families, family, "whole_peak_bytes")
+    assert run.whole_peak_bytes <= 1.02 * (whole + the_plan(run)["device_bytes"])
 
 
 @every_count
