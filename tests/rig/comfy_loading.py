@@ -121,6 +121,14 @@ def _build_what_the_files_have() -> None:
     time, space = motion.get_1d_rotary_pos_embed, motion.get_3d_motion_spatial_embed
     motion.get_1d_rotary_pos_embed = lambda width, *rest, **options: time(MTV_WIDTHS[width], *rest, **options)
     motion.get_3d_motion_spatial_embed = lambda width, *rest: space(MTV_WIDTHS[width], *rest)
+    model = wrapper_module("wanvideo.modules.model").WanModel
+    made = model.__init__
+
+    def with_few_longcat_blocks(self: Any, *arguments: Any, **config: Any) -> None:
+        few = {"num_layers": tiny_families.LONGCAT_BLOCKS} if config.get("is_longcat") else {}
+        made(self, *arguments, **config | few)
+
+    model.__init__ = with_few_longcat_blocks
     projection.Buffer_LQ4x_Proj = lambda **config: tiny_families.without_memory(lambda: buffer(**config))
 
 

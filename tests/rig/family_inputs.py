@@ -385,6 +385,24 @@ def fun_camera(inputs: Inputs) -> Inputs:
     return {"image_embeds": outputs("WanVideoFunCameraEmbeds", poses=poses, **size, **FULLY)}
 
 
+def longcat_avatar(inputs: Inputs) -> Inputs:
+    """Audio and a reference; the first frames are those of a video before."""
+    features = normal(4 * _size(inputs)["num_frames"], 12, 768, seed=251)
+    audio = {"audio_features": [features], "audio_scale": 1.0, "audio_cfg_scale": 1.0}
+    given = nodes.NODE_CLASS_MAPPINGS["WanVideoLongCatAvatarExtendEmbeds"].execute(
+        prev_latents=_latents(inputs, 252),
+        audio_embeds=audio,
+        num_frames=_size(inputs)["num_frames"],
+        overlap=1,
+        if_not_enough_audio="pad_with_start",
+        frames_processed=0,
+        ref_frame_index=10,
+        ref_mask_frame_range=3,
+        ref_latent=_latents(inputs, 253),
+    )
+    return {"image_embeds": given.args[0]}
+
+
 def stand_in(inputs: Inputs) -> Inputs:
     """A face, whose keys and values the first forward keeps for the others."""
     face = _latents(inputs, 281, frames=1)
@@ -417,6 +435,7 @@ FAMILIES: dict[str, Callable[[Inputs], Inputs]] = {
     "flashvsr": flashvsr,
     "fun_control": fun_control,
     "fun_camera": fun_camera,
+    "longcat_avatar": longcat_avatar,
     "stand_in": stand_in,
 }
 """By name."""

@@ -169,10 +169,14 @@ FAMILIES: dict[str, Case] = {
     "fun_camera": _case("fun_camera.safetensors", family="fun_camera", cfg=1.0),
     "minimax_remover": _case("minimax_remover.safetensors", family="minimax_remover", cfg=1.0),
     "mtv": _case("mtv.safetensors", family="mtv", cfg=1.0),
+    "longcat_avatar": _case("longcat_avatar.safetensors", family="longcat_avatar", cfg=1.0),
     "stand_in": _case(BF16, lora=_STAND_IN, family="stand_in", cfg=1.0),
     "stand_in_unmerged": _case(BF16, lora=_STAND_IN | {"merge_loras": False}, family="stand_in", cfg=1.0),
 }
 """Of the families that only the wrapper runs. `family` is what the sampler gets: one of family_inputs.FAMILIES."""
+
+BLOCKS_OF = dict.fromkeys(FAMILIES, BLOCKS) | {"longcat_avatar": 3}
+"""Blocks of a family's model."""
 
 PARTS: dict[str, tuple[str, ...]] = {
     "s2v": ("audio_injector.injector.", "audio_injector.injector_adain_layers.", "casual_audio_encoder."),
@@ -196,11 +200,12 @@ PARTS: dict[str, tuple[str, ...]] = {
     "fun_camera": ("control_adapter.",),
     "minimax_remover": ("patch_embedding.",),
     "mtv": ("blocks.28.motion_attn.",),
+    "longcat_avatar": ("blocks.2.audio_cross_attn.", "blocks.2.audio_modulation.", "multitalk_audio_proj."),
 }
 """What names of a family's own weights begin with, in the transformer; the others' are not in a model's file."""
 
 BESIDE = (
     *("s2v", "s2v_windows", "s2v_framepack", "one_to_all", "uni3c_offload", "uni3c_stay", "animate", "controlnet"),
-    *("ovi", "multitalk", "skyreels_v3", "humo", "longvie2"),
+    *("ovi", "multitalk", "skyreels_v3", "humo", "longvie2", "longcat_avatar"),
 )
 """Families with large weights that are in none of the blocks."""

@@ -31,6 +31,9 @@ PORTRAIT_WIDTH = 128
 LONGVIE2 = {"dim": WIDTH, "ffn_dim": FFN_WIDTH, "eps": 1e-06, "num_heads": HEADS, "control_layers": 12}
 """What the wrapper builds for the width of the 14B models only."""
 
+LONGCAT_WIDTH, LONGCAT_BLOCKS = 4096, 3
+"""The wrapper knows LongCat by its width, in each block, too; the real one has 48 blocks of 0.7 GB."""
+
 
 def without_memory(make: Callable[[], nn.Module]) -> nn.Module:
     """A module whose weights have names and shapes only."""
@@ -79,7 +82,8 @@ def wan_model(**config: object) -> nn.Module:
         # The wrapper builds them with one input, since it gives a flag in the place of the width, and then puts in what
         # the file has.
         for name in ("k", "v") if hasattr(block, "cross_attn") else ():
-            setattr(block.cross_attn, name, without_memory(lambda: nn.Linear(WIDTH, WIDTH)))
+            width = block.dim
+            setattr(block.cross_attn, name, without_memory(lambda width=width: nn.Linear(width, width)))
     return model
 
 
@@ -312,6 +316,28 @@ def _mtv() -> Weights:
     return drawn(wan_model(use_motion_attn=True), 41)
 
 
+def _longcat_avatar() -> Weights:
+    width, heads = LONGCAT_WIDTH, LONGCAT_WIDTH // 128
+    widths = {"dim": width, "in_features": width, "out_features": width, "ffn2_dim": width}
+    model = wan_model(**widths, num_heads=heads, num_layers=LONGCAT_BLOCKS, is_longcat=True)
+    layers, norm = wrapper_module("LongCat.layers"), wrapper_module("wanvideo.modules.model").WanLayerNorm
+    audio = {
+        "encoder_hidden_states_dim": 768,
+        "qkv_bias": True,
+        "qk_norm": True,
+        "class_range": 24,
+        "class_interval": 4,
+    }
+    for block in model.blocks:
+        block.audio_modulation = without_memory(lambda: nn.Sequential(nn.SiLU(), nn.Linear(512, 3 * width)))
+        block.norm_x = without_memory(lambda: norm(width, elementwise_affine=True))
+        block.audio_cross_attn = without_memory(
+            lambda: layers.SingleStreamAttention(dim=width, num_heads=heads, encoder_hidden_states_dim=768, **flags)
+        )
+    projection = without_memory(wrapper_module("multitalk.multitalk").AudioProjModel)
+    return drawn(model, 42) | drawn(projection, 43, "multitalk_audio_proj.")
+
+
 def _stand_in() -> Weights:
     lora = wrapper_module("wanvideo.modules.model").LoRALinearLayer
     inside = _in_blocks(39, **{f"self_attn__{one}_loras": lambda: lora(WIDTH, WIDTH, device="meta") for one in "qkv"})
@@ -342,4 +368,5 @@ FILES: dict[str, Callable[[], Weights]] = _made(
     fun_camera=_fun_camera,
     minimax_remover=_minimax_remover,
     mtv=_mtv,
+    longcat_avatar=_longcat_avatar,
 ) | {"loras/stand_in.safetensors": lambda: _in_bf16(_stand_in())}
