@@ -227,8 +227,8 @@ MUTANTS = [
     Mutant(
         "prefetch: only the block that begins is onloaded",
         "plan/schedule.py",
-        "tuple(ahead[: len(self._content)])",
-        "tuple(ahead[:1])",
+        "for block in window:",
+        "for block in window[:1]:",
         "test_prefetch_copies_a_block_while_the_one_before_computes",
     ),
     Mutant(

@@ -15,6 +15,7 @@ from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
 from wanvideo_enhanced_blockswap.blockswap.model.layout import BlockProfile, ModelProfile, Placement, TensorProfile
 from wanvideo_enhanced_blockswap.blockswap.plan.budget import MemoryBudget
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import make_plan
+from wanvideo_enhanced_blockswap.blockswap.plan.schedule import spread_bytes
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, HostTier, PlanInputs, SwapPlan, Timing
 from wanvideo_enhanced_blockswap.hardware.records import DiskSpeed
 from wanvideo_enhanced_blockswap.hardware.units import GIB, MIB, format_bytes
@@ -89,9 +90,10 @@ def device_weights(blocks: Sequence[Sequence[int]], small: Sequence[int], swappe
     return sum(slabs) - sum(inside) + window + ceil(slab(small), 512)
 
 
-def evenly(count: int, swapped: int) -> list[bool]:
-    """The blocks at which a line of slope swapped / count passes a whole number."""
-    return [int((i + 1) * swapped / count + 1e-9) > int(i * swapped / count + 1e-9) for i in range(count)]
+def spreads(blocks: Sequence[Sequence[int]]) -> list[list[bool]]:
+    """The ways to swap a share of the bytes, from none to all."""
+    sizes = [slab(sizes) for sizes in blocks]
+    return [list(spread_bytes(sizes, share)) for share in range(len(blocks) + 1)]
 
 
 SIZES = st.lists(st.lists(st.integers(1, 5000), min_size=1, max_size=4), min_size=1, max_size=12)
@@ -114,10 +116,14 @@ def model(blocks: Sequence[Sequence[int]]) -> ModelProfile:
 def test_the_fewest_blocks_that_fit_are_swapped(blocks: list[list[int]], share: float, overlap: bool) -> None:
     count, slots, small = len(blocks), 2 if overlap else 1, [4] * len(blocks)
     weights = int(share * device_weights(blocks, small, [False] * count, 0))
-    ways = [(k, device_weights(blocks, small, evenly(count, k), slots)) for k in range(count + 1)]
-    fitting = [k for k, need in ways if need <= weights and (k == 0 or k > slots)]
+    ways = spreads(blocks)
+    fitting = [
+        way
+        for way in ways
+        if device_weights(blocks, small, way, slots) <= weights and (not any(way) or sum(way) > slots)
+    ]
     plan = make_plan(model(blocks), asking(overlap=overlap), budget(weights))
-    assert list(plan.swapped) == evenly(count, min(fitting, default=count))
+    assert list(plan.swapped) == next(iter(fitting), ways[-1])
     assert plan.over_ceiling == (not fitting)
 
 
@@ -130,8 +136,8 @@ def test_with_three_slots_too_the_fewest_blocks_that_fit_are_swapped(
     weights = int(share * device_weights(blocks, small, [False] * count, 0))
     request = asking(timing=timing(profile, speed, compute_ms=compute_ms))
     plan = make_plan(profile, request, budget(weights))
-    fewer = range(plan.slots + 1, plan.swapped_count)
-    assert all(device_weights(blocks, small, evenly(count, k), plan.slots) > weights for k in fewer)
+    fewer = [way for way in spreads(blocks) if plan.slots < sum(way) < plan.swapped_count]
+    assert all(device_weights(blocks, small, way, plan.slots) > weights for way in fewer)
 
 
 @generated

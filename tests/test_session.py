@@ -14,6 +14,7 @@ from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState, SwapSession
 from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError, UnsupportedModelError
 from wanvideo_enhanced_blockswap.blockswap.model.profile import blocks_of
+from wanvideo_enhanced_blockswap.blockswap.wrapper.parts import parts_of
 from wanvideo_enhanced_blockswap.blockswap.wrapper.wanvideo import vace_blocks_entered
 
 COUNT = 6
@@ -329,9 +330,10 @@ def test_an_input_of_a_vace_block_that_requires_grad_is_refused(name: str, at: i
 
     with SwapSession(list(blocks_of(model)), fixed_plan([True] * 3), Simulation().backend, root=model) as session:
         refused = pytest.raises(UnsupportedModelError, match=rf"an input of vace_blocks\.{at} requires grad")
-        with session.forward(), vace_blocks_entered(model, session.enter), refused:
+        parts = parts_of(model)
+        with session.forward(), vace_blocks_entered(parts, session.enter), refused:
             forward()
-        with torch.no_grad(), session.forward(), vace_blocks_entered(model, session.enter):
+        with torch.no_grad(), session.forward(), vace_blocks_entered(parts, session.enter):
             forward()
 
 

@@ -306,8 +306,10 @@ def _fewest_that_fit(profile: ModelProfile, budget: MemoryBudget, inputs: PlanIn
         best = other if other is not None and gain else best
     fit, extra = sum(first[0]), sum(best[0]) - sum(first[0])
     if extra > 0:
-        more_than = f"{extra} more than the {fit} that fit"
-        why = f"blocks are swapped, {more_than}, since a third slot saves {gain:.1%} of a forward"
+        why = (
+            f"blocks are swapped, {extra} more than the {fit} that fit, "
+            f"since a third slot saves {gain:.1%} of a forward"
+        )
     taken = f"{format_bytes(weights.nbytes(best))} of {format_bytes(limit)}"
     return best, f"{sum(best[0])} of {count} {why}: {taken}"
 

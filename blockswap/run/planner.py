@@ -85,6 +85,16 @@ class Planner:
         self.made = plan
         return plan
 
+    def everything_swapped(self, profile: ModelProfile, held: HeldMemory) -> SwapPlan:
+        """The plan for a control model, which runs beside the transformer: of all its blocks, in two slots.
+
+        Raises:
+            PlanError: None fits.
+        """
+        inputs = self._inputs_from(self._read(), profile, held)
+        unmeasured = replace(inputs, activations=None, timing=replace(inputs.timing, compute_ms=None))
+        return make_plan(profile, replace(swapping_all(unmeasured, profile), slots=None))
+
     def consider(self, held: HeldMemory) -> SwapPlan:
         """The plan that would be made now for the same blocks, while they are placed; measures no speed.
 

@@ -6,17 +6,12 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..engine.session import SwapSession
-from ..model.layout import ModelProfile
-from ..plan.make_plan import make_plan, plan_inputs
-from ..plan.swap_plan import HeldMemory, SwapPlan
-from ..run.planner import Planner
 from ..run.run import SwapRun
 from .parts import moves_disabled
 from .patch import Forward
@@ -55,7 +50,7 @@ class ControlModels:
         blocks: Mapping[str, nn.Module] = {f"control.{number}": block for number, block in enumerate(model.blocks)}
         for block in blocks.values():
             block.to(self._host)
-        session = SwapSession(list(blocks.items()), _everything_swapped(self._run.planner), self._run.session.backend)
+        session = SwapSession(list(blocks.items()), self._run.planner.everything_swapped, self._run.session.backend)
 
         def in_session(_: Any, original: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
             with session.forward():
@@ -85,14 +80,3 @@ def _seen_before_moves(kind: type[nn.Module], notice: Callable[[nn.Module], None
                 del kind.to
             else:
                 setattr(kind, "to", own)  # noqa: B010
-
-
-def _everything_swapped(planner: Planner) -> Callable[[ModelProfile, HeldMemory], SwapPlan]:
-    def plan(profile: ModelProfile, held: HeldMemory) -> SwapPlan:
-        settings = replace(planner.settings, auto_hardware_tuning=False, blocks_to_swap=len(profile.blocks))
-        readings = planner.machine.read()
-        inputs = plan_inputs(profile, settings, readings, planner.limits, own_host_bytes=held.added_bytes)
-        left = min(inputs.pin_budget_bytes, planner.pins.left_bytes + held.pinned_bytes)
-        return make_plan(profile, replace(inputs, own_bytes=held.device_bytes, pin_budget_bytes=max(0, left)))
-
-    return plan

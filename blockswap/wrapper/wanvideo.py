@@ -293,9 +293,9 @@ def return_unloaded_weights(transformer: Any) -> None:
     Stand-In's, which have "loras" in their names.
     """
     if transformer.patched_linear:
-        for name, parameter in transformer.named_parameters():
-            if "loras" in name:
-                parameter.data = parameter.data.to(transformer.main_device)
+        for name, module in transformer.named_modules():
+            if name.endswith("_loras"):
+                module.to(transformer.main_device)
 
 
 def discard_packed_weights(transformer: nn.Module) -> None:

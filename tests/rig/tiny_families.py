@@ -321,13 +321,7 @@ def _longcat_avatar() -> Weights:
     widths = {"dim": width, "in_features": width, "out_features": width, "ffn2_dim": width}
     model = wan_model(**widths, num_heads=heads, num_layers=LONGCAT_BLOCKS, is_longcat=True)
     layers, norm = wrapper_module("LongCat.layers"), wrapper_module("wanvideo.modules.model").WanLayerNorm
-    audio = {
-        "encoder_hidden_states_dim": 768,
-        "qkv_bias": True,
-        "qk_norm": True,
-        "class_range": 24,
-        "class_interval": 4,
-    }
+    flags = {"qkv_bias": True, "qk_norm": True, "class_range": 24, "class_interval": 4}
     for block in model.blocks:
         block.audio_modulation = without_memory(lambda: nn.Sequential(nn.SiLU(), nn.Linear(512, 3 * width)))
         block.norm_x = without_memory(lambda: norm(width, elementwise_affine=True))
