@@ -474,6 +474,27 @@ def test_an_edit_that_is_not_counted_is_kept_whatever_the_next_plan_is(
         assert all(map(torch.equal, truth_of(model), truth))
 
 
+@pytest.mark.parametrize("is_inference", [True, False])
+@pytest.mark.parametrize("then", [FILE, PINNED, STAGED, None])
+@pytest.mark.parametrize("first", [FILE, PINNED, STAGED])
+def test_a_block_that_another_plan_has_elsewhere_is_placed_once(
+    path: Path, first: HostTier, then: HostTier | None, is_inference: bool
+) -> None:
+    with torch.inference_mode(mode=is_inference):
+        model = toy(COUNT)
+        truth = truth_of(model)
+        stored(model, path)
+    with Simulation().session(model, fixed_plan([True] * COUNT, tiers=first)) as session:
+        outputs(session, model)
+        for at in range(3):
+            session.release()
+            session._planner = fixed_plan(
+                [then is not None] * COUNT if at % 2 else alternating(COUNT), tiers=then or FILE
+            )
+            assert all(map(torch.equal, outputs(session, model), truth))
+            assert session.adoptions == 2 + at
+
+
 @pytest.mark.parametrize("at", [2, 4, 7])
 def test_a_slab_whose_filling_failed_holds_nothing(path: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if not hasattr(os, "preadv"):

@@ -56,6 +56,7 @@ class Pending:
     Attributes:
         entries: The streamed tensors.
         found: Their states before the job.
+        given_back: New addresses, by the old ones, of those that the job points at their file before it places them.
         job: Places the block, unless a tensor was replaced, moved or edited before it.
         copied: The event behind the copy to the device, of a resident block.
         placed: The states as the job left them; None until it has succeeded.
@@ -63,14 +64,17 @@ class Pending:
 
     entries: list[TensorEntry]
     found: list[tuple[int, int, int | None]]
+    given_back: Mapping[int, int] = field(default_factory=dict)
     job: Job = field(init=False)
     copied: Any = None
     placed: list[tuple[int, int, int | None]] | None = None
 
     @property
     def is_as_found(self) -> bool:
-        """Whether no tensor was replaced, moved or edited before the job pointed them elsewhere."""
-        return _states(self.entries) == self.found
+        """Whether no tensor was replaced, moved or edited by others before the job pointed them elsewhere."""
+        now = _states(self.entries)
+        moved = [(key, self.given_back.get(address, address), version) for key, address, version in self.found]
+        return now in (self.found, moved)
 
     def note_placed(self, targets: Mapping[int, int]) -> None:
         """Records where the job pointed the tensors. What is done to them meanwhile in the host thread differs from it.
@@ -202,7 +206,8 @@ class Placer:
         unlocked = self._transfer.unlocked
         assert unlocked is not None, "blocks are placed by a worker"
         for block, (streamed, work) in enumerate(zip(blocks, works, strict=True)):
-            pending = self.pending[block] = Pending(streamed, _states(streamed))
+            pending = Pending(streamed, _states(streamed), self._store.given_back(block))
+            self.pending[block] = pending
             pending.job = unlocked.worker.submit_idle(partial(self._place_block, pending, work))
 
     def _place_block(self, pending: Pending, work: Callable[[Pending], None]) -> None:

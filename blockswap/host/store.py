@@ -143,6 +143,14 @@ class HostStore:
         pairs = zip(tensors, regions, strict=True)
         return tuple(None if tensor.data_ptr() in inside else region for tensor, region in pairs)
 
+    def given_back(self, block: int) -> dict[int, int]:
+        """Where giving up the slab of `block` points its tensors, by the address that they have in it: at the loader's
+        mapping. Empty if they would stay.
+        """
+        slab = self.slabs.get(block)
+        pairs = [] if slab is None else zip(slab.views, slab.originals, strict=False)  # no originals: not as in a file
+        return {view.data_ptr(): original.data_ptr() for view, original in pairs}
+
     def drop(self, block: int) -> None:
         """Gives up the slab of `block`, if there is one; masters live as long as parameters point at them."""
         slab = self.slabs.pop(block, None)
