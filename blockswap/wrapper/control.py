@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -38,7 +39,8 @@ class ControlModels:
         self._used = contextlib.ExitStack()
         kind = getattr(sys.modules.get(f"{package}.{MODULE}"), CLASS, None)
         if kind is not None:
-            self._used.enter_context(_seen_before_moves(kind, self._take))
+            # Weak, so that the class keeps nothing of a transformer that goes in the middle of its run.
+            self._used.enter_context(_seen_before_moves(kind, weakref.WeakMethod(self._take)))
 
     def end(self) -> None:
         """Leaves all as it was. The blocks' weights are in ordinary host memory."""
@@ -62,12 +64,14 @@ class ControlModels:
 
 
 @contextlib.contextmanager
-def _seen_before_moves(kind: type[nn.Module], notice: Callable[[nn.Module], None]) -> Iterator[None]:
-    """A context in which `notice` is called with each module of a class before its `to`."""
+def _seen_before_moves(kind: type[nn.Module], notice: weakref.WeakMethod[Callable[[Any], None]]) -> Iterator[None]:
+    """A context in which `notice()` is called with each module of a class before its `to`."""
     own = vars(kind).get("to")
 
     def to(model: Any, *arguments: Any, **keywords: Any) -> Any:
-        notice(model)
+        alive = notice()
+        if alive is not None:
+            alive(model)
         original = super(kind, model).to if own is None else functools.partial(own, model)
         return original(*arguments, **keywords)
 

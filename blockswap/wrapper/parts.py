@@ -140,9 +140,9 @@ def _replaced(holder: object, name: str, value: object) -> Iterator[None]:
 
 
 def offload(parts: Sequence[Part], device: torch.device) -> None:
-    """Moves what is on a GPU of the modules beside the blocks to the host: of a GGUF file, the wrapper's loader puts
-    the tensors before the first block on the device.
+    """Moves what is on a GPU of the parts to the host: of a GGUF file, the wrapper's loader puts the tensors before the
+    first block on the device, and Stand-In's layers are there from the time that they were added.
     """
     for part in parts:
-        if part.is_beside and any(tensor.device.type not in ("cpu", "meta") for tensor in part.weights.parameters()):
+        if any(tensor.device.type not in ("cpu", "meta") for tensor in part.weights.parameters()):
             part.weights.to(device)
