@@ -168,7 +168,8 @@ FAMILIES: dict[str, Case] = {
     "fun_control": _case("fun_control.safetensors", family="fun_control", cfg=1.0),
     "fun_camera": _case("fun_camera.safetensors", family="fun_camera", cfg=1.0),
     "minimax_remover": _case("minimax_remover.safetensors", family="minimax_remover", cfg=1.0),
-    "mtv": _case("mtv.safetensors", family="mtv", cfg=1.0),
+    # In fp32, since the wrapper gives its motion tokens the type of the latents.
+    "mtv": _case("mtv.safetensors", base_precision="fp32", family="mtv", cfg=1.0),
     "longcat_avatar": _case("longcat_avatar.safetensors", family="longcat_avatar", cfg=1.0),
     "stand_in": _case(BF16, lora=_STAND_IN, family="stand_in", cfg=1.0),
     "stand_in_unmerged": _case(BF16, lora=_STAND_IN | {"merge_loras": False}, family="stand_in", cfg=1.0),
