@@ -14,6 +14,8 @@ from typing import Any
 
 SCRIPT = Path(__file__).with_name("comfy_process.py")
 
+LOG = "comfyui.log"
+
 ON_CUDA = os.environ.get("RIG_DEVICE") == "cuda"
 """Whether ComfyUI runs on the pretend CUDA runtime, and not on the pretend accelerator."""
 
@@ -32,12 +34,14 @@ class Comfy:
     """A process that runs ComfyUI.
 
     Attributes:
+        models: Folder of the models' files, which are made as they are needed.
         skipped: Why nothing can be run there; None if it can.
     """
 
-    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[str], scratch: Path) -> None:
         self._process = process
-        self._log = log
+        self._log = scratch / LOG
+        self.models = scratch / "models"
         self.skipped: str | None = self._receive(SECONDS_TO_START).get("skip")
 
     def load_package(self) -> None:
@@ -90,13 +94,12 @@ def started(python: str, comfyui: Path, scratch: Path) -> Iterator[Comfy]:
         comfyui: ComfyUI's folder.
         scratch: An empty folder for its models, its files and its log.
     """
-    log = scratch / "comfyui.log"
     command = [python, str(SCRIPT), str(comfyui), str(scratch)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with log.open("wb") as written:
+    with (scratch / LOG).open("wb") as written:
         process = subprocess.Popen(command, **pipes, stderr=written, cwd=scratch, encoding="utf-8")
     with process:
         try:
-            yield Comfy(process, log)
+            yield Comfy(process, scratch)
         finally:
             process.kill()

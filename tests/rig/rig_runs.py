@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 from comfy_client import Comfy
 from rig_variants import BLOCKS, VARIANTS, Case, native, ours
+from wanvideo_enhanced_blockswap.blockswap.checkpoint.wan_file import read_checkpoint
+from wanvideo_enhanced_blockswap.blockswap.model.recognise import CheckpointProfile
 
 HALF = BLOCKS // 2
 
@@ -59,6 +61,18 @@ class Runs:
         models.
         """
         return self._once(variant, "native", swap=native(BLOCKS + 1))
+
+    def file(self, variant: str) -> CheckpointProfile:
+        """What the files of a variant say, as `plan` reads them; a run has made them."""
+        load, lora = self._cases[variant]["load"], self._cases[variant].get("lora")
+        folder = self._comfy.models / "diffusion_models"
+        inputs = [value["inputs"] for value in load.values() if isinstance(value, dict)]
+        modules = [*(one["model"] for one in inputs), *([load["extra_model"]] if "extra_model" in load else [])]
+        return read_checkpoint(
+            folder / load["model"],
+            modules=[folder / name for name in modules],
+            loras=[] if lora is None else [self._comfy.models / "loras" / lora["lora"]],
+        )
 
     def _once(self, variant: str, how: object, **changes: object) -> SimpleNamespace:
         if (variant, how) not in self._made:

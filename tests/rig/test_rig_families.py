@@ -22,6 +22,7 @@ import pytest
 from rig_figures import COUNTER_BYTES
 from rig_runs import COUNTS, Runs
 from rig_variants import BESIDE, BLOCKS_OF, FAMILIES, PARTS
+from wanvideo_enhanced_blockswap.blockswap.model.layout import Placement
 
 pytestmark = pytest.mark.rig
 
@@ -120,6 +121,18 @@ def test_after_a_run_the_transformer_is_the_wrappers_own(families: Runs, family:
     assert run.places == unswapped.places
     assert not run.has_own_forward
     assert run.after_bytes <= unswapped.after_bytes
+
+
+@every_family
+def test_plan_gives_the_bytes_of_the_run(families: Runs, family: str) -> None:
+    plan = the_plan(families.of(family, 1))
+    sizes = zip(plan["names"], plan["streamed_bytes"], plan["small_bytes"], strict=True)
+    loaded = [one for one in sizes if not one[0].startswith("uni3c_controlnet")]  # the rig's is in no file
+    small = {Placement.SMALL, Placement.FIXED}
+    assert loaded == [
+        (block.name, block.streamed_bytes, sum(tensor.nbytes for tensor in block.tensors if tensor.placement in small))
+        for block in families.file(family).model.blocks
+    ]
 
 
 @pytest.mark.parametrize("family", BESIDE)
