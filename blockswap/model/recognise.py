@@ -29,8 +29,8 @@ from .wan import WAN22_VAE_CHANNELS, WanArchitecture
 
 BLOCK_KEY = re.compile(r"(vace_blocks|blocks)\.(0|[1-9][0-9]{0,3})\.(.+)")
 
-LOADED_AS_FLOAT = ("motion_encoder",)
-"""Modules whose tensors the loader makes float32, however they are stored."""
+LOADED_AS_FLOAT = ("motion_encoder", "patch_embedding")
+"""Tensors with one of these in their names the loader makes float32, however they are stored."""
 
 AUDIO_PROJECTION = re.compile(r"^audio_proj\.((?:proj|norm).*)")
 """Names that the loader changes in the files of MultiTalk and SkyReels V3; those of HuMo's projection are others."""
@@ -307,7 +307,8 @@ def _swapped_modules(tensors: Stored) -> dict[str, dict[str, TensorInfo]]:
         where = split(_loaded_name(name))
         if where is not None:
             module, own = where
-            found.setdefault(module, {})[own] = _in_float(tensor) if module in LOADED_AS_FLOAT else tensor
+            is_float = any(word in name for word in LOADED_AS_FLOAT)
+            found.setdefault(module, {})[own] = _in_float(tensor) if is_float else tensor
     return {name: found[name] for name in in_order(found)}
 
 

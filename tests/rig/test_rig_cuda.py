@@ -11,11 +11,14 @@ import pytest
 from comfy_client import ON_CUDA, Comfy
 from rig_figures import to_host
 from rig_runs import HALF, Runs
-from rig_variants import BLOCKS, VARIANTS, ours
+from rig_variants import BLOCKS, FAMILIES, VARIANTS, ours
 
 pytestmark = [pytest.mark.rig, pytest.mark.skipif(not ON_CUDA, reason="needs RIG_DEVICE=cuda, see its docstring")]
 
 COUNTS = (HALF, BLOCKS, "auto")
+
+BESIDE = ("s2v", "one_to_all", "uni3c_offload", "animate", "controlnet", "ovi", "multitalk")
+"""Families with weights beside their blocks, of the wrapper's own classes and real loaders here, too."""
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_count = pytest.mark.parametrize("count", COUNTS)
@@ -30,6 +33,11 @@ def comfy(comfy_without_us: Comfy) -> Comfy:
 @pytest.fixture(scope="module")
 def runs(comfy: Comfy) -> Runs:
     return Runs(comfy)
+
+
+@pytest.fixture(scope="module")
+def families(comfy: Comfy) -> Runs:
+    return Runs(comfy, FAMILIES)
 
 
 @every_variant
@@ -64,6 +72,15 @@ def test_no_block_weight_is_copied_back(runs: Runs, variant: str, count: object)
 @every_count
 def test_only_what_the_sessions_keep_is_page_locked(runs: Runs, variant: str, count: object) -> None:
     run = runs.of(variant, count)
+    assert 0 < run.locked_bytes == run.pinned_bytes
+
+
+@pytest.mark.parametrize("family", BESIDE)
+@every_count
+def test_what_is_beside_the_blocks_streams_in_order(comfy: Comfy, families: Runs, family: str, count: object) -> None:
+    run, unswapped = families.of(family, count), families.unswapped(family)
+    assert (run.latents, run.violations) == (unswapped.latents, unswapped.violations)
+    assert unswapped.violations == []
     assert 0 < run.locked_bytes == run.pinned_bytes
 
 

@@ -127,16 +127,15 @@ def test_after_a_run_the_transformer_is_the_wrappers_own(families: Runs, family:
     assert run.after_bytes <= unswapped.after_bytes
 
 
-@every_family
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mtv"])  # in bf16, as `plan` takes it
 def test_plan_gives_the_bytes_of_the_run(families: Runs, family: str) -> None:
-    plan = the_plan(families.of(family, 1))
+    plan, blocks = the_plan(families.of(family, 1)), families.file(family).model.blocks
     sizes = zip(plan["names"], plan["streamed_bytes"], plan["small_bytes"], strict=True)
     loaded = [one for one in sizes if not one[0].startswith("uni3c_controlnet")]  # the rig's is in no file
-    small = {Placement.SMALL, Placement.FIXED}
-    assert loaded == [
-        (block.name, block.streamed_bytes, sum(tensor.nbytes for tensor in block.tensors if tensor.placement in small))
-        for block in families.file(family).model.blocks
-    ]
+    assert [one[:2] for one in loaded] == [(block.name, block.streamed_bytes) for block in blocks]
+    # Counters of layers and the kernels of a filter are in no file.
+    small = [sum(one.nbytes for one in block.tensors if one.placement is Placement.SMALL) for block in blocks]
+    assert all(0 <= found - said <= 1024 for (_, _, found), said in zip(loaded, small, strict=True))
 
 
 @pytest.mark.parametrize("family", BESIDE)
