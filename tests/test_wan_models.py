@@ -41,6 +41,8 @@ SWAPPED = re.compile(
     r"|audio_proj\.(proj|norm)|controlnet_(blocks|patch_embedding)\.)"
 )
 """Names, as files have them, of what is swapped: the blocks, and what is beside them."""
+AS_FLOAT = re.compile(r"motion_encoder\.|(refextractor\.|controlnet_)patch_embedding\.")
+"""Those that are loaded as float32."""
 MACHINE = ("--gpu", "RTX 4090", "--ram", "256GiB", "--json")
 every_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 every_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.name)
@@ -48,7 +50,7 @@ every_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: mod
 
 def header_bytes(header: Header, *, in_blocks: bool) -> int:
     return sum(
-        (4 if "motion_encoder." in name else ELEMENT_BYTES[dtype]) * math.prod(shape)  # which is loaded as float32
+        (4 if AS_FLOAT.search(name) else ELEMENT_BYTES[dtype]) * math.prod(shape)
         for name, (dtype, shape) in header.items()
         if bool(SWAPPED.search(name)) == in_blocks
     )
