@@ -75,8 +75,11 @@ def test_only_what_the_sessions_keep_is_page_locked(runs: Runs, variant: str, co
     assert 0 < run.locked_bytes == run.pinned_bytes
 
 
-@pytest.mark.parametrize("family", BESIDE)
-@every_count
+@pytest.mark.parametrize(
+    ("family", "count"),
+    # MultiTalk's audio projection has its real size here: two slots of it are more than the tiny model.
+    [(family, count) for family in BESIDE for count in COUNTS if (family, count) != ("multitalk", "auto")],
+)
 def test_what_is_beside_the_blocks_streams_in_order(comfy: Comfy, families: Runs, family: str, count: object) -> None:
     run, unswapped = families.of(family, count), families.unswapped(family)
     assert (run.latents, run.violations) == (unswapped.latents, unswapped.violations)
