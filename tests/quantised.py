@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 
@@ -39,6 +40,15 @@ def by_torchao(config: str) -> nn.Parameter:
         quantization.quantize_(layer, getattr(quantization, config)())
     weight: nn.Parameter = layer[0].weight
     return weight
+
+
+def eager_alone() -> None:
+    """comfy-kitchen computes by torch's operators: a pretend CUDA runs no kernels of others."""
+    import comfy_kitchen
+
+    for backend in ("cuda", "triton"):
+        comfy_kitchen.disable_backend(backend)
+    os.environ["COMFY_KITCHEN_SVDQUANT_DIRECT_CUDA"] = "0"
 
 
 GROUPS = (1, WIDTH)
