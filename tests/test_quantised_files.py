@@ -52,7 +52,7 @@ MATRICES = frozenset(name for name, shape in SHAPES.items() if "blocks." in name
 
 
 def write(path: Path, kind: str) -> Path:
-    """A Wan model whose matrices are in a format, with the metadata of ComfyUI."""
+    """A Wan model whose matrices are in a format, with the metadata of ComfyUI; scales of blocks are bytes there."""
     torch.manual_seed(0)
     stored: dict[str, torch.Tensor] = {}
     for name, shape in SHAPES.items():
@@ -61,7 +61,8 @@ def write(path: Path, kind: str) -> Path:
             stored[name] = tensor
             continue
         for own, part in kitchen.QuantizedTensor.from_float(tensor, FORMATS[kind][0]).state_dict(name).items():
-            stored[own] = part.view(torch.uint8) if part.dtype == torch.float8_e8m0fnu else part
+            is_of_blocks = own.endswith("_scale") and part.dim() == 2
+            stored[own] = part.view(torch.uint8) if is_of_blocks else part
         says = json.dumps({"format": kind}).encode()
         stored[f"{name.removesuffix('weight')}comfy_quant"] = torch.tensor(list(says), dtype=torch.uint8)
     save_file(stored, path)
@@ -215,6 +216,7 @@ def test_the_host_holds_a_quantised_weight_once(
     state, truth = read(path, mapped=mapped), load_file(path)
     model = load(state, kind, copies=copies)
     stored = in_weights(state, kind) if quantised else state
+    kinds = {name: (type(entry), entry.dtype, entry.shape) for name, entry in stored.items()}
     before = [tensor.data_ptr() for entry in stored.values() for tensor in inner(entry)]
     sources = {tensor.data_ptr() for tensor in streamed_of(model)}
     tier = HostTier.FILE if mapped else HostTier.PINNED
@@ -233,6 +235,7 @@ def test_the_host_holds_a_quantised_weight_once(
             assert [at in masters for at in now] == [at in sources for at in before]
             assert sum(at in masters for at in now) >= len(MATRICES)
             assert all(at == was for at, was in zip(now, before, strict=True) if at not in masters)
+        assert {name: (type(entry), entry.dtype, entry.shape) for name, entry in stored.items()} == kinds
         for name, tensor in truth.items():
             if name in stored:
                 assert torch.equal(as_bytes(inner(stored[name])[0]), as_bytes(tensor))
