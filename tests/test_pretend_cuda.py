@@ -64,6 +64,13 @@ def test_random_sessions_give_the_unswapped_outputs_and_leave_nothing(environmen
         assert repr(trouble) in done.stdout, done.stdout
 
 
+@pytest.mark.parametrize("environment", [{}, ASYNC], ids=["native", "cudaMallocAsync"])
+def test_quantised_weights_stream_as_planned_and_give_the_unswapped_outputs(environment: dict[str, str]) -> None:
+    done = run("tests.pretend_cuda.shells", "0", "2", **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "32 sessions, 0 with something wrong" in done.stdout, done.stdout
+
+
 def test_whichever_call_of_the_runtime_fails_the_result_is_right_or_the_error_ours_and_nothing_is_left() -> None:
     done = run("tests.pretend_cuda.faults", "--every", "61")
     assert done.returncode == 0, done.stdout + done.stderr

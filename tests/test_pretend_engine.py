@@ -321,6 +321,45 @@ def test_a_tensor_replaced_or_moved_between_forwards_is_brought_to_the_device(
         assert torch.equal(on_device(model, session, x), plain(x))
 
 
+def replaced_small(block: nn.Module) -> None:
+    block.scale = nn.Parameter(torch.full((1,), 2.0), requires_grad=False)
+
+
+def small_data(block: nn.Module) -> None:
+    block.scale.data = torch.full((1,), 2.0)
+
+
+def edited_small(block: nn.Module) -> None:
+    block.scale.mul_(2)
+
+
+@pytest.mark.parametrize("swapped", [[True] * 3, [False] * 3], ids=["swapped", "resident"])
+@pytest.mark.parametrize("change", [replaced_parameter, replaced_small, small_data, edited_small, moved_away])
+@torch.no_grad()
+def test_a_change_in_the_first_forward_before_a_blocks_turn_is_seen_and_kept(
+    pretend_stats: PretendHpu, change: Callable, swapped: list[bool]
+) -> None:
+    def changed(model: Model) -> None:
+        torch.manual_seed(5)
+        change(model.blocks[2])
+
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(Model([Block(16, 16) for _ in range(3)]))
+    model, plain = models
+    x = x_of()
+    with session_of(model, swapped) as session:
+        handles = [one.blocks[0].register_forward_pre_hook(lambda *_, one=one: changed(one)) for one in models]
+        assert torch.equal(on_device(model, session, x), plain(x))
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(on_device(model, session, x), plain(x))
+        session.release()
+        assert all(torch.equal(one, other) for one, other in zip(model.parameters(), plain.parameters(), strict=True))
+        assert torch.equal(on_device(model, session, x), plain(x))
+
+
 @pytest.mark.parametrize("at", [0, 1])
 @pytest.mark.parametrize("change", ["replaced", "new"])
 def test_a_buffer_set_between_forwards_is_brought_to_the_device(

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..errors import UnsupportedModelError
 from .failures import translate_out_of_memory
 
 
@@ -195,7 +197,25 @@ def with_index(device: torch.device) -> torch.device:
     return torch.device(device.type, torch.get_device_module(device).current_device())
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of any kind on a device; raises DeviceMemoryError if the device has too little memory left."""
-    with translate_out_of_memory(device, tensor.numel() * tensor.element_size()):
-        return tensor.to(device)
+def to_device(tensor: torch.Tensor, device: torch.device, *, what: str) -> torch.Tensor:
+    """A tensor of any kind on a device, a parameter if it is one.
+
+    Args:
+        tensor: The tensor.
+        device: The device.
+        what: Its name, type and bytes, for messages.
+
+    Raises:
+        DeviceMemoryError: The device has too little memory left.
+        UnsupportedModelError: The tensor's class cannot do it.
+    """
+    try:
+        with translate_out_of_memory(device, tensor.numel() * tensor.element_size()):
+            moved = tensor.detach().to(device)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        return nn.Parameter(moved, requires_grad=tensor.requires_grad) if is_parameter else moved
+    except (NotImplementedError, TypeError, AttributeError) as failure:  # of an operation that the class lacks
+        raise UnsupportedModelError(
+            f"{what} can be neither taken apart nor moved to {device}, since its class fails with "
+            f"{type(failure).__name__}: {failure}; load the model with another quantization"
+        ) from failure

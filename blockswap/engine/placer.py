@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..device.streams import to_device
 from ..device.worker import Job
@@ -54,11 +53,12 @@ class Pending:
     """A block that is being placed: its slab is filled and locked, or its resident copy made.
 
     Attributes:
-        entries: The streamed tensors.
+        entries: The streamed tensors and the small parameters.
         found: Their states before the job.
         given_back: New addresses, by the old ones, of those that the job points at their file before it places them.
         job: Places the block, unless a tensor was replaced, moved or edited before it.
         copied: The event behind the copy to the device, of a resident block.
+        bindings: Its tensors, which stay where they are until the block's turn.
         placed: The states as the job left them; None until it has succeeded.
     """
 
@@ -67,6 +67,7 @@ class Pending:
     given_back: Mapping[int, int] = field(default_factory=dict)
     job: Job = field(init=False)
     copied: Any = None
+    bindings: Sequence[TensorBinding] = ()
     placed: list[tuple[int, int, int | None]] | None = None
 
     @property
@@ -122,7 +123,7 @@ class Placer:
         self._lanes = model.profile.lanes
         self._slot_lanes = slot_lanes(plan.swapped, self._lanes, plan.slots)
         self._bound: list[TensorBinding] = []
-        self._masters: dict[int, torch.Tensor] = {}  # of the small tensors
+        self._small: dict[int, TensorBinding] = {}
         self._shells: list[tuple[Shell, torch.Tensor]] = []
         self._fixed: list[tuple[TensorEntry, torch.Tensor, torch.Tensor]] = []
         self._memories: list[torch.Tensor] = []
@@ -186,10 +187,14 @@ class Placer:
         everything = [entry for entries in self._model.entries for entry in entries]
         small = self._to_copy(entry for entry in everything if entry.placement is Placement.SMALL)
         self._copy_to_device(small, self._allocate(small))
-        self._masters = {id(bound.tensor): bound.master for bound in self._bound}
-        for entry in everything:
-            if entry.placement is Placement.FIXED:
-                self._move(entry)
+        self._small = {id(bound.tensor): bound for bound in self._bound}
+        for block in range(len(self._plan.swapped)):
+            for bound in self._beside_streamed(block):  # with the rest of its shell, which is placed later
+                bind((bound.tensor,), (bound.master,))
+        for profile, inside in zip(self._model.profile.blocks, self._model.entries, strict=True):
+            for entry in inside:
+                if entry.placement is Placement.FIXED:
+                    self._move(profile.name, entry)
         blocks = [[e for e in entries if e.placement is Placement.STREAMED] for entries in self._model.entries]
         works: list[Callable[[Pending], None]] = []
         for block, streamed in enumerate(blocks):
@@ -205,8 +210,9 @@ class Placer:
         self._report_placed()
         unlocked = self._transfer.unlocked
         assert unlocked is not None, "blocks are placed by a worker"
-        for block, (streamed, work) in enumerate(zip(blocks, works, strict=True)):
-            pending = Pending(streamed, _states(streamed), self._store.given_back(block))
+        for block, work in enumerate(works):
+            watched = self._watched(block)
+            pending = Pending(watched, _states(watched), self._store.given_back(block))
             self.pending[block] = pending
             pending.job = unlocked.worker.submit_idle(partial(self._place_block, pending, work))
 
@@ -235,6 +241,7 @@ class Placer:
         if pending.copied is not None:
             self._transfer.wait_placed(pending.copied)
         with torch.no_grad():
+            self._bind_copies(pending.bindings)
             self.bindings[block] = self._binding(block)
         del self.pending[block]
         if not self.pending:
@@ -298,15 +305,15 @@ class Placer:
     def _copy_to_device(
         self, entries: Sequence[TensorEntry], memory: torch.Tensor | None, pending: Pending | None = None
     ) -> Any:
-        """Copies tensors to their device memory and points them there; returns the event behind the copy, if any.
+        """Copies tensors to their device memory; returns the event behind the copy, if any. They are pointed there now,
+        or when it is the turn of a pending block.
 
         They are gathered in memory of ours first, for one copy. Copies from the loader's file mapping take seconds per
         tensor with ROCm on Linux (ROCm/ROCm#6523: 5 s where the heap takes 4 ms), and are slow everywhere.
         """
-        targets: dict[int, int] = {}
         if memory is None:
             if pending is not None:
-                pending.note_placed(targets)
+                pending.note_placed({})
             return None
         offsets, end = slab_offsets(entry.extent for entry in entries)
         gathered = self._gather(end)
@@ -320,18 +327,24 @@ class Placer:
                 pieces.append((entry.region, gathered.buffer(start, entry.region.nbytes)))
         self._store.files.read(pieces)
         copied = self._transfer.place(memory, gathered, end)
-        if pending is not None and not pending.is_as_found:
-            return copied  # its memory goes when the block is placed again
+        bindings = []
         for entry, start in zip(entries, starts, strict=True):
-            tensor = entry.tensor
-            copy = element_view(memory, tensor, offset=start)
-            targets[id(tensor)] = copy.data_ptr()
+            tensor, copy = entry.tensor, element_view(memory, entry.tensor, offset=start)
             version = version_of(tensor, *entry.shells)
-            self._bound.append(TensorBinding(entry, tensor, plain_view(tensor), copy, version))
-            bind((tensor,), (copy,))
-        if pending is not None:
-            pending.note_placed(targets)
+            bindings.append(TensorBinding(entry, tensor, plain_view(tensor), copy, version))
+        if pending is None:
+            self._bind_copies(bindings)
+        elif pending.is_as_found:  # if not, its memory goes when the block is placed again
+            pending.bindings = bindings
+            pending.note_placed({})
         return copied
+
+    def _bind_copies(self, bindings: Sequence[TensorBinding]) -> None:
+        """Points tensors at their copies on the device."""
+        self._bound += bindings
+        for one in bindings:
+            if one.copy is not None:
+                bind((one.tensor,), (one.copy,))
 
     def _gather(self, nbytes: int) -> PageMemory:
         """Host memory of at least `nbytes` that no copy reads; page-locked if slabs are, and if that succeeds."""
@@ -354,26 +367,29 @@ class Placer:
             finally:
                 gathered.unpin()
 
-    def _move(self, entry: TensorEntry) -> None:
+    def _move(self, block: str, entry: TensorEntry) -> None:
         """Replaces a tensor that cannot be pointed elsewhere by a copy on the device; release brings it back."""
-        original = entry.tensor
-        moved = to_device(original.detach(), self._transfer.streams.device)
-        if isinstance(original, nn.Parameter):
-            moved = nn.Parameter(moved, requires_grad=original.requires_grad)
+        original, what = entry.tensor, f"{block}.{entry.path} ({type(entry.tensor).__name__}, {entry.extent:,} bytes)"
+        moved = to_device(original, self._transfer.streams.device, what=what)
         self._fixed.append((entry, original, moved))
         entry.holder[entry.name] = moved
 
     def _profile(self, block: int) -> BlockProfile:
         return self._model.profile.blocks[block]
 
+    def _watched(self, block: int) -> list[TensorEntry]:
+        """The streamed tensors, and the small parameters: a forward may replace small buffers."""
+        entries = self._model.entries[block]
+        small = [entry for entry in entries if entry.placement is Placement.SMALL and not entry.is_buffer]
+        return [*(entry for entry in entries if entry.placement is Placement.STREAMED), *small]
+
     def _binding(self, block: int) -> BlockBinding:
         entries = self._model.entries[block]
         streamed = [entry for entry in entries if entry.placement is Placement.STREAMED]
-        small = [entry for entry in entries if entry.placement is Placement.SMALL and not entry.is_buffer]
-        watched = [*streamed, *small]
-        beside = self._beside_streamed(block) if self._plan.swapped[block] else []
-        copies = list(map(plain_view, beside))
-        bind(beside, [self._masters[id(tensor)] for tensor in beside])
+        watched = self._watched(block)
+        beside = self._beside_streamed(block)
+        if not self._plan.swapped[block]:
+            self._bind_copies(beside)
         moving = {entry.name for entry in streamed if entry.is_buffer and self._plan.swapped[block]}
         binding = BlockBinding(
             watched=[entry.tensor for entry in watched],
@@ -402,23 +418,23 @@ class Placer:
                 else []
                 for memory, lane in zip(self._transfer.window, self._slot_lanes, strict=True)
             ]
-            binding.streamed += beside
-            binding.masters += [self._masters[id(tensor)] for tensor in beside]
+            binding.streamed += [bound.tensor for bound in beside]
+            binding.masters += [bound.master for bound in beside]
             for slot in binding.slots:
-                slot += copies
+                slot += [bound.copy for bound in beside if bound.copy is not None]
         for shell in binding.shells:
             self._bind_shell(shell, binding)
         binding.counting = [tensor for tensor in binding.streamed if version_of(tensor) is not None]
         binding.versions = [tensor._version for tensor in binding.counting]
         return binding
 
-    def _beside_streamed(self, block: int) -> list[torch.Tensor]:
+    def _beside_streamed(self, block: int) -> list[TensorBinding]:
         """The small tensors in shells that stream. Their bytes stay on the device, but between forwards they point at
         their masters with the rest of the shell: its class expects to find all of it on one device.
         """
         together = {id(e): e for shell in self._model.shells[block] if shell.is_streamed for e in shell.entries}
-        tensors = [e.tensor for e in together.values() if e.placement is Placement.SMALL and not e.is_tied]
-        return [tensor for tensor in tensors if id(tensor) in self._masters]
+        keys = [id(e.tensor) for e in together.values() if e.placement is Placement.SMALL and not e.is_tied]
+        return [self._small[key] for key in keys if key in self._small]
 
     def _bind_shell(self, shell: Shell, binding: BlockBinding) -> None:
         """Lets a shell follow its streamed tensors; one without any is on the device until the release."""

@@ -165,12 +165,13 @@ class ModelProfile:
         return device_bytes(slab_offsets(small)[1]) + sum(map(device_bytes, fixed))
 
     @property
-    def fixed_bytes(self) -> dict[str, int]:
-        """Bytes of the FIXED tensors, by the reason why they do not stream."""
-        nbytes: dict[str, int] = {}
-        for tensor in (t for b in self.blocks for t in b.tensors if t.placement is Placement.FIXED):
-            nbytes[tensor.reason] = nbytes.get(tensor.reason, 0) + tensor.nbytes
-        return nbytes
+    def fixed(self) -> dict[str, tuple[list[str], int]]:
+        """Names and bytes of the FIXED tensors, by the reason why they do not stream."""
+        found: dict[str, tuple[list[str], int]] = {}
+        for block, tensor in ((b, t) for b in self.blocks for t in b.tensors if t.placement is Placement.FIXED):
+            names, nbytes = found.get(tensor.reason, ([], 0))
+            found[tensor.reason] = [*names, f"{block.name}.{tensor.name}"], nbytes + tensor.nbytes
+        return found
 
     @property
     def lanes(self) -> tuple[int, ...]:

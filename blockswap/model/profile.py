@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ...hardware.disk import FileRegion
 from ..errors import UnsupportedModelError
 from .layout import BlockProfile, ModelProfile, Placement, TensorProfile, device_bytes, small_cutoff
-from .tensors import allocations, has_own_storage, inner_names, stored_bytes
+from .tensors import allocations, has_own_storage, inner_names, inner_tensors, stored_bytes
 
 HOST_NAMES = frozenset({"block_id"})
 """Names of tensors that index Python lists; on the device each use would synchronise the host."""
@@ -103,7 +103,7 @@ class Shell:
         """Whether it is still in its place and made of the same attributes, which are brought up to date."""
         if self.holder.get(self.name) is not self.tensor or not self.is_whole:
             return False
-        return list(self.tensor.__tensor_flatten__()[0]) == self.inner  # type: ignore[attr-defined]
+        return list(inner_tensors(self.tensor)) == self.inner
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,9 @@ LORA_ELEMENT_BYTES = 2
 
 LORA_DTYPE = "LORA"
 
+LOADERS_OWN = ".comfy_quant"
+"""End of the names of the formats that ComfyUI writes beside quantised weights, which its loader reads and drops."""
+
 SCALES = (".scale_weight", ".weight_scale", ".weight_scale_2")
 """Ends of the names of the scales beside a matrix."""
 
@@ -172,7 +175,8 @@ def _transformer_tensors(source: str, stored: Stored) -> dict[str, TensorInfo]:
     prefix = own_prefix([name for name in stored if name.endswith(PATCH_EMBEDDING)], PATCH_EMBEDDING)
     if prefix is not None:
         starts = (prefix, "audio_model.")  # Ovi's halves lie side by side
-        return {place(name.removeprefix(prefix)): t for name, t in stored.items() if name.startswith(starts)}
+        own = {name: t for name, t in stored.items() if name.startswith(starts) and not name.endswith(LOADERS_OWN)}
+        return {place(name.removeprefix(prefix)): tensor for name, tensor in own.items()}
     packed = packed_tensor(stored)
     if packed is not None:
         raise _not_read(source, *packed)

@@ -74,9 +74,22 @@ def allocations(tensor: torch.Tensor) -> list[int]:
     """Bytes of each allocation behind a tensor: one, or several for a subclass that is made of other tensors."""
     if has_own_storage(tensor) and tensor.layout is torch.strided:
         return [span_bytes(tensor)]
-    if not hasattr(tensor, "__tensor_flatten__"):
+    inner = inner_tensors(tensor)
+    if not inner:
         return [tensor.numel() * tensor.element_size()]  # outside the blocks it may be sparse: this is an upper limit
-    return [size for name in tensor.__tensor_flatten__()[0] for size in allocations(getattr(tensor, name))]
+    return [size for one in inner.values() for size in allocations(one)]
+
+
+def inner_tensors(shell: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors that a tensor says it is made of, by attribute; none if its class does not say so, or fails to."""
+    flatten = getattr(shell, "__tensor_flatten__", None)
+    if flatten is None:
+        return {}
+    try:
+        inner = {name: getattr(shell, name) for name in flatten()[0]}
+    except Exception:  # noqa: BLE001 - the class is any package's
+        return {}
+    return inner if all(isinstance(tensor, torch.Tensor) for tensor in inner.values()) else {}
 
 
 def inner_names(shell: torch.Tensor) -> list[str]:
@@ -85,14 +98,11 @@ def inner_names(shell: torch.Tensor) -> list[str]:
     Flattening a shell may set these attributes. If that makes other tensors each time, they are copies of what the
     shell's operations use, and re-pointing them would have no effect.
     """
-    flatten = getattr(shell, "__tensor_flatten__", None)
-    if flatten is None or _has_bytes(shell):
+    if _has_bytes(shell):
         return []
-    names = list(flatten()[0])
-    inner = [vars(shell).get(name) for name in names]
-    flatten()
-    is_stable = all(vars(shell).get(name) is tensor for name, tensor in zip(names, inner, strict=True))
-    return names if is_stable and all(isinstance(tensor, torch.Tensor) for tensor in inner) else []
+    inner, again = inner_tensors(shell), inner_tensors(shell)
+    is_stable = all(vars(shell).get(name) is tensor is again.get(name) for name, tensor in inner.items())
+    return list(inner) if is_stable else []
 
 
 def _has_bytes(shell: torch.Tensor) -> bool:

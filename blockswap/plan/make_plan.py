@@ -136,7 +136,11 @@ def _refuse_what_frees_nothing(profile: ModelProfile, settings: SwapSettings) ->
 
 def _fixed(profile: ModelProfile) -> list[str]:
     """What stays on the device whole, as sentences."""
-    return [f"{format_bytes(n)} of weights always stay on the device ({why})" for why, n in profile.fixed_bytes.items()]
+    sentences = []
+    for why, (names, nbytes) in profile.fixed.items():
+        which = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        sentences.append(f"{format_bytes(nbytes)} of weights always stay on the device ({which}: {why})")
+    return sentences
 
 
 def swapping_all(inputs: PlanInputs, profile: ModelProfile) -> PlanInputs:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...hardware.disk import FileMappings
+from ..engine.binding import bind
 from ..model.recognise import TensorInfo
-from ..model.tensors import region_of
+from ..model.tensors import has_own_storage, inner_tensors, region_of
 from .parts import parts_of
 from .wanvideo import entry
 
@@ -35,7 +37,8 @@ def stored_tensors(model: Any, patches: Mapping[str, Any]) -> dict[str, TensorIn
     dtype, mappings = entry(model, "weight_dtype"), FileMappings.read()
     for name, tensor in weights.items():
         if isinstance(tensor, torch.Tensor) and not (tensor.is_meta and readers is not None):
-            found.setdefault(name.replace("_orig_mod.", ""), _as_loaded(name, tensor, dtype, weights, mappings))
+            loaded = _as_loaded(name.replace("_orig_mod.", ""), tensor, dtype, weights, mappings)
+            found |= {own: info for own, info in loaded.items() if own not in found}
     for name, deltas in patches.items():
         found[f"{name.removeprefix('diffusion_model.')}.lora_diff"] = TensorInfo((1,), "LORA", _bytes_in(deltas))
     return found
@@ -60,19 +63,28 @@ def _tensors_of_gguf(reader: Any) -> dict[str, TensorInfo]:
 
 def _as_loaded(
     name: str, tensor: torch.Tensor, dtype: Any, weights: Mapping[str, Any], mappings: FileMappings
-) -> TensorInfo:
+) -> dict[str, TensorInfo]:
     """A tensor as the wrapper will load it: a block's matrix without a scale gets the model's weight type. If that is
-    another type than it is stored in, the loaded tensor is a copy.
+    another type than it is stored in, the loaded tensor is a copy. What a tensor is made of keeps its types; the first
+    of these has the tensor's own name and shape.
     """
+    inner = [] if has_own_storage(tensor) else list(inner_tensors(tensor).items())
+    if inner:
+        parts = [_as_loaded(f"{name}.{own}", one, None, {}, mappings) for own, one in inner]
+        (_, first), *others = (pair for part in parts for pair in part.items())
+        return {name: replace(first, shape=tuple(tensor.shape)), **dict(others)}
     is_matrix = "blocks." in name and name.endswith(".weight") and tensor.dim() > 1
     has_scale = name.replace(".weight", ".scale_weight") in weights
     kind = dtype if is_matrix and not has_scale and isinstance(dtype, torch.dtype) else tensor.dtype
-    return TensorInfo(
-        tuple(tensor.shape),
-        str(kind).removeprefix("torch."),
-        tensor.numel() * kind.itemsize,
-        in_file=kind == tensor.dtype and region_of(tensor, mappings) is not None,
-    )
+    is_as_stored = has_own_storage(tensor) and kind == tensor.dtype
+    return {
+        name: TensorInfo(
+            tuple(tensor.shape),
+            str(kind).removeprefix("torch."),
+            tensor.numel() * kind.itemsize,
+            in_file=is_as_stored and region_of(tensor, mappings) is not None,
+        )
+    }
 
 
 def _bytes_in(value: Any) -> int:
@@ -114,14 +126,40 @@ def replace_in(model: Any) -> Callable[[str, int, torch.Tensor], None] | None:
     if entry(model, "gguf_reader") is not None or not isinstance(entry(model, "sd"), dict):
         return None
     reference = weakref.ref(model)
+    names: dict[int, str] = {}
 
-    def replace(name: str, address: int, master: torch.Tensor) -> None:
+    def put(name: str, address: int, master: torch.Tensor) -> None:
         alive = reference()
         stored: dict[str, Any] = (None if alive is None else alive["sd"]) or {}
+        if name not in stored:  # it is in a parameter made of several tensors, of which each may be an entry
+            names.update(() if names else _names_by_address(stored))
+            name = names.get(address, name)
         held = stored.get(name)
-        if not isinstance(held, torch.Tensor) or held.device.type != "cpu" or held.data_ptr() != address:
+        if not isinstance(held, torch.Tensor) or held.device.type != "cpu":
             return
-        if (held.dtype, held.shape, held.stride()) == (master.dtype, master.shape, master.stride()):
-            stored[name] = master.detach()  # a new tensor over the slab, so that its storage counts one more owner
+        for inner in _plain_tensors(held):
+            layout = (inner.data_ptr(), inner.nbytes, inner.shape, inner.stride())
+            if layout != (address, master.nbytes, master.shape, master.stride()):
+                continue
+            # A new tensor over the slab, so that its storage counts one more owner.
+            over_slab = master.detach().view(inner.dtype)
+            if inner is held:
+                stored[name] = over_slab
+            else:
+                bind((inner,), (over_slab,))
 
-    return replace
+    return put
+
+
+def _plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensor, or those with bytes of their own that it is made of."""
+    if has_own_storage(tensor):
+        return [tensor]
+    return [plain for inner in inner_tensors(tensor).values() for plain in _plain_tensors(inner)]
+
+
+def _names_by_address(stored: Mapping[str, Any]) -> dict[int, str]:
+    """The entries of a state dict by the addresses of their bytes on the host."""
+    entries = [(name, held) for name, held in list(stored.items()) if isinstance(held, torch.Tensor)]
+    on_host = [(name, held) for name, held in entries if held.device.type == "cpu"]
+    return {plain.data_ptr(): name for name, held in on_host for plain in _plain_tensors(held)}

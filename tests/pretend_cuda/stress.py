@@ -37,6 +37,7 @@ from wanvideo_enhanced_blockswap.blockswap.device.streams import CudaStreams  # 
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState, SwapSession  # noqa: E402
 from wanvideo_enhanced_blockswap.blockswap.engine.trace import EVERY_FORWARD  # noqa: E402
 from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError  # noqa: E402
+from wanvideo_enhanced_blockswap.blockswap.model.tensors import has_own_storage  # noqa: E402
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier  # noqa: E402
 
 CudaStreams.least_chunk_bytes = 4096  # the small slabs of these models are cut for several streams too
@@ -97,7 +98,7 @@ def away_from_masters(session: SwapSession) -> list[str]:
         f"block {block} is not at its masters"
         for block, binding in bindings.items()
         for tensor, master in zip(binding.streamed, binding.masters, strict=True)
-        if tensor.data_ptr() != master.data_ptr()
+        if has_own_storage(tensor) and tensor.data_ptr() != master.data_ptr()
     ]
 
 
