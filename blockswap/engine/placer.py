@@ -55,7 +55,6 @@ class Pending:
     Attributes:
         entries: The streamed tensors and the small parameters.
         found: Their states before the job.
-        given_back: New addresses, by the old ones, of those that the job points at their file before it places them.
         job: Places the block, unless a tensor was replaced, moved or edited before it.
         copied: The event behind the copy to the device, of a resident block.
         bindings: Its tensors, which stay where they are until the block's turn.
@@ -64,7 +63,6 @@ class Pending:
 
     entries: list[TensorEntry]
     found: list[tuple[int, int, int | None]]
-    given_back: Mapping[int, int] = field(default_factory=dict)
     job: Job = field(init=False)
     copied: Any = None
     bindings: Sequence[TensorBinding] = ()
@@ -72,10 +70,18 @@ class Pending:
 
     @property
     def is_as_found(self) -> bool:
-        """Whether no tensor was replaced, moved or edited by others before the job pointed them elsewhere."""
-        now = _states(self.entries)
-        moved = [(key, self.given_back.get(address, address), version) for key, address, version in self.found]
-        return now in (self.found, moved)
+        """Whether no tensor was replaced, moved or edited before the job pointed them elsewhere."""
+        return _states(self.entries) == self.found
+
+    def follow(self, given_back: Mapping[int, int]) -> None:
+        """Takes it as found that giving up the block's slab has pointed tensors elsewhere.
+
+        Args:
+            given_back: Their new addresses by the old ones, if all of them have moved.
+        """
+        moved = [(key, given_back.get(address, address), version) for key, address, version in self.found]
+        if _states(self.entries) == moved:
+            self.found = moved
 
     def note_placed(self, targets: Mapping[int, int]) -> None:
         """Records where the job pointed the tensors. What is done to them meanwhile in the host thread differs from it.
@@ -212,8 +218,7 @@ class Placer:
         assert unlocked is not None, "blocks are placed by a worker"
         for block, work in enumerate(works):
             watched = self._watched(block)
-            pending = Pending(watched, _states(watched), self._store.given_back(block))
-            self.pending[block] = pending
+            pending = self.pending[block] = Pending(watched, _states(watched))
             pending.job = unlocked.worker.submit_idle(partial(self._place_block, pending, work))
 
     def _place_block(self, pending: Pending, work: Callable[[Pending], None]) -> None:
@@ -265,8 +270,9 @@ class Placer:
         tier = self._plan.tiers[block]
         assert tier is not None, f"block {block} is swapped without a host tier"
         tensors = [entry.tensor for entry in streamed]
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        addresses, given_back = [tensor.data_ptr() for tensor in tensors], self._store.given_back(block)
         slab = self._store.put(block, tensors, tier=tier, regions=[entry.region for entry in streamed])
+        pending.follow(given_back)
         if not pending.is_as_found:
             self._store.drop(block)  # it may hold something of both
             return
@@ -284,7 +290,9 @@ class Placer:
     def _place_resident(
         self, block: int, entries: Sequence[TensorEntry], memory: torch.Tensor | None, pending: Pending
     ) -> None:
+        given_back = self._store.given_back(block)
         regions = self._store.leave_slab(block, [e.tensor for e in entries], [e.region for e in entries])
+        pending.follow(given_back)
         for entry, region in zip(entries, regions, strict=True):
             entry.region = region
         pending.copied = self._copy_to_device(entries, memory, pending)
