@@ -122,6 +122,7 @@ class Placer:
         self._shells: list[tuple[Shell, torch.Tensor]] = []
         self._fixed: list[tuple[TensorEntry, torch.Tensor, torch.Tensor]] = []
         self._memories: list[torch.Tensor] = []
+        self._leaves_mappings = self._should_leave_mappings()
         self._gathered: PageMemory | None = None  # host memory in which `_copy_to_device` gathers
 
     def slab(self, block: int) -> Slab | ComingSlab:
@@ -322,11 +323,30 @@ class Placer:
             copy = element_view(memory, tensor, offset=start)
             targets[id(tensor)] = copy.data_ptr()
             version = version_of(tensor, *entry.shells)
-            self._bound.append(TensorBinding(entry, tensor, plain_view(tensor), copy, version))
+            self._bound.append(TensorBinding(entry, tensor, self._master(entry), copy, version))
             bind((tensor,), (copy,))
         if pending is not None:
             pending.note_placed(targets)
         return copied
+
+    def _master(self, entry: TensorEntry) -> torch.Tensor:
+        """The host's bytes of a tensor that goes to the device: as they are, or a copy outside the loader's mapping."""
+        if not (self._leaves_mappings and entry.in_mapping) or entry.is_tied:
+            return plain_view(entry.tensor)
+        master = element_view(torch.empty(entry.extent, dtype=torch.uint8), entry.tensor, offset=0)
+        copy_bytes(master, entry.tensor)
+        return master
+
+    def _should_leave_mappings(self) -> bool:
+        """Whether the host gains by that. Pages of a mapping that were written, as by a LoRA that was merged in place,
+        stay in memory while a tensor is in the mapping, even when slabs have their bytes.
+        """
+        written = clean = 0
+        for entries, is_swapped in zip(self._model.entries, self._plan.swapped, strict=True):
+            streamed = [entry for entry in entries if entry.in_mapping and entry.placement is Placement.STREAMED]
+            written += sum(entry.extent for entry in streamed if is_swapped and entry.region is None)
+            clean += sum(entry.extent for entry in streamed if not is_swapped and entry.region is not None)
+        return written > clean
 
     def _gather(self, nbytes: int) -> PageMemory:
         """Host memory of at least `nbytes` that no copy reads; page-locked if slabs are, and if that succeeds."""
