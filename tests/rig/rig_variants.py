@@ -52,7 +52,8 @@ _UNMERGED = _MERGED | {"merge_loras": False}
 _LARGE = _UNMERGED | {"lora": "large_lora.safetensors"}
 
 
-def _several(strengths: dict[str, float], *, merge: bool) -> list[Case]:
+def several(strengths: dict[str, float], *, merge: bool) -> list[Case]:
+    """LoRAs with these names and strengths, one behind the other."""
     return [{"lora": f"{name}.safetensors", "strength": s, "merge_loras": merge} for name, s in strengths.items()]
 
 
@@ -60,8 +61,8 @@ FOUR = {"lora": 0.8, "large_lora": -0.4, "fp16_lora": 1.2, "large_fp32_lora": 0.
 """LoRAs on one model and their strengths: small and large ones, in the model's type and in others."""
 OF_VACE = {"vace_lora": 0.7, "large_vace_lora": -0.5, "lora": 0.8}
 """Of VACE blocks, and one of the others."""
-_MERGED_4, _UNMERGED_4 = _several(FOUR, merge=True), _several(FOUR, merge=False)
-_VACE_LORAS = {"lora": _several(OF_VACE, merge=False), "vace": True, "cfg": 1.0}
+_MERGED_4, _UNMERGED_4 = several(FOUR, merge=True), several(FOUR, merge=False)
+_VACE_LORAS = {"lora": several(OF_VACE, merge=False), "vace": True, "cfg": 1.0}
 _SCHEDULE = [0.2, 0.9]
 """Strengths by step."""
 
@@ -128,7 +129,7 @@ VARIANTS: dict[str, Case] = {
     "loras_fp8_scaled": _case(SCALED, **SCALED_FP8, lora=_UNMERGED_4, cfg=1.0),
     "loras_gguf": _case(GGUF, lora=_UNMERGED_4, cfg=1.0),
     "loras_vace": _case("vace.safetensors", **_VACE_LORAS),
-    "loras_vace_merged": _case("vace.safetensors", **_VACE_LORAS | {"lora": _several(OF_VACE, merge=True)}),
+    "loras_vace_merged": _case("vace.safetensors", **_VACE_LORAS | {"lora": several(OF_VACE, merge=True)}),
     "loras_vace_fp8_scaled": _case("vace_fp8_scaled.safetensors", **SCALED_FP8, **_VACE_LORAS),
     "loras_vace_gguf": _case("vace_q8_0.gguf", **_VACE_LORAS),
     "vace": _case("vace.safetensors", vace=True),

@@ -6,12 +6,15 @@ VACE blocks. Matrices of a block are those of the one before, shifted: no two ar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-WIDTH, FFN_WIDTH, BLOCKS, VACE_BLOCKS = 384, 1024, 30, 15
+WIDTH = int(os.environ.get("RIG_WIDTH", "384"))
+"""A benchmark takes a larger one; a multiple of 24."""
+FFN_WIDTH, BLOCKS, VACE_BLOCKS = WIDTH * 8 // 3, 30, 15
 TEXT_WIDTH, FREQUENCIES, CHANNELS, VACE_CHANNELS, PATCH = 4096, 256, 16, 96, (1, 2, 2)
 RANK, LARGE_RANK = 8, 128
 """Of a LoRA whose tensors are small, and of one whose tensors are matrices like a block's."""
