@@ -13,8 +13,8 @@ import torch
 from gate_bench import DEVICE, GateBench, arguments
 from on_disk import mapped, stored
 from standin import Workflow
-from test_file_tier import outputs, truth_of
-from test_host import PAGE, PINNED, Recorder, point, store_with, weights
+from test_file_tier import FILE, outputs, truth_of
+from test_host import PAGE, PINNED, Recorder, point, put, store_with, weights
 from toys import Block, Model, Simulation, fixed_plan
 from wanvideo_enhanced_blockswap.blockswap.host.slabs import Slab
 
@@ -62,8 +62,8 @@ def test_a_lora_that_goes_and_another_that_comes_find_the_rest_in_the_same_locke
 def test_memory_that_would_be_empty_for_the_most_part_is_given_up() -> None:
     base, registrar = weights(1000), Recorder()
     store = store_with(registrar)
-    store.put(0, [*base, *weights(5000)], tier=PINNED)
-    store.put(0, base, tier=PINNED)
+    put(store, 0, [*base, *weights(5000)], tier=PINNED)
+    put(store, 0, base, tier=PINNED)
     gc.collect()
     assert list(registrar.locked.values()) == [PAGE]
 
@@ -113,7 +113,8 @@ def test_a_mapping_that_was_written_goes_with_the_first_run(tmp_path: Path, swap
     """As where the wrapper merges LoRAs into the loader's tensors: the written pages would stay beside the slabs."""
     model, path = wide(), tmp_path / "weights.safetensors"
     stored(model, path)
-    for block in model.blocks:
+    model.blocks[1].up.mul_(2)  # the first block stays as it is in the file, and shares no page with what is written
+    for block in model.blocks[2:]:
         block.up.mul_(2)
         block.down.mul_(2)
     truth = truth_of(model)
@@ -126,13 +127,17 @@ def test_a_mapping_that_was_written_goes_with_the_first_run(tmp_path: Path, swap
         assert all(map(torch.equal, outputs(session, model), truth))
 
 
-def test_a_mapping_that_holds_more_unwritten_residents_than_that_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_file", [False, True], ids=["residents", "file tier"])
+def test_a_mapping_stays_that_other_blocks_need_more(tmp_path: Path, is_file: bool) -> None:
     model, path = wide(), tmp_path / "weights.safetensors"
     stored(model, path)
     model.blocks[0].up.mul_(2)
-    with Simulation().session(model, fixed_plan([True, False, False, True])) as session:
+    swapped, tiers = [True, is_file, is_file, True], [PINNED, FILE, FILE, PINNED]
+    with Simulation().session(model, fixed_plan(swapped, tiers=tiers)) as session:
         outputs(session, model)
         session.release()
+        gc.collect()
+        assert any(slab.originals for slab in session._holds.slabs.values())
         assert str(path) in Path("/proc/self/maps").read_text()
 
 

@@ -256,6 +256,7 @@ class Placer:
         tensors = [entry.tensor for entry in streamed]
         addresses = [tensor.data_ptr() for tensor in tensors]
         slab = self._store.put(block, tensors, tier=tier, regions=[entry.region for entry in streamed])
+        slab.originals = () if self._leaves_mappings else slab.originals
         if not pending.is_as_found:
             self._store.drop(block)  # it may hold something of both
             return
@@ -338,14 +339,14 @@ class Placer:
         return master
 
     def _should_leave_mappings(self) -> bool:
-        """Whether the host gains by that. Pages of a mapping that were written, as by a LoRA that was merged in place,
-        stay in memory while a tensor is in the mapping, even when slabs have their bytes.
-        """
+        """Whether that frees host memory: written pages, as of a LoRA merged in place, stay as long as the mapping."""
         written = clean = 0
-        for entries, is_swapped in zip(self._model.entries, self._plan.swapped, strict=True):
+        for entries, tier in zip(self._model.entries, self._plan.tiers, strict=True):
             streamed = [entry for entry in entries if entry.in_mapping and entry.placement is Placement.STREAMED]
-            written += sum(entry.extent for entry in streamed if is_swapped and entry.region is None)
-            clean += sum(entry.extent for entry in streamed if not is_swapped and entry.region is not None)
+            if tier is HostTier.FILE and any(entry.region is not None for entry in streamed):
+                return False  # its masters are the mapping
+            written += sum(entry.extent for entry in streamed if tier is not None and entry.region is None)
+            clean += sum(entry.extent for entry in streamed if tier is None and entry.region is not None)
         return written > clean
 
     def _gather(self, nbytes: int) -> PageMemory:
