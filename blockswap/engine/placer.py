@@ -13,19 +13,16 @@ import torch
 from ..device.streams import to_device
 from ..device.worker import Job
 from ..errors import TransferError
-from ..host.pages import PageMemory
 from ..host.slabs import ComingSlab, Slab
 from ..host.store import HostStore
-from ..model.layout import BlockProfile, Placement, device_bytes, slab_offsets
+from ..model.layout import BlockProfile, Placement, slab_offsets
 from ..model.profile import ProfiledModel, Shell, TensorEntry
-from ..model.tensors import copy_bytes, element_view, plain_view, shell_on, storage_key, version_of
+from ..model.tensors import element_view, shell_on, storage_key, version_of
 from ..plan.schedule import slot_lanes
 from ..plan.swap_plan import HostTier, SwapPlan
 from .binding import BlockBinding, TensorBinding, bind, bring_back
+from .residents import Residents
 from .transfer import Transfer
-
-WORTH_LOCKING = 32 << 20
-"""Bytes from which page-locking the memory that residents are gathered in is quicker than one pageable copy of them."""
 
 OnMaster = Callable[[str, int, torch.Tensor], None]
 """Receives a streamed tensor's full name, its address before the adopt, and its master."""
@@ -132,8 +129,7 @@ class Placer:
         self._small: dict[int, TensorBinding] = {}
         self._shells: list[tuple[Shell, torch.Tensor]] = []
         self._fixed: list[tuple[TensorEntry, torch.Tensor, torch.Tensor]] = []
-        self._memories: list[torch.Tensor] = []
-        self._gathered: PageMemory | None = None  # host memory in which `_copy_to_device` gathers
+        self._residents = Residents(model, plan, store, transfer)
 
     def slab(self, block: int) -> Slab | ComingSlab:
         """The slab of a swapped block, or what fills it first."""
@@ -158,19 +154,19 @@ class Placer:
             self.pending.clear()
 
     def _release(self) -> None:
-        inside = {storage_key(memory) for memory in (*self._memories, *self._transfer.window)}
+        inside = {storage_key(memory) for memory in (*self._residents.memories, *self._transfer.window)}
         bound, self._bound = self._bound, []
         shells, self._shells = self._shells, []
         fixed, self._fixed = self._fixed, []
-        memories, self._memories = self._memories, []
+        memories, self._residents.memories = self._residents.memories, []
         with contextlib.ExitStack() as stack:  # runs every step, even if another fails, from the last to the first
             for memory in memories:
                 stack.callback(self._transfer.free, memory)
             stack.callback(self._transfer.close_window)
             for entry, original, moved in fixed:
                 stack.callback(bring_back, entry, original, moved)
-            if self._gathered is not None:  # placing has failed, and its error holds this object
-                stack.callback(self._drop_gathered)
+            if self._residents.is_copying:  # placing has failed, and its error holds this object
+                stack.callback(self._residents.drop_gathered)
                 stack.callback(self._transfer.settle_placed)
             for shell, master in shells:
                 if shell.is_whole:
@@ -191,8 +187,9 @@ class Placer:
         """
         self._transfer.open_window(self._plan.window)
         everything = [entry for entries in self._model.entries for entry in entries]
-        small = self._to_copy(entry for entry in everything if entry.placement is Placement.SMALL)
-        self._copy_to_device(small, self._allocate(small))
+        residents = self._residents
+        small = residents.to_copy(entry for entry in everything if entry.placement is Placement.SMALL)
+        self._bind_copies(residents.copy(small, residents.allocate(small))[1])
         self._small = {id(bound.tensor): bound for bound in self._bound}
         for block in range(len(self._plan.swapped)):
             for bound in self._beside_streamed(block):  # with the rest of its shell, which is placed later
@@ -207,8 +204,8 @@ class Placer:
             if self._plan.swapped[block]:
                 works.append(partial(self._fill_slab, block, streamed))
             else:
-                entries = self._to_copy(streamed)
-                works.append(partial(self._place_resident, block, entries, self._allocate(entries)))
+                entries = residents.to_copy(streamed)
+                works.append(partial(self._place_resident, block, entries, residents.allocate(entries)))
         self._transfer.note_allocations()
         self._store.regions = {i: tuple(e.region for e in one if e.region is not None) for i, one in enumerate(blocks)}
         tiers = enumerate(self._plan.tiers)
@@ -258,7 +255,7 @@ class Placer:
         """All blocks are placed."""
         assert self._transfer.unlocked is not None
         self._store.finish_locking()
-        self._drop_gathered()
+        self._residents.drop_gathered()
         self._store.keep_spare(())
         self._transfer.unlocked.settle()
 
@@ -273,6 +270,7 @@ class Placer:
         addresses, given_back = [tensor.data_ptr() for tensor in tensors], self._store.given_back(block)
         slab = self._store.put(block, tensors, tier=tier, regions=[entry.region for entry in streamed])
         pending.follow(given_back)
+        slab.originals = () if self._residents.leaves_mappings else slab.originals
         if not pending.is_as_found:
             self._store.drop(block)  # it may hold something of both
             return
@@ -295,57 +293,10 @@ class Placer:
         pending.follow(given_back)
         for entry, region in zip(entries, regions, strict=True):
             entry.region = region
-        pending.copied = self._copy_to_device(entries, memory, pending)
-
-    def _to_copy(self, entries: Iterable[TensorEntry]) -> list[TensorEntry]:
-        """Those that are not on the device already."""
-        device = self._transfer.streams.device
-        return [entry for entry in entries if entry.tensor.device != device or device.type == "cpu"]
-
-    def _allocate(self, entries: Sequence[TensorEntry]) -> torch.Tensor | None:
-        """Device memory for tensors, one after the other; None for no tensors."""
-        if not entries:
-            return None
-        memory = self._transfer.allocate(device_bytes(slab_offsets(entry.extent for entry in entries)[1]))
-        self._memories.append(memory)
-        return memory
-
-    def _copy_to_device(
-        self, entries: Sequence[TensorEntry], memory: torch.Tensor | None, pending: Pending | None = None
-    ) -> Any:
-        """Copies tensors to their device memory; returns the event behind the copy, if any. They are pointed there now,
-        or when it is the turn of a pending block.
-
-        They are gathered in memory of ours first, for one copy. Copies from the loader's file mapping take seconds per
-        tensor with ROCm on Linux (ROCm/ROCm#6523: 5 s where the heap takes 4 ms), and are slow everywhere.
-        """
-        if memory is None:
-            if pending is not None:
-                pending.note_placed({})
-            return None
-        offsets, end = slab_offsets(entry.extent for entry in entries)
-        gathered = self._gather(end)
-        offset_of = {id(entry): offset for entry, offset in zip(entries, offsets, strict=True)}
-        starts = [offset_of[id(entry.leader or entry)] + entry.offset for entry in entries]
-        pieces = []
-        for entry, start in zip(entries, starts, strict=True):
-            if entry.region is None:
-                copy_bytes(element_view(gathered.tensor, entry.tensor, offset=start), entry.tensor)
-            else:
-                pieces.append((entry.region, gathered.buffer(start, entry.region.nbytes)))
-        self._store.files.read(pieces)
-        copied = self._transfer.place(memory, gathered, end)
-        bindings = []
-        for entry, start in zip(entries, starts, strict=True):
-            tensor, copy = entry.tensor, element_view(memory, entry.tensor, offset=start)
-            version = version_of(tensor, *entry.shells)
-            bindings.append(TensorBinding(entry, tensor, plain_view(tensor), copy, version))
-        if pending is None:
-            self._bind_copies(bindings)
-        elif pending.is_as_found:  # if not, its memory goes when the block is placed again
+        pending.copied, bindings = self._residents.copy(entries, memory)
+        if pending.is_as_found:  # if not, its memory goes when the block is placed again
             pending.bindings = bindings
             pending.note_placed({})
-        return copied
 
     def _bind_copies(self, bindings: Sequence[TensorBinding]) -> None:
         """Points tensors at their copies on the device."""
@@ -353,27 +304,6 @@ class Placer:
         for one in bindings:
             if one.copy is not None:
                 bind((one.tensor,), (one.copy,))
-
-    def _gather(self, nbytes: int) -> PageMemory:
-        """Host memory of at least `nbytes` that no copy reads; page-locked if slabs are, and if that succeeds."""
-        if self._gathered is None or self._gathered.size < nbytes:
-            self._drop_gathered()  # first, since both may not fit the budget
-            plan = self._plan
-            are_locked = nbytes >= WORTH_LOCKING and plan.pinned_bytes > 0
-            # Staging is locked only after this memory has been given up.
-            self._gathered = self._store.make_pages(
-                nbytes, beside=plan.pinned_bytes - plan.staging_bytes if are_locked else None
-            )
-        self._gathered.settle()
-        return self._gathered
-
-    def _drop_gathered(self) -> None:
-        gathered, self._gathered = self._gathered, None
-        if gathered is not None:
-            try:
-                gathered.settle()  # before it goes, where an error could not be raised
-            finally:
-                gathered.unpin()
 
     def _move(self, block: str, entry: TensorEntry) -> None:
         """Replaces a tensor that cannot be pointed elsewhere by a copy on the device; release brings it back."""

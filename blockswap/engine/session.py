@@ -182,7 +182,8 @@ class SwapSession:
         """
         self._expect("adopt", SessionState.IDLE)
         root = None if self._root is None else self._root()
-        model = profile_model(self._named, root=root, region_of=RegionFinder(self._holds.slabs.values()).region_of)
+        files = RegionFinder(self._holds.slabs.values())
+        model = profile_model(self._named, root=root, region_of=files.region_of, in_mapping=files.in_mapping)
         plan = self._planner(model.profile, self.held)
         try:
             self._open(model, plan)

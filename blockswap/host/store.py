@@ -103,11 +103,13 @@ class HostStore:
                     return self._put_file(block, tensors, regions)
             tier = HostTier.STAGED
         if slab is None or slab.pages is None or not slab.holds(tensors, regions):
-            if slab is None or slab.pages is None or not (slab.fits(tensors) and slab.is_only_ours(tensors)):
+            slab = None if slab is None else slab.relaid(tensors)
+            if slab is None:
                 regions = self.leave_slab(block, tensors, regions)
                 if all(regions) and not self._has_room(tensors):
                     return self._put_file(block, tensors, regions)
-                slab = self.slabs[block] = self._make(tensors)
+                slab = self._make(tensors)
+            self.slabs[block] = slab
             slab.fill(tensors, regions, self.files)
         self._move(slab, tier)
         return slab

@@ -38,6 +38,7 @@ class TensorEntry:
         offset: Bytes from the leader's start to this tensor's.
         extent: Bytes that the entry spans, together with the entries that it leads; 0 for an entry with a leader.
         region: The bytes of a file that are the tensor's, as they stand; None if there are none, or they are unknown.
+        in_mapping: Its bytes are in a mapping of a file, which may have been written since.
         shells: The shells around the tensor, which count in-place edits of it.
         is_tied: Its bytes overlap those of another tensor.
     """
@@ -52,13 +53,19 @@ class TensorEntry:
     offset: int = 0
     extent: int = 0
     region: FileRegion | None = None
+    in_mapping: bool = False
     shells: tuple[torch.Tensor, ...] = ()
     is_tied: bool = False
 
     @property
     def may_change(self) -> bool:
         """Whether a forward may edit the tensor: it is a buffer, and not a LoRA's."""
-        return self.is_buffer and LORA_MARK not in self.path.lower()
+        return self.is_buffer and not self.is_lora
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it is a LoRA's."""
+        return LORA_MARK in self.path.lower()
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -135,7 +142,11 @@ RegionOf = Callable[[torch.Tensor], "FileRegion | None"]
 
 
 def profile_model(
-    blocks: Sequence[tuple[str, nn.Module]], *, root: nn.Module | None = None, region_of: RegionOf | None = None
+    blocks: Sequence[tuple[str, nn.Module]],
+    *,
+    root: nn.Module | None = None,
+    region_of: RegionOf | None = None,
+    in_mapping: Callable[[torch.Tensor], bool] | None = None,
 ) -> ProfiledModel:
     """Reads blocks into a profile.
 
@@ -143,6 +154,7 @@ def profile_model(
         blocks: Name and module of each block, in execution order; names of VACE blocks start with `vace_blocks.`.
         root: The whole model, whose tensors outside the blocks are counted too; None counts none.
         region_of: Asked for each tensor that streams; None takes no tensor for part of a file.
+        in_mapping: Whether a tensor is in a mapping of a file; None takes none for it.
 
     Raises:
         UnsupportedModelError: There are no blocks, or a tensor has no data or a layout that cannot be copied as bytes
@@ -153,7 +165,11 @@ def profile_model(
             "the model has no list of blocks to swap; give the transformer's blocks, for example model.blocks"
         )
     shells: tuple[list[Shell], ...] = tuple([] for _ in blocks)
-    entries = tuple(tuple(_entries(name, module, into)) for (name, module), into in zip(blocks, shells, strict=True))
+    # What LoRAs add comes last, so that the rest has the same place in a slab with and without it.
+    entries = tuple(
+        tuple(sorted(_entries(name, module, into), key=lambda entry: entry.is_lora))
+        for (name, module), into in zip(blocks, shells, strict=True)
+    )
     for block in entries:
         _place(block)
     every = [entry for block in entries for entry in block]
@@ -161,6 +177,8 @@ def profile_model(
     for entry in every:
         if region_of is not None and entry.placement is Placement.STREAMED:
             entry.region = region_of(entry.tensor)
+        if in_mapping is not None and entry.placement in (Placement.STREAMED, Placement.SMALL):
+            entry.in_mapping = in_mapping(entry.tensor)
     inside = {id(entry.tensor) for entry in every} | {id(shell.tensor) for block in shells for shell in block}
     outside = () if root is None else (t for t in (*root.parameters(), *root.buffers()) if id(t) not in inside)
     other = sum(stored_bytes(tensor) for tensor in outside if not tensor.is_meta)

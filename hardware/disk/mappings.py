@@ -119,6 +119,10 @@ class FileMappings:
         private = [part for part in parts if part.is_private]
         return region if all(self._is_untouched(part, address, end) for part in private) else None
 
+    def shows(self, address: int) -> bool:
+        """Whether the byte at this address is in a mapping of a file, written or not."""
+        return bool(self._covering(address, 1))
+
     def _covering(self, address: int, nbytes: int) -> list[_Mapping]:
         """The mappings of one file that hold all of this memory; none if there is a gap or another file in it."""
         parts: list[_Mapping] = []

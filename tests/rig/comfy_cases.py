@@ -76,7 +76,8 @@ class Cases:
         A case has these keys, all but the first optional:
             load: Inputs of WanVideoModelLoader; `extra_model` is a file, and what is a node loads a file, too.
             second: A file: the second expert, which takes over after the first step.
-            lora: Inputs of WanVideoLoraSelect; with `set`, it goes through WanVideoSetLoRAs.
+            lora: Inputs of WanVideoLoraSelect, or of several, one behind the other.
+            lora_at: "loader", or "set": through WanVideoSetLoRAs.
             swap: `{"node": name, "inputs": {…}}`: the node that gives BLOCKSWAPARGS.
             swap_at: "loader", or "set": through WanVideoSetBlockSwap.
             also: Such a node for the other place: both have arguments then.
@@ -114,7 +115,7 @@ class Cases:
     def _run(self, case: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         models: list[Any] = []
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         try:
             models += self._models_of(case)
             if "changed" in case:
@@ -131,7 +132,7 @@ class Cases:
                 found["report_text"] = outputs("WanVideoBlockSwapReport", samples=samples, model=models[-1])[-1]
         except BaseException as failure:  # noqa: BLE001 - an interrupt is one; ComfyUI catches it at this very place
             found["error"] = f"{type(failure).__name__}: {failure}"
-        found["total_s"] = time.perf_counter() - began
+        found |= {"total_s": time.perf_counter() - began, "cpu_s": time.process_time() - used}
         return found | (seen if "load_s" in found else {}) | comfy_watch.standing(_transformers(models))
 
     def _sample_all(self, case: Mapping[str, Any], models: list[Any]) -> dict[str, Any]:
@@ -148,22 +149,27 @@ class Cases:
     def _models_of(self, case: Mapping[str, Any]) -> list[Any]:
         """What goes into the samplers."""
         swap_args, other_args = _output_of(case.get("swap")), _output_of(case.get("also"))
-        lora = _without_flag(case.get("lora"))
+        loras = self._loras(case.get("lora"))
         inputs: dict[str, Any] = LOADING | case["load"]
-        if lora is not None:
-            self._make(f"loras/{lora['lora']}")
-            lora = call("WanVideoLoraSelect", unique_id=None, **lora)
-        is_set = bool(case.get("lora", {}).get("set"))
+        is_set = loras is not None and case.get("lora_at") == "set"
         by_loader = case.get("swap_at", "loader") == "loader"
         at_loader, at_set = (swap_args, other_args) if by_loader else (other_args, swap_args)
-        inputs |= {"lora": lora} if lora is not None and not is_set else {}
+        inputs |= {"lora": loras} if loras is not None and not is_set else {}
         inputs |= {"block_swap_args": at_loader} if at_loader is not None else {}
         loaded = self._load([inputs | {"model": file} for file in _files(case)], again=not case.get("cached"))
         if is_set:
-            loaded = [call("WanVideoSetLoRAs", model=model, lora=lora) for model in loaded]
+            loaded = [call("WanVideoSetLoRAs", model=model, lora=loras) for model in loaded]
         if not by_loader or at_set is not None:
             loaded = [call("WanVideoSetBlockSwap", model=model, block_swap_args=at_set) for model in loaded]
         return loaded
+
+    def _loras(self, selected: Any) -> Any:
+        """The output of the last WanVideoLoraSelect; None without one."""
+        loras = None
+        for inputs in [selected] if isinstance(selected, dict) else selected or ():
+            self._make(f"loras/{inputs['lora']}")
+            loras = call("WanVideoLoraSelect", unique_id=None, prev_lora=loras, **inputs)
+        return loras
 
     def _load(self, wanted: Sequence[dict[str, Any]], *, again: bool) -> list[Any]:
         """The loader's outputs for these inputs. As in ComfyUI, what this case does not use is dropped first."""
@@ -220,10 +226,6 @@ def _plan_text(case: Mapping[str, Any], model: Any) -> str:
 
 def _output_of(node: Mapping[str, Any] | None) -> Any:
     return None if node is None else call(node["node"], **node["inputs"])
-
-
-def _without_flag(lora: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if lora is None else {key: value for key, value in lora.items() if key != "set"}
 
 
 def _files(case: Mapping[str, Any]) -> list[str]:

@@ -60,9 +60,20 @@ def _run_on_the_accelerator() -> None:
         nbytes = torch.hpu.mem_get_info()[1]
         return (nbytes, nbytes) if torch_total_too else nbytes
 
+    _round_on_the_host()
     on_cpu = management.get_free_memory, management.get_total_memory
     management.get_torch_device = lambda: DEVICE
     management.get_free_memory, management.get_total_memory = free, total
+
+
+def _round_on_the_host() -> None:
+    """LoRAs that are merged into fp8 are rounded at random, and the accelerator draws no random numbers."""
+    import comfy.float
+
+    rounded = comfy.float.stochastic_rounding
+    comfy.float.stochastic_rounding = lambda value, *options, **named: rounded(value.cpu(), *options, **named).to(
+        value.device
+    )
 
 
 def _make_attention_traceable() -> None:

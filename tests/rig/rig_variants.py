@@ -44,13 +44,27 @@ LOADER_INPUTS = {
 }
 SAMPLER_INPUTS = {"steps", "cfg", "shift", "force_offload"}
 
-BF16, SCALED, GGUF = "bf16.safetensors", "fp8_scaled.safetensors", "q8_0.gguf"
+BF16, FP8, SCALED, GGUF = "bf16.safetensors", "fp8.safetensors", "fp8_scaled.safetensors", "q8_0.gguf"
 SCALED_FP8 = {"quantization": "fp8_e4m3fn_scaled"}
 
 _MERGED = {"lora": "lora.safetensors", "strength": 0.8, "merge_loras": True}
 _UNMERGED = _MERGED | {"merge_loras": False}
 _LARGE = _UNMERGED | {"lora": "large_lora.safetensors"}
-_SET = _UNMERGED | {"set": True}
+
+
+def several(strengths: dict[str, float], *, merge: bool) -> list[Case]:
+    """LoRAs with these names and strengths, one behind the other."""
+    return [{"lora": f"{name}.safetensors", "strength": s, "merge_loras": merge} for name, s in strengths.items()]
+
+
+FOUR = {"lora": 0.8, "large_lora": -0.4, "fp16_lora": 1.2, "large_fp32_lora": 0.3}
+"""LoRAs on one model and their strengths: small and large ones, in the model's type and in others."""
+OF_VACE = {"vace_lora": 0.7, "large_vace_lora": -0.5, "lora": 0.8}
+"""Of VACE blocks, and one of the others."""
+_MERGED_4, _UNMERGED_4 = several(FOUR, merge=True), several(FOUR, merge=False)
+_VACE_LORAS = {"lora": several(OF_VACE, merge=False), "vace": True, "cfg": 1.0}
+_SCHEDULE = [0.2, 0.9]
+"""Strengths by step."""
 
 _WINDOWS = {
     "node": "WanVideoContextOptions",
@@ -94,16 +108,30 @@ VARIANTS: dict[str, Case] = {
     "bf16": _case(BF16),
     "fp16": _case(BF16, base_precision="fp16", steps=1),
     "fp32": _case(BF16, base_precision="fp32", cfg=1.0),
-    "fp8": _case("fp8.safetensors", quantization="fp8_e4m3fn", cfg=1.0),
+    "fp8": _case(FP8, quantization="fp8_e4m3fn", cfg=1.0),
     "fp8_at_load": _case(BF16, quantization="fp8_e4m3fn", cfg=1.0),
     "fp8_scaled": _case(SCALED, **SCALED_FP8, cfg=1.0),
     "gguf": _case(GGUF, cfg=1.0),
     "lora_merged": _case(BF16, lora=_MERGED, cfg=1.0),
     "lora_unmerged": _case(BF16, lora=_UNMERGED),
     "lora_unmerged_large": _case(BF16, lora=_LARGE, cfg=1.0),
-    "lora_set": _case(BF16, lora=_SET, cfg=1.0),
+    "lora_set": _case(BF16, lora=_UNMERGED, lora_at="set", cfg=1.0),
     "lora_fp8_scaled": _case(SCALED, **SCALED_FP8, lora=_UNMERGED, cfg=1.0),
     "lora_gguf": _case(GGUF, lora=_UNMERGED, cfg=1.0),
+    "lora_scheduled": _case(BF16, lora=_LARGE | {"strength": _SCHEDULE}, lora_at="set", cfg=1.0),
+    "loras_merged": _case(BF16, lora=_MERGED_4, cfg=1.0),
+    "loras_merged_slowly": _case(BF16, lora=[_MERGED_4[0] | {"low_mem_load": True}, *_MERGED_4[1:]], cfg=1.0),
+    "loras_unmerged": _case(BF16, lora=_UNMERGED_4, cfg=1.0),
+    "loras_set": _case(BF16, lora=_UNMERGED_4, lora_at="set", cfg=1.0),
+    "loras_fp8_merged": _case(FP8, quantization="fp8_e4m3fn", lora=_MERGED_4, cfg=1.0),
+    "loras_fp8": _case(FP8, quantization="fp8_e4m3fn", lora=_UNMERGED_4, cfg=1.0),
+    "loras_fp8_scaled_merged": _case(SCALED, **SCALED_FP8, lora=_MERGED_4, cfg=1.0),
+    "loras_fp8_scaled": _case(SCALED, **SCALED_FP8, lora=_UNMERGED_4, cfg=1.0),
+    "loras_gguf": _case(GGUF, lora=_UNMERGED_4, cfg=1.0),
+    "loras_vace": _case("vace.safetensors", **_VACE_LORAS),
+    "loras_vace_merged": _case("vace.safetensors", **_VACE_LORAS | {"lora": several(OF_VACE, merge=True)}),
+    "loras_vace_fp8_scaled": _case("vace_fp8_scaled.safetensors", **SCALED_FP8, **_VACE_LORAS),
+    "loras_vace_gguf": _case("vace_q8_0.gguf", **_VACE_LORAS),
     "vace": _case("vace.safetensors", vace=True),
     "vace_module": _case(BF16, extra_model="vace_module.safetensors", vace=True, cfg=1.0),
     "vace_fp8_scaled": _case("vace_fp8_scaled.safetensors", **SCALED_FP8, vace=True, cfg=1.0),

@@ -6,12 +6,15 @@ VACE blocks. Matrices of a block are those of the one before, shifted: no two ar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-WIDTH, FFN_WIDTH, BLOCKS, VACE_BLOCKS = 384, 1024, 30, 15
+WIDTH = int(os.environ.get("RIG_WIDTH", "384"))
+"""A benchmark takes a larger one; a multiple of 24."""
+FFN_WIDTH, BLOCKS, VACE_BLOCKS = WIDTH * 8 // 3, 30, 15
 TEXT_WIDTH, FREQUENCIES, CHANNELS, VACE_CHANNELS, PATCH = 4096, 256, 16, 96, (1, 2, 2)
 RANK, LARGE_RANK = 8, 128
 """Of a LoRA whose tensors are small, and of one whose tensors are matrices like a block's."""
@@ -94,12 +97,45 @@ def _lora(rank: int) -> Weights:
     return _repeated("diffusion_model.blocks", first, BLOCKS)
 
 
+def _lora_with_alpha(seed: int, rank: int) -> Weights:
+    """With the other names that factors have."""
+    made, first = _Random(seed), {}
+    for layer, (rows, columns) in LORA_LAYERS.items():
+        first[f"{layer}.lora_down.weight"] = made.tensor(rank, columns, scale=0.1)
+        first[f"{layer}.lora_up.weight"] = made.tensor(rows, rank, scale=0.1)
+        first[f"{layer}.alpha"] = torch.tensor([rank / 2])
+    return _repeated("diffusion_model.blocks", first, BLOCKS)
+
+
+def _vace_lora(rank: int) -> Weights:
+    """For every layer of the VACE blocks that has one in the blocks, and for the one behind each block."""
+    made, first = _Random(6), {}
+    for layer, (rows, columns) in {**LORA_LAYERS, "after_proj": (WIDTH, WIDTH)}.items():
+        first[f"{layer}.lora_A.weight"] = made.tensor(rank, columns, scale=0.05)
+        first[f"{layer}.lora_B.weight"] = made.tensor(rows, rank, scale=0.05)
+    return _repeated("diffusion_model.vace_blocks", first, VACE_BLOCKS)
+
+
+def _differences() -> Weights:
+    """What some files have beside factors: whole differences of a matrix and of a bias."""
+    made = _Random(7)
+    first = {
+        "cross_attn.o.diff": made.tensor(WIDTH, WIDTH, scale=0.02),
+        "ffn.0.diff_b": made.tensor(FFN_WIDTH, scale=1),
+    }
+    return _repeated("diffusion_model.blocks", first, BLOCKS)
+
+
 def _is_matrix_of_a_block(name: str, tensor: torch.Tensor) -> bool:
     return "blocks." in name and name.endswith(".weight") and tensor.dim() == 2
 
 
 def _in_bf16(weights: Weights) -> Weights:
     return {name: tensor.bfloat16() for name, tensor in weights.items()}
+
+
+def _in_fp16(weights: Weights) -> Weights:
+    return {name: tensor.half() for name, tensor in weights.items()}
 
 
 def _in_fp8(weights: Weights) -> Weights:
@@ -157,6 +193,10 @@ FILES: dict[str, Callable[[], Weights]] = {
     "diffusion_models/vace_q8_0.gguf": lambda: _base(1) | _vace(),
     "loras/lora.safetensors": lambda: _in_bf16(_lora(RANK)),
     "loras/large_lora.safetensors": lambda: _in_bf16(_lora(LARGE_RANK)),
+    "loras/fp16_lora.safetensors": lambda: _in_fp16(_lora_with_alpha(4, RANK)),
+    "loras/large_fp32_lora.safetensors": lambda: _lora_with_alpha(5, LARGE_RANK) | _differences(),
+    "loras/vace_lora.safetensors": lambda: _in_bf16(_vace_lora(RANK)),
+    "loras/large_vace_lora.safetensors": lambda: _in_bf16(_vace_lora(LARGE_RANK)),
 }
 
 

@@ -62,15 +62,19 @@ def make_checkpoint(contents: Contents, *, part: str | None = None) -> Checkpoin
     return Checkpoint(_stored(tensors, contents.storage))
 
 
-def make_lora(strength: float | list[float], *, seed: int = 5) -> dict[str, object]:
-    """A LoRA for two weights of each of two blocks, and for one outside the blocks."""
+def make_lora(
+    strength: float | list[float], *, seed: int = 5, rank: int = RANK, vace: bool = False
+) -> dict[str, object]:
+    """A LoRA for two weights of each of two blocks, for one outside the blocks, and for VACE blocks if asked."""
     generator = torch.Generator().manual_seed(seed)
     dim, ffn_dim = 32, 64
     shapes = {f"blocks.{i}.self_attn.q": (dim, dim) for i in (1, LAYERS - 1)}
     shapes |= {f"blocks.{i}.ffn.0": (ffn_dim, dim) for i in (1, LAYERS - 1)} | {"text_embedding.2": (dim, dim)}
+    if vace:
+        shapes |= {f"vace_blocks.{i}.{layer}": (dim, dim) for i in range(2) for layer in ("self_attn.q", "after_proj")}
     weights = {}
     for path, (rows, columns) in shapes.items():
-        up, down = (torch.randn(size, generator=generator) * 0.3 for size in ((rows, RANK), (RANK, columns)))
+        up, down = (torch.randn(size, generator=generator) * 0.3 for size in ((rows, rank), (rank, columns)))
         weights[path] = LoRAAdapter(up, down, alpha=1.0)
     return {"weights": weights, "strength": strength}
 

@@ -20,6 +20,8 @@ class Variant:
         load_device: `offload_device`, or `main_device`: the state dict itself is on the device.
         lora: `merged` or `unmerged` by the loader, `set` on the loaded model, or `set_at_times`: in every second run.
         lora_strength: A number, or one a step (which the wrapper heeds for `set` alone).
+        lora_seeds: One of each LoRA.
+        lora_rank: Of each; 16 makes matrices that stream.
         has_stand_in: Stand-In's layers, which the wrapper puts on the device once.
         vace_in_module: VACE comes in a separate file.
         has_control_model: TheDenk's: the sampler runs it.
@@ -37,6 +39,8 @@ class Variant:
     load_device: str = "offload_device"
     lora: str | None = None
     lora_strength: float | tuple[float, ...] = 0.8
+    lora_seeds: tuple[int, ...] = (5,)
+    lora_rank: int = 2
     has_stand_in: bool = False
     vace_in_module: bool = False
     has_control_model: bool = False
@@ -60,6 +64,7 @@ _FACE = {"face": True, "has_face": True}
 _TALK = {"loop": "multitalk"}
 _ANIMATE = {**_FACE, "loop": "animate"}
 _FORCING = {"sampler": "WanVideoDiffusionForcingSampler"}
+_FOUR = {"lora_seeds": (5, 6, 7, 8), "lora_rank": 16, "lora_strength": 0.2}
 _SCHEDULED = {"lora": "set", "lora_strength": (0.2, 0.5, 0.9)}
 
 VARIANTS: dict[str, Variant] = {
@@ -81,6 +86,13 @@ VARIANTS: dict[str, Variant] = {
     "stand_in": _of(has_stand_in=True),
     "stand_in_unmerged": _of(lora="unmerged", has_stand_in=True),
     "lora_gguf": _of("gguf", lora="unmerged"),
+    "loras_merged": _of(lora="merged", **_FOUR),
+    "loras_unmerged": _of(lora="unmerged", **_FOUR),
+    "loras_set_at_times": _of(lora="set_at_times", **_FOUR),
+    "loras_fp8_scaled": _of("fp8_scaled", lora="unmerged", **_FOUR),
+    "loras_gguf": _of("gguf", lora="unmerged", **_FOUR),
+    "loras_vace_merged": _of(lora="merged", **_FOUR, **_VACE),
+    "loras_vace": _of(lora="unmerged", **_FOUR, **_VACE),
     "image": _of(image=True, has_image=True),
     "vace": _of(**_VACE),
     "vace_module": _of(**_VACE, vace_in_module=True),

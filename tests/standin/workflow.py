@@ -126,7 +126,7 @@ class Workflow:
 
     def _loaded(self, files: Sequence[Checkpoint], block_swap_args: dict[str, Any] | None) -> ModelPatcher:
         variant = self.variant
-        loras = [self._lora()] if variant.lora in ("merged", "unmerged") else None
+        loras = self._loras() if variant.lora in ("merged", "unmerged") else None
         compiling = {"backend": "eager", "mode": None, "compile_transformer_blocks_only": variant.compiles == "blocks"}
         (patcher,) = WanVideoModelLoader().loadmodel(
             files[0],
@@ -150,13 +150,15 @@ class Workflow:
     def _with_nodes(self, patcher: ModelPatcher, block_swap_args: dict[str, Any] | None) -> ModelPatcher:
         lora = self.variant.lora
         if lora == "set" or (lora == "set_at_times" and self.runs % 2 == 1):
-            (patcher,) = WanVideoSetLoRAs().setlora(patcher, [self._lora()])
+            (patcher,) = WanVideoSetLoRAs().setlora(patcher, self._loras())
         (patcher,) = WanVideoSetBlockSwap().loadmodel(patcher, block_swap_args)
         return patcher
 
-    def _lora(self) -> dict[str, Any]:
-        strength = self.variant.lora_strength
-        return make_lora(list(strength) if isinstance(strength, tuple) else strength)
+    def _loras(self) -> list[dict[str, Any]]:
+        strength, variant = self.variant.lora_strength, self.variant
+        strengths = list(strength) if isinstance(strength, tuple) else strength
+        made = {"rank": variant.lora_rank, "vace": variant.contents.vace}
+        return [make_lora(strengths, seed=seed, **made) for seed in variant.lora_seeds]
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
