@@ -21,7 +21,7 @@ from wanvideo_enhanced_blockswap.blockswap.device import worker
 from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
 from wanvideo_enhanced_blockswap.blockswap.device.worker import ThreadWorker
-from wanvideo_enhanced_blockswap.blockswap.engine import placer
+from wanvideo_enhanced_blockswap.blockswap.engine import residents
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
 from wanvideo_enhanced_blockswap.blockswap.engine.transfer import Transfer
 from wanvideo_enhanced_blockswap.blockswap.errors import WeightFileError
@@ -567,7 +567,7 @@ def test_a_tensor_that_changes_while_its_own_block_is_placed_is_the_one_that_is_
         expected.blocks[3].up.data.copy_(other.blocks[3].up)
     truth = truth_of(expected)
     monkeypatch.setattr(slabs, "copy_bytes", copying)
-    monkeypatch.setattr(placer, "copy_bytes", copying)
+    monkeypatch.setattr(residents, "copy_bytes", copying)
     with Simulation(lateness=0.0).session(model, fixed_plan([swapped] * COUNT)) as session:
         assert all(map(torch.equal, outputs(session, model), truth))
         assert done

@@ -20,7 +20,8 @@ from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
 from wanvideo_enhanced_blockswap.blockswap.device.worker import ThreadWorker
 from wanvideo_enhanced_blockswap.blockswap.engine import binding, transfer
-from wanvideo_enhanced_blockswap.blockswap.engine.placer import Listeners, Placer
+from wanvideo_enhanced_blockswap.blockswap.engine.placer import Listeners
+from wanvideo_enhanced_blockswap.blockswap.engine.residents import Residents
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
 from wanvideo_enhanced_blockswap.blockswap.engine.trace import EVERY_FORWARD, Trace
 from wanvideo_enhanced_blockswap.blockswap.errors import TransferError
@@ -63,15 +64,15 @@ def test_rule_3_a_resident_block_waits_for_its_copy(lateness: float) -> None:
 
 def test_release_stops_the_worker_that_places_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker in a thread; what it places after the release would be in memory that is given up."""
-    model, begun, go, gather = toy(4), threading.Event(), threading.Event(), Placer._gather
+    model, begun, go, gather = toy(4), threading.Event(), threading.Event(), Residents._gather
 
-    def held(placer: Placer, nbytes: int) -> object:
+    def held(residents: Residents, nbytes: int) -> object:
         if threading.current_thread() is not threading.main_thread():
             begun.set()
             assert go.wait(30)
-        return gather(placer, nbytes)
+        return gather(residents, nbytes)
 
-    monkeypatch.setattr(Placer, "_gather", held)
+    monkeypatch.setattr(Residents, "_gather", held)
     streams = InlineStreams(torch.device("cpu"))
     backend = Backend(streams.device, lambda *_: streams, None, PinBudget(0), lambda _: ThreadWorker())
     addresses = [parameter.data_ptr() for parameter in model.parameters()]
