@@ -63,7 +63,7 @@ def test_rule_3_a_resident_block_waits_for_its_copy(lateness: float) -> None:
 
 
 def test_release_stops_the_worker_that_places_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker in a thread; what it places after the release would be in memory that is given up."""
+    """A worker in a thread; what it copies after the release would go into memory that is given up."""
     model, begun, go, gather = toy(4), threading.Event(), threading.Event(), Residents._gather
 
     def held(residents: Residents, nbytes: int) -> object:
@@ -79,8 +79,9 @@ def test_release_stops_the_worker_that_places_blocks(monkeypatch: pytest.MonkeyP
     with SwapSession(model.named, fixed_plan([False] * 4), backend) as session:
         session.adopt(wait=False)
         assert begun.wait(30)
-        threading.Timer(0.2, go.set).start()
+        threading.Timer(0.5, go.set).start()
         session.release()
+        assert go.is_set(), "the worker is still at it"
         assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
 
 
