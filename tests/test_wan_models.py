@@ -53,6 +53,7 @@ def header_bytes(header: Header, *, in_blocks: bool) -> int:
         (4 if AS_FLOAT.search(name) else ELEMENT_BYTES[dtype]) * math.prod(shape)
         for name, (dtype, shape) in header.items()
         if bool(SWAPPED.search(name)) == in_blocks
+        and not name.endswith(".comfy_quant")  # which says how, and is no weight
     )
 
 
