@@ -22,9 +22,9 @@ from .blockswap.run.machine import TorchMachine
 from .blockswap.run.progress import Phase, Progress
 from .blockswap.run.run import SwapRun, limits_within
 from .blockswap.settings import SwapSettings, node_of
+from .blockswap.wrapper.find import find_wrapper
 from .blockswap.wrapper.gate import Gate
 from .blockswap.wrapper.loader import stored_tensors
-from .blockswap.wrapper.wanvideo import find_wrapper
 from .blockswap.wrapper.wiring import wrong_with_setting
 from .hardware import (
     GIB,
@@ -142,8 +142,11 @@ class ComfyUI:
         if self.gate is None:
             import nodes
 
+            wrapper = find_wrapper(nodes.NODE_CLASS_MAPPINGS)
+            for refused in wrapper.refused:
+                self.warn_once(f"{refused}; its models keep its own, slower swapping, of every block")
             self.gate = Gate(
-                find_wrapper(nodes.NODE_CLASS_MAPPINGS),
+                wrapper,
                 self._make_run,
                 on_start=self._on_start,
                 on_set=self._on_set,

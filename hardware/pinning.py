@@ -92,6 +92,10 @@ class PinBudget:
     # Reentrant: a garbage collection inside may drop pages of this thread, which returns their bytes.
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.limit_bytes, int):
+            raise TypeError(f"expected a number of bytes, as in PinBudget(8 << 30), got {self.limit_bytes!r}")
+
     def take(self, nbytes: int) -> None:
         """Counts bytes that have been locked."""
         with self._lock:

@@ -14,8 +14,9 @@ from wanvideo_enhanced_blockswap.blockswap.device.backend import Backend
 from wanvideo_enhanced_blockswap.blockswap.device.streams import InlineStreams
 from wanvideo_enhanced_blockswap.blockswap.device.worker import ThreadWorker
 from wanvideo_enhanced_blockswap.blockswap.simulation.backend import SimulatedRegistrar
+from wanvideo_enhanced_blockswap.blockswap.wrapper.find import find_wrapper
 from wanvideo_enhanced_blockswap.blockswap.wrapper.gate import Gate
-from wanvideo_enhanced_blockswap.blockswap.wrapper.wanvideo import COUNTERS, find_wrapper
+from wanvideo_enhanced_blockswap.blockswap.wrapper.wanvideo import COUNTERS
 
 DEVICE = "hpu:0"
 BLOCKS, VACE_BLOCKS = 4, 2

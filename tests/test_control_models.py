@@ -113,7 +113,7 @@ def test_one_that_two_transformers_runs_see_is_swapped_once(bench: GateBench) ->
     model = make(4)["controlnet"]
     latent = torch.randn(4, 1, 2, 2)
     wanted = model(latent)
-    outer, inner = (ControlModels(package, run, torch.device("cpu")) for _ in range(2))
+    outer, inner = (ControlModels([package], run, torch.device("cpu")) for _ in range(2))
     with torch.inference_mode():
         for _ in range(2):
             assert torch.equal(model.to(DEVICE)(latent.to(DEVICE)).cpu(), wanted)

@@ -76,7 +76,7 @@ def test_without_the_wrapper_it_says_that_nothing_is_swapped_and_what_to_install
     assert SETTINGS_KEY not in arguments
     assert arguments["blocks_to_swap"] == count
     (said,) = warnings(caplog)
-    assert "neither node WanVideoModelLoader nor node WanVideoSampler is registered, and nothing is swapped" in said
+    assert "no pack has its loader, and nothing is swapped" in said
     assert "install it through ComfyUI Manager" in said
     assert "swapping is used" not in said
     assert [event["text"] for event in events] == [said]
@@ -90,34 +90,22 @@ def test_without_the_wrapper_it_says_that_nothing_is_swapped_and_what_to_install
         ({"blocks_to_swap": 0}, "nothing is swapped, since blocks_to_swap is 0"),
     ],
 )
-@pytest.mark.parametrize(
-    ("lacks", "said"),
-    [
-        ("init_blockswap", "init_blockswap(block_swap_args=…), init_blockswap(model=…) are not as expected"),
-        ("WanVideoSampler", "node WanVideoSampler is not as expected"),
-    ],
-)
-def test_a_wrapper_that_is_too_old_or_renames_things_swaps_by_itself_and_that_is_what_is_said(
+def test_a_wrapper_that_is_too_old_swaps_by_itself_and_that_is_what_is_said(
     comfy: SimpleNamespace,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     widgets: dict[str, Any],
     used: str,
-    lacks: str,
-    said: str,
 ) -> None:
-    if lacks == "init_blockswap":
-        from standin.nodes_sampler import init_blockswap
+    from standin.nodes_sampler import init_blockswap
 
-        monkeypatch.setattr(
-            "standin.nodes_sampler.init_blockswap", lambda transformer, *rest: init_blockswap(transformer, *rest)
-        )
-    else:
-        comfy.classes["WanVideoSampler2"] = comfy.classes.pop("WanVideoSampler")
+    monkeypatch.setattr(
+        "standin.nodes_sampler.init_blockswap", lambda transformer, *rest: init_blockswap(transformer, *rest)
+    )
     arguments = ours(**widgets)
     (line,) = warnings(caplog)
-    assert line.startswith("ComfyUI-WanVideoWrapper has changed, or is too old: ")
-    assert said in line
+    assert line.startswith("standin has changed, or is too old: ")
+    assert "init_blockswap(block_swap_args=…), init_blockswap(model=…) are not as expected" in line
     assert line.endswith(f"; update it and WanVideo Enhanced BlockSwap; until then {used}")
     # It is the truth: the wrapper swaps as many by itself, and of ours there is nothing.
     workflow, latents = sampled(arguments)

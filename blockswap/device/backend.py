@@ -37,12 +37,13 @@ class Backend:
     host_room: Callable[[], int] | None = None
 
 
-def backend_for(device: torch.device, *, pin_budget: PinBudget) -> Backend:
+def backend_for(device: torch.device | str, *, pin_budget: PinBudget) -> Backend:
     """The backend of a real device: streams and page-locking on CUDA and HIP, synchronous copies on all other types."""
-    if device.type != "cuda":
+    where = torch.device(device)
+    if where.type != "cuda":
         return Backend(
-            device,
-            open_streams=lambda count, overlap: InlineStreams(device),
+            where,
+            open_streams=lambda count, overlap: InlineStreams(where),
             registrar=None,
             pin_budget=pin_budget,
             make_worker=lambda _: ThreadWorker(),
@@ -50,19 +51,19 @@ def backend_for(device: torch.device, *, pin_budget: PinBudget) -> Backend:
             host_room=_host_room,
         )
 
-    device = with_index(device)
+    where = with_index(where)
     # Reused, since torch takes streams from a pool of 32 per device: new ones at each adopt would soon be shared.
     opened: dict[int, Streams] = {}
 
     def open_streams(count: int, overlap: bool) -> Streams:  # noqa: FBT001 - called through Backend.open_streams
         if not overlap:
-            return CudaStreams(device, count=0)
+            return CudaStreams(where, count=0)
         if count not in opened:
-            opened[count] = CudaStreams(device, count=count)
+            opened[count] = CudaStreams(where, count=count)
         return opened[count]
 
     return Backend(
-        device, open_streams, CudaRegistrar(device), pin_budget, lambda _: ThreadWorker(), host_room=_host_room
+        where, open_streams, CudaRegistrar(where), pin_budget, lambda _: ThreadWorker(), host_room=_host_room
     )
 
 

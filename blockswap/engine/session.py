@@ -23,7 +23,7 @@ from ..host.slabs import RegionFinder, Slab
 from ..host.staging import UnlockedCopies
 from ..host.store import HostStore
 from ..model.layout import ModelProfile
-from ..model.profile import ProfiledModel, profile_model, refuse_grad
+from ..model.profile import ProfiledModel, named_blocks, profile_model, refuse_grad
 from ..plan.swap_plan import STAGING_SLABS, HeldMemory, HostTier, SwapPlan
 from .placer import Listeners
 from .swapper import BlockSwapper, block_hook
@@ -90,7 +90,7 @@ class SwapSession:
         traced: Container[int] | None = None,
         listeners: Listeners | None = None,
     ) -> None:
-        self._named = tuple(blocks)
+        self._named = named_blocks(blocks)
         self._root = None if root is None else weakref.ref(root)
         self._planner = planner
         self.backend = backend

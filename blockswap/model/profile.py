@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,6 +137,25 @@ def blocks_of(model: nn.Module, names: Sequence[str] = ("vace_blocks", "blocks")
     )
 
 
+def named_blocks(blocks: Iterable[tuple[str, nn.Module]]) -> tuple[tuple[str, nn.Module], ...]:
+    """The pairs of name and module that a session or run is made of.
+
+    Raises:
+        TypeError: They are something else, such as the model or its list of blocks.
+    """
+    found = () if isinstance(blocks, nn.Module) else tuple(blocks)
+    odd = blocks if isinstance(blocks, nn.Module) else next((one for one in found if not _is_named(one)), None)
+    if odd is not None:
+        raise TypeError(
+            f"expected pairs of a block's name and its module, as blocks_of(model) gives them, got {type(odd).__name__}"
+        )
+    return found
+
+
+def _is_named(one: object) -> bool:
+    return isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], str)  # noqa: PLR2004
+
+
 RegionOf = Callable[[torch.Tensor], "FileRegion | None"]
 """Finds the bytes of a file that are a tensor's, as they stand."""
 
@@ -234,7 +253,7 @@ def _entries(block_name: str, block: nn.Module, shells: list[Shell]) -> Iterator
             for name, tensor in holder.items():
                 if tensor is not None:
                     path = (f"{prefix}.{name}" if prefix else name).replace("_orig_mod.", "")
-                    _refuse_unsupported(f"{block_name}.{path}", tensor)
+                    _refuse_unsupported(f"{block_name}.{path}", tensor, module)
                     whole = TensorEntry(holder, name, path, is_buffer)
                     if is_buffer or not _can_be_taken_apart(tensor):
                         yield whole
@@ -271,7 +290,12 @@ def _taken_apart(whole: TensorEntry, shells: list[Shell], around: list[TensorEnt
     return entries
 
 
-def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
+def _refuse_unsupported(name: str, tensor: torch.Tensor, module: nn.Module) -> None:
+    if tensor.is_meta and hasattr(module, "_hf_hook"):
+        raise UnsupportedModelError(
+            f"{name} is on the meta device, since accelerate holds the weights and moves them; take that off with "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True) before the blocks are swapped"
+        )
     if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)) or tensor.is_meta:
         raise UnsupportedModelError(
             f"{name} has no data (it is on the meta device or not initialised); load the weights before the blocks are "

@@ -120,9 +120,23 @@ def plan_inputs(
         timing=timing_of(readings.link, streams=tuning.streams if is_auto else settings.num_cuda_streams),
         disk=readings.disk,
         tuning=tuning.reasons if is_auto else (),
-        notes=(f"free device memory is an estimate: {memory.source}",) if memory.is_estimate else (),
+        notes=(*_without_effect(settings), *_estimated(memory)),
     )
     return swapping_all(inputs, profile) if limits.must_swap_all else inputs
+
+
+def _without_effect(settings: SwapSettings) -> tuple[str, ...]:
+    """What a user has set that automatic tuning does not look at."""
+    count = settings.blocks_to_swap
+    if not (settings.auto_hardware_tuning and count):
+        return ()
+    return (
+        f"blocks_to_swap = {count} has no effect while auto_hardware_tuning is on; switch it off to set the number",
+    )
+
+
+def _estimated(memory: DeviceMemory) -> tuple[str, ...]:
+    return (f"free device memory is an estimate: {memory.source}",) if memory.is_estimate else ()
 
 
 def _refuse_what_frees_nothing(profile: ModelProfile, settings: SwapSettings) -> None:

@@ -28,6 +28,10 @@ class Workload:
     expected_activation_bytes: int | None = None
     latent_frames: int | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.tokens, int):
+            raise TypeError(f"expected a number of tokens, as in Workload(tokens=32_760), got {self.tokens!r}")
+
 
 @dataclass(slots=True)
 class WorkloadStats:

@@ -72,8 +72,8 @@ class TorchMachine:
         HardwareUnavailableError: There is no such device, or its memory cannot be read.
     """
 
-    def __init__(self, device: torch.device, *, cache_dir: Path | None = None) -> None:
-        self.spec = probe_device(device)
+    def __init__(self, device: torch.device | str, *, cache_dir: Path | None = None) -> None:
+        self.spec = probe_device(torch.device(device))
         self._device = torch.device(self.spec.torch_device)
         self._module: Any = torch.get_device_module(self._device)
         self._cache_dir = cache_dir

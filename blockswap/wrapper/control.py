@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,16 +29,16 @@ class ControlModels:
     session of their own, and moves of it leave them alone.
 
     Args:
-        package: The wrapper's package.
+        packages: The wrapper's, and those of its copies.
         run: The transformer's run, which has the machine and its limits.
         host: The device that blocks are put on which are not there.
     """
 
-    def __init__(self, package: str, run: SwapRun, host: torch.device) -> None:
+    def __init__(self, packages: Sequence[str], run: SwapRun, host: torch.device) -> None:
         self._run, self._host = run, host
         self._used = contextlib.ExitStack()
-        kind = getattr(sys.modules.get(f"{package}.{MODULE}"), CLASS, None)
-        if kind is not None:
+        modules = [sys.modules.get(f"{package}.{MODULE}") for package in packages]
+        for kind in [getattr(module, CLASS) for module in modules if hasattr(module, CLASS)]:
             # Weak, so that the class keeps nothing of a transformer that goes in the middle of its run.
             self._used.enter_context(_seen_before_moves(kind, weakref.WeakMethod(self._take)))
 

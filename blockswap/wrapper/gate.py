@@ -23,15 +23,11 @@ from ..run.run import SwapRun
 from ..run.text import not_again
 from ..settings import SwapSettings, is_ours
 from .control import ControlModels
+from .find import END, LOAD, SET, START, Wrapper
 from .loader import copied_bytes, offload_state_dict, replace_in
 from .parts import PUT, Part, hidden, loaded_to_host, moves_disabled, offload, parts_of, unwrapped
 from .patch import Forward, Watched
 from .wanvideo import (
-    END,
-    LOAD,
-    SET,
-    START,
-    Wrapper,
     check_transformer,
     discard_packed_weights,
     entry,
@@ -186,7 +182,7 @@ class Gate:
             run = self._make_run(transformer, [(part.name, part.weights) for part in parts], settings)
             if run is None:
                 return None
-            gated = self._gated[transformer] = GatedModel(run, self._wrapper.package, on_last_step=self._read_ahead)
+            gated = self._gated[transformer] = GatedModel(run, self._wrapper.packages, on_last_step=self._read_ahead)
         offload(parts, transformer.offload_device)
         offload_state_dict(transformer, model)
         gated.run.use(settings)
@@ -270,18 +266,18 @@ class GatedModel:
 
     Args:
         run: Its run.
-        package: The wrapper's package.
+        packages: The wrapper's, and those of its copies.
         on_last_step: A method, held weakly, that is called once in a run, when its last step begins.
 
     Attributes:
         hints_to_host: Whether VACE hints go to the host.
     """
 
-    def __init__(self, run: SwapRun, package: str, *, on_last_step: Callable[[GatedModel], None]) -> None:
+    def __init__(self, run: SwapRun, packages: Sequence[str], *, on_last_step: Callable[[GatedModel], None]) -> None:
         self.run = run
         self.hints_to_host = False
         self._parts: Sequence[Part] = ()
-        self._package = package
+        self._packages = packages
         self._control: ControlModels | None = None
         self._on_last_step = weakref.WeakMethod(on_last_step)
         self._is_last_step = False
@@ -303,7 +299,7 @@ class GatedModel:
         self.end()
         self.hints_to_host, self._is_last_step, self._parts = hints_to_host, False, parts
         transformer = unwrapped(outer)
-        self._control = ControlModels(self._package, self.run, transformer.offload_device)
+        self._control = ControlModels(self._packages, self.run, transformer.offload_device)
         self._armed = [weakref.ref(Forward.on(transformer, self._forward))]
         if outer is not transformer:
             logger.info("a model compiled as a whole runs uncompiled while blocks are swapped; compile only the blocks")

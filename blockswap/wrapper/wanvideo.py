@@ -1,47 +1,23 @@
-"""What this package relies on in ComfyUI-WanVideoWrapper: its names, how to find it, models that cannot be swapped, and
-what is read from a transformer and set on it.
+"""What this package relies on in the wrapper's transformers: their names, models that cannot be swapped, what is read
+from a transformer, and what is set on it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import WrapperError, WrapperMissingError
+from ..errors import WrapperError
 from ..model.groups import VACE
 from ..model.tensors import stored_bytes
 from ..settings import EVERY_BLOCK
-from .parts import PUT, Part, parts_of, unwrapped
-
-LOAD, START, END = "load_weights", "init_blockswap", "offload_transformer"
-"""Functions that the wrapper calls to load the weights of a run, to start the run, and to end it."""
-
-SET = "loadmodel"
-"""Method of the wrapper's node that gives a loaded model new arguments."""
-
-PARAMETERS = {
-    LOAD: ("transformer", "block_swap_args"),
-    START: ("transformer", "block_swap_args", "model"),
-    END: ("transformer", "remove_lora"),
-    SET: ("model", "block_swap_args"),
-}
-"""Parameters that each function must have."""
-
-SOURCE_PHRASES = {
-    "forward": ("enumerate(self.blocks)", "self.blocks_to_swap > 0"),
-    "forward_vace": ("before_proj", "block.forward(", "after_proj", "self.vace_blocks_to_swap > 0"),
-}
-"""What the source of the model's methods must contain, where the wrapper swaps and this package does instead."""
+from .parts import Part, parts_of, unwrapped
 
 COUNTERS = {"blocks_to_swap": -1, "vace_blocks_to_swap": -1, "prefetch_blocks": 0}
 """Attributes that control the wrapper's own swapping, with their values in a new model, which switch it off."""
@@ -59,98 +35,6 @@ switch, a first step and a last step for each.
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 """Modes of torch.compile that replay kernels at fixed addresses; a block in changing slots has none."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wrapper:
-    """The loaded wrapper.
-
-    Attributes:
-        package: Name of its package.
-        holders: For LOAD, START, END and PUT: the modules that hold the function, or another pack's wrapping of it. For
-            SET: the node class with the method, or none in a wrapper without that node.
-    """
-
-    package: str
-    holders: Mapping[str, Sequence[ModuleType | type]]
-
-
-def find_wrapper(node_classes: Mapping[str, type]) -> Wrapper:
-    """Finds the wrapper from ComfyUI's registered nodes and checks it.
-
-    Args:
-        node_classes: ComfyUI's NODE_CLASS_MAPPINGS.
-
-    Raises:
-        WrapperMissingError: The wrapper is not loaded.
-        WrapperError: The wrapper lacks something that this package relies on; the message names all of it.
-    """
-    needed = ("WanVideoModelLoader", "WanVideoSampler")
-    missing = [f"node {name}" for name in needed if name not in node_classes]
-    if len(missing) == len(needed):
-        raise WrapperMissingError(
-            f"ComfyUI-WanVideoWrapper is not loaded: neither {' nor '.join(missing)} is registered, and nothing is "
-            "swapped without it; install it through ComfyUI Manager, or look in ComfyUI's log for why its import failed"
-        )
-    if missing:
-        raise _changed(missing)
-    loader, sampler = (sys.modules[node_classes[name].__module__] for name in needed)
-    functions = {name: getattr(loader if name == LOAD else sampler, name, None) for name in (LOAD, START, END)}
-    missing = _missing_of_functions(functions) + _missing_of_model(getattr(loader, "WanModel", None))
-    if missing:
-        raise _changed(missing)
-    package = loader.__name__.rpartition(".")[0]
-    inside = [module for name, module in list(sys.modules.items()) if name.startswith(f"{package}.") and module]
-    holders: dict[str, Sequence[ModuleType | type]] = {
-        name: tuple(module for module in inside if _can_be_wrapped(vars(module).get(name), name)) for name in functions
-    }
-    holders[PUT] = (loader,) if callable(vars(loader).get(PUT)) else ()
-    setter = node_classes.get("WanVideoSetBlockSwap")
-    holders[SET] = (setter,) if setter is not None and _can_be_wrapped(vars(setter).get(SET), SET) else ()
-    return Wrapper(package, holders)
-
-
-def _changed(missing: Sequence[str]) -> WrapperError:
-    # What is missing does not show whether the wrapper is too new or too old.
-    return WrapperError(
-        f"ComfyUI-WanVideoWrapper has changed, or is too old: {', '.join(missing)} "
-        f"{'is' if len(missing) == 1 else 'are'} not as expected; update it and WanVideo Enhanced BlockSwap"
-    )
-
-
-def _missing_of_functions(functions: Mapping[str, Any]) -> list[str]:
-    missing = []
-    for name, function in functions.items():
-        if callable(function):
-            missing += [f"{name}({one}=…)" for one in PARAMETERS[name] if one not in _parameters(function)]
-        else:
-            missing.append(name)
-    return missing
-
-
-def _missing_of_model(model: Any) -> list[str]:
-    if model is None:
-        return ["WanModel"]
-    missing = [] if "transformer_options" in _parameters(model.forward) else ["WanModel.forward(transformer_options=…)"]
-    for method, phrases in SOURCE_PHRASES.items():
-        try:
-            source = inspect.getsource(getattr(model, method))
-        except (AttributeError, OSError, TypeError):
-            missing.append(f"the source of WanModel.{method}")
-            continue
-        missing += [f"{phrase!r} in WanModel.{method}" for phrase in phrases if phrase not in source]
-    return missing
-
-
-def _can_be_wrapped(found: Any, name: str) -> bool:
-    return callable(found) and set(PARAMETERS[name]) <= set(_parameters(found))
-
-
-def _parameters(function: Callable[..., Any]) -> Sequence[str]:
-    try:
-        return list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return []
 
 
 def check_transformer(transformer: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -107,14 +108,19 @@ def load_package(folder: Path) -> None:
 
 
 def load_wrapper(comfyui: Path) -> None:
-    """Loads the wrapper, and has its model believe in CUDA: without, the loop over blocks swaps nothing by itself."""
-    load_custom_node(comfyui / "custom_nodes" / WRAPPER)
+    """Loads the wrapper, and has its model believe in CUDA: without, the loop over blocks swaps nothing by itself.
+
+    RIG_WRAPPER is the folder of another version, in which only models of Wan itself are run.
+    """
+    other = os.environ.get("RIG_WRAPPER")
+    load_custom_node(Path(other) if other else comfyui / "custom_nodes" / WRAPPER)
     if IS_CUDA:
         return
     model = wrapper_module("wanvideo.modules.model")
     model.torch = _Overlay("torch", torch, cuda=_Overlay("torch.cuda", torch.cuda, **_PRETENDED_CUDA))
-    _run_on_our_device(wrapper_module("onetoall.refextractor_2d").WanRefextractor)
-    _build_what_the_files_have()
+    if not other:
+        _run_on_our_device(wrapper_module("onetoall.refextractor_2d").WanRefextractor)
+        _build_what_the_files_have()
 
 
 MTV_WIDTHS = {44: 8, 84: 24}

@@ -1,0 +1,67 @@
+"""Which versions of the wrapper this package swaps in, and with what result: the table in docs/compatibility.md.
+
+    python tests/rig/wrapper_versions.py COMFYUI_DIR COMFYUI_PYTHON WRAPPER…
+
+Each WRAPPER is a folder with one version, or with a renamed copy. Each runs in a ComfyUI process of its own: without
+swapping, with half of the blocks swapped, and with automatic tuning.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+from comfy_client import Comfy, ComfyProcessError, started
+from rig_runs import HALF, Runs
+
+TRIED = ("bf16", "gguf", "lora_merged", "lora_unmerged", "vace", "two_experts")
+COUNTS = (HALF, "auto")
+
+
+def main(comfyui: Path, python: str, wrappers: list[Path]) -> None:
+    """Prints the table."""
+    print(f"| version | {' | '.join(TRIED)} |")
+    print(f"| --- | {' | '.join('---' for _ in TRIED)} |")
+    for wrapper in wrappers:
+        os.environ["RIG_WRAPPER"] = str(wrapper.resolve())
+        with tempfile.TemporaryDirectory() as scratch, started(python, comfyui, Path(scratch)) as comfy:
+            print(f"| {_version(wrapper)} | {' | '.join(_row(comfy))} |", flush=True)
+    print(
+        f"\n{datetime.now(UTC):%Y-%m-%d}, of each: latents with {COUNTS[0]} blocks swapped, and with automatic tuning."
+    )
+
+
+def _version(wrapper: Path) -> str:
+    found = re.search(r'^version = "(.+)"', (wrapper / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    return found[1] if found else wrapper.name
+
+
+def _row(comfy: Comfy) -> list[str]:
+    try:
+        comfy.load_package()
+        return [_result(Runs(comfy), variant) for variant in TRIED]
+    except ComfyProcessError as failure:
+        return [str(failure).splitlines()[-1]] * len(TRIED)
+
+
+def _result(runs: Runs, variant: str) -> str:
+    try:
+        unswapped = runs.unswapped(variant)
+        return "; ".join(_compared(runs.of(variant, count), unswapped) for count in COUNTS)
+    except AssertionError as failure:
+        return str(failure).splitlines()[0]
+
+
+def _compared(run: SimpleNamespace, unswapped: SimpleNamespace) -> str:
+    latents = "same" if run.latents == unswapped.latents else "**different**"
+    how = "swapped" if run.plans else "the wrapper's own swapping"
+    return f"{latents}, {how}"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], [Path(folder) for folder in sys.argv[3:]])
