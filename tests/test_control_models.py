@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import standin
 import torch
@@ -103,6 +105,17 @@ def test_a_method_that_another_pack_has_put_on_the_class_stays(bench: GateBench)
         assert len(moved) == FORWARDS
     finally:
         del WanControlnet.to
+
+
+def test_runs_that_do_not_end_in_the_order_they_started_leave_nothing_on_the_class(bench: GateBench) -> None:
+    variant = replace(standin.VARIANTS[VARIANT], force_offload=False)
+    workflows = [Workflow(variant, device=DEVICE) for _ in range(2)]
+    for workflow in workflows:
+        workflow.load(arguments(2))
+    for workflow in 2 * workflows:
+        assert torch.equal(workflow.sample(), truth(VARIANT))
+    bench.gate.restore()
+    assert "to" not in vars(WanControlnet)
 
 
 def test_one_that_two_transformers_runs_see_is_swapped_once(bench: GateBench) -> None:
