@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -116,6 +117,22 @@ def test_runs_that_do_not_end_in_the_order_they_started_leave_nothing_on_the_cla
         assert torch.equal(workflow.sample(), truth(VARIANT))
     bench.gate.restore()
     assert "to" not in vars(WanControlnet)
+
+
+def test_a_copy_of_one_that_its_loader_moved_in_a_run_is_the_wrappers_own(bench: GateBench) -> None:
+    """The loader ends with a move to the host; without force_offload, the last run goes on until the next one."""
+    workflow = Workflow(replace(standin.VARIANTS[VARIANT], force_offload=False), device=DEVICE)
+    workflow.load(arguments(2))
+    workflow.sample()
+    loaded = make(4)["controlnet"].to("cpu")
+    copied = copy.deepcopy(loaded)
+    bench.gate.restore()
+    latent = torch.randn(4, 1, 2, 2)
+    with torch.inference_mode():
+        for model in (copied, loaded):
+            moved = model.to(DEVICE)
+            assert {one.device.type for one in moved.parameters()} == {torch.device(DEVICE).type}
+            assert torch.equal(moved(latent.to(DEVICE)).cpu(), make(4)["controlnet"](latent))
 
 
 def test_one_that_two_transformers_runs_see_is_swapped_once(bench: GateBench) -> None:
