@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import standin
 import torch
@@ -103,6 +106,33 @@ def test_a_method_that_another_pack_has_put_on_the_class_stays(bench: GateBench)
         assert len(moved) == FORWARDS
     finally:
         del WanControlnet.to
+
+
+def test_runs_that_do_not_end_in_the_order_they_started_leave_nothing_on_the_class(bench: GateBench) -> None:
+    variant = replace(standin.VARIANTS[VARIANT], force_offload=False)
+    workflows = [Workflow(variant, device=DEVICE) for _ in range(2)]
+    for workflow in workflows:
+        workflow.load(arguments(2))
+    for workflow in 2 * workflows:
+        assert torch.equal(workflow.sample(), truth(VARIANT))
+    bench.gate.restore()
+    assert "to" not in vars(WanControlnet)
+
+
+def test_a_copy_of_one_that_its_loader_moved_in_a_run_is_the_wrappers_own(bench: GateBench) -> None:
+    """The loader ends with a move to the host; without force_offload, the last run goes on until the next one."""
+    workflow = Workflow(replace(standin.VARIANTS[VARIANT], force_offload=False), device=DEVICE)
+    workflow.load(arguments(2))
+    workflow.sample()
+    loaded = make(4)["controlnet"].to("cpu")
+    copied = copy.deepcopy(loaded)
+    bench.gate.restore()
+    latent = torch.randn(4, 1, 2, 2)
+    with torch.inference_mode():
+        for model in (copied, loaded):
+            moved = model.to(DEVICE)
+            assert {one.device.type for one in moved.parameters()} == {torch.device(DEVICE).type}
+            assert torch.equal(moved(latent.to(DEVICE)).cpu(), make(4)["controlnet"](latent))
 
 
 def test_one_that_two_transformers_runs_see_is_swapped_once(bench: GateBench) -> None:

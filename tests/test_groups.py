@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +18,7 @@ from torch import nn
 from toys import Simulation, fixed_plan, toy
 from wanvideo_enhanced_blockswap.blockswap.model.groups import GROUPS, in_order, is_beside, lane_of, split
 from wanvideo_enhanced_blockswap.blockswap.plan.schedule import Ring, VirtualTime, spread, spread_bytes, steady_time
+from wanvideo_enhanced_blockswap.blockswap.wrapper import parts
 from wanvideo_enhanced_blockswap.blockswap.wrapper.parts import hidden, moves_disabled, parts_of
 
 S2V = in_order(
@@ -201,8 +209,7 @@ def test_each_tensor_of_a_group_is_in_one_part_and_the_others_in_none() -> None:
 
 def test_moves_of_what_is_beside_the_blocks_do_nothing_in_a_forward_and_count_again_after_it() -> None:
     transformer = Transformer()
-    parts = parts_of(transformer)
-    with moves_disabled(part.module for part in parts if part.is_beside):
+    with moves_disabled(part.module for part in parts_of(transformer) if part.is_beside):
         transformer.refextractor.double()
         transformer.controlnet.blocks[0].double()
         assert transformer.refextractor.blocks[1].weight.dtype == torch.float32
@@ -214,6 +221,47 @@ def test_moves_of_what_is_beside_the_blocks_do_nothing_in_a_forward_and_count_ag
     transformer.double()
     assert all(one.dtype == torch.float64 for one in transformer.parameters())
     assert not any("_apply" in vars(module) for module in transformer.modules())
+
+
+def test_a_copy_made_meanwhile_can_be_moved() -> None:
+    transformer = Transformer()
+    with moves_disabled(part.module for part in parts_of(transformer) if part.is_beside):
+        copied, again = copy.deepcopy(transformer), copy.deepcopy(copy.deepcopy(transformer))
+    assert all(one.dtype == torch.float64 for model in (copied, again) for one in model.double().parameters())
+    assert all(one.dtype == torch.float32 for one in transformer.parameters())
+
+
+def test_an_interrupt_at_any_line_of_the_start_leaves_moves_as_they_were() -> None:
+    module = nn.Linear(2, 2)
+    for line in itertools.count():
+        lines = itertools.count()
+
+        def trace(frame: FrameType, event: str, _: object, lines: Iterator[int] = lines, line: int = line) -> Any:
+            if frame.f_code.co_filename != parts.__file__:
+                return None
+            if event == "line" and next(lines) == line:
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with moves_disabled([module]):
+                sys.settrace(before)
+                break
+        except KeyboardInterrupt:
+            assert "_apply" not in vars(module)
+        finally:
+            sys.settrace(before)
+    assert line > 5
+
+
+def test_what_is_in_a_module_that_is_compiled_as_a_whole_stays_with_the_wrapper() -> None:
+    transformer = Transformer()
+    names = {part.name for part in parts_of(transformer)}
+    transformer.refextractor = torch.compile(transformer.refextractor, backend="eager")
+    left = {part.name for part in parts_of(transformer)}
+    assert names - left == {name for name in names if name.startswith("refextractor")} != set()
 
 
 def test_what_is_beside_the_blocks_is_hidden_while_the_wrapper_starts_a_run() -> None:

@@ -76,6 +76,17 @@ def test_a_delta_that_is_kept_aside_keeps_its_bytes_when_another_takes_its_place
     assert torch.equal(kept, truth)
 
 
+@pytest.mark.parametrize(("before", "after"), [(64, 400), (400, 64), (64, 128), (128, 64)])
+def test_a_tensor_that_stays_behind_one_of_another_size_keeps_its_bytes(before: int, after: int) -> None:
+    """As Stand-In's layers, which the wrapper loads once, behind another LoRA's deltas, which are new in each run."""
+    (base,), (delta,), (stays,), (other,) = (weights(n, seed=n) for n in (50000, before, 128, after))
+    truth, store = stays.clone(), store_with(None)
+    point([base, delta, stays], store.put(0, [base, delta, stays], tier=PINNED))
+    del delta
+    views = store.put(0, [base, other, stays], tier=PINNED).views
+    assert all(map(torch.equal, views, [base, other, truth]))
+
+
 def test_an_edited_master_is_not_taken_for_its_source_in_another_layout() -> None:
     base, store = weights(50000)[0], store_with(None)
     parameter = torch.nn.Parameter(base.data, requires_grad=False)

@@ -173,15 +173,17 @@ class Slab:
         a LoRA was changed or taken away. None if others refer to the memory, it is too small, or too much would be
         unused.
         """
-        if self.pages is None or not self.is_only_ours(tensors):
+        if self.pages is None:
             return None
         if self.fits(tensors):
-            return self
+            return self if self.is_only_ours(tensors) else None
         pairs = enumerate(zip(tensors, self.views, strict=False))
         fewest = min(len(tensors), len(self.views))
         kept = next((i for i, (tensor, view) in pairs if not same_layout(tensor, view)), fewest)
         offsets, used_bytes = slab_offsets(map(span_bytes, tensors))
         if not kept or not self.size - self.size // UNUSED_SHARE <= used_bytes <= self.size:
+            return None
+        if not self.is_only_ours(tensors[:kept]):  # one that is in the slab and moves would be written over
             return None
         added = zip(tensors[kept:], offsets[kept:], strict=True)
         views = [element_view(self.pages.tensor, tensor, offset=offset) for tensor, offset in added]

@@ -63,24 +63,46 @@ class ControlModels:
         self._used.callback(Forward.on(model, in_session).disarm)
 
 
+class _WatchedTo:
+    """A class's `to` that calls every notice before a module is moved, the latest first. Runs share it, since they need
+    not end in the order in which they have started.
+
+    Args:
+        kind: The class.
+        own: The `to` in the class itself; None if it inherits one.
+    """
+
+    def __init__(self, kind: type[nn.Module], own: Any) -> None:
+        self.own = own
+        self.notices: list[weakref.WeakMethod[Callable[[Any], None]]] = []
+        self._kind: Any = kind
+
+    def __get__(self, model: Any, kind: type | None = None) -> Any:
+        return self if model is None else functools.partial(self, model)
+
+    def __call__(self, model: Any, *arguments: Any, **keywords: Any) -> Any:
+        for notice in self.notices[::-1]:
+            alive = notice()
+            if alive is not None:
+                alive(model)
+        inherited: Any = super(self._kind, model)
+        original = inherited.to if self.own is None else functools.partial(self.own, model)
+        return original(*arguments, **keywords)
+
+
 @contextlib.contextmanager
 def _seen_before_moves(kind: type[nn.Module], notice: weakref.WeakMethod[Callable[[Any], None]]) -> Iterator[None]:
     """A context in which `notice()` is called with each module of a class before its `to`."""
-    own = vars(kind).get("to")
-
-    def to(model: Any, *arguments: Any, **keywords: Any) -> Any:
-        alive = notice()
-        if alive is not None:
-            alive(model)
-        original = super(kind, model).to if own is None else functools.partial(own, model)
-        return original(*arguments, **keywords)
-
-    setattr(kind, "to", to)  # noqa: B010 - for the types, it has another signature
+    found = vars(kind).get("to")
+    to = found if isinstance(found, _WatchedTo) else _WatchedTo(kind, found)
+    to.notices.append(notice)
     try:
+        setattr(kind, "to", to)  # noqa: B010 - for the types, it has another signature
         yield
     finally:
-        if vars(kind).get("to") is to:
-            if own is None:
+        to.notices = [one for one in to.notices if one is not notice]
+        if not to.notices and vars(kind).get("to") is to:
+            if to.own is None:
                 del kind.to
             else:
-                setattr(kind, "to", own)  # noqa: B010
+                setattr(kind, "to", to.own)  # noqa: B010

@@ -54,11 +54,12 @@ def _parts_of_group(transformer: nn.Module, group: Group) -> Iterator[Part]:
     found: Any = transformer
     for name in group.path.split("."):
         found = getattr(found, name, None)
+        if unwrapped(found) is not found:
+            return  # compiled as a whole, its modules are called without their hooks
     if group.is_list:
         for number, module in enumerate(found or ()):
             yield Part(f"{group.path}.{number}", module, unwrapped(module))
-    # Compiled as a whole, its modules are called without their hooks.
-    elif isinstance(found, nn.Module) and unwrapped(found) is found:
+    elif isinstance(found, nn.Module):
         yield Part(group.path, found, _without_parts(found, group.path))
 
 
@@ -78,11 +79,13 @@ def moves_disabled(modules: Iterable[nn.Module]) -> Iterator[None]:
     """A context in which `to` and the like do nothing to modules, called on them or on a module around them."""
     with contextlib.ExitStack() as stack:
         for module in modules:
-            stack.enter_context(_replaced(module, "_apply", functools.partial(_unmoved, module)))
+            stack.enter_context(_replaced(module, "_apply", functools.partial(_unmoved, id(module), module)))
         yield
 
 
-def _unmoved(module: nn.Module, function: Callable[..., Any], recurse: bool = True) -> nn.Module:  # noqa: FBT001, FBT002
+def _unmoved(key: int, module: nn.Module, function: Callable[..., Any], recurse: bool = True) -> nn.Module:  # noqa: FBT001, FBT002
+    if id(module) != key:  # a deep copy that was made inside the context
+        return type(module)._apply(module, function, recurse)
     return module
 
 
@@ -129,8 +132,8 @@ def _replaced(holder: object, name: str, value: object) -> Iterator[None]:
     own = vars(holder)
     missing = name not in own
     before = own.get(name)
-    own[name] = value
     try:
+        own[name] = value
         yield
     finally:
         if missing:
