@@ -58,6 +58,16 @@ def test_its_blocks_take_no_more_device_memory_than_two_of_them(bench: GateBench
     assert saved - saved_alone >= (BLOCKS - 2) * BLOCK_BYTES - 4096
 
 
+def test_a_control_model_without_blocks_is_left_alone(bench: GateBench) -> None:
+    workflow = bench.workflow(VARIANT, arguments(2))
+    control_of(workflow).blocks = nn.ModuleList()
+    first = workflow.sample()
+    del control_of(workflow).blocks
+    control_of(workflow).forward = lambda latent: latent  # type: ignore[method-assign]
+    assert first.shape == workflow.sample().shape
+    assert "to" not in vars(WanControlnet)
+
+
 def test_afterwards_nothing_of_ours_is_left_on_it_or_on_its_class(bench: GateBench) -> None:
     used: list[nn.Module] = []
     original = WanControlnet.forward

@@ -207,6 +207,14 @@ def test_each_tensor_of_a_group_is_in_one_part_and_the_others_in_none() -> None:
             assert transformer.get_parameter(f"{part.name}.{path}") is tensor
 
 
+def test_a_list_may_have_holes() -> None:
+    transformer = Transformer()
+    transformer.controlnet.blocks[0] = None
+    names = [part.name for part in parts_of(transformer)]
+    assert "controlnet.blocks.1" in names
+    assert "controlnet.blocks.0" not in names
+
+
 def test_moves_of_what_is_beside_the_blocks_do_nothing_in_a_forward_and_count_again_after_it() -> None:
     transformer = Transformer()
     with moves_disabled(part.module for part in parts_of(transformer) if part.is_beside):

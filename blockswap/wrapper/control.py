@@ -47,9 +47,10 @@ class ControlModels:
         self._used.close()
 
     def _take(self, model: Any) -> None:
-        if isinstance(vars(model).get("forward"), Forward):
-            return  # by us, or by another transformer's run
-        blocks: Mapping[str, nn.Module] = {f"control.{number}": block for number, block in enumerate(model.blocks)}
+        found = getattr(model, "blocks", None)
+        if not found or isinstance(vars(model).get("forward"), Forward):
+            return  # there is nothing to swap, or it is swapped by us or in another transformer's run
+        blocks: Mapping[str, nn.Module] = {f"control.{number}": block for number, block in enumerate(found)}
         for block in blocks.values():
             block.to(self._host)
         session = SwapSession(list(blocks.items()), self._run.planner.everything_swapped, self._run.session.backend)

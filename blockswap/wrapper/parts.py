@@ -58,7 +58,8 @@ def _parts_of_group(transformer: nn.Module, group: Group) -> Iterator[Part]:
             return  # compiled as a whole, its modules are called without their hooks
     if group.is_list:
         for number, module in enumerate(found or ()):
-            yield Part(f"{group.path}.{number}", module, unwrapped(module))
+            if isinstance(module, nn.Module):
+                yield Part(f"{group.path}.{number}", module, unwrapped(module))
     elif isinstance(found, nn.Module):
         yield Part(group.path, found, _without_parts(found, group.path))
 
