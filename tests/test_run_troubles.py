@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 import threading
 from dataclasses import replace
@@ -365,3 +366,28 @@ def test_a_run_is_not_released_inside_one_of_its_forwards() -> None:
         assert torch.equal(bench.model(X), bench.expected)
     bench.run.release()
     assert [progress.phase for progress in told if progress.phase in (Phase.DONE, Phase.STOPPED)] == [Phase.DONE]
+
+
+def test_a_weight_that_another_node_replaces_is_named_in_log_and_report_with_how_often(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    bench = near_balance()
+    bench.forward(times=2)
+    for _ in range(2):
+        up = bench.model.blocks[3].up
+        bench.model.blocks[3].up = torch.nn.Parameter(up.data.clone(), requires_grad=False)
+        bench.forward()
+    bench.run.release()
+    report = bench.run.last_report
+    assert report is not None
+    moved = [note for note in report.notes if "another node" in note]
+    assert moved == [
+        "another node replaced or moved blocks.3.up during the run, so that all blocks were placed again: 2 times; "
+        "remove other nodes that move or patch the model"
+    ]
+    assert caplog.text.count("placing the blocks again: blocks.3.up was replaced or moved by another node") == 2
+    bench.forward()
+    bench.run.release()
+    assert bench.run.last_report is not None
+    assert not [note for note in bench.run.last_report.notes if "another node" in note]

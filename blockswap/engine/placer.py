@@ -251,6 +251,18 @@ class Placer:
         self._report_placed()
         return True
 
+    def replaced(self, block: int) -> str | None:
+        """The path of the first tensor of a block that is not as it was placed; None where it is not known."""
+        entries, pending = self._watched(block), self.pending.get(block)
+        if pending is not None:
+            pairs = zip(pending.placed or pending.found, _states(entries), strict=True)
+            changed = [before != now for before, now in pairs]
+        else:
+            binding = self.bindings[block]
+            kept = zip(entries, binding.watched, binding.addresses, strict=True)
+            changed = [e.holder.get(e.name) is not tensor or tensor.data_ptr() != at for e, tensor, at in kept]
+        return next((entry.path for entry, is_changed in zip(entries, changed, strict=True) if is_changed), None)
+
     def _complete(self) -> None:
         """All blocks are placed."""
         assert self._transfer.unlocked is not None

@@ -6,6 +6,7 @@ import _thread
 import contextlib
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from enum import Enum
 
@@ -77,6 +78,7 @@ class SwapSession:
         log: Counts and times the forwards.
         counters: Copies since the session was made.
         adoptions: How often blocks were placed.
+        replaced: Weights that were replaced or moved in a forward, and for each how often all were placed again.
         checks: Compare each slot with its slab before a block uses it; read at the start of each forward.
     """
 
@@ -105,6 +107,7 @@ class SwapSession:
         self.log = ForwardLog(traced)
         self.counters = Counters()
         self.adoptions = 0
+        self.replaced: Counter[str] = Counter()
         self.listeners = listeners or Listeners()
         self.checks = False
 
@@ -326,12 +329,15 @@ class SwapSession:
         self._expect("enter", SessionState.RUNNING)
         if torch.is_grad_enabled():
             refuse_grad((self._named[block],), given)
-        assert self._holds.swapper is not None
-        if not self._holds.swapper.enter(block) and not self.adopt_again("its weights were replaced").enter(block):
-            raise UnsupportedModelError(
-                f"a weight of {self._named[block][0]} was replaced again while the weights were being placed; remove "
-                "other nodes that move or patch the model during a forward"
-            )
+        swapper = self._holds.swapper
+        assert swapper is not None
+        if not swapper.enter(block):
+            self.replaced[name := swapper.replaced(block)] += 1
+            if not self.adopt_again(f"{name} was replaced or moved by another node").enter(block):
+                raise UnsupportedModelError(
+                    f"{name} was replaced again while the weights were being placed; remove other nodes that move or "
+                    "patch the model during a forward"
+                )
 
     @translate_device_errors("a forward was starting")
     def _begin(self, modules: Sequence[nn.Module]) -> None:

@@ -131,6 +131,11 @@ class BlockSwapper:
             raise device_error(failure, "a block was starting") from failure
         return True
 
+    def replaced(self, block: int) -> str:
+        """The full name of a weight of a block for which `enter` has returned False."""
+        name, path = self._model.profile.blocks[block].name, self._placer.replaced(block)
+        return f"{name}.{path}" if path else f"a weight of {name}"
+
     def leave(self) -> None:
         """Ends a forward that went well: releases the last slot and prefetches the next forward's first blocks."""
         with self._transfer.streams.guard():  # Rule 8

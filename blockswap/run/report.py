@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...hardware.records import Samples
+from ...hardware.units import format_count
 from ..model.groups import is_beside
 from ..model.layout import ModelProfile
 from ..plan.schedule import ForwardTime
@@ -167,6 +168,7 @@ class RunStats:
         self._session = session
         self._planner = planner
         self._before = self._now = _Counts.of(session)
+        self._replaced_before = Counter(session.replaced)
         self.observation: Observation | None = None
         self.timed = range(0)
         self.is_timed = False
@@ -229,7 +231,7 @@ class RunStats:
                 blocks=block_times(_since(spans, self.timed), profile, plan.swapped) if is_timed else (),
                 samples=samples,
             ),
-            notes=(*self.notes, *cut),
+            notes=(*self.notes, *_moved_by_others(session.replaced - self._replaced_before), *cut),
         )
 
     def measured(self) -> Measured:
@@ -252,6 +254,14 @@ class RunStats:
             slab_bytes=0,
             pinned_bytes=0,
         )
+
+
+def _moved_by_others(replaced: Counter[str]) -> list[str]:
+    return [
+        f"another node replaced or moved {name} during the run, so that all blocks were placed again: "
+        f"{format_count(times, 'time')}; remove other nodes that move or patch the model"
+        for name, times in replaced.items()
+    ]
 
 
 def _since(spans: Sequence[Span], timed: range) -> Sequence[Span]:
