@@ -110,17 +110,30 @@ def load_package(folder: Path) -> None:
 def load_wrapper(comfyui: Path) -> None:
     """Loads the wrapper, and has its model believe in CUDA: without, the loop over blocks swaps nothing by itself.
 
-    RIG_WRAPPER is the folder of another version, in which only models of Wan itself are run.
+    RIG_WRAPPER is the folder of another version, and RIG_COPY that of a renamed copy, whose loader and sampler take the
+    place of the wrapper's. In both, only models of Wan itself are run.
     """
-    other = os.environ.get("RIG_WRAPPER")
+    other, copy = os.environ.get("RIG_WRAPPER"), os.environ.get("RIG_COPY")
     load_custom_node(Path(other) if other else comfyui / "custom_nodes" / WRAPPER)
+    if copy:
+        load_custom_node(Path(copy))
+        _take_place("ModelLoader", "Sampler")
     if IS_CUDA:
         return
     model = wrapper_module("wanvideo.modules.model")
     model.torch = _Overlay("torch", torch, cuda=_Overlay("torch.cuda", torch.cuda, **_PRETENDED_CUDA))
-    if not other:
+    if not (other or copy):
         _run_on_our_device(wrapper_module("onetoall.refextractor_2d").WanRefextractor)
         _build_what_the_files_have()
+
+
+def _take_place(*nodes_of_copy: str) -> None:
+    """Registers nodes of a renamed copy under the wrapper's names, which the cases call."""
+    import nodes
+
+    for name in nodes_of_copy:
+        (own,) = [node for key, node in nodes.NODE_CLASS_MAPPINGS.items() if key.endswith(f" {name}")]
+        nodes.NODE_CLASS_MAPPINGS[f"WanVideo{name}"] = own
 
 
 MTV_WIDTHS = {44: 8, 84: 24}

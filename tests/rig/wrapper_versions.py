@@ -1,8 +1,9 @@
 """Which versions of the wrapper this package swaps in, and with what result: the table in docs/compatibility.md.
 
-    python tests/rig/wrapper_versions.py COMFYUI_DIR COMFYUI_PYTHON WRAPPER…
+    python tests/rig/wrapper_versions.py COMFYUI_DIR COMFYUI_PYTHON WRAPPER… [--copies COPY…]
 
-Each WRAPPER is a folder with one version, or with a renamed copy. Each runs in a ComfyUI process of its own: without
+Each WRAPPER is a folder with one version. Each COPY is one with a renamed copy, which is loaded beside the wrapper in
+COMFYUI_DIR; the loader and the sampler are the copy's. Each runs in a ComfyUI process of its own: without
 swapping, with half of the blocks swapped, and with automatic tuning.
 """
 
@@ -23,12 +24,13 @@ TRIED = ("bf16", "gguf", "lora_merged", "lora_unmerged", "vace", "two_experts")
 COUNTS = (HALF, "auto")
 
 
-def main(comfyui: Path, python: str, wrappers: list[Path]) -> None:
+def main(comfyui: Path, python: str, wrappers: list[str], copies: list[str]) -> None:
     """Prints the table."""
+    folders = [("RIG_WRAPPER", Path(one)) for one in wrappers] + [("RIG_COPY", Path(one)) for one in copies]
     print(f"| version | {' | '.join(TRIED)} |")
     print(f"| --- | {' | '.join('---' for _ in TRIED)} |")
-    for wrapper in wrappers:
-        os.environ["RIG_WRAPPER"] = str(wrapper.resolve())
+    for variable, wrapper in folders:
+        os.environ.update({"RIG_WRAPPER": "", "RIG_COPY": "", variable: str(wrapper.resolve())})
         with tempfile.TemporaryDirectory() as scratch, started(python, comfyui, Path(scratch)) as comfy:
             print(f"| {_version(wrapper)} | {' | '.join(_row(comfy))} |", flush=True)
     print(
@@ -37,8 +39,8 @@ def main(comfyui: Path, python: str, wrappers: list[Path]) -> None:
 
 
 def _version(wrapper: Path) -> str:
-    found = re.search(r'^version = "(.+)"', (wrapper / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
-    return found[1] if found else wrapper.name
+    found = re.findall(r'^(name|version) = "(.+)"', (wrapper / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    return " ".join(value for _, value in found)
 
 
 def _row(comfy: Comfy) -> list[str]:
@@ -64,4 +66,6 @@ def _compared(run: SimpleNamespace, unswapped: SimpleNamespace) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], [Path(folder) for folder in sys.argv[3:]])
+    names = [*sys.argv[3:], "--copies"]
+    first = names.index("--copies")
+    main(Path(sys.argv[1]), sys.argv[2], names[:first], [name for name in names[first:] if name != "--copies"])
