@@ -108,7 +108,8 @@ def test_a_report_that_fails_costs_neither_the_run_nor_its_memory(
     with monkeypatch.context() as patch:
         patch.setattr(f"wanvideo_enhanced_blockswap.blockswap.run.{what}", fail)
         bench.run.release()
-    assert (bench.simulation.streams.allocated_bytes, threading.active_count()) == (0, before)
+    assert bench.simulation.streams.allocated_bytes == 0
+    assert threading.active_count() <= before  # a thread of an earlier test may have ended meanwhile
     assert any("please report this" in record.message and record.exc_info for record in caplog.records)
     bench.forward(times=2)
 
