@@ -385,6 +385,8 @@ def _answer(model: ModelProfile, decided: SwapPlan, left: int) -> str:
     blocks, forward, vram = len(model.blocks), decided.predicted, model.other_bytes + decided.device_bytes
     known = decided.activation_bytes is not None
     does = "It fits" if known else "The weights fit"
+    if known and left < 0:
+        does = f"It fits only with {format_bytes(-left)} of the reserve"
     used = f"VRAM {format_bytes(vram + (decided.activation_bytes or 0))}{'' if known else ' without activations'}"
     ram = format_bytes(model.anonymous_bytes + decided.added_bytes)
     stay = f"{blocks - decided.swapped_count} of {blocks} {'modules' if _beside(model) else 'blocks'} stay on the GPU"

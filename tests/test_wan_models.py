@@ -152,6 +152,24 @@ def test_what_is_beside_the_blocks_is_swapped_in_the_order_of_a_forward(tmp_path
     assert len(names) - beside == profile.architecture.blocks
 
 
+def test_a_plan_says_how_many_blocks_and_how_many_modules_beside_them_are_swapped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_header(tmp_path / "s2v.safetensors", stored(s2v(), "fp8"))
+    asked = ["plan", str(file), "--gpu", "RTX 3060 12GB", "--ram", "64GiB", "--shape"]
+    assert main([*asked, "832x480x81"]) == 0
+    shown = capsys.readouterr().out
+    found = re.search(
+        r"(\d+) of 65 modules are swapped \((\d+) of 40 blocks, (\d+) of 25 beside them\), the fewest", shown
+    )
+    assert found is not None
+    both, blocks, beside = map(int, found.groups())
+    assert both == blocks + beside
+    assert f"of what is swapped, {beside} modules are beside the blocks: " in shown
+    assert main([*asked, "1280x720x121"]) == 0
+    assert re.match(r"It fits only with \d+\.\d MiB of the reserve: 0 of 65 modules stay", capsys.readouterr().out)
+
+
 def test_s2v_streams_through_two_slots_of_a_block_and_the_size_of_an_injector(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

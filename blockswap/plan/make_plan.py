@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -329,7 +330,17 @@ def _fewest_that_fit(profile: ModelProfile, budget: MemoryBudget, inputs: PlanIn
             f"since a third slot saves {gain:.1%} of a forward"
         )
     taken = f"{format_bytes(weights.nbytes(best))} of {format_bytes(limit)}"
-    return best, f"{sum(best[0])} of {count} {why}: {taken}"
+    return best, _counted(profile, best[0], f"{sum(best[0])} of {count} {why}: {taken}")
+
+
+def _counted(profile: ModelProfile, swapped: Sequence[bool], text: str) -> str:
+    """A sentence on the number of blocks that are swapped, where some of these are beside the blocks."""
+    are_beside = [kind_of(block.name) not in (MAIN, VACE) for block in profile.blocks]
+    if not any(are_beside):
+        return text
+    most, count = sum(are_beside), sum(map(operator.and_, are_beside, swapped))
+    blocks = f"{sum(swapped) - count} of {len(swapped) - most} blocks"
+    return text.replace("blocks are swapped", f"modules are swapped ({blocks}, {count} of {most} beside them)")
 
 
 def _shares(weights: Weights, slots: int) -> dict[int, Choice]:
@@ -384,7 +395,7 @@ def _complete(
     beside = [block for block in inside if kind_of(block.name) not in (MAIN, VACE)]
     if beside:
         size = format_bytes(sum(block.slab_bytes for block in beside))
-        reasons.append(f"{format_count(len(beside), 'module')} beside the blocks are swapped, too: {size}")
+        reasons.append(f"of what is swapped, {format_count(len(beside), 'module')} are beside the blocks: {size}")
     if inside and not copied:
         reasons.append(
             f"{len(inside)} swapped blocks have a slot each: nothing moves after the first forward, nothing is freed"

@@ -154,7 +154,7 @@ def _swapped(plan: SwapPlan) -> str:
 def slots_in_words(plan: SwapPlan) -> str:
     """The number and size of a plan's slots."""
     slots = f"{format_count(plan.slots, 'slot')} of {format_bytes(plan.slot_bytes)}"
-    own = f", {len(plan.own_slots)} of {format_bytes(sum(plan.own_slots))} together beside them"
+    own = f" and {len(plan.own_slots)} for modules beside the blocks ({format_bytes(sum(plan.own_slots))} together)"
     return slots + (own if plan.own_slots else "")
 
 
