@@ -9,12 +9,16 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 
-class Scaled(torch.Tensor):
-    """A wrapper subclass: int8 data and one scale in other tensors, shown as float32 (torchao's kind)."""
+class ShownAsFloat(torch.Tensor):
+    """A wrapper subclass: data and a scale in other tensors, shown as float32."""
 
     @staticmethod
-    def __new__(cls, data: torch.Tensor, scale: torch.Tensor) -> Scaled:
+    def __new__(cls, data: torch.Tensor, scale: torch.Tensor) -> Any:
         return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.float32, device=data.device)
+
+
+class Scaled(ShownAsFloat):
+    """It has int8 data and one scale (torchao's kind)."""
 
     def __init__(self, data: torch.Tensor, scale: torch.Tensor) -> None:
         self.inner, self.scale = data, scale

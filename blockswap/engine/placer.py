@@ -95,6 +95,12 @@ def _states(entries: Iterable[TensorEntry]) -> list[tuple[int, int, int | None]]
     return [(0, 0, 0) if t is None else (id(t), t.data_ptr(), version_of(t, *shells)) for t, shells in tensors]
 
 
+def _point_at_copies(bindings: Iterable[TensorBinding]) -> None:
+    for one in bindings:
+        if one.copy is not None:
+            bind((one.tensor,), (one.copy,))
+
+
 class Placer:
     """Places a model's blocks as planned.
 
@@ -311,11 +317,9 @@ class Placer:
             pending.note_placed({})
 
     def _bind_copies(self, bindings: Sequence[TensorBinding]) -> None:
-        """Points tensors at their copies on the device."""
+        """Points tensors at their copies on the device, until the release."""
         self._bound += bindings
-        for one in bindings:
-            if one.copy is not None:
-                bind((one.tensor,), (one.copy,))
+        _point_at_copies(bindings)
 
     def _move(self, block: str, entry: TensorEntry) -> None:
         """Replaces a tensor that cannot be pointed elsewhere by a copy on the device; release brings it back."""
@@ -339,7 +343,7 @@ class Placer:
         watched = self._watched(block)
         beside = self._beside_streamed(block)
         if not self._plan.swapped[block]:
-            self._bind_copies(beside)
+            _point_at_copies(beside)
         moving = {entry.name for entry in streamed if entry.is_buffer and self._plan.swapped[block]}
         binding = BlockBinding(
             watched=[entry.tensor for entry in watched],

@@ -11,7 +11,7 @@ from ...hardware.records import DeviceMemory, DeviceSpec, DiskSpeed, HostMemory,
 from ...hardware.tiers import tune
 from ...hardware.units import format_bytes, format_count
 from ..errors import PlanError
-from ..model.groups import MAIN, VACE, kind_of
+from ..model.groups import MAIN, VACE, is_beside, kind_of
 from ..model.layout import ModelProfile, device_bytes
 from ..settings import SwapSettings
 from .budget import MemoryBudget, make_budget
@@ -335,7 +335,7 @@ def _fewest_that_fit(profile: ModelProfile, budget: MemoryBudget, inputs: PlanIn
 
 def _counted(profile: ModelProfile, swapped: Sequence[bool], text: str) -> str:
     """A sentence on the number of blocks that are swapped, where some of these are beside the blocks."""
-    are_beside = [kind_of(block.name) not in (MAIN, VACE) for block in profile.blocks]
+    are_beside = [is_beside(block.name) for block in profile.blocks]
     if not any(are_beside):
         return text
     most, count = sum(are_beside), sum(map(operator.and_, are_beside, swapped))
@@ -392,7 +392,7 @@ def _complete(
     taken, copied = weights.nbytes(choice), weights.copied_bytes(choice)
     if taken > limit:
         reasons.append(f"the weights take {format_bytes(taken)}, over the budget of {format_bytes(limit)}")
-    beside = [block for block in inside if kind_of(block.name) not in (MAIN, VACE)]
+    beside = [block for block in inside if is_beside(block.name)]
     if beside:
         size = format_bytes(sum(block.slab_bytes for block in beside))
         reasons.append(f"of what is swapped, {format_count(len(beside), 'module')} are beside the blocks: {size}")

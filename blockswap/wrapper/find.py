@@ -78,7 +78,7 @@ def find_wrapper(node_classes: Mapping[str, type]) -> Wrapper:
             continue
         packages.append(package)
         for name in PARAMETERS:
-            holders[name] += [module for module in inside if _can_be_wrapped(vars(module).get(name), name)]
+            holders[name] += [module for module in inside if callable(vars(module).get(name))]
         holders[PUT] += [loader] if callable(vars(loader).get(PUT)) else []
         classes = {one for one in node_classes.values() if one.__module__.startswith(f"{package}.")}
         holders[SET] += [one for one in classes if set(_parameters(vars(one).get(SET))) == SETTING]
@@ -133,10 +133,6 @@ def _missing(loader: ModuleType, inside: Sequence[ModuleType]) -> list[str]:
 
 def _not_as_expected(missing: Sequence[str]) -> str:
     return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not as expected"
-
-
-def _can_be_wrapped(found: Any, name: str) -> bool:
-    return callable(found) and set(PARAMETERS[name]) <= set(_parameters(found))
 
 
 def _parameters(function: Callable[..., Any] | None) -> Sequence[str]:
