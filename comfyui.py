@@ -19,8 +19,9 @@ from .blockswap.model.wan import tokens_for
 from .blockswap.plan.make_plan import Limits, Readings, make_plan, plan_inputs
 from .blockswap.plan.swap_plan import Activations, SwapPlan
 from .blockswap.run.machine import TorchMachine
+from .blockswap.run.planner import limits_within
 from .blockswap.run.progress import Phase, Progress
-from .blockswap.run.run import SwapRun, limits_within
+from .blockswap.run.run import SwapRun
 from .blockswap.settings import SwapSettings, node_of
 from .blockswap.wrapper.find import find_wrapper
 from .blockswap.wrapper.gate import Gate

@@ -93,7 +93,7 @@ def test_it_is_plain_data_with_every_part_named() -> None:
     assert set(told) == {"phase", "text", "memory", "plan", "adopt", "run"}
     assert set(told["memory"]) == {"total", "other", "residents", "window", "ceiling", "activations"}
     assert set(told["plan"]) == {"blocks", "swapped", "slots", "free", "stall_ms", "forward_ms", "over_ceiling"}
-    assert set(told["run"]) == {"forwards", "streamed", "forward_ms", "stall_ms", "copy_bytes_per_s"}
+    assert set(told["run"]) == {"forwards", "streamed", "forward_ms", "stall_ms", "copy_bytes_per_s", "others"}
     assert (told["phase"], told["adopt"]) == ("sampling", None)
 
 

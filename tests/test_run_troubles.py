@@ -384,11 +384,40 @@ def test_a_weight_that_another_node_replaces_is_named_in_log_and_report_with_how
     assert report is not None
     moved = [note for note in report.notes if "another node" in note]
     assert moved == [
-        "another node replaced or moved blocks.3.up during the run, so that all blocks were placed again: 2 times; "
-        "remove other nodes that move or patch the model"
+        "another node moved or replaced blocks.3.up (2 times) while the model ran: all blocks were placed again 2 "
+        "times; remove or bypass what moves or patches the model"
     ]
     assert caplog.text.count("placing the blocks again: blocks.3.up was replaced or moved by another node") == 2
     bench.forward()
     bench.run.release()
     assert bench.run.last_report is not None
     assert not [note for note in bench.run.last_report.notes if "another node" in note]
+
+
+def test_a_run_that_others_keep_moving_is_told_on_the_node_and_planned_no_more() -> None:
+    bench = near_balance()
+    told: list[Progress] = []
+    bench.run.watcher = told.append
+    bench.forward(times=2)
+    for _ in range(3):
+        up = bench.model.blocks[3].up
+        bench.model.blocks[3].up = torch.nn.Parameter(up.data.clone(), requires_grad=False)
+        bench.forward()
+    adoptions, forwards = bench.run.session.adoptions, told[-1].run.forwards  # type: ignore[union-attr]
+    bench.machine.others_bytes += 2**12
+    bench.forward(LARGE_VIDEO, times=4)
+    assert bench.run.session.adoptions == adoptions == 3
+    bench.run.release()
+    sentence = (
+        "another node moved or replaced blocks.3.up (3 times) while the model ran: all blocks were placed again 2 "
+        "times, and blocks are moved one at a time from then on, which is slow; remove or bypass what moves or patches "
+        "the model"
+    )
+    assert (told[-1].phase, told[-1].text.splitlines()[-1]) == (Phase.DONE, sentence)
+    assert told[-1].as_json()["run"]["others"] == sentence  # type: ignore[index]
+    assert bench.run.last_report is not None
+    assert bench.run.last_report.notes[-1] == sentence
+    assert bench.run.last_report.measured.forwards == forwards + 4
+    bench.forward(times=2)
+    assert bench.run.session.adoptions == 4
+    assert told[-1].run.others == ""  # type: ignore[union-attr]

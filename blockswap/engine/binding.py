@@ -97,6 +97,7 @@ class BlockBinding:
         streamed: The tensors that a swapped block re-points, then the shells around them; empty for a resident block.
         masters: The bytes that each points at between forwards.
         slots: For each slot, the bytes that each points at while the block runs from it.
+        slot_addresses: For each slot, the addresses of these bytes, of the tensors alone.
     """
 
     watched: list[torch.Tensor]
@@ -113,6 +114,7 @@ class BlockBinding:
     streamed: list[torch.Tensor] = field(default_factory=list)
     masters: list[torch.Tensor] = field(default_factory=list)
     slots: list[list[torch.Tensor]] = field(default_factory=list)
+    slot_addresses: list[list[int]] = field(default_factory=list)
 
     def is_unchanged(self) -> bool:
         """Whether the block still has the tensors that were placed, at the addresses where they were placed."""

@@ -372,6 +372,7 @@ class Placer:
                 else []
                 for memory, lane in zip(self._transfer.window, self._slot_lanes, strict=True)
             ]
+            binding.slot_addresses = [[view.data_ptr() for view in slot] for slot in binding.slots]
             binding.streamed += [bound.tensor for bound in beside]
             binding.masters += [bound.master for bound in beside]
             for slot in binding.slots:

@@ -6,7 +6,6 @@ import _thread
 import contextlib
 import logging
 import weakref
-from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from enum import Enum
 
@@ -19,15 +18,15 @@ from ..device.failures import translate_device_errors
 from ..device.streams import Streams
 from ..device.worker import InlineWorker, run_outside_workers
 from ..errors import BlockSwapError, UnsupportedModelError
-from ..host.pages import PageMemory
-from ..host.slabs import RegionFinder, Slab
+from ..host.slabs import RegionFinder
 from ..host.staging import UnlockedCopies
 from ..host.store import HostStore
 from ..model.layout import ModelProfile
 from ..model.profile import ProfiledModel, named_blocks, profile_model, refuse_grad
 from ..plan.swap_plan import STAGING_SLABS, HeldMemory, HostTier, SwapPlan
+from .others import OneAtATime, Others
 from .placer import Listeners
-from .swapper import BlockSwapper, block_hook
+from .swapper import BlockSwapper, Holdings, block_hook
 from .trace import ForwardLog, Trace
 from .transfer import Counters, Transfer
 
@@ -78,7 +77,7 @@ class SwapSession:
         log: Counts and times the forwards.
         counters: Copies since the session was made.
         adoptions: How often blocks were placed.
-        replaced: Weights that were replaced or moved in a forward, and for each how often all were placed again.
+        others: What others did to the weights; a new one may be set between runs.
         checks: Compare each slot with its slab before a block uses it; read at the start of each forward.
     """
 
@@ -107,7 +106,7 @@ class SwapSession:
         self.log = ForwardLog(traced)
         self.counters = Counters()
         self.adoptions = 0
-        self.replaced: Counter[str] = Counter()
+        self.others = Others()
         self.listeners = listeners or Listeners()
         self.checks = False
 
@@ -130,7 +129,8 @@ class SwapSession:
     @property
     def device_bytes(self) -> int:
         """Device memory of residents, small tensors and window."""
-        return 0 if self._holds.swapper is None or self.plan is None else self.plan.device_bytes
+        is_placed = isinstance(self._holds.swapper, BlockSwapper)
+        return self.plan.device_bytes if is_placed and self.plan is not None else 0
 
     @property
     def slab_bytes(self) -> int:
@@ -189,10 +189,10 @@ class SwapSession:
         model = profile_model(self._named, root=root, region_of=files.region_of, in_mapping=files.in_mapping)
         plan = self._planner(model.profile, self.held)
         try:
-            self._open(model, plan)
-            if wait and self._holds.swapper is not None:
-                self._holds.swapper.settle()
-            self.plan = plan
+            swapper = self._open(model, plan)
+            if wait:
+                swapper.settle()
+            self.plan, self.others.gave_up = plan, False
             self.adoptions += 1
             self.state = SessionState.ADOPTED
         except BaseException:
@@ -202,7 +202,7 @@ class SwapSession:
         logger.info("swapping %d of %d blocks: %s", plan.swapped_count, len(plan.swapped), "; ".join(plan.reasons))
         return plan
 
-    def _open(self, model: ProfiledModel, plan: SwapPlan) -> None:
+    def _open(self, model: ProfiledModel, plan: SwapPlan) -> BlockSwapper:
         holds, backend = self._holds, self.backend
         streams = backend.open_streams(plan.streams, plan.overlap)
         if holds.store is None:
@@ -216,6 +216,7 @@ class SwapSession:
         swapper = holds.swapper = BlockSwapper(model, plan, holds.store, transfer, self.listeners)
         self.log.start(transfer)
         swapper.prefetch()
+        return swapper
 
     def _new_store(self, streams: Streams) -> HostStore:
         return HostStore(streams, self.backend.registrar, self.backend.pin_budget, self.backend.host_room)
@@ -323,21 +324,25 @@ class SwapSession:
             given: What the block is called with, as far as the caller knows it: tensors in tuples, lists and dicts.
 
         Raises:
-            UnsupportedModelError: Grad is enabled, and a tensor in `given` or a parameter of the block requires it; or
-                weights were replaced while they were being placed.
+            UnsupportedModelError: Grad is enabled, and a tensor in `given` or a parameter of the block requires it.
         """
         self._expect("enter", SessionState.RUNNING)
         if torch.is_grad_enabled():
             refuse_grad((self._named[block],), given)
         swapper = self._holds.swapper
         assert swapper is not None
-        if not swapper.enter(block):
-            self.replaced[name := swapper.replaced(block)] += 1
-            if not self.adopt_again(f"{name} was replaced or moved by another node").enter(block):
-                raise UnsupportedModelError(
-                    f"{name} was replaced again while the weights were being placed; remove other nodes that move or "
-                    "patch the model during a forward"
-                )
+        while not swapper.enter(block):
+            name = swapper.replaced(block)
+            self.others.undid(name, self._around(block))
+            if self.others.gave_up:
+                swapper = self._move_one_at_a_time()
+            else:
+                swapper = self.adopt_again(f"{name} was replaced or moved by another node")
+
+    def _around(self, block: int) -> Sequence[Sequence[nn.Module]]:
+        """Where others may have their hooks: in the block, or else on the model."""
+        root = None if self._root is None else self._root()
+        return list(self._named[block][1].modules()), [] if root is None else [root]
 
     @translate_device_errors("a forward was starting")
     def _begin(self, modules: Sequence[nn.Module]) -> None:
@@ -346,7 +351,7 @@ class SwapSession:
         for module, hook in zip(modules, self._hooks, strict=True):
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
 
-    def _begin_swapper(self) -> BlockSwapper:
+    def _begin_swapper(self) -> BlockSwapper | OneAtATime:
         swapper, transfer = self._holds.swapper, self._holds.transfer
         assert swapper is not None
         assert transfer is not None
@@ -374,6 +379,10 @@ class SwapSession:
             if finished:
                 swapper.leave()
                 self.log.end(swapper, transfer)
+                for block, name in swapper.moved:
+                    self.others.found(name, self._around(block))
+                if self.others.moved:
+                    self.others.ended_forward()
         except BaseException:
             finished = False
             raise
@@ -385,7 +394,7 @@ class SwapSession:
                     swapper.abort()  # a second interrupt has ended it half way
                     raise
 
-    def adopt_again(self, why: str) -> BlockSwapper:
+    def adopt_again(self, why: str) -> BlockSwapper | OneAtATime:
         """Places all weights again inside a forward, between two of its blocks."""
         logger.info("placing the blocks again: %s", why)
         self.state = SessionState.IDLE  # first: where dropping fails, no forward is left to end
@@ -394,57 +403,12 @@ class SwapSession:
         self.state = SessionState.RUNNING
         return self._begin_swapper()
 
-
-class Holdings:
-    """The device memory and page-locked memory of a session. Holds no reference to the session, so that a finalizer can
-    free it when a session is dropped without `close`.
-    """
-
-    def __init__(self) -> None:
-        self.store: HostStore | None = None
-        self.transfer: Transfer | None = None
-        self.swapper: BlockSwapper | None = None
-
-    @property
-    def slabs(self) -> dict[int, Slab]:
-        """The slab of each swapped block."""
-        return {} if self.store is None else self.store.slabs
-
-    @property
-    def staging_bytes(self) -> int:
-        """Host memory of the staging slabs."""
-        return sum(pages.size for pages in self._staging)
-
-    @property
-    def locked_staging_bytes(self) -> int:
-        """The page-locked part of it."""
-        return sum(pages.size for pages in self._staging if pages.is_pinned)
-
-    @property
-    def _staging(self) -> list[PageMemory]:
-        transfer = self.transfer
-        return [] if transfer is None or transfer.unlocked is None else transfer.unlocked.slabs
-
-    def drop_device(self) -> None:
-        """Points tensors at their masters and frees window, residents and staging, even if a step fails."""
-        swapper, transfer = self.swapper, self.transfer
-        self.swapper = self.transfer = None
-        try:
-            if swapper is not None:
-                swapper.release()
-        finally:
-            if transfer is not None:
-                transfer.close()
-
-    def drop(self) -> None:
-        """The same, and unlocks the slabs. Waits for all copies, also for those that an exception cut short."""
-        store, self.store = self.store, None
-        try:
-            if self.transfer is not None:
-                self.transfer.reset()
-        finally:
-            try:
-                self.drop_device()
-            finally:
-                if store is not None:
-                    store.release()
+    def _move_one_at_a_time(self) -> BlockSwapper | OneAtATime:
+        """Goes on without plan, slabs and window until the release, inside a forward."""
+        self.state = SessionState.IDLE  # as above
+        self._holds.drop()
+        transfer = self._holds.transfer = Transfer(self.backend.open_streams(1, self.backend.overlap), self.counters)
+        self._holds.swapper = OneAtATime(self._named, self.backend.device)
+        self.log.start(transfer)
+        self.state = SessionState.RUNNING
+        return self._begin_swapper()

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..device.failures import device_error
 from ..errors import BlockSwapError, TransferError, UnsupportedModelError
+from ..host.pages import PageMemory
 from ..host.slabs import Slab
 from ..host.store import HostStore
 from ..model.layout import Placement
-from ..model.profile import ProfiledModel, refuse_grad
+from ..model.profile import ProfiledModel, TensorEntry, refuse_grad
 from ..model.tensors import flat
 from ..plan.schedule import Ring, Step
 from ..plan.swap_plan import HostTier, SwapPlan
 from ..spans import COMPUTE, STALL
 from .binding import bind
+from .others import OneAtATime
 from .placer import Listeners, Placer
 from .trace import Trace
 from .transfer import LabelledTransfer, Transfer
@@ -37,6 +39,7 @@ class BlockSwapper:
     Attributes:
         trace: Receives spans of time; None records nothing. May be switched between forwards.
         entered: Number of blocks entered in this forward.
+        moved: Blocks of which others pointed a tensor elsewhere while they ran in this forward, and its full name.
 
     Raises:
         DeviceMemoryError: The device cannot hold the plan; every tensor is as it was before the call.
@@ -57,6 +60,7 @@ class BlockSwapper:
         self._placer = Placer(model, plan, store, transfer, listeners or Listeners())
         self.trace: Trace | None = None
         self.entered = 0
+        self.moved: list[tuple[int, str]] = []
         self._checks = False
         self._ring = Ring(plan.swapped, slots=plan.slots, lanes=model.profile.lanes)
         self._blocks = self._placer.bindings
@@ -81,7 +85,7 @@ class BlockSwapper:
         Args:
             checks: Compare each slot with its slab before a block uses it.
         """
-        self.entered, self._checks = 0, checks
+        self.entered, self.moved, self._checks = 0, [], checks
         is_profiled = torch._C._autograd._profiler_enabled()
         self._copies = LabelledTransfer(self._transfer) if is_profiled else self._transfer
 
@@ -133,7 +137,10 @@ class BlockSwapper:
 
     def replaced(self, block: int) -> str:
         """The full name of a weight of a block for which `enter` has returned False."""
-        name, path = self._model.profile.blocks[block].name, self._placer.replaced(block)
+        return self._full_name(block, self._placer.replaced(block))
+
+    def _full_name(self, block: int, path: str | None) -> str:
+        name = self._model.profile.blocks[block].name
         return f"{name}.{path}" if path else f"a weight of {name}"
 
     def leave(self) -> None:
@@ -177,6 +184,11 @@ class BlockSwapper:
         block, slot, began = self._running
         binding = self._blocks[block]
         if slot is not None:
+            expected = binding.slot_addresses[slot]
+            with torch._C.DisableTorchFunctionSubclass():
+                addresses = list(map(torch.Tensor.data_ptr, binding.streamed[: len(expected)]))
+            if addresses != expected:
+                self._note_moved(block, [one == at for one, at in zip(addresses, expected, strict=True)].index(False))
             bind(binding.streamed, binding.masters)
         self._transfer.computed(block, slot)
         if self.trace is not None:
@@ -190,11 +202,18 @@ class BlockSwapper:
                 "edit is lost with the slot; keep that tensor in a buffer"
             )
 
+    def _note_moved(self, block: int, number: int) -> None:
+        entry = self._streamed(block)[number]
+        self.moved.append((block, self._full_name(block, entry.path)))
+
     def _check(self, block: int) -> None:
-        streamed = [entry for entry in self._model.entries[block] if entry.placement is Placement.STREAMED]
+        streamed = self._streamed(block)
         views = [entry.tensor for entry in streamed]
         name = self._model.profile.blocks[block].name
         check_slot(name, [entry.path for entry in streamed], views, self._store.slabs[block])
+
+    def _streamed(self, block: int) -> list[TensorEntry]:
+        return [entry for entry in self._model.entries[block] if entry.placement is Placement.STREAMED]
 
     def _apply(self, step: Step) -> None:
         self._transfer.follow()
@@ -206,19 +225,68 @@ class BlockSwapper:
             self._copies.start(onload.slot, slab, block=block)
 
 
-class HoldsSwapper(Protocol):
-    """What a session holds; another swapper takes the place of the first when blocks are placed again."""
+class Holdings:
+    """The device memory and page-locked memory of a session. Holds no reference to the session, so that a finalizer can
+    free it when a session is dropped without `close`.
+    """
 
-    swapper: BlockSwapper | None
+    def __init__(self) -> None:
+        self.store: HostStore | None = None
+        self.transfer: Transfer | None = None
+        self.swapper: BlockSwapper | OneAtATime | None = None
+
+    @property
+    def slabs(self) -> dict[int, Slab]:
+        """The slab of each swapped block."""
+        return {} if self.store is None else self.store.slabs
+
+    @property
+    def staging_bytes(self) -> int:
+        """Host memory of the staging slabs."""
+        return sum(pages.size for pages in self._staging)
+
+    @property
+    def locked_staging_bytes(self) -> int:
+        """The page-locked part of it."""
+        return sum(pages.size for pages in self._staging if pages.is_pinned)
+
+    @property
+    def _staging(self) -> list[PageMemory]:
+        transfer = self.transfer
+        return [] if transfer is None or transfer.unlocked is None else transfer.unlocked.slabs
+
+    def drop_device(self) -> None:
+        """Points tensors at their masters and frees window, residents and staging, even if a step fails."""
+        swapper, transfer = self.swapper, self.transfer
+        self.swapper = self.transfer = None
+        try:
+            if swapper is not None:
+                swapper.release()
+        finally:
+            if transfer is not None:
+                transfer.close()
+
+    def drop(self) -> None:
+        """The same, and unlocks the slabs. Waits for all copies, also for those that an exception cut short."""
+        store, self.store = self.store, None
+        try:
+            if self.transfer is not None:
+                self.transfer.reset()
+        finally:
+            try:
+                self.drop_device()
+            finally:
+                if store is not None:
+                    store.release()
 
 
 def block_hook(
-    holds: HoldsSwapper, enter: Callable[[], Callable[[int], None] | None], block: int, named: tuple[str, nn.Module]
+    holds: Holdings, enter: Callable[[], Callable[[int], None] | None], block: int, named: tuple[str, nn.Module]
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     """The hook that runs before a block and sees its arguments.
 
     Args:
-        holds: Holds the swapper.
+        holds: What the session holds; another swapper takes the place of the first when blocks are placed again.
         enter: Returns the session's `enter`, None once the session is gone. A hook that held the session itself would
             keep a dropped session alive until the garbage collector runs.
         block: Index of the block.

@@ -13,6 +13,7 @@ from ..device.streams import Streams
 from ..spans import FORWARD, Span
 
 if TYPE_CHECKING:  # both record in a trace
+    from .others import OneAtATime
     from .swapper import BlockSwapper
     from .transfer import Transfer
 
@@ -112,13 +113,13 @@ class ForwardLog:
             self.trace.start()
             transfer.trace = self.trace if 0 in self.traced else None
 
-    def begin(self, swapper: BlockSwapper, transfer: Transfer) -> None:
+    def begin(self, swapper: BlockSwapper | OneAtATime, transfer: Transfer) -> None:
         """Starts a forward's time, and records its blocks if it is one of those that are traced."""
         if self.trace is not None and self.traced is not None:
             swapper.trace = transfer.trace = self.trace if self.forwards in self.traced else None
             self._began = transfer.mark()
 
-    def end(self, swapper: BlockSwapper, transfer: Transfer) -> None:
+    def end(self, swapper: BlockSwapper | OneAtATime, transfer: Transfer) -> None:
         """Counts a forward that ended well."""
         if not swapper.entered:
             self.empty_forwards += 1

@@ -73,7 +73,7 @@ class Foresight:
     def _correct(self, block: nn.Module, arguments: Any, keywords: Any) -> None:
         peak, held = peak_bytes(block, arguments, keywords, self._device), self._meter.held_bytes()
         present = self._session.plan
-        if peak is None or held is None or present is None:
+        if peak is None or held is None or present is None or self._session.others.gave_up:
             return
         try:
             other = self._planner.foresee(present, held + peak)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ...hardware import DiskSpeed, LinkSpeed, contradicts, tier_for
 from ...hardware.pinning import PinBudget
+from ..device.backend import Backend
 from ..model.layout import ModelProfile
 from ..plan.budget import make_budget
 from ..plan.make_plan import RAN_OUT, Limits, Readings, make_plan, plan_inputs, predict, swapping_all, timing_of
@@ -300,3 +301,12 @@ class Planner:
 def _room(inputs: PlanInputs) -> int:
     """Device memory for all of ours: weights and activations."""
     return inputs.device_free_bytes + inputs.unused_cache_bytes + inputs.own_bytes
+
+
+def limits_within(limits: Limits, backend: Backend) -> Limits:
+    """The limits, and what the device itself cannot do."""
+    return replace(
+        limits,
+        overlap=limits.overlap and backend.overlap,
+        pin=limits.pin and backend.registrar is not None,
+    )

@@ -92,7 +92,8 @@ class Progress:
     def text(self) -> str:
         """The plan in a sentence, and below it the present state or the result."""
         plan = "" if self.plan is None else _plan(self.plan, self.predicted)
-        return "\n".join(line for line in (plan, _adopting(self.adopt), self._running(), self.why) if line)
+        others = "" if self.run is None else self.run.others
+        return "\n".join(line for line in (plan, _adopting(self.adopt), self._running(), others, self.why) if line)
 
     def as_json(self) -> dict[str, object]:
         """The browser's event: plain data, and the text."""
@@ -129,6 +130,7 @@ class Progress:
             "forward_ms": run.forward_ms,
             "stall_ms": run.stall_ms,
             "copy_bytes_per_s": run.copy_bytes_per_s,
+            "others": run.others,
         }
 
     def _running(self) -> str:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...hardware.records import Samples
-from ...hardware.units import format_count
 from ..model.groups import is_beside
 from ..model.layout import ModelProfile
 from ..plan.schedule import ForwardTime
@@ -67,6 +66,7 @@ class Measured:
         file_bytes: Bytes of the swapped blocks that are read from their file.
         refusals: Why slabs could not be page-locked as planned.
         replans: Why the plan was changed, each time.
+        others: What others did to the weights, in a sentence; empty if nothing.
         blocks: Times of each block in execution order; empty if none were measured.
         samples: Of the device and the host during the run.
     """
@@ -89,6 +89,7 @@ class Measured:
     file_bytes: int = 0
     refusals: tuple[str, ...] = ()
     replans: tuple[str, ...] = ()
+    others: str = ""
     blocks: tuple[BlockTimes, ...] = ()
     samples: Samples | None = None
 
@@ -168,7 +169,6 @@ class RunStats:
         self._session = session
         self._planner = planner
         self._before = self._now = _Counts.of(session)
-        self._replaced_before = Counter(session.replaced)
         self.observation: Observation | None = None
         self.timed = range(0)
         self.is_timed = False
@@ -231,7 +231,7 @@ class RunStats:
                 blocks=block_times(_since(spans, self.timed), profile, plan.swapped) if is_timed else (),
                 samples=samples,
             ),
-            notes=(*self.notes, *_moved_by_others(session.replaced - self._replaced_before), *cut),
+            notes=(*self.notes, *filter(None, [session.others.text]), *cut),
         )
 
     def measured(self) -> Measured:
@@ -253,15 +253,8 @@ class RunStats:
             activation_bytes=activations.nbytes if activations is not None and activations.is_measured else None,
             slab_bytes=0,
             pinned_bytes=0,
+            others=self._session.others.text,
         )
-
-
-def _moved_by_others(replaced: Counter[str]) -> list[str]:
-    return [
-        f"another node replaced or moved {name} during the run, so that all blocks were placed again: "
-        f"{format_count(times, 'time')}; remove other nodes that move or patch the model"
-        for name, times in replaced.items()
-    ]
 
 
 def _since(spans: Sequence[Span], timed: range) -> Sequence[Span]:

@@ -15,6 +15,7 @@ from torch import nn
 from ...hardware import Sampler
 from ...hardware.records import Samples
 from ..device.backend import Backend
+from ..engine.others import Others
 from ..engine.placer import Listeners
 from ..engine.session import SessionState, SwapSession
 from ..engine.trace import EVERY_FORWARD
@@ -26,7 +27,7 @@ from ..settings import SwapSettings
 from .foresight import Foresight
 from .history import Workload
 from .machine import LastKnownReadings, Machine, PeakMeter
-from .planner import Planner
+from .planner import Planner, limits_within
 from .progress import ProgressFeed, Watcher
 from .replan import MOST_REPLANS, SLOW, kept_over_budget, slow_link, spill, usual_ms, why_replace
 from .report import RunReport, RunStats
@@ -265,6 +266,7 @@ class SwapRun:
     def _end_run(self) -> None:
         self._in_run = self._review_due = self._prepared = False
         self.planner.history.end_run()
+        self.session.others = Others()
         self._stats = RunStats(self._title, self.session, self.planner)
         self._sampling.close()
 
@@ -287,6 +289,8 @@ class SwapRun:
     def _why_change(self, present: SwapPlan) -> str | None:
         """Why another plan should replace `present`; None to keep it, with a note where keeping it has a cost."""
         stats = self._stats
+        if self.session.others.gave_up:
+            return None
         if stats.changes >= MOST_REPLANS:
             stats.note(f"the plan has been changed {MOST_REPLANS} times in this run and is kept now")
             return None
@@ -337,6 +341,8 @@ class SwapRun:
     def _learn(self) -> None:
         """Learns from a forward that ended well. A change of plan waits for the next forward's start."""
         self._stats.count()
+        if self.session.others.gave_up:
+            return  # what is measured now says nothing about the plan
         taken = self._peak.taken_bytes()
         if taken is not None:
             self.planner.learn_activations(taken)
@@ -439,12 +445,3 @@ class SwapRun:
             return (str(failure),)
         cut = f", without the last {trace.dropped:,} spans" if trace.dropped else ""
         return (f"trace: {path}{cut}",)
-
-
-def limits_within(limits: Limits, backend: Backend) -> Limits:
-    """The limits, and what the device itself cannot do."""
-    return replace(
-        limits,
-        overlap=limits.overlap and backend.overlap,
-        pin=limits.pin and backend.registrar is not None,
-    )

@@ -25,6 +25,7 @@ TOLD = {
     "adopting": ADOPTING,
     "sampling": SAMPLING,
     "done": DONE,
+    "moved": replace(SAMPLING, run=replace(SAMPLING.run, others="accelerate moved blocks.3.up")),
     "whole": Progress(
         phase=Phase.SAMPLING,
         memory=MEMORY,

@@ -95,6 +95,7 @@ class Cases:
             pin_bytes: The most that the package may page-lock.
             link_gbps: Speed of the pretend CUDA runtime's link; 0 is no limit. Forwards are timed then.
             fault: See comfy_watch.watched.
+            mover: Another pack moves weights meanwhile, see comfy_watch.MOVERS; `warnings` has those of the engine.
             arguments: `kept_arguments` has, of each forward of the first model, whether it left its arguments alone.
             texts: What the package's other two nodes say: `plan_text` before sampling, `report_text` after it.
         """
@@ -124,7 +125,8 @@ class Cases:
             if case.get("texts"):
                 found["plan_text"] = _plan_text(case, models[-1])
             watched = comfy_watch.watched(_transformers(models), case.get("fault"), is_timed="link_gbps" in case)
-            with watched as seen, _compared(case, models) as kept:
+            moved = comfy_watch.moved(_transformers(models), case.get("mover"))
+            with watched as seen, moved as found["warnings"], _compared(case, models) as kept:
                 samples = self._sample_all(case, models)
             found["kept_arguments"] = kept
             found["latents"] = _digest(samples["samples"] if "samples" in samples else samples["video"])

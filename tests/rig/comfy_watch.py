@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
 import sys
 import threading
 import time
@@ -129,6 +130,51 @@ def watched(
         found["began_s"] = watch.began_s
         found |= {name: count - counted[name] for name, count in COUNTS.now().items()}
         found["block_bytes"] = [watch.block_bytes.get(index, 0) for index in range(len(transformers))]
+
+
+def _moves_data(block: nn.Module, *_: Any) -> None:
+    block.ffn[0].weight.data = block.ffn[0].weight.data.clone()
+
+
+def _replaces(block: nn.Module, *_: Any) -> None:
+    block.ffn[0].weight = nn.Parameter(block.ffn[0].weight.detach().clone(), requires_grad=False)
+
+
+MOVERS: dict[str, tuple[Callable[..., None] | None, Callable[..., None] | None]] = {
+    "points elsewhere": (_moves_data, None),
+    "replaces": (None, _replaces),
+    "offloads": (lambda block, *_: block.to(DEVICE) and None, lambda block, *_: block.to("cpu") and None),
+}
+"""What another pack does to each block before and after it runs."""
+
+
+class _Warnings(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "engine" in record.name:
+            self.texts.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def moved(transformers: Sequence[nn.Module], mover: str | None) -> Iterator[list[str]]:
+    """Another pack moves the weights of these transformers; the list has what the package's engine warns of."""
+    before, after = (None, None) if mover is None else MOVERS[mover]
+    handler, stack = _Warnings(), contextlib.ExitStack()
+    logging.getLogger().addHandler(handler)
+    stack.callback(logging.getLogger().removeHandler, handler)
+    for function in (before, after):
+        if function is not None:
+            function.__module__ = "/somewhere/custom_nodes/ComfyUI-Mover.nodes"
+    for block in (block for transformer in transformers for block in transformer.blocks):
+        if before is not None:
+            stack.callback(block.register_forward_pre_hook(before).remove)
+        if after is not None:
+            stack.callback(block.register_forward_hook(after).remove)
+    with stack:
+        yield handler.texts
 
 
 class Counts:

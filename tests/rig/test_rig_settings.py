@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ pytestmark = pytest.mark.rig
 
 LARGEST_COUNT = 48
 """That the widget takes."""
+
+MOST_ADOPTIONS = 3
+"""In a row, when others undo each."""
 
 
 def test_changed_counts_take_effect_with_the_loader_cached(comfy: Comfy, runs: Runs) -> None:
@@ -81,6 +85,21 @@ def test_behind_vram_management_we_refuse_in_one_line_what_the_wrapper_cannot_ru
     assert refused.error.startswith("WrapperError: swapped blocks cannot run with vram_management_args")
     assert refused.forwards == []
     assert comfy.latents(VARIANTS["lora_merged"], swap=ours(HALF)) == runs.unswapped("lora_merged").latents
+
+
+@pytest.mark.parametrize("count", [None, 0, HALF, BLOCKS], ids=["automatic", "all stay", "half", "all stream"])
+@pytest.mark.parametrize("mover", ["points elsewhere", "replaces", "offloads"])
+def test_a_pack_that_moves_weights_costs_three_adoptions_at_most_and_is_named_in_one_warning(
+    comfy: Comfy, runs: Runs, mover: str, count: int | None
+) -> None:
+    case = VARIANTS["bf16"] | {"sample": {"steps": 4}}
+    run = comfy.run(case, swap=ours(count), mover=mover, texts=True)
+    assert run.latents == comfy.latents(case)
+    assert max(forward["adoption"] for forward in run.forwards) <= MOST_ADOPTIONS
+    (warning,) = run.warnings
+    assert re.match(r"blocks\.\d+\.\S+ was moved or replaced by ComfyUI-Mover while the model runs; remove", warning)
+    assert re.search(r"note: ComfyUI-Mover moved or replaced blocks\.\d+\.", run.report_text)
+    assert comfy.latents(VARIANTS["bf16"], swap=ours(count), cached=True) == runs.unswapped("bf16").latents
 
 
 @pytest.mark.parametrize("variant", ["bf16", "fp8_scaled", "lora_merged"])

@@ -17,6 +17,11 @@ function planOf(part) {
   return plan && { ...plan, over_ceiling: part.over_ceiling === true };
 }
 
+function runOf(part) {
+  const run = amounts(part, ["forwards", "streamed"], ["forward_ms", "stall_ms", "copy_bytes_per_s"]);
+  return run && { ...run, others: typeof part.others === "string" ? part.others : "" };
+}
+
 /**
  * The event's detail, checked.
  * @returns {object | null} null if there is no node, or an unknown phase (of a newer Python).
@@ -33,6 +38,6 @@ export function readEvent(detail) {
     memory: memory?.total ? memory : null,
     plan: planOf(detail.plan),
     adopt: amounts(detail.adopt, ["placed", "all", "pinned"]),
-    run: amounts(detail.run, ["forwards", "streamed"], ["forward_ms", "stall_ms", "copy_bytes_per_s"]),
+    run: runOf(detail.run),
   };
 }

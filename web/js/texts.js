@@ -89,7 +89,8 @@ export class Texts {
     const isKnown = event.phase !== "stopped" || event.text === ENGLISH.stopped;
     if (event.text && (this.language === "en" || !isKnown)) return split(event.text);
     if (event.phase === "stopped") return [this.say("stopped")];
-    const lines = [this.plan(event.plan), this.adopting(event.adopt), this.running(event)].filter(Boolean);
+    const figures = [this.plan(event.plan), this.adopting(event.adopt), this.running(event)];
+    const lines = [...figures, event.run?.others].filter(Boolean); // what others do is told in English alone
     return lines.length ? lines : split(event.text);
   }
 

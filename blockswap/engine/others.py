@@ -1,0 +1,196 @@
+"""Others that move or replace weights while the model runs: what they did, who they are, how to go on without us."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...hardware.units import format_count
+from ..device.failures import device_error
+from ..errors import BlockSwapError
+from .trace import Trace
+
+logger = logging.getLogger(__name__)
+
+MOST_ADOPTIONS = 3
+"""Adoptions in a row that others may undo."""
+
+FORWARDS_OF_A_STEP = 4
+"""At most so many forwards make a step of the sampler; what returns within them is in a row."""
+
+MOST_NAMES = 3
+
+UNKNOWN = "another node"
+
+CURE = "remove or bypass what moves or patches the model"
+
+
+@dataclass(slots=True)
+class Others:
+    """What others did to the weights during one run.
+
+    Attributes:
+        moved: How often each weight was found moved or replaced, by its full name.
+        who: Those that could be identified.
+        placed_again: How often all blocks were placed again for it.
+        gave_up: Whether the run goes on with blocks that are moved one at a time.
+    """
+
+    moved: Counter[str] = field(default_factory=Counter)
+    who: list[str] = field(default_factory=list)
+    placed_again: int = 0
+    gave_up: bool = False
+    _in_a_row: int = 0
+    _quiet: int = 0
+
+    def found(self, name: str, places: Sequence[Sequence[nn.Module]]) -> None:
+        """Counts a weight that is not where it was put, and warns of the first.
+
+        Args:
+            name: The weight's full name.
+            places: Modules where others may have left hooks; those of the first place that has any are named.
+        """
+        names = next(filter(None, map(names_of_others, places)), [])
+        self.who += [one for one in names if one not in self.who]
+        self.moved[name] += 1
+        if sum(self.moved.values()) == 1:
+            logger.warning(
+                "%s was moved or replaced by %s while the model runs; %s: each time may cost seconds, and after %d "
+                "in a row blocks are moved one at a time instead of streamed, which is slow",
+                *(name, self.names, CURE, MOST_ADOPTIONS),
+            )
+
+    def undid(self, name: str, places: Sequence[Sequence[nn.Module]]) -> None:
+        """As `found`, of a weight without which its block cannot run: all are placed again, or `gave_up` is true."""
+        self.found(name, places)
+        self._in_a_row, self._quiet = self._in_a_row + 1, 0
+        self.gave_up = self._in_a_row >= MOST_ADOPTIONS
+        self.placed_again += not self.gave_up
+        if self.gave_up:
+            logger.info("%s was moved or replaced again: from here on blocks are moved one at a time", name)
+
+    def ended_forward(self) -> None:
+        """A forward has ended well."""
+        self._quiet += 1
+        if self._quiet > FORWARDS_OF_A_STEP:
+            self._in_a_row = 0
+
+    @property
+    def names(self) -> str:
+        """Who they are."""
+        return " and ".join(self.who) or UNKNOWN
+
+    @property
+    def text(self) -> str:
+        """What they did, in a sentence; empty if nothing."""
+        if not self.moved:
+            return ""
+        named = [f"{name} ({format_count(times, 'time')})" for name, times in self.moved.most_common(MOST_NAMES)]
+        more = len(self.moved) - len(named)
+        named += [f"{more} more"] if more else []
+        again = [f"all blocks were placed again {format_count(self.placed_again, 'time')}"] if self.placed_again else []
+        again += ["blocks are moved one at a time from then on, which is slow"] if self.gave_up else []
+        cost = f": {', and '.join(again)}" if again else ""
+        return f"{self.names} moved or replaced {', '.join(named)} while the model ran{cost}; {CURE}"
+
+
+def names_of_others(modules: Sequence[nn.Module]) -> list[str]:
+    """The libraries and packs whose hooks or `forward` are on modules of the model: they may be what moves weights."""
+    found = dict.fromkeys(one for module in modules for one in _on(module))
+    known = {_pack(__name__), "torch", *(_pack(type(module).__module__) for module in modules)}
+    return [name for name in found if name not in known]
+
+
+def _on(module: nn.Module) -> Iterator[str]:
+    here = vars(module)
+    if "_hf_hook" in here:
+        yield f"accelerate ({type(here['_hf_hook']).__name__})"
+    hooks = getattr(here.get("_diffusers_hook"), "hooks", None)
+    if isinstance(hooks, dict):
+        yield f"diffusers ({', '.join(hooks)})"
+    if "_hf_hook" not in here and hooks is None and "forward" in here:
+        yield _pack(_module_of(here["forward"]))
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        yield _pack(_module_of(hook))
+
+
+def _module_of(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__module__", None) or type(function).__module__
+
+
+def _pack(module: str) -> str:
+    """The folder of a pack, or a library's name. ComfyUI names a pack's modules by its path, without dots."""
+    path = module.replace("\\", "/")
+    return path.rpartition("custom_nodes/")[2].partition(".")[0].replace("_x_", ".")
+
+
+class OneAtATime:
+    """Takes the place of the swapper where others keep moving weights: moves each block to the device before it runs,
+    and those that it has moved back after it, as the wrapper's own swapping does.
+
+    Args:
+        blocks: Name and module of each block.
+        device: The device.
+
+    Attributes:
+        entered: Number of blocks entered in this forward.
+        trace: Is not used.
+        moved: What others move is not noticed.
+    """
+
+    moved: Sequence[tuple[int, str]] = ()
+
+    def __init__(self, blocks: Sequence[tuple[str, nn.Module]], device: torch.device) -> None:
+        self._blocks = blocks
+        self._device = device
+        self._moved: nn.Module | None = None
+        self.entered = 0
+        self.trace: Trace | None = None
+
+    def begin(self, *, checks: bool) -> None:
+        """Starts a forward. There are no slots, and so nothing to check."""
+        del checks
+        self.entered = 0
+
+    def enter(self, block: int) -> bool:
+        """Moves block `block` to the device, and the one before back to the host."""
+        self.leave()
+        _, module = self._blocks[block]
+        if any(tensor.device != self._device for tensor in (*module.parameters(), *module.buffers())):
+            self._moved = module
+            try:
+                _apply(module, lambda tensor: tensor.to(self._device))
+            except RuntimeError as failure:
+                if isinstance(failure, BlockSwapError):
+                    raise
+                raise device_error(failure, "a block was being moved") from failure
+        self.entered += 1
+        return True
+
+    def leave(self) -> None:
+        """Moves the last block back to the host."""
+        if self._moved is not None:
+            _apply(self._moved, lambda tensor: tensor.to("cpu"))
+            self._moved = None  # only now: an interrupt may have left some of it on the device
+
+    abort = release = leave
+
+    def replaced(self, block: int) -> str:
+        """Is not called: `enter` always succeeds."""
+        raise NotImplementedError(f"block {block} is wherever others have put it")
+
+
+def _apply(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """As `Module.to` does, whatever has been put in the place of that method."""
+    with torch.no_grad():
+        type(module)._apply(module, function)
