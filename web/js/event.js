@@ -36,3 +36,9 @@ export function readEvent(detail) {
     run: amounts(detail.run, ["forwards", "streamed"], ["forward_ms", "stall_ms", "copy_bytes_per_s"]),
   };
 }
+
+/** What is shown on a node that another pack has under our node's name: no run of ours. */
+export function foreignEvent(theirs, ours) {
+  const folder = (pack) => pack.replace(".", "/");
+  return { phase: "foreign", text: "", memory: null, theirs: folder(theirs), ours: folder(ours) };
+}
