@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from .blockswap.device.backend import backend_for
-from .blockswap.errors import SettingsError
+from .blockswap.errors import SettingsError, WrapperError
 from .blockswap.model.activations import activation_bytes
 from .blockswap.model.recognise import profile_tensors
 from .blockswap.model.wan import tokens_for
@@ -43,6 +44,8 @@ from .node_progress import NodeProgress
 logger = logging.getLogger(__name__)
 
 FOLDER = "wanvideo-enhanced-blockswap"
+
+WEB = Path(__file__).absolute().parent / "web"
 
 NO_SWAPPING = {
     "cpu": "the CPU computes from host memory",
@@ -155,6 +158,49 @@ class ComfyUI:
             )
         self.gate.install()
         return self.gate
+
+    def check_at_start(self, name: str, node: type) -> None:
+        """Checks, once ComfyUI has loaded all packs and starts its server, what `check` does; without one, nothing."""
+        server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+        if server is None or server.app.on_startup.frozen:
+            return
+        import nodes
+
+        earlier = nodes.NODE_CLASS_MAPPINGS.get(name)
+
+        async def on_startup(_: Any) -> None:
+            # Called by the loop, since an exception here would end ComfyUI's start.
+            server.loop.call_soon(self.check, name, node, earlier)
+
+        server.app.on_startup.append(on_startup)
+
+    def check(self, name: str, node: type, earlier: type | None) -> None:
+        """Logs which folder has the node, if another has one of the same name; else why there is no wrapper, if so.
+
+        Args:
+            name: Under which both are in ComfyUI's NODE_CLASS_MAPPINGS, where the pack that is loaded last wins.
+            node: Ours.
+            earlier: The node that ours has replaced; None without.
+        """
+        import nodes
+
+        used = nodes.NODE_CLASS_MAPPINGS.get(name, node)
+        if used is not node and hasattr(getattr(sys.modules.get(used.__module__), "COMFYUI", None), "check"):
+            # Of another copy of this package, which logs it. The browser must load the scripts of one copy alone.
+            for folder in [folder for folder, web in nodes.EXTENSION_WEB_DIRS.items() if Path(web) == WEB]:
+                del nodes.EXTENSION_WEB_DIRS[folder]
+            return
+        unused = node if used is not node else earlier
+        if unused is not None and unused.__module__ != used.__module__:
+            last, first = (f"{_folder(one)}{' (this package)' if one is node else ''}" for one in (used, unused))
+            self.warn_once(
+                f"two folders have the node {name}: ComfyUI uses that of {last}, which is loaded last, and not that of "
+                f"{first}; remove one of the two folders and restart ComfyUI"
+            )
+        try:
+            find_wrapper(nodes.NODE_CLASS_MAPPINGS)
+        except WrapperError as failure:
+            self.warn_once(str(failure))
 
     def why_not_swapped(self, settings: SwapSettings) -> str | None:
         """Why the device or ComfyUI's flags rule out swapping; None where swapping is on."""
@@ -306,6 +352,11 @@ def _running_workflow(server: Any) -> str | None:
         found = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
         return found.get("id") if isinstance(found.get("id"), str) else None
     return None
+
+
+def _folder(node: type) -> str:
+    """The folder of a node's pack, as in ComfyUI's own name for it."""
+    return str(getattr(node, "RELATIVE_PYTHON_MODULE", node.__module__)).replace(".", "/", 1)
 
 
 def _limits() -> Limits:

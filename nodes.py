@@ -15,7 +15,7 @@ from .hardware import HardwareUnavailableError
 logger = logging.getLogger(__name__)
 
 COMFYUI = ComfyUI()
-"""The ComfyUI of this process, which is not read before a node runs."""
+"""The ComfyUI of this process, which is not read before it has loaded every pack."""
 
 CATEGORY = "WanVideoWrapper/Enhanced"
 

@@ -76,7 +76,7 @@ def test_without_the_wrapper_it_says_that_nothing_is_swapped_and_what_to_install
     assert SETTINGS_KEY not in arguments
     assert arguments["blocks_to_swap"] == count
     (said,) = warnings(caplog)
-    assert "no pack has its loader, and nothing is swapped" in said
+    assert "no pack has its loader, and without it WanVideo Enhanced BlockSwap swaps nothing" in said
     assert "install it through ComfyUI Manager" in said
     assert "swapping is used" not in said
     assert [event["text"] for event in events] == [said]

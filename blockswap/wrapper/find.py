@@ -86,8 +86,8 @@ def find_wrapper(node_classes: Mapping[str, type]) -> Wrapper:
         raise WrapperError(f"{refused[0]}; update it and WanVideo Enhanced BlockSwap")
     if not packages:
         raise WrapperMissingError(
-            "ComfyUI-WanVideoWrapper is not loaded: no pack has its loader, and nothing is swapped without it; install "
-            "it through ComfyUI Manager, or look in ComfyUI's log for why its import failed"
+            "ComfyUI-WanVideoWrapper is not loaded: no pack has its loader, and without it WanVideo Enhanced BlockSwap "
+            "swaps nothing; install it through ComfyUI Manager, or look in ComfyUI's log for why its import failed"
         )
     return Wrapper(packages, holders, refused)
 

@@ -2,13 +2,15 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { readEvent } from "./event.js";
+import { foreignEvent, readEvent } from "./event.js";
 import { Panel } from "./panel.js";
 import { DEFAULT_CEILING, settings } from "./settings.js";
 import { Texts, textsFrom } from "./texts.js";
 import { Workflows, nodeAt, nodesOf } from "./workflows.js";
 
 const NODE = "WanVideoEnhancedBlockSwap";
+// As ComfyUI calls a pack: it serves this module as /extensions/FOLDER/js/blockswap.js.
+const PACK = `custom_nodes.${decodeURIComponent(import.meta.url.split("/").at(-3))}`;
 const EVENT = "wanvideo_enhanced_blockswap.progress";
 const WIDGET = "blockswap_memory";
 // ComfyUI's own widget for the text that nodes send while they run.
@@ -26,8 +28,10 @@ const panels = new WeakMap();
 let texts = new Texts();
 let language = "en";
 let isShown = true;
+// The pack of another node under this name, which ComfyUI uses instead of ours.
+let otherPack = null;
 
-const isOurs = (node) => node?.comfyClass === NODE;
+const isOurs = (node) => node?.comfyClass === NODE && !otherPack;
 const setting = (id) => app.extensionManager.setting.get(id);
 
 // The bar
@@ -111,7 +115,7 @@ function showEvent(event) {
 
 /** Shows all events of the open workflow again: its nodes or the language may be new. */
 function showEvents() {
-  for (const node of nodesOf(app.rootGraph)) if (isOurs(node)) panelOf(node).show(panelOf(node).event, texts);
+  for (const node of nodesOf(app.rootGraph)) if (barOf(node)) panelOf(node).show(panelOf(node).event, texts);
   for (const event of workflows.eventsOf(app.rootGraph)) showEvent(event);
 }
 
@@ -188,10 +192,14 @@ app.registerExtension({
     api.addEventListener("progress_text", onProgressText);
     await followLanguage();
   },
+  beforeRegisterNodeDef(_nodeType, { name, python_module: pack }) {
+    if (name === NODE) otherPack = pack && pack !== PACK ? pack : null;
+  },
   nodeCreated(node) {
-    if (!isOurs(node)) return;
-    takeDefaultCeiling(node);
-    if (!isShown) return;
+    if (node.comfyClass !== NODE) return;
+    if (otherPack) panelOf(node).event = foreignEvent(otherPack, PACK);
+    else takeDefaultCeiling(node);
+    if (!isShown && !otherPack) return;
     addBar(node);
     node.setSize([Math.max(node.size[0], NEW_WIDTH), node.size[1]]);
     makeRoom(node);

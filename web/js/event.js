@@ -41,3 +41,9 @@ export function readEvent(detail) {
     run: runOf(detail.run),
   };
 }
+
+/** What is shown on a node that another pack has under our node's name: no run of ours. */
+export function foreignEvent(theirs, ours) {
+  const folder = (pack) => pack.replace(".", "/");
+  return { phase: "foreign", text: "", memory: null, theirs: folder(theirs), ours: folder(ours) };
+}

@@ -7,6 +7,8 @@ const PADDING = 8;
 
 // Legend and three lines, so that the node keeps its height from before the first run to the result.
 const MIN_HEIGHT = 176;
+// Three lines and no bar.
+const NOTICE_HEIGHT = 68;
 
 /** An HTML element with inline styles. */
 function html(name, style, children = []) {
@@ -55,13 +57,13 @@ export class Panel {
   /** @param {() => void} onResize Called when the panel may need more room, or less. */
   constructor(onResize) {
     this.event = null;
+    this.least = MIN_HEIGHT;
     this.onResize = onResize;
     this.element = document.createElement("div");
     this.element.setAttribute("role", "img");
     this.content = html("div", {
       position: "relative",
       boxSizing: "border-box",
-      minHeight: `${MIN_HEIGHT}px`,
       padding: `${PADDING}px 10px`,
       borderRadius: "8px",
       overflow: "hidden", // the progress along the edge follows its round corners
@@ -78,7 +80,7 @@ export class Panel {
 
   /** Height of the panel; the minimum while it has no width on the page. */
   get height() {
-    return this.element.offsetWidth ? Math.max(MIN_HEIGHT, this.content.offsetHeight) : MIN_HEIGHT;
+    return this.element.offsetWidth ? Math.max(this.least, this.content.offsetHeight) : this.least;
   }
 
   /**
@@ -88,6 +90,9 @@ export class Panel {
    */
   show(event, texts) {
     this.event = event;
+    const hasBar = event?.phase !== "foreign";
+    this.least = hasBar ? MIN_HEIGHT : NOTICE_HEIGHT;
+    this.content.style.minHeight = `${this.least}px`;
     const memory = event?.memory ?? null;
     const lines = event ? texts.lines(event) : [texts.say("idle")];
     if (event?.isEarlier) lines.push(texts.say("earlier"));
@@ -95,13 +100,12 @@ export class Panel {
     const legend = memory || !event ? entriesOf(memory, texts) : [];
     const total = memory ? texts.memory(memory.total) : "";
     const amounts = memory ? legend.flat().map(({ word, size }) => `${word} ${size}`) : [];
-    const spoken = [`${texts.say("memory")} ${total}`.trim(), ...amounts, ...lines];
+    const spoken = [...(hasBar ? [`${texts.say("memory")} ${total}`.trim(), ...amounts] : []), ...lines];
     this.element.setAttribute("aria-label", spoken.join(". "));
     this.element.dataset.phase = event?.phase ?? "idle";
     this.content.lang = texts.language;
     this.content.replaceChildren(
-      headOf(texts.say("memory"), total),
-      html("div", { height: `${HEIGHT}px` }, [bar(memory)]),
+      ...(hasBar ? [headOf(texts.say("memory"), total), html("div", { height: `${HEIGHT}px` }, [bar(memory)])] : []),
       ...(legend.length ? [legendOf(legend)] : []),
       ...lines.map((line, index) => sentenceOf(line, event && index === 0)),
       ...progressOf(event),

@@ -29,6 +29,7 @@ export const ENGLISH = {
   stopped: "the run ended before its first forward finished",
   off: "nothing is swapped by this node",
   earlier: "of an earlier run",
+  foreign: "This node is that of [theirs], not that of [ours]. Remove one of the two folders and restart ComfyUI.",
   size: "[number] [unit]",
   gib: "GiB",
   mib: "MiB",
@@ -84,6 +85,7 @@ export class Texts {
 
   /** The event's sentences, one per line; in English, Python's own text. */
   lines(event) {
+    if (event.phase === "foreign") return [this.say("foreign", event)];
     if (event.phase === "off" && this.language !== "en") return [this.say("off"), ...split(event.text)];
     // The text of a stopped run may be an error's message, which is not translated.
     const isKnown = event.phase !== "stopped" || event.text === ENGLISH.stopped;
