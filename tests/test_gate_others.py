@@ -16,7 +16,7 @@ import standin
 import torch
 from gate_bench import BLOCKS, DEVICE, VACE_BLOCKS, GateBench, allocated, arguments, is_as_new, sampled, truth
 from standin import Workflow, nodes_model_loading, swap_args
-from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError, WrapperError
+from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError, UnsupportedModelError, WrapperError
 from wanvideo_enhanced_blockswap.blockswap.settings import SETTINGS_KEY
 from wanvideo_enhanced_blockswap.blockswap.wrapper.patch import Forward
 
@@ -344,3 +344,29 @@ def test_automatic_hints_go_to_the_host_where_the_plan_has_no_room_for_them(
     plan = bench.run_of(workflow).plan
     assert plan is not None
     assert not plan.over_ceiling
+
+
+def test_a_block_that_is_removed_between_runs_is_gone_and_in_a_run_is_one_error_with_what_to_do(
+    bench: GateBench,
+) -> None:
+    workflow = bench.workflow("fp32", arguments(2))
+    workflow.sample()
+    del workflow.transformer.blocks[1]
+    plain = Workflow(standin.VARIANTS["fp32"], device=DEVICE)
+    plain.load(None)
+    del plain.transformer.blocks[1]
+    assert torch.equal(workflow.sample(), plain.sample())
+    forwards = []
+
+    def remove(model: Any, _: Any) -> None:
+        forwards.append(model)
+        if len(forwards) == 2:
+            del model.blocks[1]
+
+    handle = workflow.transformer.register_forward_pre_hook(remove)
+    said = rf"began with {BLOCKS - 1} blocks, and now the model has {BLOCKS - 2}: .* queue the prompt again"
+    with pytest.raises(UnsupportedModelError, match=said):
+        workflow.sample()
+    handle.remove()
+    del plain.transformer.blocks[1]
+    assert torch.equal(workflow.sample(), plain.sample())

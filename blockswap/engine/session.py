@@ -300,8 +300,9 @@ class SwapSession:
         modules = [module for _, module in self._named] if blocks is None else blocks
         if len(modules) != len(self._named):
             raise UnsupportedModelError(
-                f"the session was made with {len(self._named)} blocks, the forward has {len(modules)}; "
-                "make a new session for another model"
+                f"the run began with {len(self._named)} blocks, and now the model has {len(modules)}: another node has "
+                "added or removed blocks meanwhile; remove that node, or queue the prompt again, so that the run "
+                "begins with these (in Python: make a new session)"
             )
         self._expect("forward", SessionState.IDLE, SessionState.ADOPTED)
         if torch.is_grad_enabled():

@@ -385,9 +385,12 @@ class GatedModel:
 
     def _current_parts(self, transformer: Any) -> Sequence[Part]:
         """The parts with the modules that the forward will call, if the blocks have been compiled since the start."""
-        if list(transformer.blocks) != [part.module for part in self._parts if part.name.startswith("blocks.")]:
-            self._parts = parts_of(transformer)
-        return self._parts
+        if list(transformer.blocks) == [part.module for part in self._parts if part.name.startswith("blocks.")]:
+            return self._parts
+        parts = parts_of(transformer)
+        if self.has_parts(parts):  # what another node has put there is not what the run began with
+            self._parts = parts
+        return parts
 
     def _prepare(self, transformer: Any, arguments: Any, keywords: Any) -> Workload | None:
         """Plans the forward and returns its workload. VACE hints go to the host if the plan has no room for them."""
