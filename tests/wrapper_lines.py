@@ -100,7 +100,7 @@ class _Finder:
             inside = [one for child in own for one in ast.walk(child)]
             types = [one.value for one in inside if isinstance(one, ast.Attribute) and one.attr in ("dtype", "shape")]
             if self._changes(node) or any(self._is_found(one, lists, members) for one in inside if one not in types):
-                text = re.sub(r":?\n.*", ":", ast.unparse(node), flags=re.DOTALL)
+                text = re.sub(r":?\n.*", ":", ast.unparse(node).replace('"', "'"), flags=re.DOTALL)
                 yield function, text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
     def _is_found(self, node: ast.AST, lists: set[str], members: set[str]) -> bool:
