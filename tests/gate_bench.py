@@ -93,7 +93,7 @@ def block_bytes(transformer: Any) -> int:
 def is_as_new(transformer: Any) -> bool:
     """Whether nothing of ours is on the transformer."""
     counters = {name: getattr(transformer, name) for name in COUNTERS}
-    return counters == COUNTERS and "forward" not in vars(transformer)
+    return counters == COUNTERS and not {"forward", "_apply"} & {*vars(transformer)}
 
 
 def allocated() -> int:

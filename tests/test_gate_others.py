@@ -14,8 +14,20 @@ from typing import Any
 import pytest
 import standin
 import torch
-from gate_bench import BLOCKS, DEVICE, VACE_BLOCKS, GateBench, allocated, arguments, is_as_new, sampled, truth
+from gate_bench import (
+    BLOCKS,
+    DEVICE,
+    VACE_BLOCKS,
+    GateBench,
+    allocated,
+    arguments,
+    block_bytes,
+    is_as_new,
+    sampled,
+    truth,
+)
 from standin import Workflow, nodes_model_loading, swap_args
+from standin.measuring import measured
 from wanvideo_enhanced_blockswap.blockswap.errors import SettingsError, UnsupportedModelError, WrapperError
 from wanvideo_enhanced_blockswap.blockswap.settings import SETTINGS_KEY
 from wanvideo_enhanced_blockswap.blockswap.wrapper.patch import Forward
@@ -55,6 +67,22 @@ def test_old_residents_and_new_weights_never_stand_side_by_side(bench: GateBench
     first = sampled(workflow)
     in_use = allocated()
     assert in_use + sampled(workflow).peak <= before + first.peak + 4096
+
+
+@pytest.mark.parametrize("count", [None, 2])
+@pytest.mark.parametrize("variant", ["fp32", "fp8_scaled", "gguf", "lora_merged", "vace", "beside", "compiled_whole"])
+def test_a_model_that_stays_leaves_the_device_when_the_text_encoder_asks_for_it(
+    bench: GateBench, variant: str, count: int | None
+) -> None:
+    workflow = Workflow(stays(variant), device=DEVICE)
+    workflow.load(arguments(count))
+    workflow.sample()
+    beside = sum(one.nbytes for one in workflow.transformer.parameters()) - block_bytes(workflow.transformer)
+    with torch.inference_mode(), measured(DEVICE) as cost:
+        workflow.transformer.to("cpu")
+    assert bench.run_of(workflow).session.device_bytes == 0
+    assert cost.d2h_bytes <= beside + 4096
+    assert torch.equal(workflow.sample(), truth(variant))
 
 
 # Other packs
@@ -160,6 +188,21 @@ def test_hooks_on_a_model_compiled_as_a_whole_are_called(bench: GateBench) -> No
     workflow.transformer.register_forward_pre_hook(lambda *_: seen.append(True))
     workflow.sample()
     assert len(seen) == 6
+
+
+def test_what_is_beside_the_blocks_of_a_model_compiled_as_a_whole_is_not_loaded_as_a_run_starts(
+    bench: GateBench,
+) -> None:
+    runs = []
+    for compiles in (None, "model"):
+        workflow = Workflow(replace(standin.VARIANTS["beside"], compiles=compiles), device=DEVICE)
+        workflow.load(arguments(ALL))
+        runs.append(sampled(workflow))
+    plain, whole = runs
+    assert torch.equal(whole.latents, plain.latents)
+    assert whole.h2d_bytes == plain.h2d_bytes
+    assert whole.d2h_bytes == plain.d2h_bytes
+    assert whole.peak == plain.peak
 
 
 def test_weights_moved_to_the_device_between_forwards_leave_nothing_there(bench: GateBench) -> None:

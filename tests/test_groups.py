@@ -272,14 +272,16 @@ def test_what_is_in_a_module_that_is_compiled_as_a_whole_stays_with_the_wrapper(
     assert names - left == {name for name in names if name.startswith("refextractor")} != set()
 
 
-def test_what_is_beside_the_blocks_is_hidden_while_the_wrapper_starts_a_run() -> None:
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_what_is_beside_the_blocks_is_hidden_while_the_wrapper_starts_a_run(is_compiled: bool) -> None:
     transformer = Transformer()
-    every = dict(transformer.named_parameters())
-    with hidden(transformer, parts_of(transformer)):
-        seen = dict(transformer.named_parameters())
-    assert set(seen) == {name for name in every if name.startswith(("blocks.", "head."))}
-    assert dict(transformer.named_parameters()) == every
-    assert "named_parameters" not in vars(transformer)
+    outer: Any = torch.compile(transformer, backend="eager") if is_compiled else transformer
+    every = dict(outer.named_parameters())
+    with hidden(outer, parts_of(transformer)):
+        seen = dict(outer.named_parameters())
+    assert set(seen) == {name for name in every if name.removeprefix("_orig_mod.").startswith(("blocks.", "head."))}
+    assert dict(outer.named_parameters()) == every
+    assert "named_parameters" not in vars(outer)
 
 
 # ---- bad input

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...hardware import is_driver_refusal, is_out_of_memory
@@ -192,7 +193,7 @@ class Gate:
         self._make_room(gated, host_weight_bytes(parts))
         hints_to_host = not settings.auto_hardware_tuning and settings.vace_blocks_to_swap > 0
         gated.start(outer, parts, hints_to_host=hints_to_host)
-        return hidden(transformer, parts)
+        return hidden(outer, parts)
 
     def _make_room(self, gated: GatedModel, need: int) -> None:
         """Makes models whose run has ended give up host memory that this one needs: first locks, then slabs.
@@ -300,7 +301,8 @@ class GatedModel:
         self.hints_to_host, self._is_last_step, self._parts = hints_to_host, False, parts
         transformer = unwrapped(outer)
         self._control = ControlModels(self._packages, self.run, transformer.offload_device)
-        self._armed = [weakref.ref(Forward.on(transformer, self._forward))]
+        ours = Forward.on(transformer, self._forward), Forward.on(transformer, self._move, "_apply")
+        self._armed = list(map(weakref.ref, ours))
         if outer is not transformer:
             logger.info("a model compiled as a whole runs uncompiled while blocks are swapped; compile only the blocks")
             self._armed.append(weakref.ref(Forward.on(outer, _call_uncompiled)))
@@ -347,6 +349,15 @@ class GatedModel:
             finally:
                 self._release(failure)
             raise
+
+    def _move(self, transformer: Any, original: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
+        """`to` and the like on the whole model. Before it leaves the device between two forwards, as the text encoder
+        asks for after a run without force_offload, all our memory there is freed, and no resident is copied back.
+        """
+        probe = torch.empty(0, device=transformer.main_device)
+        if self.run.session.state is SessionState.ADOPTED and arguments[0](probe).device != probe.device:
+            self._release()
+        return original(*arguments, **keywords)
 
     def _forward_or_retry(self, transformer: Any, original: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
         """One forward. If device memory runs out, it is called again with a smaller plan, unless that could change the

@@ -91,17 +91,22 @@ def _unmoved(key: int, module: nn.Module, function: Callable[..., Any], recurse:
 
 
 @contextlib.contextmanager
-def hidden(transformer: nn.Module, parts: Sequence[Part]) -> Iterator[None]:
-    """A context in which `transformer.named_parameters` leaves out the modules beside the blocks: when a run starts,
-    the wrapper moves to the device whatever has no "block" in its name.
+def hidden(outer: nn.Module, parts: Sequence[Part]) -> Iterator[None]:
+    """A context in which `outer.named_parameters` leaves out the modules beside the blocks: when a run starts, the
+    wrapper moves to the device whatever has no "block" in its name.
+
+    Args:
+        outer: The transformer, or the module that torch.compile made of it.
+        parts: The modules that are swapped.
     """
     outside = tuple(f"{part.name}." for part in parts if part.is_beside)
-    original = transformer.named_parameters
+    original = outer.named_parameters
 
     def named_parameters(*arguments: Any, **keywords: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, one) for name, one in original(*arguments, **keywords) if not name.startswith(outside))
+        named = original(*arguments, **keywords)
+        return ((name, one) for name, one in named if not name.replace("_orig_mod.", "").startswith(outside))
 
-    with _replaced(transformer, "named_parameters", named_parameters) if outside else contextlib.nullcontext():
+    with _replaced(outer, "named_parameters", named_parameters) if outside else contextlib.nullcontext():
         yield
 
 

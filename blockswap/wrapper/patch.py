@@ -95,7 +95,7 @@ class Watched:
 
 
 class Forward:
-    """Our `forward` in the attributes of one module, between the start and the end of a run.
+    """Our `forward`, or another method, in the attributes of one module, between the start and the end of a run.
 
     Other packs may keep it: once disarmed, it calls what it has replaced. It alone holds what it has replaced, so that
     both go with the module. A deep copy of the module gets the copy's own original instead.
@@ -103,33 +103,35 @@ class Forward:
     Args:
         module: The module.
         run: Runs a forward.
+        name: The method's name.
     """
 
-    def __init__(self, module: nn.Module, run: RunForward) -> None:
-        found = vars(module).get("forward")
-        # None if the module itself has no `forward`, so that the method of its class counts.
+    def __init__(self, module: nn.Module, run: RunForward, name: str) -> None:
+        found = vars(module).get(name)
+        # None if the module itself has no such attribute, so that the method of its class counts.
         self._replaced: Any = found._replaced if isinstance(found, Forward) else found
+        self._name = name
         self._module = weakref.ref(module)
         self._run: RunForward | None = run
         # Not in the class body: it imports the compiler, which is slow and sets environment variables.
         self._uncompiled = torch.compiler.disable(Forward._forward)
 
     @classmethod
-    def on(cls, module: nn.Module, run: RunForward) -> Forward:
-        """Makes a new one the `forward` of the module."""
-        forward = vars(module)["forward"] = cls(module, run)
+    def on(cls, module: nn.Module, run: RunForward, name: str = "forward") -> Forward:
+        """Makes a new one the method of the module."""
+        forward = vars(module)[name] = cls(module, run, name)
         return forward
 
     def disarm(self) -> None:
         """Puts back what it has replaced, unless another pack has replaced it since; idempotent."""
         self._run = None
         module = self._module()
-        if module is None or vars(module).get("forward") is not self:
+        if module is None or vars(module).get(self._name) is not self:
             return
         if self._replaced is None:
-            del vars(module)["forward"]
+            del vars(module)[self._name]
         else:
-            vars(module)["forward"] = self._replaced
+            vars(module)[self._name] = self._replaced
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self._uncompiled(self, *arguments, **keywords)
@@ -138,11 +140,13 @@ class Forward:
         module = self._module()
         assert module is not None, "its own attribute is being called"
         # The class's method is looked up now: another pack may have patched the class since.
-        original = functools.partial(type(module).forward, module) if self._replaced is None else self._replaced
+        original = (
+            functools.partial(getattr(type(module), self._name), module) if self._replaced is None else self._replaced
+        )
         if self._run is None:
             return original(*arguments, **keywords)
         return self._run(module, original, arguments, keywords)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self._module()))
-        return self if copied is None else functools.partial(type(copied).forward, copied)
+        return self if copied is None else functools.partial(getattr(type(copied), self._name), copied)

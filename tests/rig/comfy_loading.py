@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import inspect
 import os
 import sys
 import types
@@ -117,7 +118,7 @@ def load_wrapper(comfyui: Path) -> None:
     load_custom_node(Path(other) if other else comfyui / "custom_nodes" / WRAPPER)
     if copy:
         load_custom_node(Path(copy))
-        _take_place("ModelLoader", "Sampler")
+        _take_place(Path(copy), "WanVideoModelLoader", "WanVideoSampler")
     if IS_CUDA:
         return
     model = wrapper_module("wanvideo.modules.model")
@@ -127,13 +128,14 @@ def load_wrapper(comfyui: Path) -> None:
         _build_what_the_files_have()
 
 
-def _take_place(*nodes_of_copy: str) -> None:
+def _take_place(copy: Path, *classes: str) -> None:
     """Registers nodes of a renamed copy under the wrapper's names, which the cases call."""
     import nodes
 
-    for name in nodes_of_copy:
-        (own,) = [node for key, node in nodes.NODE_CLASS_MAPPINGS.items() if key.endswith(f" {name}")]
-        nodes.NODE_CLASS_MAPPINGS[f"WanVideo{name}"] = own
+    for name in classes:
+        named = {node for node in nodes.NODE_CLASS_MAPPINGS.values() if node.__name__ == name}
+        (own,) = [node for node in named if Path(inspect.getfile(node)).is_relative_to(copy)]
+        nodes.NODE_CLASS_MAPPINGS[name] = own
 
 
 MTV_WIDTHS = {44: 8, 84: 24}

@@ -410,6 +410,12 @@ def stand_in(inputs: Inputs) -> Inputs:
     return {"image_embeds": embeds}
 
 
+def control_lora(inputs: Inputs) -> Inputs:
+    """A control video in all steps. Where it is for some only, the wrapper fails in the others."""
+    video = {"latents": _latents(inputs, 291), "start_percent": 0.0, "end_percent": 1.0}
+    return {"image_embeds": outputs("WanVideoControlEmbeds", **video)}
+
+
 FAMILIES: dict[str, Callable[[Inputs], Inputs]] = {
     "s2v": s2v,
     "s2v_framepack": s2v_framepack,
@@ -437,5 +443,6 @@ FAMILIES: dict[str, Callable[[Inputs], Inputs]] = {
     "fun_camera": fun_camera,
     "longcat_avatar": longcat_avatar,
     "stand_in": stand_in,
+    "control_lora": control_lora,
 }
 """By name."""

@@ -199,6 +199,7 @@ FAMILIES: dict[str, Case] = {
     # In fp32, since the wrapper gives its motion tokens the type of the latents.
     "mtv": _case("mtv.safetensors", base_precision="fp32", family="mtv", cfg=1.0),
     "longcat_avatar": _case("longcat_avatar.safetensors", family="longcat_avatar", cfg=1.0),
+    "control_lora": _case(BF16, lora=_MERGED | {"lora": "control_lora.safetensors"}, family="control_lora", cfg=1.0),
     "stand_in": _case(BF16, lora=_STAND_IN, family="stand_in", cfg=1.0),
     "stand_in_unmerged": _case(BF16, lora=_STAND_IN | {"merge_loras": False}, family="stand_in", cfg=1.0),
 }

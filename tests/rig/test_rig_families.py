@@ -127,7 +127,8 @@ def test_after_a_run_the_transformer_is_the_wrappers_own(families: Runs, family:
     assert run.after_bytes <= unswapped.after_bytes
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mtv"])  # in bf16, as `plan` takes it
+# In bf16, and without LoRAs that are merged, as `plan` takes a model.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("mtv", "control_lora")])
 def test_plan_gives_the_bytes_of_the_run(families: Runs, family: str) -> None:
     plan, blocks = the_plan(families.of(family, 1)), families.file(family).model.blocks
     sizes = zip(plan["names"], plan["streamed_bytes"], plan["small_bytes"], strict=True)

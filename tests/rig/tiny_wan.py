@@ -6,6 +6,7 @@ VACE blocks. Matrices of a block are those of the one before, shifted: no two ar
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -116,6 +117,16 @@ def _vace_lora(rank: int) -> Weights:
     return _repeated("diffusion_model.vace_blocks", first, VACE_BLOCKS)
 
 
+def _control_lora(rank: int) -> Weights:
+    """With channels of a control video beside those of the latents."""
+    made, kernel = _Random(8), 2 * CHANNELS * math.prod(PATCH)
+    layer = "diffusion_model.patch_embedding"
+    return _lora(rank) | {
+        f"{layer}.lora_A.weight": made.tensor(rank, kernel, scale=0.1),
+        f"{layer}.lora_B.weight": made.tensor(WIDTH, rank, scale=0.1),
+    }
+
+
 def _differences() -> Weights:
     """What some files have beside factors: whole differences of a matrix and of a bias."""
     made = _Random(7)
@@ -195,6 +206,7 @@ FILES: dict[str, Callable[[], Weights]] = {
     "loras/large_lora.safetensors": lambda: _in_bf16(_lora(LARGE_RANK)),
     "loras/fp16_lora.safetensors": lambda: _in_fp16(_lora_with_alpha(4, RANK)),
     "loras/large_fp32_lora.safetensors": lambda: _lora_with_alpha(5, LARGE_RANK) | _differences(),
+    "loras/control_lora.safetensors": lambda: _in_bf16(_control_lora(RANK)),
     "loras/vace_lora.safetensors": lambda: _in_bf16(_vace_lora(RANK)),
     "loras/large_vace_lora.safetensors": lambda: _in_bf16(_vace_lora(LARGE_RANK)),
 }
