@@ -199,7 +199,7 @@ class WanVideoBlockSwapPlan:
             plan, card = COMFYUI.preview(model, settings, shape)
         except (BlockSwapError, HardwareUnavailableError) as failure:
             return str(failure)
-        text = plan_text(plan, card=card, budget_bytes=plan.budget_bytes)
+        text = plan_text(plan, card=card, details=settings.debug_mode)
         return f"{text}\n- {NOT_FOLLOWED}" if is_theirs(arguments_of(model)) else text
 
 
@@ -227,8 +227,8 @@ class WanVideoBlockSwapReport:
         if why_not is None and gate is not None:
             run = gate.run_of(model.model.diffusion_model)
             report = None if run is None else run.report()
-            if report is not None:
-                return summary(report)
+            if run is not None and report is not None:
+                return summary(report, details=run.planner.settings.debug_mode)
         try:
             why_not = why_not or _why_not_ours(arguments_of(model))
         except HardwareUnavailableError as failure:

@@ -51,7 +51,7 @@ ROOMS = {
 core's root: errors, settings and spans, and the names that README uses."""
 
 MOST_FILES = 12
-MOST_LINES = 450
+MOST_LINES = 480
 """A longer file raises a question: is it still one idea? The limit is never a reason to cut an idea in two."""
 
 FEW_LINES = 80

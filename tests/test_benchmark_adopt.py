@@ -70,7 +70,7 @@ def test_what_cannot_be_meant_is_one_line(capsys: pytest.CaptureFixture[str]) ->
 def test_the_text_tells_speed_and_locks(capsys: pytest.CaptureFixture[str]) -> None:
     assert adopt.main([*SMALL, "--lock", "none"]) == 0
     printed = capsys.readouterr().out
-    assert "4 blocks, 8.0 MiB" in printed
+    assert "4 blocks, 8.0 MB" in printed
     assert f"| | {' | '.join(WAYS)} |" in printed
     assert "| first_copy_s | " in printed
     assert "a copy in memory" in printed

@@ -102,7 +102,7 @@ def test_tables_are_printed_and_written(capsys: pytest.CaptureFixture[str], tmp_
     assert lines.count("|streams|1|2|5|") == 2
     assert "|1.0MiB|7.00|7.00|7.00|" in lines
     assert "|1.0MiB|7.00(+0.0%)|7.00(+0.0%)|7.00(+0.0%)|" in lines
-    assert "- 4.9 KiB, 64.0 KiB: slowdown unknown" in printed
+    assert "- 4.9 KB, 64.0 KB: slowdown unknown" in printed
 
 
 @pytest.mark.parametrize(
@@ -222,13 +222,13 @@ def test_no_figure_begins_after_the_time_is_over(monkeypatch: pytest.MonkeyPatch
 
 def test_products_that_cannot_run_leave_the_idle_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 32 MiB")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 32 MB")
 
     monkeypatch.setattr(copies, "_multiplication", refuse)
     rows = Watched().rows()
     assert {row.gbytes_per_s for row in rows if row.load == "idle"} == {7.0}
     assert {row.reason for row in rows if row.load == "busy"} == {
-        "no matrix product can run: CUDA out of memory. Tried to allocate 32 MiB"
+        "no matrix product can run: CUDA out of memory. Tried to allocate 32 MB"
     }
 
 

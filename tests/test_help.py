@@ -229,7 +229,7 @@ def test_the_page_calls_the_parts_of_the_bar_and_the_settings_what_the_front_end
 
 
 def example_plan() -> str:
-    """Wan 14B image to video in fp8 at 832x480x81 on 12 GiB of which 1 GiB is in use, under the defaults."""
+    """Wan 14B image to video in fp8 at 832x480x81 on 12 GB of which 1 GB is in use, under the defaults."""
     shapes = wan_shapes(5120, 13824, 40, channels=36)
     sizes = {name: 1 if "blocks." in name and len(shape) == 2 else 2 for name, shape in shapes.items()}
     stored = {

@@ -266,7 +266,7 @@ def test_comfyuis_flags_are_limits_of_the_plan(
 def test_memory_that_comfyuis_cache_keeps_available_is_left_to_it(
     comfy: SimpleNamespace, asked: list[float] | None, beyond: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With less, ComfyUI drops the loaded model. Our own floor, a tenth of 32 GiB, counts."""
+    """With less, ComfyUI drops the loaded model. Our own floor, a tenth of 32 GB, counts."""
     host = HostMemory(32 * GIB, 20 * GIB, None, None, HostPlatform.LINUX)
     monkeypatch.setattr(TorchMachine, "host", lambda _: host)
     comfy.flags.cache_ram = asked
@@ -427,4 +427,4 @@ def test_a_settings_file_that_cannot_be_read_is_said_once_and_costs_nothing_else
     workflow.sample()
     assert torch.equal(latents, unswapped("fp32", HPU).latents)
     said = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert len([message for message in said if "PinBudgetGiB: expected 0 to 1024 GiB" in message]) == 1
+    assert len([message for message in said if "PinBudgetGiB: expected 0 to 1024 GB" in message]) == 1

@@ -26,7 +26,7 @@ MEMORY = MemoryUse(total=12 * GIB, other=GIB, residents=4 * GIB, window=GIB // 2
 FREE = int(11.2 * GIB)
 PLAN = planned(18, free=FREE)
 RUN = ran(7, 61_300_000_000, forward_ms=1000.0, stall_ms=4.0, copy_bytes_per_s=11.9e9)
-STAY = "11.2 GiB free: 22 of 40 blocks stay, 18 stream through 2 slots"
+STAY = "11.2 GB free: 22 of 40 blocks stay, 18 stream through 2 slots"
 
 
 def sampling(**changes: Any) -> Progress:
@@ -45,8 +45,8 @@ def sampling(**changes: Any) -> Progress:
         ({"plan": PLAN, "predicted": predicted(31.0, 1000.0)}, f"{STAY}, 3.1% stall expected"),
         ({"plan": planned(18, free=FREE, over_ceiling=True)}, f"{STAY} (over the ceiling)"),
         ({"plan": planned(18, free=FREE, slots=1)}, STAY.replace("2 slots", "1 slot")),
-        ({"plan": planned(0, free=FREE, slots=0)}, "11.2 GiB free: all 40 blocks stay"),
-        ({"plan": planned(40, free=FREE)}, "11.2 GiB free: 0 of 40 blocks stay, 40 stream through 2 slots"),
+        ({"plan": planned(0, free=FREE, slots=0)}, "11.2 GB free: all 40 blocks stay"),
+        ({"plan": planned(40, free=FREE)}, "11.2 GB free: 0 of 40 blocks stay, 40 stream through 2 slots"),
     ],
 )
 def test_a_plan_is_one_sentence(shown: dict[str, Any], said: str) -> None:
@@ -56,7 +56,7 @@ def test_a_plan_is_one_sentence(shown: dict[str, Any], said: str) -> None:
 def test_adopting_tells_how_far_it_is_and_what_is_page_locked() -> None:
     placed = AdoptFigures(placed=int(12.3 * GIB), all=26 * GIB, pinned=int(10.1 * GIB))
     said = Progress(phase=Phase.ADOPTING, plan=PLAN, adopt=placed).text
-    assert said == f"{STAY}\nplacing weights: 12.3 GiB of 26.0 GiB, 10.1 GiB page-locked"
+    assert said == f"{STAY}\nplacing weights: 12.3 GB of 26.0 GB, 10.1 GB page-locked"
     assert "page-locked" not in Progress(phase=Phase.ADOPTING, plan=PLAN, adopt=replace(placed, pinned=0)).text
 
 

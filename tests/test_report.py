@@ -28,7 +28,7 @@ Model can be fully loaded into VRAM, no DRAM needed
 
 
 def plan(blocks: int = 4, swapped: int = 2, **changes: Any) -> SwapPlan:
-    """A plan of blocks of 8 MiB, apart from what is changed."""
+    """A plan of blocks of 8 MB, apart from what is changed."""
     profile = ModelProfile(
         tuple(BlockProfile(f"blocks.{i}", (TensorProfile("w", 8 * MIB, Placement.STREAMED),)) for i in range(blocks))
     )
@@ -123,19 +123,19 @@ def line(report: RunReport, begin: str) -> str:
 def test_a_summary_puts_what_was_predicted_beside_what_was_measured() -> None:
     assert summary(FULL) == (
         "WanModel on NVIDIA GeForce RTX 4090: 20 of 40 blocks swapped (18 pinned, 2 staged), "
-        "2 slots of 333.0 MiB, 4 copy streams\n"
-        "weights on the device: 7.0 GiB planned; 7.0 GiB measured\n"
-        "activations: 3.0 GiB expected; 2.0 GiB measured\n"
+        "2 slots of 333.0 MB, 4 copy streams\n"
+        "weights on the device: 7.0 GB planned; 7.0 GB measured\n"
+        "activations: 3.0 GB expected; 2.0 GB measured\n"
         "forwards: 40, and 4 that ran no block; 1,200 ms predicted; 1,250 ms measured (median)\n"
         "stall per forward: 6.0 ms (0.5%) predicted; 12.5 ms (1.0%) measured in 2 timed forwards\n"
         "copied to the device: 6.90 GB once; per forward 7.00 GB planned, 7.18 GB measured at 24.1 GB/s "
         "(link 25.0 GB/s); back: nothing\n"
         "tuning: tier RTX 5090/4090: at most 16 streams, 90% of what is available, since NVIDIA GeForce RTX 4090 is in "
         "the table of tiers; link: 25.0 GB/s with 4 streams, as fast as with up to 16\n"
-        "host memory: 14.0 GiB of slabs; 13.0 GiB page-locked; 1.0 GiB of ordinary memory; not page-locked: not enough "
+        "host memory: 14.0 GB of slabs; 13.0 GB page-locked; 1.0 GB of ordinary memory; not page-locked: not enough "
         "pin budget for a slab: 100 bytes needed, 10 left\n"
-        "120 samples: GPU busy 93 % (at most 100 %); VRAM in use at most 11.0 GiB; RAM of this process at most "
-        "30.0 GiB; RAM available at least 20.0 GiB\n"
+        "120 samples: GPU busy 93 % (at most 100 %); VRAM in use at most 11.0 GB; RAM of this process at most "
+        "30.0 GB; RAM available at least 20.0 GB\n"
         "planned again: the settings have changed\n"
         "note: the trace is in traces/trace.json"
     )
@@ -151,7 +151,7 @@ def test_a_summary_has_at_most_11_lines_whatever_the_texts_hold() -> None:
 def test_what_did_not_happen_or_is_not_known_is_left_out() -> None:
     assert summary(BARE) == (
         "toy on cpu: all 4 blocks resident\n"
-        "weights on the device: 32.0 MiB planned\n"
+        "weights on the device: 32.0 MB planned\n"
         "forwards: 1\n"
         "copied to the device: 33.6 MB once; back: nothing"
     )
@@ -191,12 +191,12 @@ def test_weights_above_the_plan_are_told_to_the_byte() -> None:
 
 def test_a_plan_above_its_budget_says_so() -> None:
     report = replace(FULL, plan=replace(SWAPPED, over_ceiling=True, budget_bytes=6 * GIB))
-    assert "7.0 GiB planned, over the budget of 6.0 GiB" in line(report, "weights")
+    assert "7.0 GB planned, over the budget of 6.0 GB" in line(report, "weights")
 
 
 def test_what_is_copied_back_is_always_said() -> None:
     assert line(FULL, "copied").endswith("back: nothing")
-    assert line(changed(returned_bytes=2048), "copied").endswith("back: 2.0 KiB of changed buffers, no weights")
+    assert line(changed(returned_bytes=2048), "copied").endswith("back: 2.0 KB of changed buffers, no weights")
 
 
 def test_a_run_without_a_single_forward_divides_nothing_by_it() -> None:
@@ -212,7 +212,7 @@ def test_a_share_of_no_time_is_left_out() -> None:
 
 def test_copies_on_the_compute_stream_are_named_instead_of_their_number() -> None:
     report = replace(FULL, plan=replace(SWAPPED, overlap=False, slots=1, streams=1))
-    assert summary(report).splitlines()[0].endswith("1 slot of 333.0 MiB, no overlap")
+    assert summary(report).splitlines()[0].endswith("1 slot of 333.0 MB, no overlap")
 
 
 def test_the_same_text_is_named_once_with_how_often_it_came() -> None:
@@ -225,8 +225,8 @@ def test_of_many_texts_the_first_are_named_and_the_others_counted() -> None:
 
 def test_blocks_that_are_read_from_their_file_are_in_the_line_on_host_memory() -> None:
     report = changed(refusals=(), slab_bytes=0, pinned_bytes=GIB, anonymous_bytes=0, file_bytes=9 * GIB)
-    read = "9.0 GiB read from the file in each forward"
-    assert line(report, "host memory") == f"host memory: 0 B of slabs; 1.0 GiB page-locked; {read}"
+    read = "9.0 GB read from the file in each forward"
+    assert line(report, "host memory") == f"host memory: 0 B of slabs; 1.0 GB page-locked; {read}"
 
 
 def test_what_was_refused_is_said_of_a_run_without_slabs_too() -> None:

@@ -263,7 +263,7 @@ def test_a_run_that_is_dropped_leaves_nothing_on_the_device_and_no_page_locked()
 
 
 def stored(count: int) -> ModelProfile:
-    """Blocks of 1 MiB in a file."""
+    """Blocks of 1 MB in a file."""
     weight = TensorProfile("w", MIB, Placement.STREAMED, in_file=True)
     blocks = tuple(BlockProfile(f"blocks.{i}", (weight,)) for i in range(count))
     return ModelProfile(blocks, files=("wan.safetensors", "lora.safetensors"))

@@ -199,7 +199,7 @@ class SwapSession:
             self.state = SessionState.IDLE
             self._holds.drop()
             raise
-        logger.info("swapping %d of %d blocks: %s", plan.swapped_count, len(plan.swapped), "; ".join(plan.reasons))
+        logger.debug("swapping %d of %d blocks: %s", plan.swapped_count, len(plan.swapped), "; ".join(plan.reasons))
         return plan
 
     def _open(self, model: ProfiledModel, plan: SwapPlan) -> BlockSwapper:

@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...hardware.records import Samples
@@ -43,12 +44,39 @@ class BlockTimes:
     stall_ms: float | None = None
 
 
+class Step(NamedTuple):
+    """A step of a sampler."""
+
+    number: int
+    """From 1."""
+    of: int | None
+    """Number of all steps; None is unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hint:
+    """What another vram_threshold_percent would gain, by the plan that it would give with what was measured.
+
+    Attributes:
+        free_bytes: Device memory that stayed unused at the peak.
+        percent: The vram_threshold_percent.
+        blocks: Blocks that would stay on the device, more than now.
+        saved_ms: What it would save in a step; in a forward where steps are unknown.
+    """
+
+    free_bytes: int
+    percent: int
+    blocks: int
+    saved_ms: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """What was measured in a run; None is unknown.
 
     Attributes:
         forwards: Forwards that ran blocks.
+        step: The sampler's step that ran last.
         empty_forwards: Forwards that ran none.
         timed_forwards: Forwards of which every block was timed.
         forward_ms: Duration of a forward that ran blocks, the median.
@@ -72,6 +100,7 @@ class Measured:
     """
 
     forwards: int
+    step: Step | None = None
     empty_forwards: int = 0
     timed_forwards: int = 0
     forward_ms: float | None = None
@@ -105,6 +134,10 @@ class RunReport:
         activation_bytes: Device memory that forwards were expected to take above the weights.
         link_bytes_per_s: Speed of the link that the prediction is based on.
         measured: What was measured.
+        hint: What the user could change; None if nothing.
+        number: Number of the run, from 1.
+        ended: When it ended; None while it lasts.
+        failure: What ended it; empty if it ended well.
         notes: Sentences on what no figure shows: where the trace is, what else slowed the run.
     """
 
@@ -114,6 +147,10 @@ class RunReport:
     activation_bytes: int | None = None
     link_bytes_per_s: float | None = None
     measured: Measured
+    hint: Hint | None = None
+    number: int = 1
+    ended: datetime | None = None
+    failure: str = ""
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -151,30 +188,35 @@ class RunStats:
         title: Model and device.
         session: Runs the blocks.
         planner: Makes the plans.
+        number: Number of the run, from 1.
 
     Attributes:
+        step: The sampler's step that ran last; None is unknown.
         observation: What the forwards that were timed last show.
         timed: Numbers of these forwards.
         is_timed: Whether they ran under the present plan and workload.
         prediction: A forward with the present plan in virtual time.
         weight_bytes: Device memory of the block weights under the present plan.
+        has_plan: Whether the run's first plan has been logged.
         is_slow: Whether a forward took several times the usual in this run.
         changes: How often the plan was changed by automatic tuning.
         replans: Why the plan was changed, each time.
         notes: Sentences on what no figure shows.
     """
 
-    def __init__(self, title: str, session: SwapSession, planner: Planner) -> None:
+    def __init__(self, title: str, session: SwapSession, planner: Planner, *, number: int = 1) -> None:
         self._title = title
+        self.number = number
         self._session = session
         self._planner = planner
         self._before = self._now = _Counts.of(session)
+        self.step: Step | None = None
         self.observation: Observation | None = None
         self.timed = range(0)
         self.is_timed = False
         self.prediction: ForwardTime | None = None
         self.weight_bytes: int | None = None
-        self.is_slow = False
+        self.has_plan = self.is_slow = False
         self.changes = 0
         self.replans: list[str] = []
         self.notes: list[str] = []
@@ -231,6 +273,7 @@ class RunStats:
                 blocks=block_times(_since(spans, self.timed), profile, plan.swapped) if is_timed else (),
                 samples=samples,
             ),
+            number=self.number,
             notes=(*self.notes, *filter(None, [session.others.text]), *cut),
         )
 
@@ -240,6 +283,7 @@ class RunStats:
         counters, before, now = self._session.counters, self._before, self._now
         return Measured(
             forwards=now.forwards - before.forwards,
+            step=self.step,
             empty_forwards=now.empty_forwards - before.empty_forwards,
             timed_forwards=0 if seen is None else seen.forwards,
             forward_ms=None if seen is None else seen.forward_ms,

@@ -30,8 +30,8 @@ from .machine import LastKnownReadings, Machine, PeakMeter
 from .planner import Planner, limits_within
 from .progress import ProgressFeed, Watcher
 from .replan import MOST_REPLANS, SLOW, kept_over_budget, slow_link, spill, usual_ms, why_replace
-from .report import RunReport, RunStats
-from .text import ModelSize, block_table, configuration_lines, oom_message, summary
+from .report import RunReport, RunStats, Step
+from .text import ModelSize, block_table, configuration_lines, oom_message, plan_lines, summary
 from .trace_file import chrome_trace, trace_name, write_trace
 
 logger = logging.getLogger(__name__)
@@ -123,12 +123,19 @@ class SwapRun:
         self._feed.watcher = watcher
 
     @contextlib.contextmanager
-    def forward(self, workload: Workload | None = None, blocks: Sequence[nn.Module] | None = None) -> Iterator[None]:
+    def forward(
+        self,
+        workload: Workload | None = None,
+        blocks: Sequence[nn.Module] | None = None,
+        *,
+        step: Step | None = None,
+    ) -> Iterator[None]:
         """One forward of the model.
 
         Args:
             workload: What determines its memory and time; None if unknown.
             blocks: As for `SwapSession.forward`.
+            step: The sampler's step that it belongs to; None if unknown.
 
         Raises:
             PlanError: No plan fits; the forward has not started.
@@ -142,6 +149,7 @@ class SwapRun:
                     yield
             else:
                 yield
+        self._stats.step = step
         self._learn()
         if self._feed.watcher is not None:
             self._feed.ran(self._present, self._stats)
@@ -226,9 +234,8 @@ class SwapRun:
             raise
         finally:
             self._end_run()
-            if report and report.measured.forwards:
-                report = replace(report, measured=replace(report.measured, samples=self._samples))
-                self.last_report = self._log(report)
+            if report and (report.measured.forwards or failure is not None):
+                self.last_report = report = self._log(self._ended(report, failure))
             if was_in_run or failure is not None:
                 self._feed.over(report, failure)
 
@@ -264,10 +271,11 @@ class SwapRun:
         self._in_run = True
 
     def _end_run(self) -> None:
-        self._in_run = self._review_due = self._prepared = False
+        was_in_run, self._in_run = self._in_run, False
+        self._review_due = self._prepared = False
         self.planner.history.end_run()
         self.session.others = Others()
-        self._stats = RunStats(self._title, self.session, self.planner)
+        self._stats = RunStats(self._title, self.session, self.planner, number=self._stats.number + was_in_run)
         self._sampling.close()
 
     def _plan_again_if_needed(self, *, is_new: bool) -> None:
@@ -313,14 +321,18 @@ class SwapRun:
         self._stats.weight_bytes = None if before is None or after is None else after - before
         self._adopted_settings, self._has_other_settings = self.planner.settings, False
         self._notice_adoption()
+        if not self._stats.has_plan:
+            self._stats.has_plan = True
+            logger.info("%s", plan_lines(plan, card=self._machine.spec.name))
         if self.planner.settings.debug_mode:
+            logger.info("%s", "; ".join(plan.reasons))
             self._log_configuration(plan)
 
     def _placed(self, plan: SwapPlan, count: int, pinned_bytes: int) -> None:
         self._feed.placed(plan, count, pinned_bytes, self._stats)
 
     def _adopt_anew(self, why: str, present: SwapPlan) -> None:
-        logger.info("planning again: %s", why)
+        logger.info("another plan: %s", why)
         self.session.release()
         try:
             self._adopt()
@@ -402,9 +414,18 @@ class SwapRun:
 
     # ------------------------------------------------------------------------------------------------------ reporting
 
+    def _ended(self, report: RunReport, failure: BaseException | None) -> RunReport:
+        """The report of a run that has ended."""
+        why = "" if failure is None else str(failure) or type(failure).__name__
+        measured = replace(report.measured, samples=self._samples)
+        return replace(report, measured=measured, ended=datetime.now(), failure=why)
+
     def _report_or_none(self) -> RunReport | None:
         try:
-            return self.report()
+            report = self.report()
+            if report is None:
+                return None
+            return replace(report, hint=self.planner.hint(self.session.held, report))
         except Exception:  # a fault in the report must not keep the run's memory from being freed
             logger.exception("the run has no report; please report this")
             return None
@@ -429,7 +450,7 @@ class SwapRun:
             if self.planner.settings.debug_mode:
                 logger.info("%s", block_table(report))
                 report = replace(report, notes=(*report.notes, *self._write_trace()))
-            logger.info("%s", summary(report))
+            logger.info("\n%s", summary(report, details=self.planner.settings.debug_mode))
         except Exception:  # a fault in the report must not fail a run that has succeeded
             logger.exception("the run's report could not be written; please report this")
         return report

@@ -43,7 +43,7 @@ from .wanvideo import (
     vace_blocks_entered,
     vace_blocks_of,
 )
-from .workload import workload_of
+from .workload import step_of, workload_of
 
 logger = logging.getLogger(__name__)
 
@@ -378,7 +378,7 @@ class GatedModel:
                     native_swapping_disabled(transformer, hints_to_host=self.hints_to_host),
                     # The wrapper moves what is beside the blocks in the middle of a forward.
                     moves_disabled(part.module for part in parts if part.is_beside),
-                    self.run.forward(workload, [part.module for part in parts]),
+                    self.run.forward(workload, [part.module for part in parts], step=step_of(keywords)),
                     vace_blocks_entered(parts, self.run.session.enter),
                 ):
                     return original(*arguments, **keywords)

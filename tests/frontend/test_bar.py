@@ -106,12 +106,12 @@ def test_the_legend_names_every_part_and_its_size(ui: FrontEnd) -> None:
         name: [word, size]
         for (name, size), word in zip(
             {
-                "other": "1.0 GiB",
-                "residents": "4.0 GiB",
-                "window": "512.0 MiB",
-                "activations": "3.5 GiB",
-                "headroom": "6.5 GiB",
-                "ceiling": "6.0 GiB",
+                "other": "1.0 GB",
+                "residents": "4.0 GB",
+                "window": "512.0 MB",
+                "activations": "3.5 GB",
+                "headroom": "6.5 GB",
+                "ceiling": "6.0 GB",
             }.items(),
             TEXTS[ui.variant.language]["legend"],
             strict=True,
@@ -180,8 +180,8 @@ def test_the_english_templates_make_pythons_own_sentences(ui: FrontEnd) -> None:
         }""",
         [module(ui, "texts.js"), [each.as_json() for each in told]],
     )
-    # Nothing is shown as 0 MiB by us, and as 0 B by Python.
-    assert [text.replace("\u00a0", " ").replace("0.0 MiB", "0 B") for text in made] == [each.text for each in told]
+    # Nothing is shown as 0 MB by us, and as 0 B by Python.
+    assert [text.replace("\u00a0", " ").replace("0.0 MB", "0 B") for text in made] == [each.text for each in told]
 
 
 @one_page

@@ -150,8 +150,7 @@ def test_a_container_has_no_more_memory_than_its_limit(label, every_reading):
 
 def test_both_versions_of_control_groups_leave_the_same_memory(every_reading):
     one, two = (
-        every_reading[f"RTX 4090 in a container of 16 GiB on a host of 64, cgroup v{version}"].host
-        for version in (1, 2)
+        every_reading[f"RTX 4090 in a container of 16 GB on a host of 64, cgroup v{version}"].host for version in (1, 2)
     )
     assert (one.available_bytes, one.cgroup_limit_bytes) == (two.available_bytes, two.cgroup_limit_bytes)
 

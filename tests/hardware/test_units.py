@@ -45,12 +45,12 @@ def test_a_size_beyond_any_machine_is_refused(text):
     [
         (0, "0 B"),
         (1023, "1023 B"),
-        (KIB, "1.0 KiB"),
-        (int(12.34 * GIB), "12.3 GiB"),
-        (MIB - 1, "1.0 MiB"),
-        (GIB - 1, "1.0 GiB"),
-        (2048 * GIB, "2048.0 GiB"),
-        (-3 * MIB, "-3.0 MiB"),
+        (KIB, "1.0 KB"),
+        (int(12.34 * GIB), "12.3 GB"),
+        (MIB - 1, "1.0 MB"),
+        (GIB - 1, "1.0 GB"),
+        (2048 * GIB, "2048.0 GB"),
+        (-3 * MIB, "-3.0 MB"),
     ],
 )
 def test_a_count_is_shown_in_the_largest_unit_that_keeps_it_above_one(n, expected):
