@@ -113,11 +113,8 @@ class ComfyMachine(TorchMachine):
 
     def host(self) -> HostMemory:
         """Less what --cache-ram keeps available beyond our own floor: with less, ComfyUI drops the loaded model."""
-        from comfy.cli_args import args
-
-        host, asked = super().host(), getattr(args, "cache_ram", None)
-        kept = int(asked[0] * GIB) if asked else 0
-        beyond = max(0, kept - (host.available_bytes - host.room_bytes))
+        host = super().host()
+        beyond = max(0, _kept_by_cache(host.physical_bytes) - (host.available_bytes - host.room_bytes))
         return replace(host, available_bytes=max(0, host.available_bytes - beyond))
 
 
@@ -370,6 +367,18 @@ def _limits() -> Limits:
         reserve_bytes=0 if reserve is None else int(reserve * GIB),
         must_swap_all=bool(getattr(args, "novram", False)),
     )
+
+
+def _kept_by_cache(ram_bytes: int) -> int:
+    """Host memory that --cache-ram keeps available."""
+    from comfy.cli_args import args
+
+    # ComfyUI 0.24 made it a list, empty by default: its cache then keeps no more than our floor.
+    asked = getattr(args, "cache_ram", None) or 0.0
+    kept = float(asked[0] if isinstance(asked, list) else asked)
+    # Before, the flag without a number was -1: a quarter of RAM.
+    nbytes = int(kept * GIB) if kept >= 0 else min(max(ram_bytes // 4, 4 * GIB), 32 * GIB)
+    return nbytes if nbytes < ram_bytes else 0  # ComfyUI drops every model, whatever is left to it
 
 
 def _user_folder() -> Path:

@@ -262,9 +262,22 @@ def test_comfyuis_flags_are_limits_of_the_plan(
         assert all(run.plan.swapped)
 
 
-@pytest.mark.parametrize(("asked", "beyond"), [(None, 0), ([], 0), ([1.0], 0), ([6.0, 20.0], 6 * GIB - 32 * GIB // 10)])
+@pytest.mark.parametrize(
+    ("asked", "beyond"),
+    [
+        (None, 0),
+        ([], 0),
+        ([1.0], 0),
+        ([6.0, 20.0], 6 * GIB - 32 * GIB // 10),
+        ([32.0], 0),  # as much as there is: models are dropped in any case
+        # ComfyUI before 0.24
+        (0, 0),
+        (4.0, 4 * GIB - 32 * GIB // 10),
+        (-1.0, 8 * GIB - 32 * GIB // 10),
+    ],
+)
 def test_memory_that_comfyuis_cache_keeps_available_is_left_to_it(
-    comfy: SimpleNamespace, asked: list[float] | None, beyond: int, monkeypatch: pytest.MonkeyPatch
+    comfy: SimpleNamespace, asked: list[float] | float | None, beyond: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With less, ComfyUI drops the loaded model. Our own floor, a tenth of 32 GB, counts."""
     host = HostMemory(32 * GIB, 20 * GIB, None, None, HostPlatform.LINUX)

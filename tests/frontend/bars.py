@@ -48,7 +48,7 @@ COPY = """id => {
 
 PANEL = """id => {
     const walk = graph => [...graph.nodes].flatMap(node => [node, ...(node.subgraph ? walk(node.subgraph) : [])]);
-    const node = walk(app.rootGraph).find(each => String(each.id) === id);
+    const node = walk(app.rootGraph ?? app.graph).find(each => String(each.id) === id);
     const element = node.widgets.find(widget => widget.name === "blockswap_memory")?.element;
     if (!element) return null;
     const root = element.shadowRoot;

@@ -53,13 +53,16 @@ PATIENCE_S = 30
 
 VERSIONS, RENDERERS, LANGUAGES = ("pinned", "newest"), ("canvas", "vue"), ("en", "zh")
 
+EARLIER = ("1.26.13", "1.28.9", "1.36.14", "1.42.15")
+"""Front ends of earlier versions of ComfyUI, which .ci/frontends names: test_versions.py alone runs in them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Variant:
     """A front end as somebody uses it.
 
     Attributes:
-        version: `pinned` is what ComfyUI 0.33 brings.
+        version: `pinned` is what ComfyUI 0.33 brings; one of EARLIER is a number.
         renderer: `vue` is called Nodes 2.0 in the settings.
         language: Of the user interface.
     """
@@ -103,7 +106,7 @@ def what_is_missing() -> str | None:
         return 'playwright is missing: pip install -e ".[test]"'
     if chromium_path() is None:
         return "chromium is missing: apt-get install chromium"
-    if not all(Variant(version).static.is_dir() for version in VERSIONS):
+    if not all(Variant(version).static.is_dir() for version in (*VERSIONS, *EARLIER)):
         return "the front ends are missing: bash .ci/frontends"
     return None
 
@@ -147,7 +150,7 @@ class FrontEnd:
         self.errors: list[str] = []
         self._sent = 0
         page.set_default_timeout(PATIENCE_S * 1000)
-        page.on("pageerror", lambda error: self.errors.append(f"exception: {error}"))
+        page.on("pageerror", lambda error: self.errors.append(f"exception: {error.stack or error}"))
         page.on("console", self._on_console)
         page.goto(server.address)
         self.wait_for(READY, NODE)

@@ -62,12 +62,12 @@ def call(name: str, **inputs: Any) -> Any:
 class Cases:
     """Runs cases in one process.
 
-    Args:
+    Attributes:
         models: The folder of model files, which are made as they are needed.
     """
 
     def __init__(self, models: Path) -> None:
-        self._models = models
+        self.models = models
         self._loaded: dict[str, Any] = {}
 
     def run(self, case: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class Cases:
             with watched as seen, moved as found["warnings"], _compared(case, models) as kept:
                 samples = self._sample_all(case, models)
             found["kept_arguments"] = kept
-            found["latents"] = _digest(samples["samples"] if "samples" in samples else samples["video"])
+            found["latents"] = digest(samples["samples"] if "samples" in samples else samples["video"])
             if case.get("texts"):
                 found["report_text"] = outputs("WanVideoBlockSwapReport", samples=samples, model=models[-1])[-1]
         except BaseException as failure:  # noqa: BLE001 - an interrupt is one; ComfyUI catches it at this very place
@@ -192,14 +192,14 @@ class Cases:
         return [self._loaded[key] for key in keys]
 
     def _make(self, name: str) -> None:
-        tiny_wan.make(self._models, name, FILES)
+        tiny_wan.make(self.models, name, FILES)
 
     def _sample(self, case: Mapping[str, Any], model: Any, **part: Any) -> Any:
         name = case.get("sampler", "WanVideoSampler")
         size = SIZE | case.get("size", {})
         own = FORCING if name == "WanVideoDiffusionForcingSampler" else PLAIN
         inputs: dict[str, Any] = SAMPLING | own | part | case.get("sample", {})
-        inputs["text_embeds"] = _text()
+        inputs["text_embeds"] = text()
         inputs["image_embeds"] = _vace_context(**size) if case.get("vace") else call("WanVideoEmptyEmbeds", **size)
         inputs |= {"model": model} | {key: _output_of(node) for key, node in case.get("nodes", {}).items()}
         if "family" in case and not case.get("left_out"):
@@ -238,7 +238,7 @@ def _transformers(models: list[Any]) -> list[Any]:
     return [model.model.diffusion_model for model in models]
 
 
-def _text() -> dict[str, Any]:
+def text() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(7)
     drawn = {
         name: [(torch.randn(tokens, tiny_wan.TEXT_WIDTH, generator=generator) * 0.3).bfloat16().to(DEVICE)]
@@ -264,7 +264,7 @@ def _vace_context(width: int, height: int, num_frames: int) -> dict[str, Any]:
     }
 
 
-def _digest(latents: torch.Tensor) -> str:
+def digest(latents: torch.Tensor) -> str:
     whole = latents.detach().cpu().contiguous()
     assert whole.isfinite().all(), "the latents are not finite"
     return hashlib.sha256(whole.view(torch.uint8).numpy().tobytes()).hexdigest()

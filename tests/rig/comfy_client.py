@@ -52,6 +52,10 @@ class Comfy:
         """What came of a case (see comfy_cases.Cases.run) with some keys changed; it may have failed."""
         return SimpleNamespace(**self._ask({**case, **changes}))
 
+    def prompt(self, **asked: Any) -> SimpleNamespace:
+        """What came of a prompt (see comfy_prompts.Prompts.run)."""
+        return SimpleNamespace(**self._ask({"prompt": asked}))
+
     def latents(self, case: Mapping[str, Any], **changes: Any) -> str:
         """Of a case that must not fail."""
         outcome = self.run(case, **changes)
@@ -86,16 +90,17 @@ class Comfy:
 
 
 @contextlib.contextmanager
-def started(python: str, comfyui: Path, scratch: Path) -> Iterator[Comfy]:
+def started(python: str, comfyui: Path, scratch: Path, **changes: str) -> Iterator[Comfy]:
     """Runs ComfyUI in its own process during the body.
 
     Args:
         python: An interpreter with ComfyUI's and the wrapper's requirements.
         comfyui: ComfyUI's folder.
         scratch: An empty folder for its models, its files and its log.
+        changes: Of the environment.
     """
     command = [python, str(SCRIPT), str(comfyui), str(scratch)]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | changes}
     with (scratch / LOG).open("wb") as written:
         process = subprocess.Popen(command, **pipes, stderr=written, cwd=scratch, encoding="utf-8")
     with process:

@@ -10,8 +10,11 @@ import os
 import sys
 from typing import Any
 
+IS_NATIVE = "--disable-cuda-malloc" in os.environ.get("RIG_FLAGS", "")
+
 SETTINGS = {
-    "PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync",  # ComfyUI's choice, which it makes before it imports torch
+    # ComfyUI's choice, which it makes before it imports torch
+    "PYTORCH_ALLOC_CONF": "backend:native" if IS_NATIVE else "backend:cudaMallocAsync",
     "PRETEND_CUDA_CONTEXT": "0",
     "PRETEND_CUDA_LATE": "copies",
     "PRETEND_CUDA_POISON": "1",

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import inspect
 import os
+import shlex
 import sys
 import types
 from collections.abc import Callable
@@ -26,11 +27,15 @@ WRAPPER = "ComfyUI-WanVideoWrapper"
 
 
 def load_comfyui(comfyui: Path, scratch: Path) -> None:
-    """Makes ComfyUI importable, with its folders in `scratch` and DEVICE as the device that models run on."""
+    """Makes ComfyUI importable, with its folders in `scratch` and DEVICE as the device that models run on.
+
+    RIG_FLAGS are further flags of its command line.
+    """
     for name in ("models/diffusion_models", "models/loras", "custom_nodes", "input", "output", "temp", "user"):
         (scratch / name).mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(comfyui))
-    sys.argv = ["main.py", "--disable-api-nodes", "--base-directory", str(scratch)]
+    flags = shlex.split(os.environ.get("RIG_FLAGS", ""))
+    sys.argv = ["main.py", "--disable-api-nodes", "--base-directory", str(scratch), *flags]
     import comfy.options
 
     if IS_CUDA:
@@ -40,6 +45,11 @@ def load_comfyui(comfyui: Path, scratch: Path) -> None:
         sys.argv.append("--cpu")
         comfy.options.enable_args_parsing()
         _run_on_the_accelerator()
+    if "--enable-dynamic-vram" in flags:
+        _map_files_as_dynamic_vram_does()
+    import utils.extra_config  # noqa: F401 - before `comfy` hides it, as main.py does
+
+    # isort: split
     import server
 
     server.PromptServer(asyncio.new_event_loop())  # the wrapper's previews look for it
@@ -66,6 +76,16 @@ def _run_on_the_accelerator() -> None:
     on_cpu = management.get_free_memory, management.get_total_memory
     management.get_torch_device = lambda: DEVICE
     management.get_free_memory, management.get_total_memory = free, total
+
+
+def _map_files_as_dynamic_vram_does() -> None:
+    """comfy-aimdo maps models' files, read-only. Without a driver, it does not look after the device's memory."""
+    import comfy.memory_management
+    import comfy_aimdo.control
+
+    if not comfy_aimdo.control.init():
+        raise RuntimeError("comfy-aimdo cannot be loaded")
+    comfy.memory_management.aimdo_enabled = True
 
 
 def _round_on_the_host() -> None:

@@ -10,6 +10,7 @@ never met it.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -77,7 +78,16 @@ def _answer(cases: Any, asked: dict[str, Any]) -> dict[str, Any]:
         comfy_loading.load_package(PACKAGE)
         comfy_watch.COUNTS.watch()
         return {}
+    if "prompt" in asked:
+        return _prompts(cases).run(asked["prompt"])
     return cases.run(asked)
+
+
+@functools.cache
+def _prompts(cases: Any) -> Any:
+    import comfy_prompts
+
+    return comfy_prompts.Prompts(cases.models)
 
 
 def _say(answers: TextIO, answer: dict[str, Any]) -> None:

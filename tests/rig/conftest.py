@@ -24,12 +24,12 @@ from rig_variants import FAMILIES, REMOVED_FROM, VARIANTS
 
 
 @contextlib.contextmanager
-def _started(scratch: Path) -> Iterator[Comfy]:
+def started_here(scratch: Path, **changes: str) -> Iterator[Comfy]:
     folder = os.environ.get("COMFYUI_DIR")
     if not folder:
         pytest.skip("needs COMFYUI_DIR, a ComfyUI with ComfyUI-WanVideoWrapper (and COMFYUI_PYTHON, its python)")
     python = os.environ.get("COMFYUI_PYTHON") or sys.executable
-    with started(python, Path(folder), scratch) as comfy:
+    with started(python, Path(folder), scratch, **changes) as comfy:
         if comfy.skipped is not None:
             pytest.skip(comfy.skipped)
         yield comfy
@@ -37,7 +37,7 @@ def _started(scratch: Path) -> Iterator[Comfy]:
 
 @pytest.fixture(scope="session")
 def comfy_without_us(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
-    with _started(tmp_path_factory.mktemp("comfyui")) as comfy:
+    with started_here(tmp_path_factory.mktemp("comfyui")) as comfy:
         yield comfy
 
 
@@ -68,6 +68,6 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """Runs of FAMILIES in a ComfyUI of their own, which ends with the module that uses it."""
     if ON_CUDA:
         pytest.skip("measures on the pretend accelerator: unset RIG_DEVICE")
-    with _started(tmp_path_factory.mktemp("families")) as comfy:
+    with started_here(tmp_path_factory.mktemp("families")) as comfy:
         comfy.load_package()
         yield Runs(comfy, FAMILIES)

@@ -32,6 +32,8 @@ let isShown = true;
 let otherPack = null;
 
 const isOurs = (node) => node?.comfyClass === NODE && !otherPack;
+/** The workflow's own graph, which front ends before 1.28 have as `graph` alone. */
+const rootGraph = () => app.rootGraph ?? app.graph;
 const setting = (id) => app.extensionManager.setting.get(id);
 
 // The bar
@@ -84,8 +86,8 @@ function removeBar(node) {
 function onShowBar(shown) {
   isShown = shown;
   // The first call comes before there is a graph.
-  if (!app.isGraphReady) return;
-  for (const node of nodesOf(app.rootGraph)) {
+  if (!app.graph) return;
+  for (const node of nodesOf(rootGraph())) {
     if (!isOurs(node) || Boolean(barOf(node)) === shown) continue;
     (shown ? addBar : removeBar)(node);
     makeRoom(node);
@@ -109,21 +111,21 @@ function forwardToCanvas(element) {
 // Events
 
 function showEvent(event) {
-  const node = nodeAt(app.rootGraph, event.node);
+  const node = nodeAt(rootGraph(), event.node);
   if (isOurs(node)) panelOf(node).show(event, texts);
 }
 
 /** Shows all events of the open workflow again: its nodes or the language may be new. */
 function showEvents() {
-  for (const node of nodesOf(app.rootGraph)) if (barOf(node)) panelOf(node).show(panelOf(node).event, texts);
-  for (const event of workflows.eventsOf(app.rootGraph)) showEvent(event);
+  for (const node of nodesOf(rootGraph())) if (barOf(node)) panelOf(node).show(panelOf(node).event, texts);
+  for (const event of workflows.eventsOf(rootGraph())) showEvent(event);
 }
 
 function onProgress({ detail }) {
   const event = readEvent(detail);
   if (!event) return;
-  workflows.keep(event, app.rootGraph);
-  if (workflows.isOpen(event, app.rootGraph)) showEvent(event);
+  workflows.keep(event, rootGraph());
+  if (workflows.isOpen(event, rootGraph())) showEvent(event);
 }
 
 /** A run starts; our nodes may take no part in it (bypassed, or another node's arguments are used). */
@@ -138,9 +140,13 @@ function onStart() {
  */
 function onProgressText() {
   if (!isShown) return;
-  for (const node of nodesOf(app.rootGraph)) {
+  for (const node of nodesOf(rootGraph())) {
     const text = isOurs(node) && textOf(node);
-    if (text) text.hidden = text.options.hidden = true;
+    if (!text) continue;
+    text.hidden = text.options.hidden = true;
+    // Earlier front ends save it with the workflow, and keep room for it although it is hidden.
+    text.serialize = false;
+    text.options.getMinHeight = text.options.getMaxHeight = () => 0;
   }
 }
 
@@ -184,7 +190,7 @@ app.registerExtension({
   name: "wanvideoenhancedblockswap.memory_bar",
   settings: settings(onShowBar),
   async setup() {
-    api.addEventListener("promptQueueing", () => workflows.onQueue(app.rootGraph));
+    api.addEventListener("promptQueueing", () => workflows.onQueue(rootGraph()));
     api.addEventListener("status", ({ detail }) => workflows.onQueueLength(detail?.exec_info?.queue_remaining));
     api.addEventListener("execution_start", onStart);
     api.addEventListener(EVENT, onProgress);
