@@ -5,9 +5,9 @@
 
 Each WRAPPER is a folder with one version. Each COPY is one with a renamed or changed copy, which is loaded beside the
 wrapper in COMFYUI_DIR; the loader and the sampler are the copy's. Each DIR is another ComfyUI with a wrapper. FLAGS are
-of one command line ("--flags=--cache-none --highvram"); ComfyUI is started with them, and with RIG_DEVICE=cuda on the pretend
-CUDA runtime. Each runs in a ComfyUI process of its own: without swapping, with half of the blocks swapped, and with
-automatic tuning.
+of one command line ("--flags=--cache-none --highvram"); ComfyUI is started with them, and with RIG_DEVICE=cuda on the
+pretend CUDA runtime. Each runs in a ComfyUI process of its own: without swapping, with half of the blocks swapped, and
+with automatic tuning.
 """
 
 from __future__ import annotations
