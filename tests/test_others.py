@@ -261,6 +261,23 @@ def test_the_sentence_names_three_weights_and_counts_the_rest() -> None:
     )
 
 
+class Unreadable:
+    """A hook that raises at whatever is asked of it."""
+
+    def __call__(self, *_: object) -> None: ...
+
+    def __getattr__(self, name: str) -> object:
+        raise RuntimeError(name)
+
+
+def test_a_hook_that_cannot_be_looked_at_is_of_nobody_known() -> None:
+    others, block = Others(), Feed()
+    block.register_forward_hook(Unreadable())
+    others.found("blocks.3.up.weight", [[block]])
+    assert others.names == "another node"
+    assert others.moved == {"blocks.3.up.weight": 1}
+
+
 def test_hooks_of_torch_of_the_model_s_own_pack_and_ours_are_nobody_else_s(pretend_device: torch.device) -> None:
     model = feeds()
     assert names_of_others(list(model.modules())) == []

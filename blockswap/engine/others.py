@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections import Counter
@@ -57,8 +58,9 @@ class Others:
             name: The weight's full name.
             places: Modules where others may have left hooks; those of the first place that has any are named.
         """
-        names = next(filter(None, map(names_of_others, places)), [])
-        self.who += [one for one in names if one not in self.who]
+        with contextlib.suppress(Exception):  # a hook can be any object, and a name is not worth the forward
+            names = next(filter(None, map(names_of_others, places)), [])
+            self.who += [one for one in names if one not in self.who]
         self.moved[name] += 1
         if sum(self.moved.values()) == 1:
             logger.warning(
