@@ -218,10 +218,40 @@ def test_an_error_in_a_block_that_was_moved_leaves_it_on_the_host_and_the_next_r
         assert session.counters.onloads > BLOCKS
 
 
+@torch.no_grad()
+def test_without_us_weights_return_to_the_bytes_that_they_came_from_with_what_others_did_to_them(
+    pretend_stats: PretendHpu,
+) -> None:
+    x = torch.randn(3, 16).to(DEVICE)
+    model = feeds()
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: behind(model))
+    with session_of(model, PLANS["swapped"]) as session:
+        for _ in range(MOST_ADOPTIONS):
+            with session.forward():
+                model(x)
+        assert session.others.gave_up
+        kept = {name: parameter.data_ptr() for name, parameter in model.blocks[:-1].named_parameters()}
+        edited, pointed = model.blocks[0].up, model.blocks[1].up
+        wanted = edited.bias + 1, pointed.bias * 2
+        edited.register_forward_hook(edits)
+        pointed.register_forward_hook(lambda layer, *_: setattr(layer.bias, "data", layer.bias * 2))
+        with session.forward():
+            model(x)
+        assert torch.equal(edited.bias, wanted[0])
+        assert torch.equal(pointed.bias, wanted[1])
+        moved = {name for name, parameter in model.blocks[:-1].named_parameters() if parameter.data_ptr() != kept[name]}
+        assert moved == {"0.up.bias", "1.up.bias"}
+
+
 def behind(model: Model) -> None:
     """Puts a new parameter in the place of the last block's."""
     last = model.blocks[-1]
     last.down.weight = nn.Parameter(last.down.weight.detach().clone(), requires_grad=False)
+
+
+def edits(layer: nn.Linear, *_: object) -> None:
+    layer.bias.add_(1)
 
 
 def fails(*_: object) -> None:
@@ -259,6 +289,23 @@ def test_the_sentence_names_three_weights_and_counts_the_rest() -> None:
         "another node moved or replaced blocks.0.up.weight (1 time), blocks.1.up.weight (1 time), "
         "blocks.2.up.weight (1 time), 2 more while the model ran; remove or bypass what moves or patches the model"
     )
+
+
+class Unreadable:
+    """A hook that raises at whatever is asked of it."""
+
+    def __call__(self, *_: object) -> None: ...
+
+    def __getattr__(self, name: str) -> object:
+        raise RuntimeError(name)
+
+
+def test_a_hook_that_cannot_be_looked_at_is_of_nobody_known() -> None:
+    others, block = Others(), Feed()
+    block.register_forward_hook(Unreadable())
+    others.found("blocks.3.up.weight", [[block]])
+    assert others.names == "another node"
+    assert others.moved == {"blocks.3.up.weight": 1}
 
 
 def test_hooks_of_torch_of_the_model_s_own_pack_and_ours_are_nobody_else_s(pretend_device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections import Counter
@@ -15,6 +16,8 @@ from torch import nn
 from ...hardware.units import format_count
 from ..device.failures import device_error
 from ..errors import BlockSwapError
+from ..model.tensors import has_own_storage, plain_view, version_of
+from .binding import bind
 from .trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -57,8 +60,9 @@ class Others:
             name: The weight's full name.
             places: Modules where others may have left hooks; those of the first place that has any are named.
         """
-        names = next(filter(None, map(names_of_others, places)), [])
-        self.who += [one for one in names if one not in self.who]
+        with contextlib.suppress(Exception):  # a hook can be any object, and a name is not worth the forward
+            names = next(filter(None, map(names_of_others, places)), [])
+            self.who += [one for one in names if one not in self.who]
         self.moved[name] += 1
         if sum(self.moved.values()) == 1:
             logger.warning(
@@ -154,6 +158,7 @@ class OneAtATime:
         self._blocks = blocks
         self._device = device
         self._moved: nn.Module | None = None
+        self._kept: list[tuple[torch.Tensor, torch.Tensor, int, int | None]] = []
         self.entered = 0
         self.trace: Trace | None = None
 
@@ -168,8 +173,10 @@ class OneAtATime:
         _, module = self._blocks[block]
         if any(tensor.device != self._device for tensor in (*module.parameters(), *module.buffers())):
             self._moved = module
+            kept = [(p, plain_view(p)) for p in module.parameters() if has_own_storage(p) and p.device.type == "cpu"]
             try:
                 _apply(module, lambda tensor: tensor.to(self._device))
+                self._kept = [(p, host, p.data_ptr(), version_of(p)) for p, host in kept]
             except RuntimeError as failure:
                 if isinstance(failure, BlockSwapError):
                     raise
@@ -178,7 +185,13 @@ class OneAtATime:
         return True
 
     def leave(self) -> None:
-        """Moves the last block back to the host."""
+        """Moves the last block back to the host: parameters to the bytes that they came from, unless they are edited or
+        elsewhere now. A copy would take the memory of the whole model where files or a state dict hold the bytes too.
+        """
+        for parameter, host, at, version in self._kept:
+            if parameter.data_ptr() == at and version_of(parameter) == version:
+                bind((parameter,), (host,))
+        self._kept = []
         if self._moved is not None:
             _apply(self._moved, lambda tensor: tensor.to("cpu"))
             self._moved = None  # only now: an interrupt may have left some of it on the device
