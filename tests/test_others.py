@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import accelerate
 import diffusers.hooks
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from toys import Model, fixed_plan
@@ -21,6 +24,7 @@ from wanvideo_enhanced_blockswap.blockswap.engine.others import (
     names_of_others,
 )
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 
 if TYPE_CHECKING:
     from pretend_accelerator import PretendHpu
@@ -286,7 +290,7 @@ def test_the_sentence_names_three_weights_and_counts_the_rest() -> None:
     for number in range(5):
         others.found(f"blocks.{number}.up.weight", ())
     assert others.text == (
-        "another node moved or replaced blocks.0.up.weight (1 time), blocks.1.up.weight (1 time), "
+        "another node moved, replaced or edited blocks.0.up.weight (1 time), blocks.1.up.weight (1 time), "
         "blocks.2.up.weight (1 time), 2 more while the model ran; remove or bypass what moves or patches the model"
     )
 
@@ -318,3 +322,56 @@ def test_hooks_of_torch_of_the_model_s_own_pack_and_ours_are_nobody_else_s(prete
     model.blocks[2].register_forward_pre_hook(functools.partial(of_a_pack(lambda *_: None), 1))
 
     assert names_of_others(list(model.modules())) == [PACK]
+
+
+@torch.no_grad()
+def test_once_others_have_stopped_the_run_streams_again_and_once_only(pretend_stats: PretendHpu) -> None:
+    x = torch.randn(3, 16).to(DEVICE)
+    expected = feeds().to(DEVICE)(x).cpu()
+    model = feeds()
+    with session_of(model, PLANS["half"]) as session:
+        for is_first in (True, False):  # others come back after they had stopped
+            handles = [block.register_forward_hook(lambda *_: behind(model)) for block in model.blocks]
+            for _ in range(MOST_ADOPTIONS):
+                with session.forward():
+                    assert torch.equal(model(x).cpu(), expected)
+            assert session.others.gave_up
+            for handle in handles:
+                handle.remove()
+            onloads = session.counters.onloads
+            for _ in range(2 * FORWARDS_OF_A_STEP):
+                with session.forward():
+                    assert torch.equal(model(x).cpu(), expected)
+            assert session.others.gave_up is not is_first
+            assert (session.counters.onloads > onloads) is is_first
+        assert session.adoptions == 2 * MOST_ADOPTIONS
+
+
+def test_a_hook_that_passes_for_the_function_it_wraps_is_named_by_where_it_is_defined() -> None:
+    block = Feed()
+    wrapped = functools.wraps(block.forward)(lambda *of: None)
+    place = {"__name__": f"/home/user/ComfyUI/custom_nodes/{PACK.replace('.', '_x_')}.nodes"}
+    block.forward = functools.wraps(block.forward)(types.FunctionType(wrapped.__code__, place))
+    assert names_of_others([block]) == [PACK]
+
+
+@torch.no_grad()
+def test_an_edit_in_place_is_not_told_of_a_weight_that_was_not_edited(
+    pretend_stats: PretendHpu, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = feeds()
+    file = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(model.state_dict(), file)
+    model.load_state_dict(safetensors.torch.load_file(file), assign=True)
+    model.requires_grad_(False)
+    x = torch.randn(3, 16).to(DEVICE)
+    backend = backend_for(torch.device(DEVICE), pin_budget=PinBudget(1 << 40))
+    plan = fixed_plan([True] * BLOCKS, tiers=(HostTier.FILE,) * BLOCKS)
+    with SwapSession(model.named, plan, backend, root=model) as session:
+        with session.forward():
+            model(x)
+        model.blocks[1].down.weight.mul_(2)
+        with session.forward():
+            model(x)
+    (warning,) = warnings(caplog)
+    assert warning.startswith("a weight of blocks.1 was moved, replaced or edited by another node")
