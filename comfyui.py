@@ -158,8 +158,9 @@ class ComfyUI:
 
     def check_at_start(self, name: str, node: type) -> None:
         """Checks, once ComfyUI has loaded all packs and starts its server, what `check` does; without one, nothing."""
-        server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-        if server is None or server.app.on_startup.frozen:
+        server: Any = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+        starting = getattr(getattr(server, "app", None), "on_startup", None)
+        if starting is None or getattr(starting, "frozen", True):  # it runs already, or is not ComfyUI's
             return
         import nodes
 
@@ -169,7 +170,7 @@ class ComfyUI:
             # Called by the loop, since an exception here would end ComfyUI's start.
             server.loop.call_soon(self.check, name, node, earlier)
 
-        server.app.on_startup.append(on_startup)
+        starting.append(on_startup)
 
     def check(self, name: str, node: type, earlier: type | None) -> None:
         """Logs which folder has the node, if another has one of the same name; else why there is no wrapper, if so.

@@ -412,6 +412,7 @@ def test_a_disk_that_fails_gives_one_sentence_and_the_next_run_is_right(
         ):
             outputs(session, model, 8)
         assert all(map(torch.equal, outputs(session, model), truth))
+        assert not session.others.moved
         session.release()
         assert all(map(torch.equal, outputs(session, model), truth))
 

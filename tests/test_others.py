@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import accelerate
 import diffusers.hooks
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from toys import Model, fixed_plan
@@ -21,6 +24,7 @@ from wanvideo_enhanced_blockswap.blockswap.engine.others import (
     names_of_others,
 )
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SwapSession
+from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier
 
 if TYPE_CHECKING:
     from pretend_accelerator import PretendHpu
@@ -218,10 +222,40 @@ def test_an_error_in_a_block_that_was_moved_leaves_it_on_the_host_and_the_next_r
         assert session.counters.onloads > BLOCKS
 
 
+@torch.no_grad()
+def test_without_us_weights_return_to_the_bytes_that_they_came_from_with_what_others_did_to_them(
+    pretend_stats: PretendHpu,
+) -> None:
+    x = torch.randn(3, 16).to(DEVICE)
+    model = feeds()
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: behind(model))
+    with session_of(model, PLANS["swapped"]) as session:
+        for _ in range(MOST_ADOPTIONS):
+            with session.forward():
+                model(x)
+        assert session.others.gave_up
+        kept = {name: parameter.data_ptr() for name, parameter in model.blocks[:-1].named_parameters()}
+        edited, pointed = model.blocks[0].up, model.blocks[1].up
+        wanted = edited.bias + 1, pointed.bias * 2
+        edited.register_forward_hook(edits)
+        pointed.register_forward_hook(lambda layer, *_: setattr(layer.bias, "data", layer.bias * 2))
+        with session.forward():
+            model(x)
+        assert torch.equal(edited.bias, wanted[0])
+        assert torch.equal(pointed.bias, wanted[1])
+        moved = {name for name, parameter in model.blocks[:-1].named_parameters() if parameter.data_ptr() != kept[name]}
+        assert moved == {"0.up.bias", "1.up.bias"}
+
+
 def behind(model: Model) -> None:
     """Puts a new parameter in the place of the last block's."""
     last = model.blocks[-1]
     last.down.weight = nn.Parameter(last.down.weight.detach().clone(), requires_grad=False)
+
+
+def edits(layer: nn.Linear, *_: object) -> None:
+    layer.bias.add_(1)
 
 
 def fails(*_: object) -> None:
@@ -256,9 +290,26 @@ def test_the_sentence_names_three_weights_and_counts_the_rest() -> None:
     for number in range(5):
         others.found(f"blocks.{number}.up.weight", ())
     assert others.text == (
-        "another node moved or replaced blocks.0.up.weight (1 time), blocks.1.up.weight (1 time), "
+        "another node moved, replaced or edited blocks.0.up.weight (1 time), blocks.1.up.weight (1 time), "
         "blocks.2.up.weight (1 time), 2 more while the model ran; remove or bypass what moves or patches the model"
     )
+
+
+class Unreadable:
+    """A hook that raises at whatever is asked of it."""
+
+    def __call__(self, *_: object) -> None: ...
+
+    def __getattr__(self, name: str) -> object:
+        raise RuntimeError(name)
+
+
+def test_a_hook_that_cannot_be_looked_at_is_of_nobody_known() -> None:
+    others, block = Others(), Feed()
+    block.register_forward_hook(Unreadable())
+    others.found("blocks.3.up.weight", [[block]])
+    assert others.names == "another node"
+    assert others.moved == {"blocks.3.up.weight": 1}
 
 
 def test_hooks_of_torch_of_the_model_s_own_pack_and_ours_are_nobody_else_s(pretend_device: torch.device) -> None:
@@ -271,3 +322,56 @@ def test_hooks_of_torch_of_the_model_s_own_pack_and_ours_are_nobody_else_s(prete
     model.blocks[2].register_forward_pre_hook(functools.partial(of_a_pack(lambda *_: None), 1))
 
     assert names_of_others(list(model.modules())) == [PACK]
+
+
+@torch.no_grad()
+def test_once_others_have_stopped_the_run_streams_again_and_once_only(pretend_stats: PretendHpu) -> None:
+    x = torch.randn(3, 16).to(DEVICE)
+    expected = feeds().to(DEVICE)(x).cpu()
+    model = feeds()
+    with session_of(model, PLANS["half"]) as session:
+        for is_first in (True, False):  # others come back after they had stopped
+            handles = [block.register_forward_hook(lambda *_: behind(model)) for block in model.blocks]
+            for _ in range(MOST_ADOPTIONS):
+                with session.forward():
+                    assert torch.equal(model(x).cpu(), expected)
+            assert session.others.gave_up
+            for handle in handles:
+                handle.remove()
+            onloads = session.counters.onloads
+            for _ in range(2 * FORWARDS_OF_A_STEP):
+                with session.forward():
+                    assert torch.equal(model(x).cpu(), expected)
+            assert session.others.gave_up is not is_first
+            assert (session.counters.onloads > onloads) is is_first
+        assert session.adoptions == 2 * MOST_ADOPTIONS
+
+
+def test_a_hook_that_passes_for_the_function_it_wraps_is_named_by_where_it_is_defined() -> None:
+    block = Feed()
+    wrapped = functools.wraps(block.forward)(lambda *of: None)
+    place = {"__name__": f"/home/user/ComfyUI/custom_nodes/{PACK.replace('.', '_x_')}.nodes"}
+    block.forward = functools.wraps(block.forward)(types.FunctionType(wrapped.__code__, place))
+    assert names_of_others([block]) == [PACK]
+
+
+@torch.no_grad()
+def test_an_edit_in_place_is_not_told_of_a_weight_that_was_not_edited(
+    pretend_stats: PretendHpu, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = feeds()
+    file = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(model.state_dict(), file)
+    model.load_state_dict(safetensors.torch.load_file(file), assign=True)
+    model.requires_grad_(False)
+    x = torch.randn(3, 16).to(DEVICE)
+    backend = backend_for(torch.device(DEVICE), pin_budget=PinBudget(1 << 40))
+    plan = fixed_plan([True] * BLOCKS, tiers=(HostTier.FILE,) * BLOCKS)
+    with SwapSession(model.named, plan, backend, root=model) as session:
+        with session.forward():
+            model(x)
+        model.blocks[1].down.weight.mul_(2)
+        with session.forward():
+            model(x)
+    (warning,) = warnings(caplog)
+    assert warning.startswith("a weight of blocks.1 was moved, replaced or edited by another node")

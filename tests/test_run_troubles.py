@@ -384,10 +384,10 @@ def test_a_weight_that_another_node_replaces_is_named_in_log_and_report_with_how
     assert report is not None
     moved = [note for note in report.notes if "another node" in note]
     assert moved == [
-        "another node moved or replaced blocks.3.up (2 times) while the model ran: all blocks were placed again 2 "
-        "times; remove or bypass what moves or patches the model"
+        "another node moved, replaced or edited blocks.3.up (2 times) while the model ran: all blocks were placed "
+        "again 2 times; remove or bypass what moves or patches the model"
     ]
-    assert caplog.text.count("placing the blocks again: blocks.3.up was replaced or moved by another node") == 2
+    assert caplog.text.count("placing the blocks again: blocks.3.up was moved, replaced or edited by another node") == 2
     bench.forward()
     bench.run.release()
     assert bench.run.last_report is not None
@@ -409,9 +409,9 @@ def test_a_run_that_others_keep_moving_is_told_on_the_node_and_planned_no_more()
     assert bench.run.session.adoptions == adoptions == 3
     bench.run.release()
     sentence = (
-        "another node moved or replaced blocks.3.up (3 times) while the model ran: all blocks were placed again 2 "
-        "times, and blocks are moved one at a time from then on, which is slow; remove or bypass what moves or patches "
-        "the model"
+        "another node moved, replaced or edited blocks.3.up (3 times) while the model ran: all blocks were placed "
+        "again 2 times, and blocks are moved one at a time from then on, which is slow; remove or bypass what moves or "
+        "patches the model"
     )
     assert (told[-1].phase, told[-1].text.splitlines()[-1]) == (Phase.DONE, sentence)
     assert told[-1].as_json()["run"]["others"] == sentence  # type: ignore[index]

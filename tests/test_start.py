@@ -204,3 +204,9 @@ def test_a_check_that_fails_does_not_end_the_start(comfyui: Start, monkeypatch: 
 def test_a_pack_that_is_loaded_while_the_server_runs_is_loaded(comfyui: Start) -> None:
     comfyui.serve()
     assert NODE in comfyui.add("ours").NODE_CLASS_MAPPINGS
+
+
+@pytest.mark.parametrize("server", [SimpleNamespace(), SimpleNamespace(app=None), SimpleNamespace(app=object())])
+def test_it_is_loaded_beside_a_server_that_is_not_comfyui_s(comfyui: Start, server: Any) -> None:
+    sys.modules["server"].PromptServer.instance = server
+    assert NODE in comfyui.add("ours").NODE_CLASS_MAPPINGS

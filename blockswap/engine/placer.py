@@ -257,6 +257,11 @@ class Placer:
         self._report_placed()
         return True
 
+    def has_failed(self, block: int) -> bool:
+        """Whether a block could not be placed, though nobody has changed it."""
+        pending = self.pending.get(block)
+        return pending is not None and pending.placed is None and pending.is_as_found
+
     def replaced(self, block: int) -> str | None:
         """The path of the first tensor of a block that is not as it was placed; None where it is not known."""
         entries, pending = self._watched(block), self.pending.get(block)
@@ -265,6 +270,8 @@ class Placer:
             changed = [before != now for before, now in pairs]
         else:
             binding = self.bindings[block]
+            if not any(binding.addresses):
+                return None  # edited in place, which is noticed by a count of all of them
             kept = zip(entries, binding.watched, binding.addresses, strict=True)
             changed = [e.holder.get(e.name) is not tensor or tensor.data_ptr() != at for e, tensor, at in kept]
         return next((entry.path for entry, is_changed in zip(entries, changed, strict=True) if is_changed), None)

@@ -307,6 +307,9 @@ class SwapSession:
         self._expect("forward", SessionState.IDLE, SessionState.ADOPTED)
         if torch.is_grad_enabled():
             refuse_grad(self._named)
+        if self.others.gave_up and self.others.have_stopped():
+            logger.info("no weight has been moved, replaced or edited for a while: blocks are streamed again")
+            self.release()
         if self.state is SessionState.IDLE:
             self.adopt(wait=False)
         finished = False
@@ -334,11 +337,14 @@ class SwapSession:
         assert swapper is not None
         while not swapper.enter(block):
             name = swapper.replaced(block)
+            if name is None:
+                swapper = self.adopt_again(f"{self._named[block][0]} could not be placed before")
+                continue
             self.others.undid(name, self._around(block))
             if self.others.gave_up:
                 swapper = self._move_one_at_a_time()
             else:
-                swapper = self.adopt_again(f"{name} was replaced or moved by another node")
+                swapper = self.adopt_again(f"{name} was moved, replaced or edited by another node")
 
     def _around(self, block: int) -> Sequence[Sequence[nn.Module]]:
         """Where others may have their hooks: in the block, or else on the model."""

@@ -135,8 +135,12 @@ class BlockSwapper:
             raise device_error(failure, "a block was starting") from failure
         return True
 
-    def replaced(self, block: int) -> str:
-        """The full name of a weight of a block for which `enter` has returned False."""
+    def replaced(self, block: int) -> str | None:
+        """The full name of a weight that has kept `enter` from preparing a block; None if the block was not placed,
+        since that has failed in an earlier forward.
+        """
+        if self._placer.has_failed(block):
+            return None
         return self._full_name(block, self._placer.replaced(block))
 
     def _full_name(self, block: int, path: str | None) -> str:

@@ -97,8 +97,10 @@ def test_a_pack_that_moves_weights_costs_three_adoptions_at_most_and_is_named_in
     assert run.latents == comfy.latents(case)
     assert max(forward["adoption"] for forward in run.forwards) <= MOST_ADOPTIONS
     (warning,) = run.warnings
-    assert re.match(r"blocks\.\d+\.\S+ was moved or replaced by ComfyUI-Mover while the model runs; remove", warning)
-    assert re.search(r"note: ComfyUI-Mover moved or replaced blocks\.\d+\.", run.report_text)
+    assert re.match(
+        r"blocks\.\d+\.\S+ was moved, replaced or edited by ComfyUI-Mover while the model runs; remove", warning
+    )
+    assert re.search(r"note: ComfyUI-Mover moved, replaced or edited blocks\.\d+\.", run.report_text)
     assert comfy.latents(VARIANTS["bf16"], swap=ours(count), cached=True) == runs.unswapped("bf16").latents
 
 
