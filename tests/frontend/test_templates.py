@@ -47,3 +47,17 @@ def test_a_click_on_an_example_opens_it(dialog: FrontEnd) -> None:
     dialog.wait_for("count => app.graph.nodes.length === count", len(expected["nodes"]))
     assert dialog.page.get_by_role("dialog").count() == 0
     assert len(dialog.serialize()["links"]) == len(expected["links"])
+
+
+@pytest.mark.parametrize("words", ["low vram", "8 GB", "12 GB", "16 GB"])
+def test_who_searches_for_a_small_card_finds_every_example_whose_title_says_so(dialog: FrontEnd, words: str) -> None:
+    dialog.page.get_by_role("dialog").get_by_role("textbox").first.fill(words)
+    expected = sorted(name for name in NAMES if words.casefold() in name.casefold())
+    assert expected
+    dialog.wait_for(
+        """([names, expected]) => {
+            const shown = [...document.querySelectorAll("[role=dialog] img")].map(image => image.alt);
+            return JSON.stringify(shown.filter(name => names.includes(name)).sort()) === JSON.stringify(expected);
+        }""",
+        [NAMES, expected],
+    )
