@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from hashlib import sha256
 
 import pytest
@@ -24,13 +25,17 @@ PICTURES = """() => Promise.all([...document.querySelectorAll("[role=dialog] img
 
 
 @pytest.fixture
-def dialog(ui: FrontEnd) -> FrontEnd:
-    """The page with the template dialog open at our category."""
+def dialog(ui: FrontEnd) -> Iterator[FrontEnd]:
+    """The page with the template dialog open at our category, so high that all pictures are in view: others wait."""
+    before = ui.page.viewport_size
+    assert before is not None
+    ui.page.set_viewport_size({"width": before["width"], "height": 1800})
     ui.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     ui.page.get_by_role("dialog").get_by_text(FOLDER).first.click()
     for name in NAMES:
         ui.page.get_by_role("dialog").get_by_text(name, exact=True).first.wait_for()
-    return ui
+    yield ui
+    ui.page.set_viewport_size(before)
 
 
 def test_every_example_is_listed_with_its_picture(dialog: FrontEnd) -> None:
