@@ -314,7 +314,7 @@ def _cat_and_film() -> str:
         )
     for x in range(-8, 524, 28):
         film += "".join(_box(x, middle[x] + side, 12, 10, LIGHT, round_=3) for side in (-50, 40))
-    return cat + film
+    return f'<g transform="translate(0 -28)">{cat}</g>{film}'
 
 
 def drawn(thumbnail: Thumbnail) -> str:
