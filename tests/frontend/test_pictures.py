@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from PIL import Image, ImageChops, ImageStat
 from . import bars
 from .answers import EXAMPLES, WEB
 from .front_end import NODE, ROOT, FrontEnd, Variant
-from .scenes import Scene, scenes, twelve_gib
+from .made_runs import twelve_gib
+from .thumbnails import BADGE, Thumbnail, thumbnails
 
 DOCS = ROOT / "docs"
 HELP = WEB / "docs" / NODE
@@ -88,23 +88,22 @@ def test_a_help_page_s_picture_is_small(language: str) -> None:
 # What they show
 
 
-def test_there_is_a_scene_for_every_example() -> None:
-    assert [scene.example for scene in scenes()] == [int(file.name[:2]) for file in WORKFLOWS]
+def test_there_is_a_drawing_for_every_example() -> None:
+    assert [thumbnail.example for thumbnail in thumbnails()] == [int(file.name[:2]) for file in WORKFLOWS]
 
 
-@pytest.mark.parametrize("scene", scenes(), ids=lambda scene: str(scene.example))
-def test_what_a_swap_node_shows_can_follow_from_what_it_asks_for(scene: Scene) -> None:
-    workflow = json.loads(WORKFLOWS[scene.example - 1].read_text(encoding="utf-8"))
-    asked = [node["widgets_values"] for node in workflow["nodes"] if node["type"] == NODE]
-    told = [part.progress for part in scene.parts if part.progress]
-    assert len(told) == len(asked)
-    for progress, (blocks, _, _, is_auto, ceiling, *_) in zip(told, asked, strict=True):
-        memory, plan = progress.memory, progress.plan
-        assert memory is not None
-        assert plan is not None
-        assert memory.ceiling == memory.total * ceiling / 100
-        assert memory.other + memory.residents + memory.window <= memory.ceiling
-        assert is_auto or plan.swapped_count == blocks
+@pytest.mark.parametrize("thumbnail", thumbnails(), ids=lambda thumbnail: str(thumbnail.example))
+def test_a_thumbnail_names_a_card_of_its_example_s_title_or_note(thumbnail: Thumbnail) -> None:
+    file = WORKFLOWS[thumbnail.example - 1]
+    sizes = re.findall(r"\d+", thumbnail.card)
+    assert {f"{size} GB" for size in sizes} <= set(re.findall(r"\d+ GB", file.stem))
+
+
+@pytest.mark.parametrize("file", THUMBNAILS, ids=lambda file: file.name[:2])
+def test_nothing_of_a_thumbnail_is_below_the_dialog_s_badge(file: Path) -> None:
+    with Image.open(file) as picture:
+        covered = picture.crop((0, 0, *BADGE)).resize((16, 6))
+    assert max(ImageStat.Stat(covered).stddev) < 12  # the ground alone
 
 
 LANGUAGES = [Variant("newest", "vue", language) for language in HELP_PICTURES]
