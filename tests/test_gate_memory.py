@@ -82,7 +82,7 @@ def test_automatic_tuning_plans_anew_from_the_peak_that_the_repeated_forward_has
     workflow = bench.workflow("fp32", arguments(None))
     assert torch.equal(workflow.sample(fault=once(1)), truth("fp32"))
     run = bench.run_of(workflow)
-    assert run.report().measured.replans[0] == "the device ran out of memory"
+    assert run.report().measured.replans[0] == "VRAM ran out"
     assert run.report().measured.activation_bytes is not None
     assert torch.equal(workflow.sample(), truth("fp32"))
     assert swapped(bench, workflow) == 0
@@ -161,7 +161,7 @@ def test_memory_that_runs_out_while_blocks_are_placed_is_in_the_report_and_the_r
     assert torch.equal(workflow.sample(), truth("fp32"))
     report = bench.run_of(workflow).report()
     assert report is not None
-    assert report.measured.replans == ("the device ran out of memory",)
+    assert report.measured.replans == ("VRAM ran out",)
     assert Phase.STOPPED not in {progress.phase for progress in told}
 
 

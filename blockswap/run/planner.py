@@ -266,8 +266,8 @@ class Planner:
             return None
         percent, blocks, saved = found
         free = max(0, present.limit_bytes - present.device_bytes - activations.nbytes)
-        in_a_step = measured.forwards / measured.step.number if measured.step is not None else 1.0
-        return Hint(free_bytes=free, percent=percent, blocks=blocks, saved_ms=in_a_step * saved)
+        in_each, each = (measured.forwards / measured.steps, "step") if measured.steps else (1.0, "pass")
+        return Hint(free_bytes=free, percent=percent, blocks=blocks, saved_ms=in_each * saved, each=each)
 
     def shrink(self) -> bool:
         """Makes the next plan smaller, after memory ran out under the last one, in its adopt or in a forward.

@@ -149,7 +149,7 @@ class SwapRun:
                     yield
             else:
                 yield
-        self._stats.step = step
+        self._stats.count(step)
         self._learn()
         if self._feed.watcher is not None:
             self._feed.ran(self._present, self._stats)
@@ -205,11 +205,11 @@ class SwapRun:
             self.session.release()
         if by_driver and self.planner.lock_less():
             self.session.unlock()
-            self._stats.replans.append("the driver refused memory: less host memory is page-locked")
+            self._stats.replans.append("the driver refused memory: less RAM is locked")
             return
         if not self.planner.shrink():
             raise DeviceMemoryError(oom_message(self._workload, self.planner.made, reported=reported))
-        self._stats.replans.append("the device ran out of memory")
+        self._stats.replans.append("VRAM ran out")
 
     def report(self) -> RunReport | None:
         """The report of the run so far, or of the last run if none has started since; None before the first."""
@@ -352,7 +352,6 @@ class SwapRun:
 
     def _learn(self) -> None:
         """Learns from a forward that ended well. A change of plan waits for the next forward's start."""
-        self._stats.count()
         if self.session.others.gave_up:
             return  # what is measured now says nothing about the plan
         taken = self._peak.taken_bytes()
@@ -418,7 +417,8 @@ class SwapRun:
         """The report of a run that has ended."""
         why = "" if failure is None else str(failure) or type(failure).__name__
         measured = replace(report.measured, samples=self._samples)
-        return replace(report, measured=measured, ended=datetime.now(), failure=why)
+        hint = None if why else report.hint
+        return replace(report, measured=measured, hint=hint, ended=datetime.now(), failure=why)
 
     def _report_or_none(self) -> RunReport | None:
         try:
