@@ -246,11 +246,15 @@ class Planner:
             report: What was measured under the present plan.
         """
         profile, measured, present, activations = self.profile, report.measured, report.plan, self.activations
-        is_known = activations is not None and activations.is_measured and measured.forward_ms is not None
-        now = self.predict(present) if profile is not None and is_known and not measured.others else None
-        if profile is None or activations is None or now is None or not self.settings.auto_hardware_tuning:
+        if profile is None or activations is None or not activations.is_measured or measured.forward_ms is None:
             return None
-        readings, found, least = self._read(), None, WORTH_A_HINT * now.elapsed
+        # Where memory has run out, or others move weights, what was measured promises nothing.
+        has_run_out = self.history.of(self.history.largest_workload).refusals > 0
+        now = None if has_run_out or measured.others else self.predict(present)
+        least = 0.0 if now is None else WORTH_A_HINT * now.elapsed
+        if now is None or now.stall <= least or not self.settings.auto_hardware_tuning:
+            return None
+        readings, found = self._read(), None
         for percent in range(int(self.settings.vram_threshold_percent) // 5 * 5 + 5, MOST_PERCENT + 1, 5):
             settings = replace(self.settings, vram_threshold_percent=float(percent))
             try:

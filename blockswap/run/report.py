@@ -162,6 +162,12 @@ class RunReport:
         if timed not in (0, planned):
             raise ValueError(f"expected times of all {planned} blocks of the plan or of none, got {timed}")
 
+    def at_end(self, samples: Samples | None, failure: BaseException | None) -> RunReport:
+        """The report of the run that ends now, with all its samples; after a failure it has no hint."""
+        why = "" if failure is None else str(failure) or type(failure).__name__
+        measured, hint = replace(self.measured, samples=samples), None if why else self.hint
+        return replace(self, measured=measured, hint=hint, ended=datetime.now(), failure=why)
+
 
 def host_tiers(plan: SwapPlan) -> dict[str, int]:
     """How many swapped blocks come from which host tier."""
