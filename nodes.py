@@ -245,7 +245,7 @@ def _why_not_ours(arguments: Any) -> str:
             return "no arguments are connected; connect those of WanVideo Enhanced BlockSwap"
         return f"this device runs without swapping: {why_not}"
     if is_ours(arguments):
-        return "no forward has run with its arguments; connect the model that goes into the sampler"
+        return "no step has run with its arguments; connect the model that goes into the sampler"
     if is_theirs(arguments):
         return "the block_swap_args are another node's; connect those of WanVideo Enhanced BlockSwap in their place"
     return "the wrapper's own swapping is used; the log says why"

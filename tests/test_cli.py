@@ -304,7 +304,7 @@ def test_a_model_that_does_not_fit_where_nothing_is_swapped_is_refused_with_both
     code, shown = run_json(capsys, "plan", str(path), "--gpu", "B580", "--ram", "64GB")
     assert code == 1
     assert shown["error"].startswith("nothing is swapped on Arc B580: Intel GPUs have not been tried; ")
-    assert "not enough VRAM: 26.2 GB needed for block weights" in shown["error"]
+    assert "not enough VRAM: 26.2 GB needed for the model's blocks (all 40 blocks on the GPU)" in shown["error"]
 
 
 def test_where_nothing_can_be_swapped_a_count_by_hand_changes_nothing(
@@ -426,7 +426,7 @@ def test_a_video_that_does_not_fit_is_the_first_reason_and_fails(
     assert (code, shown["fits"]) == (0, True)
     code, shown = run_json(capsys, *common, "--shape", "1280x720x161")
     assert (code, shown["fits"], shown["over_ceiling"]) == (1, False, True)
-    assert shown["reasons"][0].startswith("expect it to run out of memory: 12.8 GB of activations")
+    assert shown["reasons"][0].startswith("it will probably run out of VRAM: 12.8 GB for the computation")
 
 
 def test_a_gpu_that_is_not_known_is_planned_for_by_its_memory(

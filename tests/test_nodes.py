@@ -157,7 +157,9 @@ def test_wired_into_the_loader_it_swaps_and_the_report_tells(comfy: SimpleNamesp
     assert torch.equal(latents, unswapped("fp32", HPU).latents)
     samples, text = NODES["WanVideoBlockSwapReport"]().report({"samples": latents}, workflow.patchers[0])
     assert samples["samples"] is latents
-    assert text.startswith("WanModel on hpu: 3 of 4 blocks swapped (3 pageable), 1 slot")
+    head, blocks, *_ = text.splitlines()
+    assert re.fullmatch(r"run 1, \d\d:\d\d: 3 steps; WanModel on hpu", head)
+    assert blocks == "blocks: 1 block on the GPU, 3 streaming"
     assert len(text.splitlines()) <= 12
 
 
@@ -183,8 +185,9 @@ def test_the_plan_node_tells_before_sampling_what_the_run_then_does(comfy: Simpl
     run = gate.run_of(workflow.transformer)
     assert run is not None
     assert run.plan is not None
-    stay = len(run.plan.swapped) - run.plan.swapped_count
-    assert f"{stay} of {len(run.plan.swapped)} blocks stay, 2 stream through" in text
+    stay = run.plan.block_count - 2
+    assert text.startswith(f"hpu: {stay} blocks on the GPU, 2 streaming\n")
+    assert run.plan.streaming_count == 2
 
 
 def test_the_plan_node_says_what_is_wrong_instead_of_failing_the_prompt(comfy: SimpleNamespace) -> None:
@@ -320,7 +323,8 @@ def test_the_node_is_told_what_its_run_does(comfy: SimpleNamespace, events: list
     assert torch.equal(latents, unswapped("fp32", HPU).latents)
     assert phases(events) == ["adopting", "sampling", "done"]
     assert {(event["node"], event["workflow"]) for event in events} == {("7:12", "a workflow")}
-    assert "1 of 4 blocks stay, 3 stream through 1 slot" in events[0]["text"]
+    assert events[0]["text"].startswith("1 block on the GPU, 3 streaming.\nMoving weights into place: 0 B of ")
+    assert events[-1]["text"].splitlines()[1].startswith("Done after 3 steps: ")
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_the_nodes_with_text_pass_on_the_very_objects_that_they_get_and_change_n
     assert list(passed) == ["samples", "noise_mask"]
     assert passed["samples"] is latents
     assert torch.equal(latents, unswapped("fp32", HPU).latents)
-    assert ("3 of 4 blocks swapped" in text) is swaps
+    assert ("1 block on the GPU, 3 streaming" in text) is swaps
     before = dict(arguments)
     model, given, _ = PLAN().preview(workflow.patchers[0], arguments, 128, 128, 9)
     assert model is workflow.patchers[0]

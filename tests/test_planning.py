@@ -45,7 +45,7 @@ ROOM = DeviceMemory(48 * GIB, 47 * GIB, "a test")
 def test_a_plan_that_stands_on_an_estimate_says_so_last(memory: DeviceMemory, chosen: SwapSettings) -> None:
     estimate = replace(memory, source="mem_get_info less 15 %", is_estimate=True)
     made = make_plan(MODEL, chosen, replace(FACTS, memory=estimate))
-    assert made.reasons[-1] == "free device memory is an estimate: mem_get_info less 15 %"
+    assert made.reasons[-1] == made.remarks[-1] == "free VRAM is an estimate: mem_get_info less 15 %"
 
 
 @pytest.mark.parametrize("chosen", [SwapSettings(), BY_HAND], ids=["automatic", "by hand"])
@@ -103,14 +103,14 @@ def beside(tensor: TensorProfile) -> ModelProfile:
 def test_a_plan_says_how_much_cannot_be_swapped_and_of_which_type(chosen: SwapSettings) -> None:
     small = replace(WHOLE, nbytes=4 * MIB)
     stays = f"({MODEL.blocks[0].name}.w and 19 more: Opaque cannot be taken apart)"
-    assert f"80.0 MB of weights always stay on the device {stays}" in make_plan(beside(small), chosen, FACTS).reasons
+    assert f"80.0 MB of weights always stay on the GPU {stays}" in make_plan(beside(small), chosen, FACTS).remarks
     assert not [reason for reason in make_plan(MODEL, chosen, FACTS).reasons if "always stay" in reason]
 
 
 def test_a_number_of_blocks_that_frees_nothing_is_refused_with_the_type_that_stays() -> None:
     model = ModelProfile(tuple(BlockProfile(block.name, (WHOLE,)) for block in MODEL.blocks))
     sentence = (
-        r"swapping 12 blocks would free nothing: 7\.8 GB of weights always stay on the device \(blocks\.0\.w and 19 "
+        r"swapping 12 blocks would free nothing: 7\.8 GB of weights always stay on the GPU \(blocks\.0\.w and 19 "
         r"more: Opaque cannot be taken apart\); set blocks_to_swap to 0"
     )
     with pytest.raises(PlanError, match=sentence):

@@ -111,14 +111,14 @@ def test_the_report_of_a_model_with_another_nodes_arguments_says_what_to_connect
         "no block was swapped by WanVideo Enhanced BlockSwap: the block_swap_args are another node's; connect those of "
         "WanVideo Enhanced BlockSwap in their place"
     )
-    assert "no forward has run with its arguments" in REPORT().report({}, workflow.patchers[0])[1]
+    assert "no step has run with its arguments" in REPORT().report({}, workflow.patchers[0])[1]
 
 
 def test_a_plan_for_a_model_with_another_nodes_arguments_says_that_it_is_not_followed(comfy: SimpleNamespace) -> None:
     workflow = Workflow("fp32", device=HPU)
     workflow.load(NATIVE)
     *_, text = PLAN().preview(workflow.patchers[0], ours(), 128, 128, 9)
-    assert "1 of 4 blocks stay, 3 stream through" in text
+    assert text.startswith("hpu: 1 block on the GPU, 3 streaming\n")
     assert text.splitlines()[-1].startswith("- the model here has another node's block_swap_args")
     workflow.load(ours())
     assert "another node's" not in PLAN().preview(workflow.patchers[0], ours(), 128, 128, 9)[2]

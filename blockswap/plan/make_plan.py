@@ -386,9 +386,7 @@ def _complete(
     weights, limit = Weights(profile), budget.weight_bytes
     taken, copied = weights.nbytes(choice), weights.copied_bytes(choice)
     if taken > limit:
-        remarks.append(
-            f"the blocks take {format_bytes(taken)} of VRAM, and the settings leave {format_bytes(limit)} for them"
-        )
+        remarks.append(f"the blocks take {format_bytes(taken)} of VRAM, and {format_bytes(limit)} are left for them")
     reasons = []
     beside = [block for block in inside if is_beside(block.name)]
     if beside:

@@ -246,11 +246,15 @@ class Planner:
             report: What was measured under the present plan.
         """
         profile, measured, present, activations = self.profile, report.measured, report.plan, self.activations
-        is_known = activations is not None and activations.is_measured and measured.forward_ms is not None
-        now = self.predict(present) if profile is not None and is_known and not measured.others else None
-        if profile is None or activations is None or now is None or not self.settings.auto_hardware_tuning:
+        if profile is None or activations is None or not activations.is_measured or measured.forward_ms is None:
             return None
-        readings, found, least = self._read(), None, WORTH_A_HINT * now.elapsed
+        # Where memory has run out, or others move weights, what was measured promises nothing.
+        has_run_out = self.history.of(self.history.largest_workload).refusals > 0
+        now = None if has_run_out or measured.others else self.predict(present)
+        least = 0.0 if now is None else WORTH_A_HINT * now.elapsed
+        if now is None or now.stall <= least or not self.settings.auto_hardware_tuning:
+            return None
+        readings, found = self._read(), None
         for percent in range(int(self.settings.vram_threshold_percent) // 5 * 5 + 5, MOST_PERCENT + 1, 5):
             settings = replace(self.settings, vram_threshold_percent=float(percent))
             try:
@@ -266,8 +270,8 @@ class Planner:
             return None
         percent, blocks, saved = found
         free = max(0, present.limit_bytes - present.device_bytes - activations.nbytes)
-        in_a_step = measured.forwards / measured.step.number if measured.step is not None else 1.0
-        return Hint(free_bytes=free, percent=percent, blocks=blocks, saved_ms=in_a_step * saved)
+        in_each, each = (measured.forwards / measured.steps, "step") if measured.steps else (1.0, "pass")
+        return Hint(free_bytes=free, percent=percent, blocks=blocks, saved_ms=in_each * saved, each=each)
 
     def shrink(self) -> bool:
         """Makes the next plan smaller, after memory ran out under the last one, in its adopt or in a forward.

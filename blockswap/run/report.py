@@ -61,13 +61,15 @@ class Hint:
         free_bytes: Device memory that stayed unused at the peak.
         percent: The vram_threshold_percent.
         blocks: Blocks that would stay on the device, more than now.
-        saved_ms: What it would save in a step; in a forward where steps are unknown.
+        saved_ms: What it would save in each of these.
+        each: "step", or "pass" where steps are unknown.
     """
 
     free_bytes: int
     percent: int
     blocks: int
     saved_ms: float
+    each: str = "step"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,7 @@ class Measured:
     Attributes:
         forwards: Forwards that ran blocks.
         step: The sampler's step that ran last.
+        steps: Steps that ran, in all rounds of a sampler that goes through its steps again; 0 is unknown.
         empty_forwards: Forwards that ran none.
         timed_forwards: Forwards of which every block was timed.
         forward_ms: Duration of a forward that ran blocks, the median.
@@ -101,6 +104,7 @@ class Measured:
 
     forwards: int
     step: Step | None = None
+    steps: int = 0
     empty_forwards: int = 0
     timed_forwards: int = 0
     forward_ms: float | None = None
@@ -158,6 +162,12 @@ class RunReport:
         if timed not in (0, planned):
             raise ValueError(f"expected times of all {planned} blocks of the plan or of none, got {timed}")
 
+    def at_end(self, samples: Samples | None, failure: BaseException | None) -> RunReport:
+        """The report of the run that ends now, with all its samples; after a failure it has no hint."""
+        why = "" if failure is None else str(failure) or type(failure).__name__
+        measured, hint = replace(self.measured, samples=samples), None if why else self.hint
+        return replace(self, measured=measured, hint=hint, ended=datetime.now(), failure=why)
+
 
 def host_tiers(plan: SwapPlan) -> dict[str, int]:
     """How many swapped blocks come from which host tier."""
@@ -192,6 +202,7 @@ class RunStats:
 
     Attributes:
         step: The sampler's step that ran last; None is unknown.
+        steps: How often it was another one than before.
         observation: What the forwards that were timed last show.
         timed: Numbers of these forwards.
         is_timed: Whether they ran under the present plan and workload.
@@ -211,6 +222,7 @@ class RunStats:
         self._planner = planner
         self._before = self._now = _Counts.of(session)
         self.step: Step | None = None
+        self.steps = 0
         self.observation: Observation | None = None
         self.timed = range(0)
         self.is_timed = False
@@ -221,8 +233,10 @@ class RunStats:
         self.replans: list[str] = []
         self.notes: list[str] = []
 
-    def count(self) -> None:
-        """Takes the counters after a forward that ended well; copies of a forward that fails are not counted."""
+    def count(self, step: Step | None) -> None:
+        """Takes the counters after a forward of `step` that ended well; copies of one that fails are not counted."""
+        self.steps += step is not None and step != self.step
+        self.step = step
         self._now = _Counts.of(self._session)
 
     def observe(self, timed: range) -> None:
@@ -284,6 +298,7 @@ class RunStats:
         return Measured(
             forwards=now.forwards - before.forwards,
             step=self.step,
+            steps=self.steps,
             empty_forwards=now.empty_forwards - before.empty_forwards,
             timed_forwards=0 if seen is None else seen.forwards,
             forward_ms=None if seen is None else seen.forward_ms,

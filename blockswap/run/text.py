@@ -105,20 +105,26 @@ def waits(stall_ms: float | None, forward_ms: float | None) -> str:
     """How long the GPU waited for copies, as a clause; empty if unknown."""
     if stall_ms is None or not forward_ms:
         return ""
-    share = stall_ms / forward_ms
-    return "the GPU never waited" if share < NEVER else f"the GPU waited {share:.1%} of the time for copies"
+    share = _share(stall_ms, forward_ms)
+    return f"the GPU waited {share} of the time for copies" if share else "the GPU never waited"
 
 
 def expected_waits(stall_ms: float, forward_ms: float) -> str:
     """The same before a run."""
+    share = _share(stall_ms, forward_ms)
+    return f"the GPU should wait {share} of the time for copies" if share else "the GPU should never wait"
+
+
+def _share(stall_ms: float, forward_ms: float) -> str:
+    """A share of a forward in percent; empty if it is none."""
     share = stall_ms / forward_ms if forward_ms else 0.0
-    return "the GPU should never wait" if share < NEVER else f"the GPU should wait {share:.1%} of the time for copies"
+    return "" if share < NEVER else f"{share:.1%}"
 
 
 def steps_in_words(measured: Measured) -> str:
     """How far a run came, such as "20 steps"."""
-    if measured.step is not None:
-        return format_count(measured.step.number, "step")
+    if measured.steps:
+        return format_count(measured.steps, "step")
     return f"{measured.forwards} {'pass' if measured.forwards == 1 else 'passes'} of the model"
 
 
@@ -127,7 +133,7 @@ def hint_text(hint: Hint) -> str:
     return (
         f"{format_bytes(hint.free_bytes)} of VRAM stayed free: vram_threshold_percent {hint.percent} would keep "
         f"{hint.blocks} more {'block' if hint.blocks == 1 else 'blocks'} on the GPU and save about {_s(hint.saved_ms)} "
-        "a step."
+        f"a {hint.each}."
     )
 
 
@@ -137,7 +143,7 @@ def _head(report: RunReport) -> str:
     if report.failure:
         how = f"FAILED {f'after {done}' if done else 'before the first step'}: {_one_line(report.failure)}"
     else:
-        how = f"{done or 'nothing has run'} of {_one_line(report.title)}"
+        how = f"{done or 'nothing has run'}; {_one_line(report.title)}"
     return f"run {report.number}{when}: {how}"
 
 
@@ -243,7 +249,7 @@ def _weights(report: RunReport) -> str:
         if found > plan.device_bytes:
             line += f", {found - plan.device_bytes:,} bytes more than planned"
     if plan.over_ceiling:
-        line += f"; the settings leave {format_bytes(plan.budget_bytes)} for them"
+        line += f"; {format_bytes(plan.budget_bytes)} were left for them"
     return line
 
 
@@ -265,11 +271,12 @@ def _waits(report: RunReport) -> str:
     measured, prediction = report.measured, report.prediction
     if not report.plan.swapped_count:
         return ""
-    parts = [waits(measured.stall_ms, measured.forward_ms)]
-    if prediction is not None:
-        parts.append(f"expected: {expected_waits(prediction.stall, prediction.elapsed)}")
-    text = "; ".join(part for part in parts if part)
-    return f"waiting: {text}" if text else ""
+    found = waits(measured.stall_ms, measured.forward_ms)
+    if prediction is None:
+        return f"waiting: {found}" if found else ""
+    if not found:
+        return f"waiting: {expected_waits(prediction.stall, prediction.elapsed)}"
+    return f"waiting: {found} (expected: {_share(prediction.stall, prediction.elapsed) or 'never'})"
 
 
 def _copies(report: RunReport) -> str:
@@ -288,9 +295,9 @@ def _copies(report: RunReport) -> str:
 
 def _ram(measured: Measured) -> str:
     held = _held(measured.slab_bytes, measured.pinned_bytes, measured.file_bytes)
-    if measured.refusals:
-        held += "; the system did not let all of it be locked, so copies are slower"
-    return f"RAM: {held}" if held else ""
+    refused = "the system did not let all of it be locked, so copies are slower" if measured.refusals else ""
+    text = "; ".join(part for part in (held, refused) if part)
+    return f"RAM: {text}" if text else ""
 
 
 def _held(slabs: int, pinned: int, file: int) -> str:
@@ -309,7 +316,7 @@ def _sampled(samples: Samples | None) -> str:
         return ""
     figures = (
         ("VRAM", samples.vram_used_peak_bytes),
-        ("RAM of ComfyUI", samples.rss_peak_bytes),
+        ("RAM by ComfyUI", samples.rss_peak_bytes),
     )
     parts = [f"{format_bytes(nbytes)} of {what}" for what, nbytes in figures if nbytes is not None]
     line = f"in use at most: {', '.join(parts)}" if parts else ""
@@ -367,14 +374,12 @@ def oom_message(workload: Workload | None, plan: SwapPlan | None, *, reported: s
         reported: The device's own message.
     """
     if plan is None:
-        return (
-            f"out of VRAM before any block was in place; close other programs on the GPU (the GPU reported: {reported})"
-        )
+        return f"out of VRAM before the first step; close other programs on the GPU (the GPU reported: {reported})"
     room = max(0, plan.limit_bytes - plan.device_bytes)
     weights = f"{format_bytes(plan.device_bytes)} of weights ({blocks_in_words(plan)})"
     expected = None if workload is None else workload.expected_activation_bytes
     needs = "needs more" if expected is None else f"needs about {format_bytes(expected)}"
-    head = f"out of VRAM: computing a video of this size {needs}, and {format_bytes(room)} were left beside {weights}"
+    head = f"out of VRAM: this video size {needs}, and {format_bytes(room)} were left beside {weights}"
     return f"{head}; {_advice(workload, room)}or close other programs on the GPU (the GPU reported: {reported})"
 
 
