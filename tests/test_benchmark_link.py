@@ -134,7 +134,7 @@ def test_a_refused_lock_leaves_the_pageable_figures_and_says_why_there_are_no_ot
     rows = watched.rows()
     pinned = [row for row in rows if row.memory == "pinned"]
     assert len(pinned) == 2 * len(SIZES) * len(STREAMS)
-    assert all(row.gbytes_per_s is None and "out of page-lockable memory" in str(row.reason) for row in pinned)
+    assert all(row.gbytes_per_s is None and "out of memory that can be locked" in str(row.reason) for row in pinned)
     assert {row.gbytes_per_s for row in rows if row.memory == "pageable"} == {7.0}
     assert watched.holds_nothing()
 
