@@ -100,8 +100,8 @@ def test_tables_are_printed_and_written(capsys: pytest.CaptureFixture[str], tmp_
     assert file.read_text(encoding="utf-8") == printed
     lines = [line.replace(" ", "") for line in printed.splitlines()]
     assert lines.count("|streams|1|2|5|") == 2
-    assert "|1.0MiB|7.00|7.00|7.00|" in lines
-    assert "|1.0MiB|7.00(+0.0%)|7.00(+0.0%)|7.00(+0.0%)|" in lines
+    assert "|1.0MB|7.00|7.00|7.00|" in lines
+    assert "|1.0MB|7.00(+0.0%)|7.00(+0.0%)|7.00(+0.0%)|" in lines
     assert "- 4.9 KB, 64.0 KB: slowdown unknown" in printed
 
 

@@ -44,9 +44,7 @@ def test_debug_mode_finds_weights_that_another_node_has_edited_through_data() ->
     bench.forward(times=3)
     block = swapped_block(bench)
     bench.model.blocks[block].up.data.view(-1)[3] += 1.0
-    with pytest.raises(
-        TransferError, match=rf"blocks\.{block}\.up has other bytes on the GPU than in RAM"
-    ):
+    with pytest.raises(TransferError, match=rf"blocks\.{block}\.up has other bytes on the GPU than in RAM"):
         bench.forward(times=2)
 
 
