@@ -245,7 +245,7 @@ def example_plan() -> str:
         activations=Activations(nbytes=expected, is_measured=False),
     )
     made = make_plan(found.model, SwapSettings(), facts)
-    return plan_text(made, card=facts.spec.name, budget_bytes=made.budget_bytes)
+    return plan_text(made, card=facts.spec.name)
 
 
 def example_report() -> str:

@@ -10,6 +10,7 @@ import pytest
 from run_bench import BLOCK, COUNT, LARGE_VIDEO, SMALL_VIDEO, Bench
 from wanvideo_enhanced_blockswap.blockswap.engine.others import Others
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Limits
+from wanvideo_enhanced_blockswap.blockswap.run.history import Workload
 from wanvideo_enhanced_blockswap.blockswap.run.planner import MOST_PERCENT, WORTH_A_HINT, Planner
 from wanvideo_enhanced_blockswap.blockswap.run.report import Hint, RunReport, Step
 from wanvideo_enhanced_blockswap.blockswap.run.text import hint_text, summary
@@ -140,18 +141,26 @@ def test_there_is_no_hint_where_the_percent_does_not_decide(bench: Any) -> None:
     assert hinted(bench()) is None
 
 
+@pytest.mark.parametrize(("room", "link_ms"), [(3, 1.05), (3, 1.1), (3.5, 1.05), (4, 1.1)])
+def test_a_hint_names_blocks_where_a_third_slot_would_gain_as_well(room: float, link_ms: float) -> None:
+    hint = hinted(waiting(room, link_ms=link_ms))
+    assert hint is None or hint.blocks > 0
+
+
 def test_there_is_no_hint_before_anything_was_measured() -> None:
     bench = waiting(5)
     bench.forward()
     assert report_of(bench).hint is None
 
 
-def test_there_is_no_hint_where_the_peak_is_not_measured() -> None:
+def test_there_is_no_hint_where_the_peak_is_expected_and_not_measured() -> None:
     bench = waiting(5)
-    bench.machine.can_reset = False
     bench.machine.peak_bytes = lambda: None  # type: ignore[assignment, return-value, method-assign]
-    bench.forward(times=5)
-    assert report_of(bench).hint is None
+    bench.forward(Workload(tokens=100, expected_activation_bytes=BLOCK), times=5)
+    report = report_of(bench)
+    assert (report.activation_bytes, report.measured.activation_bytes) == (BLOCK, None)
+    assert report.measured.stall_ms
+    assert report.hint is None
 
 
 def test_there_is_no_hint_after_others_moved_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,8 +176,11 @@ def test_there_is_no_hint_after_memory_ran_out_until_other_settings_are_tried() 
     bench = waiting(5)
     bench.forward(times=2)
     bench.run.shrink("out of memory")
-    bench.forward(times=5)
-    assert report_of(bench).hint is None
+    bench.forward(times=8)  # the plan is larger again once the peak is known, and that one is timed
+    report = report_of(bench)
+    assert report.measured.forward_ms is not None
+    assert report.measured.stall_ms
+    assert report.hint is None
     bench.run.use(SwapSettings(vram_threshold_percent=45.0))
     assert hinted(bench) is not None
 
@@ -186,7 +198,8 @@ def test_a_larger_video_in_the_same_run_decides_what_is_left() -> None:
 def test_there_is_no_hint_beside_a_note_that_advises_the_opposite() -> None:
     bench = waiting(5)
     bench.forward(times=6)
-    bench.simulation.streams.hardware = replace(bench.simulation.streams.hardware, default_compute_ms=40.0)
+    hardware = bench.simulation.streams.hardware
+    bench.simulation.streams.hardware = replace(hardware, link_bytes_per_ms=hardware.link_bytes_per_ms / 8)
     bench.machine.cache_bytes = bench.machine.memory().free_bytes  # torch holds it, and nothing is free
     bench.forward(times=4)
     report = report_of(bench)
@@ -203,8 +216,11 @@ def test_a_run_that_failed_has_no_hint() -> None:
     assert hinted(bench) is not None
 
 
-def test_no_plan_is_made_for_a_hint_where_the_gpu_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = waiting(5, link_ms=0.3)
+@pytest.mark.parametrize(
+    "options", [{"link_ms": 0.3}, {"settings": {"auto_hardware_tuning": False, "blocks_to_swap": 5}}]
+)
+def test_no_plan_is_made_for_a_hint_that_cannot_be(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    bench = waiting(5, **options)
     bench.forward(times=5)
     monkeypatch.setattr(Planner, "_read", lambda _: pytest.fail("the machine was read"))
     assert report_of(bench).hint is None

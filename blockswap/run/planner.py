@@ -261,7 +261,7 @@ class Planner:
                 other = make_plan(profile, self._inputs_from(readings, profile, held, settings))
             except PlanError:
                 break
-            saved = 0.0 if other.predicted is None or other.over_ceiling else now.elapsed - other.predicted.elapsed
+            saved = 0.0 if other.predicted is None else now.elapsed - other.predicted.elapsed
             blocks = present.streaming_count - other.streaming_count
             if blocks > 0 and saved > least:
                 least = saved + WORTH_A_HINT * now.elapsed  # a higher one must save more
