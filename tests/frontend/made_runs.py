@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import gguf
 from checkpoint_files import Shapes, wan_shapes
@@ -20,6 +20,7 @@ from wanvideo_enhanced_blockswap.blockswap.run.progress import (
     Phase,
     Progress,
 )
+from wanvideo_enhanced_blockswap.blockswap.run.report import Hint, Step
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 from wanvideo_enhanced_blockswap.hardware import (
     GIB,
@@ -40,6 +41,9 @@ LINK_BYTES_PER_S = 12e9
 
 LORA_RANK = 64
 
+PASSES = 2
+"""Of the model in a step: with the prompt, and without."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
@@ -52,6 +56,7 @@ class Case:
         model: One of the functions below gives it.
         video: Width, height and frames.
         settings: Of the swap node.
+        steps: Of the sampler.
     """
 
     card: str
@@ -60,6 +65,7 @@ class Case:
     model: CheckpointProfile
     video: tuple[int, int, int] = (832, 480, 81)
     settings: SwapSettings = field(default_factory=SwapSettings)
+    steps: int = 30
 
 
 def fp8(*, channels: int = 16, vace: int = 0) -> CheckpointProfile:
@@ -131,7 +137,7 @@ class MadeRun:
             compute_ms=(block_ms,) * len(model.model.blocks),
             activations=Activations(nbytes=expected, is_measured=False),
         )
-        self.card = case.card
+        self.card, self.steps = case.card, case.steps
         self.plan: SwapPlan = make_plan(model.model, case.settings, facts)
         assert self.plan.predicted is not None, "rates, link and video are known"
         self._forward = self.plan.predicted
@@ -152,20 +158,21 @@ class MadeRun:
         adopt = AdoptFigures(placed=placed[blocks], all=placed[-1], pinned=int(locked * self.plan.pinned_bytes))
         return Progress(phase=Phase.ADOPTING, memory=self._memory, plan=self.plan, predicted=self._forward, adopt=adopt)
 
-    def sampling(self, forwards: int) -> Progress:
-        """So many forwards are over."""
-        return self._running(Phase.SAMPLING, forwards)
+    def sampling(self, steps: int) -> Progress:
+        """So many steps are over."""
+        return self._running(Phase.SAMPLING, steps)
 
-    def done(self, forwards: int) -> Progress:
-        """It ended after so many forwards."""
-        return self._running(Phase.DONE, forwards)
+    def done(self, steps: int, hint: Hint | None = None) -> Progress:
+        """It ended after so many steps."""
+        return self._running(Phase.DONE, steps, hint)
 
-    def _running(self, phase: Phase, forwards: int) -> Progress:
+    def _running(self, phase: Phase, steps: int, hint: Hint | None = None) -> Progress:
+        forwards = steps * PASSES
         run = ran(
             forwards,
             forwards * self.plan.streamed_bytes,
             forward_ms=self._forward.elapsed,
             stall_ms=self._forward.stall,
-            copy_bytes_per_s=LINK_BYTES_PER_S if self.plan.streamed_bytes else None,
         )
-        return Progress(phase=phase, memory=self._memory, plan=self.plan, predicted=self._forward, run=run)
+        run = replace(run, step=Step(steps, self.steps))
+        return Progress(phase=phase, memory=self._memory, plan=self.plan, predicted=self._forward, run=run, hint=hint)

@@ -67,10 +67,9 @@ def _swap(progress: Progress, top: int, *, width: int = 440, number: int = 0) ->
     return Part(kind=NODE, place=(20, top, width), number=number, progress=progress)
 
 
-def _sixteen_gib(*, vace: int = 0, settings: SwapSettings | None = None) -> MadeRun:
-    model = fp8(vace=vace)
-    settings = settings or SwapSettings()
-    return MadeRun(Case(card="NVIDIA GeForce RTX 4080", vram_gib=16, rates="RTX 3090", model=model, settings=settings))
+def _sixteen_gib(*, steps: int, vace: int = 0, settings: SwapSettings | None = None) -> MadeRun:
+    settings, card = settings or SwapSettings(), "NVIDIA GeForce RTX 4080"
+    return MadeRun(Case(card=card, vram_gib=16, rates="RTX 3090", model=fp8(vace=vace), settings=settings, steps=steps))
 
 
 def _automatic() -> Scene:
@@ -80,7 +79,7 @@ def _automatic() -> Scene:
         Part(kind="WanVideoModelLoader", place=(500, 60, 480)),
         Part(kind="WanVideoSampler", place=(500, 470, 340)),
     )
-    return Scene(example=1, parts=(*around, _swap(run.done(60), 78, width=420)), side=700)
+    return Scene(example=1, parts=(*around, _swap(run.done(30), 78, width=420)), side=700)
 
 
 def _image_to_video() -> Scene:
@@ -89,8 +88,8 @@ def _image_to_video() -> Scene:
 
 
 def _two_experts() -> Scene:
-    run = _sixteen_gib()
-    high, low = _swap(run.done(20), -56, width=584), _swap(run.sampling(7), 312, width=584, number=1)
+    run = _sixteen_gib(steps=20)
+    high, low = _swap(run.done(10), -56, width=584), _swap(run.sampling(17), 312, width=584, number=1)
     return Scene(example=3, parts=(high, low), side=624)
 
 
@@ -104,11 +103,13 @@ def _gguf_with_lora() -> Scene:
 def _vace() -> Scene:
     first = Part(kind="LoadImage", place=(14, -114, 225), height=260, image="morning")
     last = Part(kind="LoadImage", place=(241, -114, 225), height=260, number=1, image="evening")
-    return Scene(example=5, parts=(first, last, _swap(_sixteen_gib(vace=8).sampling(9), 146)))
+    return Scene(example=5, parts=(first, last, _swap(_sixteen_gib(steps=20, vace=8).sampling(9), 146)))
 
 
 def _by_hand() -> Scene:
-    run = _sixteen_gib(settings=SwapSettings(auto_hardware_tuning=False, blocks_to_swap=24, num_cuda_streams=2))
-    text = plan_text(run.plan, card=run.card, budget_bytes=run.plan.budget_bytes)
-    plan = Part(kind="PreviewAny", place=(20, 0, 440), height=200, text=text)
+    run = _sixteen_gib(
+        steps=30, settings=SwapSettings(auto_hardware_tuning=False, blocks_to_swap=24, num_cuda_streams=2)
+    )
+    text = plan_text(run.plan, card=run.card)
+    plan = Part(kind="WanVideoBlockSwapPlan", place=(20, 0, 440), height=200, text=text)
     return Scene(example=6, parts=(plan, _swap(run.sampling(22), 146)))

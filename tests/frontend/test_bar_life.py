@@ -11,7 +11,7 @@ import pytest
 from wanvideo_enhanced_blockswap.node_progress import EVENT
 
 from .answers import EXAMPLES
-from .bars import ADOPTING, COPY, DONE, SAMPLING, bar, core_texts, send, shown
+from .bars import ADOPTING, COPY, DONE, SAMPLING, bar, connected, core_texts, send, shown
 from .front_end import NODE, RENDERERS, VERSIONS, FrontEnd, Variant
 from .stub_server import StubServer
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SHOW_BAR = f"{NODE}.ShowBar"
 EXAMPLE = json.loads(min(EXAMPLES.glob("*.json")).read_text(encoding="utf-8"))
+
+TEXTS = json.loads((Path(__file__).parent / "sentences.json").read_text(encoding="utf-8"))
 
 HEIGHT = """id => document.querySelector(`[data-node-id="${id}"]`)?.offsetHeight ?? app.graph.getNodeById(id).size[1]"""
 """As it is on the page: Nodes 2.0 do not write their own height into the graph."""
@@ -246,18 +248,24 @@ def test_events_that_name_their_workflow_are_shown_there_however_many_are_queued
     assert ui.errors == []
 
 
-def test_what_is_of_an_earlier_run_says_so_until_an_event_comes(ui: FrontEnd) -> None:
-    node = ui.add(NODE)
+def test_what_is_of_an_earlier_run_says_so_with_its_time_until_an_event_comes(ui: FrontEnd) -> None:
+    node = connected(ui)
     send(ui, node, DONE)
-    lines = bar(ui, node).lines
+    before, words = bar(ui, node), TEXTS[ui.variant.language]
+    assert before.head[1] == words["during"]
+    now = ui.evaluate("() => new Date().toTimeString().slice(0, 5)")
     ui.send("execution_start", {"prompt_id": "another", "timestamp": 1})
     aged = bar(ui, node)
-    assert aged.phase == "done"
-    assert aged.lines[:-1] == lines
-    assert aged.lines[-1] in ("of an earlier run", "来自之前的运行")
+    assert (aged.phase, aged.lines) == ("done", before.lines)
+    assert aged.head[1].startswith(words["earlier"])
+    assert minutes(now) - minutes(aged.head[1][-5:]) in (0, 1)
     send(ui, node, SAMPLING)
-    assert len(bar(ui, node).lines) == 2
+    assert bar(ui, node).head[1] == ""
     assert ui.errors == []
+
+
+def minutes(time: str) -> int:
+    return int(time[:2]) * 60 + int(time[3:])
 
 
 def test_a_run_of_the_workflow_behind_is_shown_there_and_not_here(ui: FrontEnd) -> None:
@@ -279,7 +287,6 @@ def test_a_run_of_the_workflow_behind_is_shown_there_and_not_here(ui: FrontEnd) 
 
 @pytest.mark.parametrize("front_end", [Variant(v) for v in VERSIONS], indirect=True, ids=str)
 def test_another_language_is_spoken_at_once(ui: FrontEnd) -> None:
-    texts = json.loads((Path(__file__).parent / "sentences.json").read_text(encoding="utf-8"))
     node = ui.add(NODE)
     ui.load(ui.serialize())  # the front end opens the workflow again, as last stored
     send(ui, node, SAMPLING)
@@ -290,7 +297,7 @@ def test_another_language_is_spoken_at_once(ui: FrontEnd) -> None:
             ui.wait_for(
                 """word => app.graph.nodes[0].widgets.find(widget => widget.name === "blockswap_memory")
                     .element.getAttribute("aria-label").includes(word)""",
-                texts[language]["legend"][1],
+                TEXTS[language]["legend"][1],
             )
             assert bar(ui, node).phase == "sampling"
     finally:

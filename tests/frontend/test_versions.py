@@ -67,10 +67,10 @@ def test_the_bar_follows_a_run_to_its_end(ui: FrontEnd) -> None:
         assert (seen.phase, seen.overflows) == (progress.phase.value, False)
         assert seen.is_shown == (ui.variant not in WITHOUT_ELEMENTS)
         assert core_texts(ui) == []
-    assert list(bar(ui, node).parts) == ["other", "residents", "window", "activations", "ceiling"]
+    assert list(bar(ui, node).parts) == ["other", "residents", "window", "activations", "free", "ceiling"]
     assert ui.variant in WITHOUT_ELEMENTS or ui.evaluate(HEIGHT, node) == pytest.approx(height, abs=30)
     ui.send("execution_start", {"prompt_id": "another", "timestamp": 1})
-    assert "of an earlier run" in bar(ui, node).lines
+    assert bar(ui, node).head[1].startswith("earlier run, ")
     assert ui.errors == []
 
 
