@@ -57,6 +57,7 @@ COPY = """id => {
 
 CONNECT = """id => {
     const [node, loader] = [app.graph.getNodeById(id), LiteGraph.createNode("WanVideoModelLoader")];
+    loader.pos = [node.pos[0] + 1000, node.pos[1]];
     app.graph.add(loader);
     node.connect(0, loader, loader.inputs.findIndex(input => input.name === "block_swap_args"));
 }"""
@@ -87,9 +88,8 @@ PANEL = """id => {
         legend: Object.fromEntries([...root.querySelectorAll("[data-entry]")].map(
             entry => [entry.dataset.entry, [...entry.querySelectorAll("span")].map(span => span.textContent)]
         )),
-        tips: Object.fromEntries([...root.querySelectorAll("[data-part], [data-entry]")].map(each => [
-            each.dataset.part ? `bar ${each.dataset.part}` : each.dataset.entry,
-            each.querySelector("title")?.textContent ?? each.title,
+        tips: Object.fromEntries([...root.querySelectorAll("[data-zone], [data-entry]")].map(each => [
+            each.dataset.zone ? `bar ${each.dataset.zone}` : each.dataset.entry, each.title,
         ])),
         head: [...root.querySelector("[data-head]")?.children ?? []].slice(0, 2).map(each => each.textContent),
         hint: root.querySelector("[data-line=hint]")?.textContent ?? null,

@@ -111,5 +111,5 @@ def _by_hand() -> Scene:
         steps=30, settings=SwapSettings(auto_hardware_tuning=False, blocks_to_swap=24, num_cuda_streams=2)
     )
     text = plan_text(run.plan, card=run.card)
-    plan = Part(kind="WanVideoBlockSwapPlan", place=(20, 0, 440), height=200, text=text)
+    plan = Part(kind="WanVideoBlockSwapPlan", place=(20, -163, 440), height=330, text=text)
     return Scene(example=6, parts=(plan, _swap(run.sampling(22), 146)))

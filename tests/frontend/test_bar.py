@@ -46,8 +46,8 @@ AT_ITS_MIDDLE = """selector => {
     const { shadowRoot } = document.querySelector("[data-phase]");
     const box = shadowRoot.querySelector(selector).getBoundingClientRect();
     const hit = shadowRoot.elementFromPoint(box.left + box.width / 2, box.top + box.height / 2)
-        .closest("[data-part], [data-entry]");
-    return hit.dataset.part ?? hit.dataset.entry;
+        .closest("[data-zone], [data-entry]");
+    return hit?.dataset.zone ?? hit?.dataset.entry;
 }"""
 
 

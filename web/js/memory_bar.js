@@ -57,24 +57,22 @@ function hatch() {
 /** The fill of a part, on the bar and in the legend. */
 export const fillOf = (name) => (name === "activations" ? "url(#hatch)" : (COLOURS[name] ?? "transparent"));
 
-const tip = (text) => svg("title", {}, [text]);
 
 const edge = (share) =>
   svg("line", { x1: percent(share), x2: percent(share), y1: TOP, y2: TOP + BAR, stroke: GROUND });
 
 /** A line across the bar, with a rim so that it is visible on any colour. */
-function ceilingAt(share, text) {
+function ceilingAt(share) {
   const place = { x1: percent(share), x2: percent(share), y1: 0, y2: HEIGHT };
-  const rim = svg("line", { ...place, stroke: GROUND, "stroke-width": 4 }, [tip(text)]);
-  return [rim, svg("line", { "data-part": "ceiling", ...place, stroke: TEXT, "stroke-width": 2 }, [tip(text)])];
+  const rim = svg("line", { ...place, stroke: GROUND, "stroke-width": 4 });
+  return [rim, svg("line", { "data-part": "ceiling", ...place, stroke: TEXT, "stroke-width": 2 })];
 }
 
 /**
  * The bar.
  * @param {object | null} memory Of a checked event; null draws an empty one.
- * @param {(name: string) => string} tipOf The hover text of a part.
  */
-export function bar(memory, tipOf) {
+export function bar(memory) {
   const round = { y: TOP, width: "100%", height: BAR, rx: 4 };
   const outline = { ...round, fill: "none", stroke: TEXT, "stroke-opacity": memory ? 0.45 : 0.3 };
   const frame = svg("rect", { ...outline, ...(memory ? {} : { "stroke-dasharray": "3 3" }) });
@@ -88,10 +86,10 @@ export function bar(memory, tipOf) {
   const inside = svg("g", { "clip-path": "url(#round)" });
   for (const { name, start, width } of parts) {
     const place = { x: percent(start), width: percent(width), y: TOP, height: BAR };
-    inside.append(svg("rect", { "data-part": name, ...place, fill: fillOf(name) }, [tip(tipOf(name))]));
+    inside.append(svg("rect", { "data-part": name, ...place, fill: fillOf(name) }));
     if (width && name !== "free") inside.append(edge(start + width));
   }
   drawing.append(inside, frame);
-  if (ceiling !== null) drawing.append(...ceilingAt(ceiling, tipOf("ceiling")));
+  if (ceiling !== null) drawing.append(...ceilingAt(ceiling));
   return drawing;
 }

@@ -141,7 +141,8 @@ export class Panel {
     const tipOf = (name) => texts.say(TIPS[name]);
     // After a run the memory is free again, so what it was used for is pale.
     const pale = { opacity: isPast || phase === "done" ? 0.5 : 1 };
-    const figures = [html("div", { height: `${HEIGHT}px`, ...pale }, [bar(memory, tipOf)])];
+    const place = { position: "relative", height: `${HEIGHT}px`, ...pale };
+    const figures = [html("div", place, [bar(memory), ...(memory ? zonesOf(memory, tipOf) : [])])];
     if (legend.length) figures.push(legendOf(legend, tipOf, pale.opacity < 1 ? 0.75 : 1));
     const hint = event?.hint ? texts.hint(event.hint) : null;
     this.content.replaceChildren(
@@ -156,6 +157,19 @@ export class Panel {
   dim(isOff) {
     this.element.style.opacity = isOff ? "0.4" : "";
   }
+}
+
+/** Where the parts of the bar have their hover texts. SVG's own, `title`, keeps a removed node in Chromium's memory. */
+function zonesOf(memory, tipOf) {
+  const { parts, ceiling } = partsOf(memory);
+  const limit = ceiling === null ? [] : [{ name: "ceiling", start: ceiling, width: 0 }];
+  return [...parts, ...limit].map(({ name, start, width }) => {
+    const area = { top: 0, bottom: 0, left: `calc(${start * 100}% - 2px)`, width: `calc(${width * 100}% + 4px)` };
+    const zone = html("div", { position: "absolute", ...area });
+    zone.dataset.zone = name;
+    zone.title = tipOf(name);
+    return zone;
+  });
 }
 
 function headOf([name, note], limit, tipOf) {
