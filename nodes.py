@@ -142,7 +142,19 @@ class WanVideoEnhancedBlockSwap:
         "those of the unswapped model. For models of WanVideo Model Loader: ComfyUI offloads its own native Wan models "
         "(MODEL) by itself."
     )
-    SEARCH_ALIASES = ("block swap", "offload", "low vram", "vram", "oom", "out of memory", "low memory")
+    SEARCH_ALIASES = (
+        "vram",
+        "low vram",
+        "oom",
+        "out of memory",
+        "wan low memory",
+        "block swap",
+        "swap",
+        "offload",
+        "8 GB",
+        "12 GB",
+        "16 GB",
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
@@ -170,6 +182,7 @@ class WanVideoBlockSwapPlan:
 
     CATEGORY = CATEGORY
     FUNCTION = "preview"
+    OUTPUT_NODE = True  # so that the node gets its text to show
     RETURN_TYPES = ("WANVIDEOMODEL", "BLOCKSWAPARGS", "STRING")
     RETURN_NAMES = ("model", "block_swap_args", "plan")
     OUTPUT_TOOLTIPS = ("The model, as it came.", "The arguments, as they came.", "The plan and its reasons.")
@@ -177,7 +190,7 @@ class WanVideoBlockSwapPlan:
         "Place it between WanVideo Model Loader and the sampler: how many blocks would stay and how many would stream, "
         "for this model, video size and the memory that is free now."
     )
-    SEARCH_ALIASES = ("block swap preview", "vram preview")
+    SEARCH_ALIASES = ("block swap preview",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
@@ -186,8 +199,9 @@ class WanVideoBlockSwapPlan:
 
     def preview(
         self, model: Any, block_swap_args: Any, width: int = 832, height: int = 480, num_frames: int = 81
-    ) -> tuple[Any, Any, str]:
-        return model, block_swap_args, self._text(model, block_swap_args, (width, height, num_frames))
+    ) -> dict[str, Any]:
+        text = self._text(model, block_swap_args, (width, height, num_frames))
+        return {"ui": {"text": [text]}, "result": (model, block_swap_args, text)}
 
     def _text(self, model: Any, block_swap_args: Any, shape: tuple[int, int, int]) -> str:
         why_not = why_not_the_wrappers(model)
@@ -208,19 +222,21 @@ class WanVideoBlockSwapReport:
 
     CATEGORY = CATEGORY
     FUNCTION = "report"
+    OUTPUT_NODE = True  # as above
     RETURN_TYPES = ("LATENT", "STRING")
     RETURN_NAMES = ("samples", "report")
     OUTPUT_TOOLTIPS = ("The samples, as they came.", "Predicted beside measured, at most 12 lines.")
     DESCRIPTION = "Place it behind WanVideo Sampler: what was swapped, what it took and cost, beside predictions."
-    SEARCH_ALIASES = ("block swap report", "vram report")
+    SEARCH_ALIASES = ("block swap report",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
         samples = ("LATENT", {"tooltip": "The samples of WanVideo Sampler: the report is made once they are there."})
         return {"required": {"samples": samples, "model": MODEL}}
 
-    def report(self, samples: Any, model: Any) -> tuple[Any, str]:
-        return samples, self._text(model)
+    def report(self, samples: Any, model: Any) -> dict[str, Any]:
+        text = self._text(model)
+        return {"ui": {"text": [text]}, "result": (samples, text)}
 
     def _text(self, model: Any) -> str:
         why_not, gate = why_not_the_wrappers(model), COMFYUI.gate

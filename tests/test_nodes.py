@@ -118,6 +118,7 @@ def test_the_text_nodes_pass_their_first_input_on(name: str, kind: str) -> None:
     types = NODES[name].INPUT_TYPES()["required"]
     assert next(iter(types.values()))[0] == NODES[name].RETURN_TYPES[0] == kind
     assert NODES[name].RETURN_TYPES[-1] == "STRING"
+    assert NODES[name].OUTPUT_NODE  # otherwise ComfyUI sends no text for the node to show
 
 
 # Values
@@ -155,7 +156,9 @@ def test_wired_into_the_loader_it_swaps_and_the_report_tells(comfy: SimpleNamesp
     (arguments,) = SWAP().setargs(auto_hardware_tuning=False, blocks_to_swap=3)
     workflow, latents = sampled(arguments)
     assert torch.equal(latents, unswapped("fp32", HPU).latents)
-    samples, text = NODES["WanVideoBlockSwapReport"]().report({"samples": latents}, workflow.patchers[0])
+    said = NODES["WanVideoBlockSwapReport"]().report({"samples": latents}, workflow.patchers[0])
+    samples, text = said["result"]
+    assert said["ui"] == {"text": [text]}
     assert samples["samples"] is latents
     head, blocks, *_ = text.splitlines()
     assert re.fullmatch(r"run 1, \d\d:\d\d: 3 steps; WanModel on hpu", head)
@@ -165,7 +168,7 @@ def test_wired_into_the_loader_it_swaps_and_the_report_tells(comfy: SimpleNamesp
 
 def test_a_report_of_a_model_that_was_not_swapped_says_so(comfy: SimpleNamespace) -> None:
     workflow, latents = sampled(None)
-    _, text = NODES["WanVideoBlockSwapReport"]().report({"samples": latents}, workflow.patchers[0])
+    _, text = NODES["WanVideoBlockSwapReport"]().report({"samples": latents}, workflow.patchers[0])["result"]
     assert "no block was swapped by WanVideo Enhanced BlockSwap" in text
 
 
@@ -176,7 +179,9 @@ def test_the_plan_node_tells_before_sampling_what_the_run_then_does(comfy: Simpl
     (arguments,) = SWAP().setargs(auto_hardware_tuning=False, blocks_to_swap=2)
     workflow = Workflow(variant, device=HPU)
     workflow.load(arguments)
-    model, passed, text = NODES["WanVideoBlockSwapPlan"]().preview(workflow.patchers[0], arguments, 128, 128, 9)
+    planned = NODES["WanVideoBlockSwapPlan"]().preview(workflow.patchers[0], arguments, 128, 128, 9)
+    model, passed, text = planned["result"]
+    assert planned["ui"] == {"text": [text]}
     assert model is workflow.patchers[0]
     assert passed is arguments
     workflow.sample()
@@ -195,8 +200,9 @@ def test_the_plan_node_says_what_is_wrong_instead_of_failing_the_prompt(comfy: S
     workflow = Workflow("fp32", device=HPU)
     workflow.load(arguments)
     plan = NODES["WanVideoBlockSwapPlan"]()
-    assert "width: expected a multiple of 16, got 130" in plan.preview(workflow.patchers[0], arguments, 130, 128, 9)[2]
-    said = plan.preview(workflow.patchers[0], {"blocks_to_swap": 3})[2]
+    said = plan.preview(workflow.patchers[0], arguments, 130, 128, 9)["result"][2]
+    assert "width: expected a multiple of 16, got 130" in said
+    said = plan.preview(workflow.patchers[0], {"blocks_to_swap": 3})["result"][2]
     assert said.startswith("nothing is planned: the block_swap_args are another node's; connect those of WanVideo")
 
 

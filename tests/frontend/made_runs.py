@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from checkpoint_files import wan_shapes
 from facts import Facts, make_plan
@@ -17,6 +17,7 @@ from wanvideo_enhanced_blockswap.blockswap.run.progress import (
     Phase,
     Progress,
 )
+from wanvideo_enhanced_blockswap.blockswap.run.report import Hint, Step
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 from wanvideo_enhanced_blockswap.hardware import (
     GIB,
@@ -36,6 +37,10 @@ LINK_BYTES_PER_S = 12e9
 """What page-locked copies reach over PCIe 3.0 x16, or 4.0 x8; as in the README's example for `plan`."""
 
 
+PASSES = 2
+"""Of the model in a step: with the prompt, and without."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """What is run, and where.
@@ -47,6 +52,7 @@ class Case:
         model: One of the functions below gives it.
         video: Width, height and frames.
         settings: Of the swap node.
+        steps: Of the sampler.
     """
 
     card: str
@@ -55,6 +61,7 @@ class Case:
     model: CheckpointProfile
     video: tuple[int, int, int] = (832, 480, 81)
     settings: SwapSettings = field(default_factory=SwapSettings)
+    steps: int = 30
 
 
 def fp8(*, channels: int = 16) -> CheckpointProfile:
@@ -99,7 +106,7 @@ class MadeRun:
             compute_ms=(block_ms,) * len(model.model.blocks),
             activations=Activations(nbytes=expected, is_measured=False),
         )
-        self.card = case.card
+        self.card, self.steps = case.card, case.steps
         self.plan: SwapPlan = make_plan(model.model, case.settings, facts)
         assert self.plan.predicted is not None, "rates, link and video are known"
         self._forward = self.plan.predicted
@@ -112,23 +119,24 @@ class MadeRun:
             activations=expected,
         )
 
-    def sampling(self, forwards: int) -> Progress:
-        """So many forwards are over."""
-        return self._running(Phase.SAMPLING, forwards)
+    def sampling(self, steps: int) -> Progress:
+        """So many steps are over."""
+        return self._running(Phase.SAMPLING, steps)
 
-    def done(self, forwards: int) -> Progress:
-        """It ended after so many forwards."""
-        return self._running(Phase.DONE, forwards)
+    def done(self, steps: int, hint: Hint | None = None) -> Progress:
+        """It ended after so many steps."""
+        return self._running(Phase.DONE, steps, hint)
 
-    def _running(self, phase: Phase, forwards: int) -> Progress:
+    def _running(self, phase: Phase, steps: int, hint: Hint | None = None) -> Progress:
+        forwards = steps * PASSES
         run = ran(
             forwards,
             forwards * self.plan.streamed_bytes,
             forward_ms=self._forward.elapsed,
             stall_ms=self._forward.stall,
-            copy_bytes_per_s=LINK_BYTES_PER_S if self.plan.streamed_bytes else None,
         )
-        return Progress(phase=phase, memory=self._memory, plan=self.plan, predicted=self._forward, run=run)
+        run = replace(run, step=Step(steps, self.steps))
+        return Progress(phase=phase, memory=self._memory, plan=self.plan, predicted=self._forward, run=run, hint=hint)
 
 
 def twelve_gib() -> MadeRun:

@@ -59,18 +59,18 @@ class Studio:
     def nodes(self) -> None:
         """The node before, during and after a run."""
         run = twelve_gib()
-        node = self._ui.add(NODE)
+        node = bars.connected(self._ui)
         self._store(self._node(node), "docs/node_before.png")
         bars.send(self._ui, node, run.sampling(17))
         during = self._node(node)
         self._store(during, "docs/node_during.png")
         self._store(during, f"web/docs/{NODE}/node_during.png")
-        bars.send(self._ui, node, run.done(60))
+        bars.send(self._ui, node, run.done(30))
         self._store(self._node(node), "docs/node_after.png")
 
     def help_page(self) -> None:
         """The node during a run, for the help page in another language."""
-        node = self._ui.add(NODE)
+        node = bars.connected(self._ui)
         bars.send(self._ui, node, twelve_gib().sampling(17))
         self._store(self._node(node), f"web/docs/{NODE}/node_during.{self._ui.variant.language}.png")
 
