@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import gguf
 from checkpoint_files import Shapes, wan_shapes
@@ -20,6 +20,7 @@ from wanvideo_enhanced_blockswap.blockswap.run.progress import (
     Phase,
     Progress,
 )
+from wanvideo_enhanced_blockswap.blockswap.run.report import Step
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 from wanvideo_enhanced_blockswap.hardware import (
     GIB,
@@ -39,6 +40,9 @@ LINK_BYTES_PER_S = 12e9
 """What page-locked copies reach over PCIe 3.0 x16, or 4.0 x8; as in the README's example for `plan`."""
 
 LORA_RANK = 64
+
+STEPS, PASSES = 30, 2
+"""Steps of a run, and passes of the model in each, as with CFG."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,4 +172,5 @@ class MadeRun:
             stall_ms=self._forward.stall,
             copy_bytes_per_s=LINK_BYTES_PER_S if self.plan.streamed_bytes else None,
         )
+        run = replace(run, step=Step(math.ceil(forwards / PASSES), STEPS))
         return Progress(phase=phase, memory=self._memory, plan=self.plan, predicted=self._forward, run=run)

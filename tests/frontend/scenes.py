@@ -109,6 +109,6 @@ def _vace() -> Scene:
 
 def _by_hand() -> Scene:
     run = _sixteen_gib(settings=SwapSettings(auto_hardware_tuning=False, blocks_to_swap=24, num_cuda_streams=2))
-    text = plan_text(run.plan, card=run.card, budget_bytes=run.plan.budget_bytes)
+    text = plan_text(run.plan, card=run.card)
     plan = Part(kind="PreviewAny", place=(20, 0, 440), height=200, text=text)
     return Scene(example=6, parts=(plan, _swap(run.sampling(22), 146)))
