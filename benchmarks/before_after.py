@@ -39,6 +39,7 @@ RESIDENT = "without swapping"
 CLOCK = "link paced, computed on a CPU"
 RATIOS = (0.25, 0.5, 1, 2, 4)
 """Time to copy all blocks over the time to compute a forward."""
+FIGURES = ("before_after.json", "before_after_clock.json")
 SHOWN_RATIO = 0.5
 """The one that before_after.png shows."""
 IN_MEMORY = ("bf16", "fp8", "fp8_scaled", "gguf", "lora_unmerged", "two_experts")
@@ -219,11 +220,15 @@ def draw_steps(steps: list[Step], caption: str, path: Path) -> None:
     plt.close(figure)
 
 
-def draw(folder: Path, caption: str) -> None:
+def draw(folder: Path) -> None:
     """Draws before_after.png from the figures of both measurements: what is saved first, then what that takes."""
+    missing = [name for name in FIGURES if not (folder / name).exists()]
+    if missing:
+        print(f"before_after.png is not drawn: {folder} has no {' and no '.join(missing)}; measure these as well")
+        return
     rows, steps = (
-        json.loads((folder / f"before_after{name}.json").read_text(encoding="utf-8"))[key]
-        for name, key in (("", "rows"), ("_clock", "steps"))
+        json.loads((folder / name).read_text(encoding="utf-8"))[key]
+        for name, key in zip(FIGURES, ("rows", "steps"), strict=True)
     )
     ways = [row["way"] for row in rows]
     over = {step["way"]: step["over_resident"] for step in steps if step["transfer_over_compute"] == SHOWN_RATIO}
@@ -241,16 +246,14 @@ def draw(folder: Path, caption: str) -> None:
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
-    figure.supxlabel(caption, fontsize=7)
+    figure.supxlabel(caption_of(folder), fontsize=7)
     figure.savefig(folder / "before_after.png", dpi=150)
     plt.close(figure)
 
 
 def caption_of(folder: Path) -> str:
     """Where the figures come from, and what the second panel compares."""
-    whole, clocked = (
-        json.loads((folder / f"before_after{name}.json").read_text(encoding="utf-8")) for name in ("", "_clock")
-    )
+    whole, clocked = (json.loads((folder / name).read_text(encoding="utf-8")) for name in FIGURES)
     model = f"tiny {whole['variant']} Wan model, 30 blocks, {whole['rows'][0]['forwards']} passes"
     return (
         f"{model}; no GPU: {whole['machine']}\n{whole['command']} [--clock]; {whole['date']}, {clocked['date']}\n"
@@ -275,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--draw", action="store_true", help="draws before_after.png again and measures nothing")
     options = parser.parse_args(arguments)
     if options.draw:
-        draw(options.out, caption_of(options.out))
+        draw(options.out)
         return 0
     if "COMFYUI_DIR" not in os.environ:
         parser.error("COMFYUI_DIR is not set; set it to the folder of a ComfyUI with ComfyUI-WanVideoWrapper")
@@ -294,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     (options.out / "before_after.json").write_text(
         json.dumps({**origin, "rows": [asdict(row) for row in rows]}, indent=1) + "\n", encoding="utf-8"
     )
-    draw(options.out, caption_of(options.out))
+    draw(options.out)
     for row in rows:
         figures = f"{row.peak_bytes:>14,} peak {row.to_device_bytes:>14,} to device {row.to_host_bytes:>14,} back"
         print(f"{row.way:<28}{figures}  {'same latents' if row.same_latents else 'OTHER LATENTS'}")
@@ -313,6 +316,7 @@ def clock(variant: str, out: Path) -> int:
     )
     caption = f"tiny {variant} Wan model, 30 blocks; {where}; {command}; {date}"
     draw_steps(steps, caption, out / "before_after_clock.png")
+    draw(out)
     for step in steps:
         figures = f"{step.transfer_over_compute:>5} {step.way:<40}{step.over_resident:>8.2f} {step.seconds:>8.3f} s"
         print(f"{figures}  {'same latents' if step.same_latents else 'OTHER LATENTS'}")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
-from test_help import PAGES, page
+from PIL import Image
+from test_help import PAGES, SPAN, literals, page
 from wanvideo_enhanced_blockswap.cli import main
+
+from benchmarks import before_after
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,6 +32,8 @@ MODELS = {
     "InfiniteTalk 14B fp8": ("InfiniteTalk 14B, fp8",),
 }
 """Rows of README's table, and the models of `plan --table` that each stands for."""
+
+OF_THE_WRAPPER = "Swapping … transformer blocks"
 
 CARDS = {"8 GB": "RTX 4060", "12 GB": "RTX 3060 12GB", "16 GB": "RTX 4060 Ti 16GB", "24 GB": "RTX 4090"}
 
@@ -126,6 +132,35 @@ def test_a_command_that_ci_takes_from_it_is_there_once(command: str) -> None:
     assert rf"s/^    \({command}\)$/\1/p" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert len(re.findall(f"^    {command}$", README, re.MULTILINE)) == 1
     assert re.search(f"^    {command}$", FOR_DEVELOPERS, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [FOR_USERS, (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")],
+    ids=["README", "troubleshooting"],
+)
+def test_messages_that_are_quoted_are_those_of_the_code(text: str) -> None:
+    spans = {span for span in SPAN.findall(text) if not re.match(r"bash |python ", span)} - {OF_THE_WRAPPER}
+    pieces = [piece.strip(" .,:;()%") for span in spans for piece in re.split(r"…|\d[\d.]*", span)]
+    assert [piece for piece in pieces if " " in piece and piece not in literals()] == []
+
+
+def test_the_first_picture_is_of_the_figures_of_both_measurements(tmp_path: Path) -> None:
+    for name in before_after.FIGURES:
+        shutil.copy(ROOT / "docs" / name, tmp_path)
+    assert before_after.main(["--draw", "--out", str(tmp_path)]) == 0
+    drawn, stored = (tmp_path / "before_after.png", ROOT / "docs" / "before_after.png")
+    with Image.open(drawn) as one, Image.open(stored) as other:
+        assert one.size == other.size
+
+
+def test_the_first_picture_is_not_drawn_from_one_measurement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(ROOT / "docs" / before_after.FIGURES[0], tmp_path)
+    assert before_after.main(["--draw", "--out", str(tmp_path)]) == 0
+    assert f"has no {before_after.FIGURES[1]}" in capsys.readouterr().out
+    assert not (tmp_path / "before_after.png").exists()
 
 
 def test_it_is_installed_from_the_repository_of_pyproject() -> None:
