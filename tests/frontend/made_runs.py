@@ -36,9 +36,8 @@ IN_USE_BYTES = GIB
 LINK_BYTES_PER_S = 12e9
 """What page-locked copies reach over PCIe 3.0 x16, or 4.0 x8; as in the README's example for `plan`."""
 
-
-PASSES = 2
-"""Of the model in a step: with the prompt, and without."""
+STEPS, PASSES = 30, 2
+"""Steps of a run, and passes of the model in each, as with CFG."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +60,7 @@ class Case:
     model: CheckpointProfile
     video: tuple[int, int, int] = (832, 480, 81)
     settings: SwapSettings = field(default_factory=SwapSettings)
-    steps: int = 30
+    steps: int = STEPS
 
 
 def fp8(*, channels: int = 16) -> CheckpointProfile:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from . import bars
 from .answers import EXAMPLES
+from .film import frames, store
 from .front_end import NODE, FrontEnd, Variant, browser, opened
 from .made_runs import twelve_gib
 from .thumbnails import SIDE, drawn, thumbnails
@@ -67,6 +68,23 @@ class Studio:
         self._store(during, f"web/docs/{NODE}/node_during.png")
         bars.send(self._ui, node, run.done(30))
         self._store(self._node(node), "docs/node_after.png")
+
+    def film(self) -> None:
+        """The node in a whole run, as a GIF."""
+        node, pictures, durations = self._ui.add(NODE), [], []
+        for frame in frames(twelve_gib()):
+            if frame.progress is not None:
+                bars.send(self._ui, node, frame.progress)
+            pictures.append(self._node(node))
+            durations.append(frame.ms)
+        # The panel grows with its text: all frames are as high as the highest.
+        height = max(picture.height for picture in pictures)
+        padded = [Image.new("RGB", (picture.width, height), picture.getpixel((0, 0))) for picture in pictures]
+        for ground, picture in zip(padded, pictures, strict=True):
+            ground.paste(picture)
+        path = self._out / "docs" / "node_run.gif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store(padded, durations, path)
 
     def help_page(self) -> None:
         """The node during a run, for the help page in another language."""
