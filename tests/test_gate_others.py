@@ -413,3 +413,20 @@ def test_a_block_that_is_removed_between_runs_is_gone_and_in_a_run_is_one_error_
     handle.remove()
     del plain.transformer.blocks[1]
     assert torch.equal(workflow.sample(), plain.sample())
+
+
+def _sees(model: Any, *_: Any) -> None:
+    """A hook that holds the model."""
+
+
+@pytest.mark.parametrize("closes", [False, True], ids=["alone", "held by a hook of its own block"])
+def test_a_model_that_is_dropped_is_gone_whatever_its_blocks_hold(bench: GateBench, closes: bool) -> None:
+    workflow = bench.workflow("fp32", arguments(ALL))
+    if closes:
+        workflow.transformer.blocks[0].register_forward_hook(functools.partial(_sees, workflow.transformer))
+    workflow.sample()
+    alive = weakref.ref(workflow.transformer)
+    del workflow
+    gc.collect()
+    assert alive() is None
+    assert len(bench.gate._gated) == 0

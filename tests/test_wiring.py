@@ -127,10 +127,12 @@ def test_a_plan_for_a_model_with_another_nodes_arguments_says_that_it_is_not_fol
 # VRAM management
 
 
-def test_beside_vram_management_the_loader_refuses_our_arguments_as_it_refuses_its_own(comfy: SimpleNamespace) -> None:
+def test_beside_vram_management_our_arguments_are_refused_in_our_words_at_the_loader(comfy: SimpleNamespace) -> None:
     workflow = Workflow(replace(standin.VARIANTS["lora_merged"], has_vram_management=True), device=HPU)
-    with pytest.raises(AssertionError, match="block_swap_args and vram_management_args"):
+    with pytest.raises(WrapperError, match=r"^swapped blocks cannot run with vram_management_args.*disconnect"):
         workflow.load(ours())
+    with pytest.raises(AssertionError, match="block_swap_args and vram_management_args"):
+        workflow.load(swap_args(2))
 
 
 def test_behind_vram_management_our_arguments_are_refused_in_one_line_before_the_run_begins(

@@ -34,6 +34,12 @@ SOURCE_PHRASES = {
 }
 """What the source of the model's methods must contain, where the wrapper swaps and this package does instead."""
 
+MANAGES = {"block_swap_args", "vram_management_args"}
+"""Parameters of the loader's method SET with which a user can ask for two that move the same weights."""
+
+LOADER = "loader"
+"""Among the holders: the node classes whose method SET has these parameters."""
+
 MODEL = "WanModel"
 """Class of the wrapper's transformers, which the module of LOAD holds."""
 
@@ -48,7 +54,7 @@ class Wrapper:
     Attributes:
         packages: Name of the package of each.
         holders: For LOAD, START, END and PUT: the modules that hold the function, or another pack's wrapping of it. For
-            SET: the node classes with the method; a wrapper may have none.
+            SET and LOADER: the node classes with the method; a wrapper may have none.
         refused: Of each copy that cannot be swapped in, one sentence with its folder and the reason.
     """
 
@@ -67,7 +73,7 @@ def find_wrapper(node_classes: Mapping[str, type]) -> Wrapper:
         WrapperMissingError: None is loaded.
         WrapperError: Each lacks something that this package relies on; the message names all of it.
     """
-    holders: dict[str, list[ModuleType | type]] = {name: [] for name in (*PARAMETERS, PUT, SET)}
+    holders: dict[str, list[ModuleType | type]] = {name: [] for name in (*PARAMETERS, PUT, SET, LOADER)}
     packages, refused = [], []
     for loader in _loaders(node_classes):
         package = loader.__name__.rpartition(".")[0]
@@ -81,7 +87,9 @@ def find_wrapper(node_classes: Mapping[str, type]) -> Wrapper:
             holders[name] += [module for module in inside if callable(vars(module).get(name))]
         holders[PUT] += [loader] if callable(vars(loader).get(PUT)) else []
         classes = {one for one in node_classes.values() if one.__module__.startswith(f"{package}.")}
-        holders[SET] += [one for one in classes if set(_parameters(vars(one).get(SET))) == SETTING]
+        methods = {one: set(_parameters(vars(one).get(SET))) for one in classes}
+        holders[SET] += [one for one, names in methods.items() if names == SETTING]
+        holders[LOADER] += [one for one, names in methods.items() if names >= MANAGES]
     if not packages and refused:
         raise WrapperError(f"{refused[0]}; update it and WanVideo Enhanced BlockSwap")
     if not packages:

@@ -18,17 +18,18 @@ from torch import nn
 
 from ...hardware import is_driver_refusal, is_out_of_memory
 from ..engine.session import SessionState, SwapSession
-from ..errors import DeviceMemoryError
+from ..errors import DeviceMemoryError, WrapperError
 from ..run.history import Workload
 from ..run.run import SwapRun
 from ..run.text import not_again
 from ..settings import SwapSettings, is_ours
 from .control import ControlModels
-from .find import END, LOAD, SET, START, Wrapper
+from .find import END, LOAD, LOADER, SET, START, Wrapper
 from .loader import copied_bytes, offload_state_dict, replace_in
 from .parts import PUT, Part, hidden, loaded_to_host, moves_disabled, offload, parts_of, unwrapped
-from .patch import Forward, Watched
+from .patch import Forward, OnModels, Watched
 from .wanvideo import (
+    MANAGED,
     check_transformer,
     discard_packed_weights,
     entry,
@@ -88,7 +89,7 @@ class Gate:
         self._on_start = on_start
         self._on_set = on_set
         self._keeps_slabs = keeps_slabs
-        self._gated: weakref.WeakKeyDictionary[nn.Module, GatedModel] = weakref.WeakKeyDictionary()
+        self._gated: OnModels[GatedModel] = OnModels()
         self._watched: list[Watched] = []
 
     @property
@@ -107,6 +108,7 @@ class Gate:
             # Always run the wrapper's own offload, even if ours fails.
             Watched(END, holders[END], self._before_end, self._after, always=True),
             Watched(SET, holders[SET], self._before_set),
+            Watched(SET, holders[LOADER], self._before_loader),
         ]
 
     def restore(self) -> None:
@@ -126,6 +128,11 @@ class Gate:
         """Reports arguments that lose their effect: only here does the model still have those that are replaced."""
         if self._on_set is not None:
             self._on_set(arguments.get("model"), arguments.get("block_swap_args"))
+
+    def _before_loader(self, _: Any, arguments: Mapping[str, Any]) -> None:
+        """Refuses what cannot run, before the wrapper's own assertion, which does not say what to do."""
+        if arguments.get("vram_management_args") is not None and is_ours(arguments.get("block_swap_args")):
+            raise WrapperError(MANAGED)
 
     def _before_load(self, transformer: Any, arguments: Mapping[str, Any]) -> AbstractContextManager[None] | None:
         """Refuses what cannot run, before any weight moves, and frees the device before new weights arrive there."""

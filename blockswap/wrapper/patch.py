@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+T = TypeVar("T")
 
 Notice = Callable[[Any, Mapping[str, Any]], "AbstractContextManager[None] | None"]
 """Called with the transformer (None if it is not among the arguments) and with all arguments by name. Returns a context
@@ -150,3 +152,44 @@ class Forward:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self._module()))
         return self if copied is None else functools.partial(getattr(type(copied), self._name), copied)
+
+
+class OnModels(MutableMapping[nn.Module, T]):
+    """Values by model, held by the models' own attributes. A value that refers to its model, as through a block that
+    another pack has hooked, goes with it; in a WeakKeyDictionary it would keep it for ever. A deep copy of a model has
+    none.
+    """
+
+    def __init__(self) -> None:
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._name = f"_enhanced_blockswap_{id(self)}"
+
+    def __getitem__(self, model: nn.Module) -> T:
+        held = vars(model).get(self._name) if isinstance(model, nn.Module) else None
+        if held is None or held.value is None:
+            raise KeyError(model)
+        value: T = held.value
+        return value
+
+    def __setitem__(self, model: nn.Module, value: T) -> None:
+        vars(model)[self._name] = _Held(value)
+        self._models.add(model)
+
+    def __delitem__(self, model: nn.Module) -> None:
+        self._models.discard(model)
+        del vars(model)[self._name]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(list(self._models))
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+
+class _Held:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __reduce__(self) -> tuple[type[_Held], tuple[None]]:
+        """Of a copy: it holds nothing."""
+        return _Held, (None,)

@@ -58,16 +58,20 @@ def refuse_cuda_graphs(compile_args: Mapping[str, Any] | None) -> None:
         )
 
 
+MANAGED = (
+    "swapped blocks cannot run with vram_management_args, which move the same weights; disconnect vram_management_args "
+    "from the loader, or disconnect WanVideo Enhanced BlockSwap"
+)
+"""Why a model is refused that the wrapper's own VRAM management has, too."""
+
+
 def refuse_vram_management(transformer: Any, model: Any = None) -> None:
     """Raises WrapperError if the wrapper's own VRAM management, which moves the same weights, has the model.
 
     Either mark counts: `model` is unknown while weights are loaded, and older wrappers make no such entry in it.
     """
     if getattr(transformer, "vram_management_enabled", False) or entry(model, "auto_cpu_offload"):
-        raise WrapperError(
-            "swapped blocks cannot run with vram_management_args, which move the same weights; disconnect "
-            "vram_management_args from the loader, or disconnect WanVideo Enhanced BlockSwap"
-        )
+        raise WrapperError(MANAGED)
 
 
 def entry(model: Any, key: str) -> Any:
