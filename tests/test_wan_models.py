@@ -165,7 +165,7 @@ def test_a_plan_says_how_many_blocks_and_how_many_modules_beside_them_are_swappe
     assert beside is not None
     assert 0 < int(beside[1]) < int(found[1])
     assert main([*asked, "1280x720x121"]) == 0
-    assert re.match(r"It fits only with \d+\.\d MiB of the reserve: 0 of 65 modules stay", capsys.readouterr().out)
+    assert re.match(r"It fits only with \d+\.\d MB of the reserve: 0 of 65 modules stay", capsys.readouterr().out)
 
 
 def test_s2v_streams_through_two_slots_of_a_block_and_the_size_of_an_injector(
