@@ -219,7 +219,7 @@ def test_the_page_calls_the_parts_of_the_bar_and_the_settings_what_the_front_end
     folder = ROOT / "locales" / language
     main, settings = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("main", "settings"))
     words = main["wanVideoEnhancedBlockSwap"]
-    parts = [words[name] for name in ("other", "residents", "window", "activations", "headroom", "ceiling")]
+    parts = [words[name] for name in ("other", "residents", "window", "activations", "free", "ceiling")]
     shown = parts + [setting["name"] for setting in settings.values()]
     explained = re.findall(r"^- \*\*(.+?)\*\*", page("WanVideoEnhancedBlockSwap", language), re.MULTILINE)
     assert explained[: len(shown)] == shown
