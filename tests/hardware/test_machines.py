@@ -108,7 +108,7 @@ def test_the_plans_of_a_machine_keep_to_what_they_may_take(machine, every_plan, 
 @every_machine
 def test_a_refusal_on_a_machine_says_what_is_wanted_and_what_there_is(machine, every_plan):
     refusals = [str(plan) for plan in every_plan[machine.label].values() if isinstance(plan, PlanError)]
-    numbers = re.compile(r"not enough V?RAM: [\d.]+ [MG]iB .*needed .*, [\d.]+ ([MG]i)?B .*; .*close other programs")
+    numbers = re.compile(r"not enough V?RAM: [\d.]+ [MG]B .*needed .*, [\d.]+ [MG]?B .*; .*close other programs")
     assert [text for text in refusals if not numbers.search(text)] == []
 
 
