@@ -47,31 +47,31 @@ def _widget(name: str, tooltip: str, *, step: float = 1, advanced: bool = False)
 _WIDGETS = (
     _widget(
         "blocks_to_swap",
-        "How many transformer blocks live in host memory and stream to the GPU. Read only when auto_hardware_tuning "
-        "is off. Wan 14B has 40 blocks, 1.3B and 5B have 30; a larger number is cut, with a note in the log.",
+        "How many blocks of the model stay in RAM and stream to the GPU. Read only when auto_hardware_tuning is "
+        "off. Wan 14B has 40 blocks, 1.3B and 5B have 30; a larger number is cut, and the plan says so.",
     ),
     _widget(
         "enable_cuda_optimization",
-        "On: copies run on streams of their own, beside the computation (NVIDIA and AMD). Off: each copy waits its "
-        "turn, which is slower and only useful to look for faults.",
+        "On: the GPU computes while blocks are copied (NVIDIA and AMD). Off: copying and computing take turns, "
+        "which is slower and only useful to look for faults.",
         advanced=True,
     ),
     _widget(
         "enable_dram_optimization",
-        "On: streamed weights are page-locked in host memory, at their exact size, so that copies overlap "
-        "computation. Off: ordinary memory; try it if page-locking causes trouble on your system.",
+        "On: RAM with streaming blocks is locked, that is fixed in place, so that copies are fast. Off: ordinary "
+        "RAM; try it if locked RAM causes trouble on your system.",
         advanced=True,
     ),
     _widget(
         "auto_hardware_tuning",
-        "On (recommended): the number of swapped blocks, the streams and the share of VRAM follow from the memory "
-        "that is free, the measured link and your GPU. Off: blocks_to_swap, vace_blocks_to_swap, num_cuda_streams "
-        "and bandwidth_target are used.",
+        "On (recommended): how many blocks stream follows from the VRAM that is free, the speed of copies and your "
+        "GPU. Off: blocks_to_swap, vace_blocks_to_swap, num_cuda_streams and bandwidth_target are used.",
     ),
     _widget(
         "vram_threshold_percent",
-        "Ceiling on the whole card's use, in percent, once the weights are in place. What other programs use counts; "
-        "the rest is for activations. Raise it to keep more blocks on the GPU, lower it if VRAM overflows.",
+        "How much of the card may be in use once the weights are in place, in percent. What other programs use "
+        "counts; the rest is for the computation. Raise it to keep more blocks on the GPU, lower it if VRAM runs "
+        "out.",
         step=5.0,
     ),
     _widget(
@@ -81,18 +81,17 @@ _WIDGETS = (
     ),
     _widget(
         "bandwidth_target",
-        "Share of the available VRAM that block weights and the streaming window may fill. Read only when "
-        "auto_hardware_tuning is off.",
+        "Share of the available VRAM that the model's blocks may fill. Read only when auto_hardware_tuning is off.",
         step=0.05,
         advanced=True,
     ),
     *(
-        _widget(name, f"Move the {kind} embedding layers to host memory after use. Saves little.", advanced=True)
+        _widget(name, f"Move the {kind} embedding layers to RAM after use. Saves little.", advanced=True)
         for name, kind in (("offload_txt_emb", "text"), ("offload_img_emb", "image"))
     ),
     _widget(
         "vace_blocks_to_swap",
-        "How many VACE blocks (a VACE 14B model has 8, 1.3B has 15) live in host memory. Read only when "
+        "How many VACE blocks (a VACE 14B model has 8, 1.3B has 15) stay in RAM and stream. Read only when "
         "auto_hardware_tuning is off.",
         advanced=True,
     ),
@@ -137,10 +136,10 @@ class WanVideoEnhancedBlockSwap:
         "Connect to block_swap_args of WanVideo Model Loader, or of WanVideo Set BlockSwap. Nothing else is needed.",
     )
     DESCRIPTION = (
-        "Runs Wan models that are larger than the GPU: blocks that do not fit stay in host memory and stream to the "
-        "GPU while it computes the ones before. The number of blocks is chosen automatically; outputs are exactly "
-        "those of the unswapped model. For models of WanVideo Model Loader: ComfyUI offloads its own native Wan models "
-        "(MODEL) by itself."
+        "Runs Wan models that are larger than the GPU's memory: blocks that do not fit stay in RAM and stream to "
+        "the GPU while it computes the ones before. The number of blocks is chosen automatically; outputs are "
+        "exactly those of the whole model. For models of WanVideo Model Loader: ComfyUI offloads its own native Wan "
+        "models (MODEL) by itself."
     )
     SEARCH_ALIASES = (
         "vram",
