@@ -53,7 +53,11 @@ def shown_by(page: FrontEnd, name: str) -> Shown:
 
 
 def by_id(workflow: Workflow, *keys: str) -> dict[str, list[Any]]:
-    return {str(node["id"]): [node.get(key) for key in keys] for node in workflow.data["nodes"]}
+    """An empty list of values, as of a node that only shows a text, is as good as none."""
+    return {
+        str(node["id"]): [None if node.get(key) == [] else node.get(key) for key in keys]
+        for node in workflow.data["nodes"]
+    }
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
