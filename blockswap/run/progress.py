@@ -129,7 +129,7 @@ class Progress:
             return None
         return {
             "passes": run.forwards,
-            "step": None if run.step is None else run.step.number,
+            "step": None if run.step is None else run.steps if self.phase is Phase.DONE else run.step.number,
             "steps": None if run.step is None else run.step.of,
             "streamed": run.onloaded_bytes,
             "forward_ms": run.forward_ms,

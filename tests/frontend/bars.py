@@ -35,7 +35,7 @@ SAMPLING = Progress(
     memory=MEMORY,
     plan=PLAN,
     predicted=PREDICTED,
-    run=replace(ran(14, 57 * GIB, forward_ms=1000.0, stall_ms=4.0), step=Step(7, 30)),
+    run=replace(ran(14, 57 * GIB, forward_ms=1000.0, stall_ms=4.0), step=Step(7, 30), steps=7),
 )
 HINT = Hint(free_bytes=3 * GIB, percent=75, blocks=9, saved_ms=1200.0)
 DONE = Progress(
@@ -43,7 +43,7 @@ DONE = Progress(
     memory=MEMORY,
     plan=PLAN,
     predicted=PREDICTED,
-    run=replace(SAMPLING.run or ran(0, 0), step=Step(30, 30)),
+    run=replace(SAMPLING.run or ran(0, 0), step=Step(30, 30), steps=30),
     hint=HINT,
 )
 

@@ -209,7 +209,7 @@ RUNS = [
     ran(2, 175 << 20),
     ran(0, 0),
     ran(3, 9 * GIB, forward_ms=500.0, stall_ms=0.0),
-    replace(ran(6, 9 * GIB), step=Step(3, None)),
+    replace(ran(6, 9 * GIB), step=Step(3, None), steps=3),
 ]
 HINTS = [None, *(replace(HINT, saved_ms=saved) for saved in (0.0, 45.6, 999.0, 1000.0, 61_000.0))]
 

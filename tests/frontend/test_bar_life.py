@@ -81,7 +81,7 @@ def without_size(workflow: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_comfyuis_own_text_is_not_shown_beside_the_bar(ui: FrontEnd) -> None:
-    node, other = ui.add(NODE), ui.add("PreviewAny")
+    node, other = ui.add(NODE), ui.add("SaveVideo")
     send(ui, node, SAMPLING)
     assert core_texts(ui) == []
     ui.send_text(other, "from another node")
@@ -211,7 +211,7 @@ def test_nothing_holds_a_removed_node(ui: FrontEnd) -> None:
         send(ui, node, SAMPLING)
     ui.evaluate(REMEMBER, nodes)
     ui.evaluate("() => app.graph.clear()")
-    ui.add("PreviewAny")  # the page remembers the last node that it has drawn
+    ui.add("SaveVideo")  # the page remembers the last node that it has drawn
     devtools = ui.page.context.new_cdp_session(ui.page)
     for _ in range(20):
         devtools.send("HeapProfiler.collectGarbage")

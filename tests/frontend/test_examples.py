@@ -93,7 +93,7 @@ def _without_players(values: list[Any] | None) -> list[Any] | None:
     """A sound's player and its button are saved as nothing or None, by one front end or the other."""
     while values and values[-1] in (None, ""):
         values = values[:-1]
-    return values
+    return values or None
 
 
 def prompt_problems(file: Workflow, shown: Shown) -> list[str]:

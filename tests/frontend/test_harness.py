@@ -64,7 +64,7 @@ def test_a_page_reaches_no_other_host(ui: FrontEnd) -> None:
 
 @each_version
 def test_events_and_progress_texts_arrive_as_from_comfyui(ui: FrontEnd) -> None:
-    node = ui.add("PreviewAny")
+    node = ui.add("SaveVideo")
     ui.evaluate(
         """async () => {
             const { api } = await import("/scripts/api.js");

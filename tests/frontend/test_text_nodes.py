@@ -90,7 +90,7 @@ def test_a_node_in_a_subgraph_shows_its_own_text(ui: FrontEnd) -> None:
 @one_language
 @pytest.mark.parametrize("output", [None, {}, {"text": "one"}, {"images": []}], ids=str)
 def test_an_output_without_a_text_changes_nothing(ui: FrontEnd, output: Any) -> None:
-    node, other = ui.add("WanVideoBlockSwapPlan"), ui.add("PreviewAny")
+    node, other = ui.add("WanVideoBlockSwapPlan"), ui.add("SaveVideo")
     before = ui.evaluate(FIELD, node)
     for each in (node, other, "99"):
         ui.send("executed", {"node": each, "display_node": each, "output": output, "prompt_id": "one"})

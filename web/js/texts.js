@@ -30,7 +30,7 @@ export const ENGLISH = {
   plan_all: "all [blocks] blocks on the GPU",
   never_expected: "the GPU should never wait",
   waits_expected: "the GPU should wait [share] of the time for copies",
-  over_ceiling: "this is more VRAM than vram_threshold_percent allows",
+  over_ceiling: "this is more VRAM than is left for them",
   placing: "Moving weights into place: [placed] of [all]",
   first: "The first step is running",
   step: "Step [number]",
