@@ -93,7 +93,7 @@ class Preferences:
         if not isinstance(keep, bool):
             raise SettingsError(f"{KEEP_HOST_SLABS}: expected true or false, got {keep!r}; set it again")
         if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget <= MOST_GIB:
-            raise SettingsError(f"{PIN_BUDGET_GIB}: expected 0 to {MOST_GIB} GiB, got {budget!r}; set it again")
+            raise SettingsError(f"{PIN_BUDGET_GIB}: expected 0 to {MOST_GIB} GB, got {budget!r}; set it again")
         return cls(keep_host_slabs=keep, pin_budget_bytes=int(budget * GIB) or None)
 
 

@@ -47,31 +47,31 @@ def _widget(name: str, tooltip: str, *, step: float = 1, advanced: bool = False)
 _WIDGETS = (
     _widget(
         "blocks_to_swap",
-        "How many transformer blocks live in host memory and stream to the GPU. Read only when auto_hardware_tuning "
-        "is off. Wan 14B has 40 blocks, 1.3B and 5B have 30; a larger number is cut, with a note in the log.",
+        "How many blocks of the model stay in RAM and stream to the GPU. Read only when auto_hardware_tuning is "
+        "off. Wan 14B has 40 blocks, 1.3B and 5B have 30; a larger number is cut, and the plan says so.",
     ),
     _widget(
         "enable_cuda_optimization",
-        "On: copies run on streams of their own, beside the computation (NVIDIA and AMD). Off: each copy waits its "
-        "turn, which is slower and only useful to look for faults.",
+        "On: the GPU computes while blocks are copied (NVIDIA and AMD). Off: copying and computing take turns, "
+        "which is slower and only useful to look for faults.",
         advanced=True,
     ),
     _widget(
         "enable_dram_optimization",
-        "On: streamed weights are page-locked in host memory, at their exact size, so that copies overlap "
-        "computation. Off: ordinary memory; try it if page-locking causes trouble on your system.",
+        "On: RAM with streaming blocks is locked, that is fixed in place, so that copies are fast. Off: ordinary "
+        "RAM; try it if locked RAM causes trouble on your system.",
         advanced=True,
     ),
     _widget(
         "auto_hardware_tuning",
-        "On (recommended): the number of swapped blocks, the streams and the share of VRAM follow from the memory "
-        "that is free, the measured link and your GPU. Off: blocks_to_swap, vace_blocks_to_swap, num_cuda_streams "
-        "and bandwidth_target are used.",
+        "On (recommended): how many blocks stream follows from the VRAM that is free, the speed of copies and your "
+        "GPU. Off: blocks_to_swap, vace_blocks_to_swap, num_cuda_streams and bandwidth_target are used.",
     ),
     _widget(
         "vram_threshold_percent",
-        "Ceiling on the whole card's use, in percent, once the weights are in place. What other programs use counts; "
-        "the rest is for activations. Raise it to keep more blocks on the GPU, lower it if VRAM overflows.",
+        "How much of the card may be in use once the weights are in place, in percent. What other programs use "
+        "counts; the rest is for the computation. Raise it to keep more blocks on the GPU, lower it if VRAM runs "
+        "out.",
         step=5.0,
     ),
     _widget(
@@ -81,18 +81,17 @@ _WIDGETS = (
     ),
     _widget(
         "bandwidth_target",
-        "Share of the available VRAM that block weights and the streaming window may fill. Read only when "
-        "auto_hardware_tuning is off.",
+        "Share of the available VRAM that the model's blocks may fill. Read only when auto_hardware_tuning is off.",
         step=0.05,
         advanced=True,
     ),
     *(
-        _widget(name, f"Move the {kind} embedding layers to host memory after use. Saves little.", advanced=True)
+        _widget(name, f"Move the {kind} embedding layers to RAM after use. Saves little.", advanced=True)
         for name, kind in (("offload_txt_emb", "text"), ("offload_img_emb", "image"))
     ),
     _widget(
         "vace_blocks_to_swap",
-        "How many VACE blocks (a VACE 14B model has 8, 1.3B has 15) live in host memory. Read only when "
+        "How many VACE blocks (a VACE 14B model has 8, 1.3B has 15) stay in RAM and stream. Read only when "
         "auto_hardware_tuning is off.",
         advanced=True,
     ),
@@ -137,12 +136,24 @@ class WanVideoEnhancedBlockSwap:
         "Connect to block_swap_args of WanVideo Model Loader, or of WanVideo Set BlockSwap. Nothing else is needed.",
     )
     DESCRIPTION = (
-        "Runs Wan models that are larger than the GPU: blocks that do not fit stay in host memory and stream to the "
-        "GPU while it computes the ones before. The number of blocks is chosen automatically; outputs are exactly "
-        "those of the unswapped model. For models of WanVideo Model Loader: ComfyUI offloads its own native Wan models "
-        "(MODEL) by itself."
+        "Runs Wan models that are larger than the GPU's memory: blocks that do not fit stay in RAM and stream to "
+        "the GPU while it computes the ones before. The number of blocks is chosen automatically; outputs are "
+        "exactly those of the whole model. For models of WanVideo Model Loader: ComfyUI offloads its own native Wan "
+        "models (MODEL) by itself."
     )
-    SEARCH_ALIASES = ("block swap", "offload", "low vram", "vram", "oom", "out of memory", "low memory")
+    SEARCH_ALIASES = (
+        "vram",
+        "low vram",
+        "oom",
+        "out of memory",
+        "wan low memory",
+        "block swap",
+        "swap",
+        "offload",
+        "8 GB",
+        "12 GB",
+        "16 GB",
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
@@ -170,6 +181,7 @@ class WanVideoBlockSwapPlan:
 
     CATEGORY = CATEGORY
     FUNCTION = "preview"
+    OUTPUT_NODE = True  # so that the node gets its text to show
     RETURN_TYPES = ("WANVIDEOMODEL", "BLOCKSWAPARGS", "STRING")
     RETURN_NAMES = ("model", "block_swap_args", "plan")
     OUTPUT_TOOLTIPS = ("The model, as it came.", "The arguments, as they came.", "The plan and its reasons.")
@@ -177,7 +189,7 @@ class WanVideoBlockSwapPlan:
         "Place it between WanVideo Model Loader and the sampler: how many blocks would stay and how many would stream, "
         "for this model, video size and the memory that is free now."
     )
-    SEARCH_ALIASES = ("block swap preview", "vram preview")
+    SEARCH_ALIASES = ("block swap preview",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
@@ -186,8 +198,9 @@ class WanVideoBlockSwapPlan:
 
     def preview(
         self, model: Any, block_swap_args: Any, width: int = 832, height: int = 480, num_frames: int = 81
-    ) -> tuple[Any, Any, str]:
-        return model, block_swap_args, self._text(model, block_swap_args, (width, height, num_frames))
+    ) -> dict[str, Any]:
+        text = self._text(model, block_swap_args, (width, height, num_frames))
+        return {"ui": {"text": [text]}, "result": (model, block_swap_args, text)}
 
     def _text(self, model: Any, block_swap_args: Any, shape: tuple[int, int, int]) -> str:
         why_not = why_not_the_wrappers(model)
@@ -199,7 +212,7 @@ class WanVideoBlockSwapPlan:
             plan, card = COMFYUI.preview(model, settings, shape)
         except (BlockSwapError, HardwareUnavailableError) as failure:
             return str(failure)
-        text = plan_text(plan, card=card, budget_bytes=plan.budget_bytes)
+        text = plan_text(plan, card=card, details=settings.debug_mode)
         return f"{text}\n- {NOT_FOLLOWED}" if is_theirs(arguments_of(model)) else text
 
 
@@ -208,27 +221,29 @@ class WanVideoBlockSwapReport:
 
     CATEGORY = CATEGORY
     FUNCTION = "report"
+    OUTPUT_NODE = True  # as above
     RETURN_TYPES = ("LATENT", "STRING")
     RETURN_NAMES = ("samples", "report")
     OUTPUT_TOOLTIPS = ("The samples, as they came.", "Predicted beside measured, at most 12 lines.")
     DESCRIPTION = "Place it behind WanVideo Sampler: what was swapped, what it took and cost, beside predictions."
-    SEARCH_ALIASES = ("block swap report", "vram report")
+    SEARCH_ALIASES = ("block swap report",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
         samples = ("LATENT", {"tooltip": "The samples of WanVideo Sampler: the report is made once they are there."})
         return {"required": {"samples": samples, "model": MODEL}}
 
-    def report(self, samples: Any, model: Any) -> tuple[Any, str]:
-        return samples, self._text(model)
+    def report(self, samples: Any, model: Any) -> dict[str, Any]:
+        text = self._text(model)
+        return {"ui": {"text": [text]}, "result": (samples, text)}
 
     def _text(self, model: Any) -> str:
         why_not, gate = why_not_the_wrappers(model), COMFYUI.gate
         if why_not is None and gate is not None:
             run = gate.run_of(model.model.diffusion_model)
             report = None if run is None else run.report()
-            if report is not None:
-                return summary(report)
+            if run is not None and report is not None:
+                return summary(report, details=run.planner.settings.debug_mode)
         try:
             why_not = why_not or _why_not_ours(arguments_of(model))
         except HardwareUnavailableError as failure:
@@ -245,7 +260,7 @@ def _why_not_ours(arguments: Any) -> str:
             return "no arguments are connected; connect those of WanVideo Enhanced BlockSwap"
         return f"this device runs without swapping: {why_not}"
     if is_ours(arguments):
-        return "no forward has run with its arguments; connect the model that goes into the sampler"
+        return "no step has run with its arguments; connect the model that goes into the sampler"
     if is_theirs(arguments):
         return "the block_swap_args are another node's; connect those of WanVideo Enhanced BlockSwap in their place"
     return "the wrapper's own swapping is used; the log says why"

@@ -6,9 +6,9 @@ long to copy as a forward without swapping takes to compute. Times are the wall 
 
     COMFYUI_DIR=… COMFYUI_PYTHON=…/bin/python python -m benchmarks.before_after [--clock] [--variant bf16] [--out docs]
 
-writes before_after.json and before_after.png, or before_after_clock.json and before_after_clock.png. With --memory, it
-prints a table of the most host memory that a run takes, for several variants. It uses the
-environment and the models (30 blocks) of tests/rig.
+writes before_after.json, or before_after_clock.json and before_after_clock.png. before_after.png shows figures of both;
+--draw draws it again. With --memory, it prints a table of the most host memory that a run takes, for several variants.
+It uses the environment and the models (30 blocks) of tests/rig.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ RESIDENT = "without swapping"
 CLOCK = "link paced, computed on a CPU"
 RATIOS = (0.25, 0.5, 1, 2, 4)
 """Time to copy all blocks over the time to compute a forward."""
+FIGURES = ("before_after.json", "before_after_clock.json")
+SHOWN_RATIO = 0.5
+"""The one that before_after.png shows."""
 IN_MEMORY = ("bf16", "fp8", "fp8_scaled", "gguf", "lora_unmerged", "two_experts")
 """Variants whose host memory is measured."""
 FORWARDS = 4
@@ -217,26 +220,45 @@ def draw_steps(steps: list[Step], caption: str, path: Path) -> None:
     plt.close(figure)
 
 
-def draw(rows: list[Row], caption: str, path: Path) -> None:
-    """A panel for each figure, a bar for each way."""
-    panels = (
-        ("device memory at the peak", [row.peak_bytes for row in rows]),
-        ("copied to the device", [row.to_device_bytes for row in rows]),
-        ("copied back to the host", [row.to_host_bytes for row in rows]),
+def draw(folder: Path) -> None:
+    """Draws before_after.png from the figures of both measurements: what is saved first, then what that takes."""
+    missing = [name for name in FIGURES if not (folder / name).exists()]
+    if missing:
+        print(f"before_after.png is not drawn: {folder} has no {' and no '.join(missing)}; measure these as well")
+        return
+    rows, steps = (
+        json.loads((folder / name).read_text(encoding="utf-8"))[key]
+        for name, key in zip(FIGURES, ("rows", "steps"), strict=True)
     )
-    figure, axes = plt.subplots(1, len(panels), figsize=(10, 2.6), sharey=True, layout="constrained")
-    for axis, (title, values) in zip(axes, panels, strict=True):
-        sizes = [value / MIB for value in values]
-        bars = axis.barh([row.way for row in rows], sizes, color=COLOURS)
-        axis.bar_label(bars, [f"{size:.1f}" for size in sizes], padding=3, fontsize=8)
-        axis.set_title(f"{title}, MiB", fontsize=9)
-        axis.set_xlim(0, max(*sizes, 1) * 1.2)
+    ways = [row["way"] for row in rows]
+    over = {step["way"]: step["over_resident"] for step in steps if step["transfer_over_compute"] == SHOWN_RATIO}
+    panels = (
+        ("copied back to RAM, MB", [row["to_host_bytes"] / MIB for row in rows], "{:.0f}"),
+        ("a step, over one without swapping*", [over[way] for way in ways], "{:.2f}"),
+        ("VRAM at the peak, MB", [row["peak_bytes"] / MIB for row in rows], "{:.0f}"),
+    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(8.4, 2.9), sharey=True, layout="constrained")
+    for axis, (title, values, form) in zip(axes, panels, strict=True):
+        bars = axis.barh(ways, values, color=COLOURS)
+        axis.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=8)
+        axis.set_title(title, fontsize=8)
+        axis.set_xlim(0, max(*values, 1) * 1.25)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
-    figure.supxlabel(caption, fontsize=7)
-    figure.savefig(path, dpi=150)
+    figure.supxlabel(caption_of(folder), fontsize=7)
+    figure.savefig(folder / "before_after.png", dpi=150)
     plt.close(figure)
+
+
+def caption_of(folder: Path) -> str:
+    """Where the figures come from, and what the second panel compares."""
+    whole, clocked = (json.loads((folder / name).read_text(encoding="utf-8")) for name in FIGURES)
+    model = f"tiny {whole['variant']} Wan model, 30 blocks, {whole['rows'][0]['forwards']} passes"
+    return (
+        f"{model}; no GPU: {whole['machine']}\n{whole['command']} [--clock]; {whole['date']}, {clocked['date']}\n"
+        f"* {clocked['clock']}: copying all blocks takes {SHOWN_RATIO:g} of the time of a step without swapping"
+    )
 
 
 def machine(device: str = "pretend accelerator") -> str:
@@ -253,7 +275,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--clock", action="store_true", help="times with a paced link, on the pretend CUDA runtime")
     parser.add_argument("--memory", action="store_true", help="prints a table of host memory, in MiB")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--draw", action="store_true", help="draws before_after.png again and measures nothing")
     options = parser.parse_args(arguments)
+    if options.draw:
+        draw(options.out)
+        return 0
     if "COMFYUI_DIR" not in os.environ:
         parser.error("COMFYUI_DIR is not set; set it to the folder of a ComfyUI with ComfyUI-WanVideoWrapper")
     sys.path.insert(0, str(RIG))
@@ -271,10 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     (options.out / "before_after.json").write_text(
         json.dumps({**origin, "rows": [asdict(row) for row in rows]}, indent=1) + "\n", encoding="utf-8"
     )
-    caption = (
-        f"tiny {options.variant} Wan model, 30 blocks, {rows[0].forwards} forwards; {machine()}; {command}; {date}"
-    )
-    draw(rows, caption, options.out / "before_after.png")
+    draw(options.out)
     for row in rows:
         figures = f"{row.peak_bytes:>14,} peak {row.to_device_bytes:>14,} to device {row.to_host_bytes:>14,} back"
         print(f"{row.way:<28}{figures}  {'same latents' if row.same_latents else 'OTHER LATENTS'}")
@@ -293,6 +316,7 @@ def clock(variant: str, out: Path) -> int:
     )
     caption = f"tiny {variant} Wan model, 30 blocks; {where}; {command}; {date}"
     draw_steps(steps, caption, out / "before_after_clock.png")
+    draw(out)
     for step in steps:
         figures = f"{step.transfer_over_compute:>5} {step.way:<40}{step.over_resident:>8.2f} {step.seconds:>8.3f} s"
         print(f"{figures}  {'same latents' if step.same_latents else 'OTHER LATENTS'}")

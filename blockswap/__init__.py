@@ -1,4 +1,4 @@
-"""Runs a model's blocks swapped: what README's Python example uses."""
+"""Runs a model's blocks swapped: what the example of docs/python.md uses."""
 
 from ..hardware.pinning import PinBudget
 from .device.backend import backend_for

@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 # Return codes of cudaHostRegister and hipHostRegister (cudaError_t).
 _REGISTER_RESULTS = {
-    1: "the driver cannot page-lock this memory",
-    2: "out of page-lockable memory",
+    1: "the driver cannot lock this memory",
+    2: "out of memory that can be locked",
     712: "already registered",
     713: "not registered",
     801: "not supported on this platform",

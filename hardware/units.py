@@ -17,14 +17,14 @@ _MAX_BYTES = 1 << 60
 
 
 def format_bytes(n: int) -> str:
-    """A byte count in the largest binary unit up to GiB, such as "12.3 GiB"; a negative count keeps its sign."""
+    """A byte count such as "12.3 GB", of 1024³ bytes each, as on the box of a card; a negative count keeps its sign."""
     sign, size = ("-", -n) if n < 0 else ("", n)
     if size < KIB:
         return f"{sign}{size} B"
-    for unit, name in ((KIB, "KiB"), (MIB, "MiB")):
+    for unit, name in ((KIB, "KB"), (MIB, "MB")):
         if round(size / unit, 1) < KIB:
             return f"{sign}{size / unit:.1f} {name}"
-    return f"{sign}{size / GIB:.1f} GiB"
+    return f"{sign}{size / GIB:.1f} GB"
 
 
 def format_count(number: int, thing: str) -> str:

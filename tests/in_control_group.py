@@ -38,7 +38,7 @@ BLOCK_BYTES = 16 * WIDTH * WIDTH * 4
 
 
 class LockableHost(HostMemory):
-    """A host of which a plan may lock whatever it may take; a real one keeps 4 GiB that are never locked."""
+    """A host of which a plan may lock whatever it may take; a real one keeps 4 GB that are never locked."""
 
     @property
     def pin_budget_bytes(self) -> int:

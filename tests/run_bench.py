@@ -11,6 +11,7 @@ from simulated_machine import CARD, SimulatedMachine
 from toys import Simulation, toy
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import Limits
 from wanvideo_enhanced_blockswap.blockswap.run.history import Workload
+from wanvideo_enhanced_blockswap.blockswap.run.report import Step
 from wanvideo_enhanced_blockswap.blockswap.run.run import SwapRun
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 from wanvideo_enhanced_blockswap.blockswap.simulation.streams import SimulatedHardware
@@ -59,9 +60,9 @@ class Bench:
             trace_dir=trace_dir,
         )
 
-    def forward(self, workload: Workload | None = SMALL_VIDEO, *, times: int = 1) -> None:
+    def forward(self, workload: Workload | None = SMALL_VIDEO, *, times: int = 1, step: Step | None = None) -> None:
         for _ in range(times):
-            with torch.inference_mode(), self.run.forward(workload):
+            with torch.inference_mode(), self.run.forward(workload, step=step):
                 result = self.model(X)
                 self.machine.run_peak()
             assert torch.equal(result, self.expected)

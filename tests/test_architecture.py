@@ -48,10 +48,10 @@ ROOMS = {
     ),
 }
 """The rooms, and which others each may import from. `.` is what ComfyUI and the shell see; `blockswap` is the
-core's root: errors, settings and spans, and the names that README uses."""
+core's root: errors, settings and spans, and the names that docs/python.md uses."""
 
 MOST_FILES = 12
-MOST_LINES = 450
+MOST_LINES = 480
 """A longer file raises a question: is it still one idea? The limit is never a reason to cut an idea in two."""
 
 FEW_LINES = 80
@@ -127,7 +127,7 @@ def test_every_folder_that_ships_is_a_room_of_the_table() -> None:
 def test_a_room_imports_only_from_those_that_the_table_names(path: Path) -> None:
     allowed = {room(path), *ROOMS[room(path)]}
     others = {str(target) for target in imports(path) if isinstance(target, Path) and room(target) not in allowed}
-    # README's Python example imports from the core's root, which re-exports names of its rooms.
+    # The example of docs/python.md imports from the core's root, which re-exports names of its rooms.
     assert others == set() or path == ROOT / "blockswap" / "__init__.py"
 
 

@@ -100,9 +100,9 @@ def test_tables_are_printed_and_written(capsys: pytest.CaptureFixture[str], tmp_
     assert file.read_text(encoding="utf-8") == printed
     lines = [line.replace(" ", "") for line in printed.splitlines()]
     assert lines.count("|streams|1|2|5|") == 2
-    assert "|1.0MiB|7.00|7.00|7.00|" in lines
-    assert "|1.0MiB|7.00(+0.0%)|7.00(+0.0%)|7.00(+0.0%)|" in lines
-    assert "- 4.9 KiB, 64.0 KiB: slowdown unknown" in printed
+    assert "|1.0MB|7.00|7.00|7.00|" in lines
+    assert "|1.0MB|7.00(+0.0%)|7.00(+0.0%)|7.00(+0.0%)|" in lines
+    assert "- 4.9 KB, 64.0 KB: slowdown unknown" in printed
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_refused_lock_leaves_the_pageable_figures_and_says_why_there_are_no_ot
     rows = watched.rows()
     pinned = [row for row in rows if row.memory == "pinned"]
     assert len(pinned) == 2 * len(SIZES) * len(STREAMS)
-    assert all(row.gbytes_per_s is None and "out of page-lockable memory" in str(row.reason) for row in pinned)
+    assert all(row.gbytes_per_s is None and "out of memory that can be locked" in str(row.reason) for row in pinned)
     assert {row.gbytes_per_s for row in rows if row.memory == "pageable"} == {7.0}
     assert watched.holds_nothing()
 
@@ -222,13 +222,13 @@ def test_no_figure_begins_after_the_time_is_over(monkeypatch: pytest.MonkeyPatch
 
 def test_products_that_cannot_run_leave_the_idle_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 32 MiB")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 32 MB")
 
     monkeypatch.setattr(copies, "_multiplication", refuse)
     rows = Watched().rows()
     assert {row.gbytes_per_s for row in rows if row.load == "idle"} == {7.0}
     assert {row.reason for row in rows if row.load == "busy"} == {
-        "no matrix product can run: CUDA out of memory. Tried to allocate 32 MiB"
+        "no matrix product can run: CUDA out of memory. Tried to allocate 32 MB"
     }
 
 

@@ -26,7 +26,7 @@ CARD = PlanInputs(
     host_room_bytes=45 * GIB,
     pin_budget_bytes=30 * GIB,
 )
-"""24 GiB of which 1 GiB is in use by others and by activations."""
+"""24 GB of which 1 GB is in use by others and by activations."""
 
 
 def balance(readings: PlanInputs = CARD, *, activations: int | None = None, **options: Any) -> MemoryBudget:

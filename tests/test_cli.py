@@ -119,7 +119,7 @@ def test_the_demo_says_it_all_to_a_person(capsys: pytest.CaptureFixture[str], tm
         (["demo", "--device", "cuda:99"], r"--device: expected.*'cuda:99'"),
         (
             ["demo", "--vram", "1MiB"],
-            r"--vram: not enough for the weights outside the blocks: .* needed, 1.0 MiB given",
+            r"--vram: not enough for the weights outside the blocks: .* needed, 1.0 MB given",
         ),
         (["demo", "--vram=-5GiB"], r"--vram"),
         (["demo", "--vram", "nan"], r"--vram"),
@@ -138,11 +138,11 @@ def test_the_demo_says_it_all_to_a_person(capsys: pytest.CaptureFixture[str], tm
         (["plan", "missing.safetensors", "--vram", "12GiB"], r"missing\.safetensors"),
         (
             ["plan", "WAN", "--vram", "12GiB", "--ram", "8GiB", "--available-ram", "9GiB"],
-            r"--available-ram: expected at most the 8.0 GiB of RAM, got 9.0 GiB",
+            r"--available-ram: expected at most the 8.0 GB of RAM, got 9.0 GB",
         ),
         (
             ["plan", "WAN", "--vram", "12", "--ram", "8 GB", "--available-ram", "9G"],
-            r"--available-ram: expected at most the 8.0 GiB of RAM, got 9.0 GiB",
+            r"--available-ram: expected at most the 8.0 GB of RAM, got 9.0 GB",
         ),
         (["simulate", "--blocks", "4", "--swapped", "5", "--ratio", "1"], r"0 to 4.*got 5"),
         (["simulate", "--blocks", "4", "--swapped", "x", "--ratio", "1"], r"got 'x'"),
@@ -217,7 +217,7 @@ def test_a_preset_that_the_host_cannot_hold_is_refused_with_numbers(
     code, shown = run_json(capsys, "demo", "--preset", "14b")
     assert code == 1
     assert "14b" in shown["error"]
-    assert "6.0 GiB" in shown["error"]
+    assert "6.0 GB" in shown["error"]
 
 
 def test_simulate_meets_the_bound_where_two_slots_suffice(capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,7 +257,7 @@ def test_plan_knows_no_stall_without_a_link_a_gpu_and_a_shape(
     assert all(isinstance(reason, str) and len(reason.split()) > 2 for reason in known["reasons"])
 
 
-@pytest.mark.parametrize("size", ["16GB", "16 gb", "16G", "16", "16GiB", "16.0 GiB", "16384MB"])
+@pytest.mark.parametrize("size", ["16GB", "16 gb", "16G", "16", "16GiB", "16.0 GB", "16384MB"])
 def test_what_a_box_calls_gb_is_gib(capsys: pytest.CaptureFixture[str], tmp_path: Path, size: str) -> None:
     path = write_safetensors(tmp_path / "wan.safetensors", wan_tensors())
     assert run_json(capsys, "plan", str(path), "--vram", size)[1]["vram_bytes"] == 16 * GIB
@@ -304,7 +304,7 @@ def test_a_model_that_does_not_fit_where_nothing_is_swapped_is_refused_with_both
     code, shown = run_json(capsys, "plan", str(path), "--gpu", "B580", "--ram", "64GB")
     assert code == 1
     assert shown["error"].startswith("nothing is swapped on Arc B580: Intel GPUs have not been tried; ")
-    assert "not enough VRAM: 26.2 GiB needed for block weights" in shown["error"]
+    assert "not enough VRAM: 26.2 GB needed for the model's blocks (all 40 blocks on the GPU)" in shown["error"]
 
 
 def test_where_nothing_can_be_swapped_a_count_by_hand_changes_nothing(
@@ -342,7 +342,7 @@ def test_a_model_beside_it_takes_its_part_of_the_host(capsys: pytest.CaptureFixt
     code, shown = run_json(capsys, *one, "--beside", str(path))
     assert code == 1
     assert (
-        "not enough RAM: 1.4 GiB needed for weights that the loader copies into memory, 632.8 MiB available"
+        "not enough RAM: 1.4 GB needed for weights that the loader copies into memory, 632.8 MB available"
         in shown["error"]
     )
 
@@ -390,12 +390,12 @@ def test_the_disk_of_a_named_machine_is_assumed_where_blocks_are_read_from_it(
     [
         (
             ("--vram", "12GB", "--ram", "64GB"),
-            r"The weights fit: \d+ of 40 blocks stay on the GPU\. VRAM [\d.]+ GiB without activations, "
-            r"RAM [\d.]+ GiB\.",
+            r"The weights fit: \d+ of 40 blocks stay on the GPU\. VRAM [\d.]+ GB without activations, "
+            r"RAM [\d.]+ GB\.",
         ),
         (
             ("--gpu", "RTX 3060 12GB", "--ram", "64GB", "--shape", "832x480x81"),
-            r"It fits: \d+ of 40 blocks stay on the GPU\. VRAM [\d.]+ GiB, RAM [\d.]+ GiB\. A forward takes 85\.3 s, "
+            r"It fits: \d+ of 40 blocks stay on the GPU\. VRAM [\d.]+ GB, RAM [\d.]+ GB\. A forward takes 85\.3 s, "
             r"bound by the GPU's computation; a step with CFG takes two\.",
         ),
         (
@@ -404,7 +404,7 @@ def test_the_disk_of_a_named_machine_is_assumed_where_blocks_are_read_from_it(
         ),
         (
             ("--vram", "8GB", "--ram", "64GB", "--shape", "1280x720x161"),
-            r"It does not fit: [\d.]+ GiB of VRAM are missing; take fewer frames, or a smaller size\.",
+            r"It does not fit: [\d.]+ GB of VRAM are missing; take fewer frames, or a smaller size\.",
         ),
     ],
 )
@@ -426,7 +426,7 @@ def test_a_video_that_does_not_fit_is_the_first_reason_and_fails(
     assert (code, shown["fits"]) == (0, True)
     code, shown = run_json(capsys, *common, "--shape", "1280x720x161")
     assert (code, shown["fits"], shown["over_ceiling"]) == (1, False, True)
-    assert shown["reasons"][0].startswith("expect it to run out of memory: 12.8 GiB of activations")
+    assert shown["reasons"][0].startswith("it will probably run out of VRAM: 12.8 GB for the computation")
 
 
 def test_a_gpu_that_is_not_known_is_planned_for_by_its_memory(

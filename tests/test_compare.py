@@ -295,12 +295,12 @@ def test_limits_that_are_met() -> None:
         (100, [cell("ours", 10, 1000), cell("plain", 10, 2900)], "2.9 times as fast as plain, at least 3"),
         (1000, [cell("ours", 10, 1000, output="not finite")], "output not finite"),
         (1000, [cell("ours", 10, 1000, pinned_bytes=int(15 * BLOCK))], "page-locked over swapped bytes 1.500"),
-        (1000, [cell("ours", 10, 1000, peak_bytes=int(5 * BLOCK))], "weights 4.7 GiB, at most 1.9 GiB"),
-        (1000, [cell("ours", 10, 1000), cell("mmgp", 10, 980)], "mmgp 980 ms in 1.9 GiB"),
+        (1000, [cell("ours", 10, 1000, peak_bytes=int(5 * BLOCK))], "weights 4.7 GB, at most 1.9 GB"),
+        (1000, [cell("ours", 10, 1000), cell("mmgp", 10, 980)], "mmgp 980 ms in 1.9 GB"),
         (
             1000,
             [cell("ours", 10, 1000), cell("accelerate", 10, 9000, peak_bytes=int(BLOCK))],
-            "accelerate 9000 ms in 953.7 MiB",
+            "accelerate 9000 ms in 953.7 MB",
         ),
     ],
 )
@@ -319,6 +319,6 @@ def test_without_the_resident_model_that_is_said_and_peers_are_compared_all_the_
     assert [(verdict.said.removeprefix("1x1x1, 10 swapped: ")[:40], verdict.met) for verdict in judged] == [
         ("no step to compare with, because residen", False),
         ("page-locked over swapped bytes 1.000, at", True),
-        ("ours 1000 ms in 1.9 GiB; mmgp 900 ms in ", False),
+        ("ours 1000 ms in 1.9 GB; mmgp 900 ms in 1", False),
     ]
     assert compare.failures(rows) == []

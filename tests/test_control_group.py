@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from wanvideo_enhanced_blockswap.hardware import MIB, format_bytes
 
 LAYERS = 16
-MODEL_BYTES = LAYERS * BLOCK_BYTES  # 1 GiB
+MODEL_BYTES = LAYERS * BLOCK_BYTES  # 1 GB
 LIMIT_BYTES = 640 * MIB
 TESTS = Path(__file__).parent
 

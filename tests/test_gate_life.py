@@ -215,7 +215,7 @@ def test_slabs_go_when_host_memory_is_nearly_full_and_the_weights_stay(
     for _ in range(2):
         assert torch.equal(workflow.sample(), truth("lora_merged"))
         assert bench.run_of(workflow).session.slab_bytes == 0
-    assert any("slabs are not kept" in record.message for record in caplog.records)
+    assert any("weights are not kept ready" in record.message for record in caplog.records)
 
 
 def test_when_a_model_goes_its_run_goes_and_nothing_stays_locked(bench: GateBench) -> None:

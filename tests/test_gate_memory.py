@@ -82,7 +82,7 @@ def test_automatic_tuning_plans_anew_from_the_peak_that_the_repeated_forward_has
     workflow = bench.workflow("fp32", arguments(None))
     assert torch.equal(workflow.sample(fault=once(1)), truth("fp32"))
     run = bench.run_of(workflow)
-    assert run.report().measured.replans[0] == "the device ran out of memory"
+    assert run.report().measured.replans[0] == "VRAM ran out"
     assert run.report().measured.activation_bytes is not None
     assert torch.equal(workflow.sample(), truth("fp32"))
     assert swapped(bench, workflow) == 0
@@ -97,10 +97,10 @@ def test_where_even_the_smallest_plan_fails_it_says_what_would_fit_and_the_next_
     with pytest.raises(DeviceMemoryError) as failure:
         workflow.sample(fault=once(1, times=2))
     said = str(failure.value)
-    assert "tokens needs about" in said
-    assert f"({BLOCKS} of {BLOCKS} blocks swapped through 1 slot)" in said
+    assert said.startswith("out of VRAM: this video size needs about ")
+    assert f"of weights (0 blocks on the GPU, {BLOCKS} streaming); take about " in said
     assert "frames, or" in said
-    assert "(the device reported: block 1 fails)" in said
+    assert "(the GPU reported: block 1 fails)" in said
     assert failure.value.__context__ is None  # nothing of the failed forward is held
     before = allocated()
     assert torch.equal(workflow.sample(), truth("fp32"))
@@ -161,7 +161,7 @@ def test_memory_that_runs_out_while_blocks_are_placed_is_in_the_report_and_the_r
     assert torch.equal(workflow.sample(), truth("fp32"))
     report = bench.run_of(workflow).report()
     assert report is not None
-    assert report.measured.replans == ("the device ran out of memory",)
+    assert report.measured.replans == ("VRAM ran out",)
     assert Phase.STOPPED not in {progress.phase for progress in told}
 
 
@@ -191,7 +191,7 @@ def test_memory_that_runs_out_before_anything_is_planned_has_its_own_sentence(
 
     with monkeypatch.context() as patch:
         patch.setattr(session_module, "profile_model", refuse)
-        with pytest.raises(DeviceMemoryError, match="ran out before any block was placed; close other programs"):
+        with pytest.raises(DeviceMemoryError, match="out of VRAM before the first step; close other programs"):
             workflow.sample()
     assert torch.equal(workflow.sample(), truth("fp32"))
 
@@ -234,7 +234,7 @@ def test_a_forward_that_another_pack_has_changed_is_not_repeated(
         return plain(self, *given, **named)
 
     monkeypatch.setattr(kind, "forward", counting)
-    with pytest.raises(DeviceMemoryError, match="another pack has changed the model's forward"):
+    with pytest.raises(DeviceMemoryError, match="another pack has changed how the model runs"):
         workflow.sample(fault=once(1))
     monkeypatch.undo()
     handle = workflow.transformer.blocks[0].register_forward_hook(lambda *_: None)
@@ -258,7 +258,9 @@ def test_a_forward_with_a_step_cache_is_not_repeated_and_the_next_run_has_the_sm
     bench: GateBench, variant: str, cache: str
 ) -> None:
     workflow = bench.workflow(variant, arguments(2))
-    with pytest.raises(DeviceMemoryError, match=f"cannot be repeated, since {cache} keeps state from one forward"):
+    with pytest.raises(
+        DeviceMemoryError, match=f"cannot be repeated, since {cache} keeps state from one step to the next"
+    ):
         workflow.sample(fault=once(1, forward=2))
     assert torch.equal(workflow.sample(), truth(variant))
     assert swapped(bench, workflow) == BLOCKS

@@ -331,7 +331,7 @@ def test_slabs_of_a_model_whose_run_is_over_go_when_the_next_needs_the_hosts_mem
     monkeypatch.setattr(machine, "host", lambda self: scarce if bench.run_of(first).session.slab_bytes else host)
     second.sample()
     assert bench.run_of(first).session.slab_bytes == 0
-    assert any("gives up its slabs" in record.message for record in caplog.records)
+    assert any("a model whose run has ended is freed" in record.message for record in caplog.records)
     monkeypatch.undo()
     assert torch.equal(first.sample(), truth("fp8_scaled"))
 
@@ -383,7 +383,7 @@ def test_automatic_hints_go_to_the_host_where_the_plan_has_no_room_for_them(
     cost = sampled(workflow)
     assert torch.equal(cost.latents, truth("vace"))
     assert bench.gate._gated[workflow.transformer].hints_to_host is not room
-    assert any("hints of 2 VACE blocks go to the host" in record.message for record in caplog.records) is not room
+    assert any("hints of 2 VACE blocks go to RAM" in record.message for record in caplog.records) is not room
     plan = bench.run_of(workflow).plan
     assert plan is not None
     assert not plan.over_ceiling

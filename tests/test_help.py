@@ -219,7 +219,7 @@ def test_the_page_calls_the_parts_of_the_bar_and_the_settings_what_the_front_end
     folder = ROOT / "locales" / language
     main, settings = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("main", "settings"))
     words = main["wanVideoEnhancedBlockSwap"]
-    parts = [words[name] for name in ("other", "residents", "window", "activations", "headroom", "ceiling")]
+    parts = [words[name] for name in ("other", "residents", "window", "activations", "free", "ceiling")]
     shown = parts + [setting["name"] for setting in settings.values()]
     explained = re.findall(r"^- \*\*(.+?)\*\*", page("WanVideoEnhancedBlockSwap", language), re.MULTILINE)
     assert explained[: len(shown)] == shown
@@ -229,7 +229,7 @@ def test_the_page_calls_the_parts_of_the_bar_and_the_settings_what_the_front_end
 
 
 def example_plan() -> str:
-    """Wan 14B image to video in fp8 at 832x480x81 on 12 GiB of which 1 GiB is in use, under the defaults."""
+    """Wan 14B image to video in fp8 at 832x480x81 on 12 GB of which 1 GB is in use, under the defaults."""
     shapes = wan_shapes(5120, 13824, 40, channels=36)
     sizes = {name: 1 if "blocks." in name and len(shape) == 2 else 2 for name, shape in shapes.items()}
     stored = {
@@ -245,7 +245,7 @@ def example_plan() -> str:
         activations=Activations(nbytes=expected, is_measured=False),
     )
     made = make_plan(found.model, SwapSettings(), facts)
-    return plan_text(made, card=facts.spec.name, budget_bytes=made.budget_bytes)
+    return plan_text(made, card=facts.spec.name)
 
 
 def example_report() -> str:

@@ -118,6 +118,7 @@ def test_the_text_nodes_pass_their_first_input_on(name: str, kind: str) -> None:
     types = NODES[name].INPUT_TYPES()["required"]
     assert next(iter(types.values()))[0] == NODES[name].RETURN_TYPES[0] == kind
     assert NODES[name].RETURN_TYPES[-1] == "STRING"
+    assert NODES[name].OUTPUT_NODE  # otherwise ComfyUI sends no text for the node to show
 
 
 # Values
@@ -155,15 +156,19 @@ def test_wired_into_the_loader_it_swaps_and_the_report_tells(comfy: SimpleNamesp
     (arguments,) = SWAP().setargs(auto_hardware_tuning=False, blocks_to_swap=3)
     workflow, latents = sampled(arguments)
     assert torch.equal(latents, unswapped("fp32", HPU).latents)
-    samples, text = NODES["WanVideoBlockSwapReport"]().report({"samples": latents}, workflow.patchers[0])
+    said = NODES["WanVideoBlockSwapReport"]().report({"samples": latents}, workflow.patchers[0])
+    samples, text = said["result"]
+    assert said["ui"] == {"text": [text]}
     assert samples["samples"] is latents
-    assert text.startswith("WanModel on hpu: 3 of 4 blocks swapped (3 pageable), 1 slot")
+    head, blocks, *_ = text.splitlines()
+    assert re.fullmatch(r"run 1, \d\d:\d\d: 3 steps; WanModel on hpu", head)
+    assert blocks == "blocks: 1 block on the GPU, 3 streaming"
     assert len(text.splitlines()) <= 12
 
 
 def test_a_report_of_a_model_that_was_not_swapped_says_so(comfy: SimpleNamespace) -> None:
     workflow, latents = sampled(None)
-    _, text = NODES["WanVideoBlockSwapReport"]().report({"samples": latents}, workflow.patchers[0])
+    _, text = NODES["WanVideoBlockSwapReport"]().report({"samples": latents}, workflow.patchers[0])["result"]
     assert "no block was swapped by WanVideo Enhanced BlockSwap" in text
 
 
@@ -174,7 +179,9 @@ def test_the_plan_node_tells_before_sampling_what_the_run_then_does(comfy: Simpl
     (arguments,) = SWAP().setargs(auto_hardware_tuning=False, blocks_to_swap=2)
     workflow = Workflow(variant, device=HPU)
     workflow.load(arguments)
-    model, passed, text = NODES["WanVideoBlockSwapPlan"]().preview(workflow.patchers[0], arguments, 128, 128, 9)
+    planned = NODES["WanVideoBlockSwapPlan"]().preview(workflow.patchers[0], arguments, 128, 128, 9)
+    model, passed, text = planned["result"]
+    assert planned["ui"] == {"text": [text]}
     assert model is workflow.patchers[0]
     assert passed is arguments
     workflow.sample()
@@ -183,8 +190,9 @@ def test_the_plan_node_tells_before_sampling_what_the_run_then_does(comfy: Simpl
     run = gate.run_of(workflow.transformer)
     assert run is not None
     assert run.plan is not None
-    stay = len(run.plan.swapped) - run.plan.swapped_count
-    assert f"{stay} of {len(run.plan.swapped)} blocks stay, 2 stream through" in text
+    stay = run.plan.block_count - 2
+    assert text.startswith(f"hpu: {stay} blocks on the GPU, 2 streaming\n")
+    assert run.plan.streaming_count == 2
 
 
 def test_the_plan_node_says_what_is_wrong_instead_of_failing_the_prompt(comfy: SimpleNamespace) -> None:
@@ -192,8 +200,9 @@ def test_the_plan_node_says_what_is_wrong_instead_of_failing_the_prompt(comfy: S
     workflow = Workflow("fp32", device=HPU)
     workflow.load(arguments)
     plan = NODES["WanVideoBlockSwapPlan"]()
-    assert "width: expected a multiple of 16, got 130" in plan.preview(workflow.patchers[0], arguments, 130, 128, 9)[2]
-    said = plan.preview(workflow.patchers[0], {"blocks_to_swap": 3})[2]
+    said = plan.preview(workflow.patchers[0], arguments, 130, 128, 9)["result"][2]
+    assert "width: expected a multiple of 16, got 130" in said
+    said = plan.preview(workflow.patchers[0], {"blocks_to_swap": 3})["result"][2]
     assert said.startswith("nothing is planned: the block_swap_args are another node's; connect those of WanVideo")
 
 
@@ -279,7 +288,7 @@ def test_comfyuis_flags_are_limits_of_the_plan(
 def test_memory_that_comfyuis_cache_keeps_available_is_left_to_it(
     comfy: SimpleNamespace, asked: list[float] | float | None, beyond: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With less, ComfyUI drops the loaded model. Our own floor, a tenth of 32 GiB, counts."""
+    """With less, ComfyUI drops the loaded model. Our own floor, a tenth of 32 GB, counts."""
     host = HostMemory(32 * GIB, 20 * GIB, None, None, HostPlatform.LINUX)
     monkeypatch.setattr(TorchMachine, "host", lambda _: host)
     comfy.flags.cache_ram = asked
@@ -320,7 +329,8 @@ def test_the_node_is_told_what_its_run_does(comfy: SimpleNamespace, events: list
     assert torch.equal(latents, unswapped("fp32", HPU).latents)
     assert phases(events) == ["adopting", "sampling", "done"]
     assert {(event["node"], event["workflow"]) for event in events} == {("7:12", "a workflow")}
-    assert "1 of 4 blocks stay, 3 stream through 1 slot" in events[0]["text"]
+    assert events[0]["text"].startswith("1 block on the GPU, 3 streaming.\nMoving weights into place: 0 B of ")
+    assert events[-1]["text"].splitlines()[1].startswith("Done after 3 steps: ")
 
 
 @pytest.mark.parametrize(
@@ -440,4 +450,4 @@ def test_a_settings_file_that_cannot_be_read_is_said_once_and_costs_nothing_else
     workflow.sample()
     assert torch.equal(latents, unswapped("fp32", HPU).latents)
     said = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert len([message for message in said if "PinBudgetGiB: expected 0 to 1024 GiB" in message]) == 1
+    assert len([message for message in said if "PinBudgetGiB: expected 0 to 1024 GB" in message]) == 1

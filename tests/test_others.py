@@ -349,9 +349,8 @@ def test_once_others_have_stopped_the_run_streams_again_and_once_only(pretend_st
 
 def test_a_hook_that_passes_for_the_function_it_wraps_is_named_by_where_it_is_defined() -> None:
     block = Feed()
-    wrapped = functools.wraps(block.forward)(lambda *of: None)
-    place = {"__name__": f"/home/user/ComfyUI/custom_nodes/{PACK.replace('.', '_x_')}.nodes"}
-    block.forward = functools.wraps(block.forward)(types.FunctionType(wrapped.__code__, place))
+    code = (lambda *of: None).__code__.replace(co_filename=f"/home/user/ComfyUI/custom_nodes/{PACK}/nodes.py")
+    block.forward = functools.wraps(block.forward)(types.FunctionType(code, {}))
     assert names_of_others([block]) == [PACK]
 
 

@@ -137,8 +137,8 @@ def test_everything_inside_is_loaded_from_the_same_folder(folder_under_another_n
     assert not any(home.startswith(OUTER) for home in homes)
 
 
-def test_the_core_exports_what_readmes_python_example_uses_and_nothing_else() -> None:
-    example = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+def test_the_core_exports_what_the_python_example_uses_and_nothing_else() -> None:
+    example = (ROOT / "docs" / "python.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     imported = [node for node in ast.parse(example).body if isinstance(node, ast.ImportFrom)]
     (core,) = [node for node in imported if node.module == f"{OUTER}.blockswap"]
     assert {alias.name for alias in core.names} == set(importlib.import_module(f"{OUTER}.blockswap").__all__)

@@ -35,10 +35,10 @@ def test_where_the_node_passes_through_plan_and_report_say_that_and_why(
     workflow, _ = sampled(None)
     comfy.set_device(device)
     (arguments,) = SWAP().setargs()
-    model, passed, text = PLAN().preview(workflow.patchers[0], arguments)
+    model, passed, text = PLAN().preview(workflow.patchers[0], arguments)["result"]
     assert (model, passed) == (workflow.patchers[0], None)
     assert text == f"nothing is planned: this device runs without swapping: {why}"
-    said = REPORT().report({}, workflow.patchers[0])[1]
+    said = REPORT().report({}, workflow.patchers[0])["result"][1]
     assert said == f"no block was swapped by WanVideo Enhanced BlockSwap: this device runs without swapping: {why}"
 
 
@@ -47,7 +47,10 @@ def test_a_flag_that_keeps_models_on_the_gpu_is_named_by_plan_and_report(comfy: 
     workflow, _ = sampled(None)
     (arguments,) = SWAP().setargs()
     assert arguments is None
-    for text in (PLAN().preview(workflow.patchers[0], arguments)[2], REPORT().report({}, workflow.patchers[0])[1]):
+    for text in (
+        PLAN().preview(workflow.patchers[0], arguments)["result"][2],
+        REPORT().report({}, workflow.patchers[0])["result"][1],
+    ):
         assert text.endswith(
             "this device runs without swapping: ComfyUI runs with --highvram, which keeps models on the GPU"
         )
@@ -55,7 +58,7 @@ def test_a_flag_that_keeps_models_on_the_gpu_is_named_by_plan_and_report(comfy: 
 
 def test_without_arguments_and_without_a_reason_for_it_they_are_to_be_connected(comfy: SimpleNamespace) -> None:
     workflow, _ = sampled(None)
-    assert PLAN().preview(workflow.patchers[0], None)[2] == (
+    assert PLAN().preview(workflow.patchers[0], None)["result"][2] == (
         "nothing is planned: no arguments are connected; connect those of WanVideo Enhanced BlockSwap"
     )
 
@@ -113,7 +116,10 @@ def test_a_wrapper_that_is_too_old_swaps_by_itself_and_that_is_what_is_said(
     swapped = min(int(arguments["blocks_to_swap"]), 5) - 1
     assert workflow.transformer.blocks_to_swap == max(0, swapped)
     assert node_module.COMFYUI.gate is None
-    for text in (PLAN().preview(workflow.patchers[0], arguments)[2], REPORT().report({}, workflow.patchers[0])[1]):
+    for text in (
+        PLAN().preview(workflow.patchers[0], arguments)["result"][2],
+        REPORT().report({}, workflow.patchers[0])["result"][1],
+    ):
         assert text.endswith("the wrapper's own swapping is used; the log says why")
 
 
@@ -127,14 +133,14 @@ def test_the_nodes_with_text_pass_on_the_very_objects_that_they_get_and_change_n
     arguments = ours()
     workflow, latents = sampled(arguments if swaps else None)
     samples = {"samples": latents, "noise_mask": None}
-    passed, text = REPORT().report(samples, workflow.patchers[0])
+    passed, text = REPORT().report(samples, workflow.patchers[0])["result"]
     assert passed is samples
     assert list(passed) == ["samples", "noise_mask"]
     assert passed["samples"] is latents
     assert torch.equal(latents, unswapped("fp32", HPU).latents)
-    assert ("3 of 4 blocks swapped" in text) is swaps
+    assert ("1 block on the GPU, 3 streaming" in text) is swaps
     before = dict(arguments)
-    model, given, _ = PLAN().preview(workflow.patchers[0], arguments, 128, 128, 9)
+    model, given, _ = PLAN().preview(workflow.patchers[0], arguments, 128, 128, 9)["result"]
     assert model is workflow.patchers[0]
     assert given is arguments
     assert arguments == before

@@ -18,7 +18,7 @@ from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import make_plan
 from wanvideo_enhanced_blockswap.blockswap.plan.schedule import spread_bytes
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, HostTier, PlanInputs, SwapPlan, Timing
 from wanvideo_enhanced_blockswap.hardware.records import DiskSpeed
-from wanvideo_enhanced_blockswap.hardware.units import GIB, MIB, format_bytes
+from wanvideo_enhanced_blockswap.hardware.units import GIB, MIB, format_bytes, format_count
 
 generated = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 """The same examples in every run, on machines of any speed."""
@@ -34,7 +34,7 @@ ASKED = PlanInputs(
 """What is read plays no part where a budget is given."""
 
 BALANCE = 33 * 8 * MIB / 40e-3
-"""Link speed at which copying 33 blocks of 8 MiB takes as long as computing 40 blocks of 1 ms."""
+"""Link speed at which copying 33 blocks of 8 MB takes as long as computing 40 blocks of 1 ms."""
 
 
 def block(index: int, *sizes: int, small: int = 0, prefix: str = "blocks.") -> BlockProfile:
@@ -175,7 +175,7 @@ def test_the_count_is_that_of_the_brief_and_the_two_blocks_that_the_window_holds
 def test_where_nothing_fits_every_block_is_swapped_through_two_slots_and_it_is_said() -> None:
     plan = make_plan(equal(40), asking(), budget(10 * MIB))
     assert (plan.swapped_count, plan.slots, plan.over_ceiling) == (40, 2, True)
-    assert any("over the budget of 10.0 MiB" in reason for reason in plan.reasons)
+    assert "the blocks take 16.0 MB of VRAM, and 10.0 MB are left for them" in plan.remarks
 
 
 def test_auto_does_not_read_the_manual_count_of_vace_blocks() -> None:
@@ -223,7 +223,7 @@ def test_a_count_that_the_model_has_is_not_said_to_be_cut(main: int, vace: int) 
 def test_a_manual_count_that_fills_its_slots_moves_nothing_and_says_so(count: int) -> None:
     plan = make_plan(equal(8), asking(blocks_to_swap=count), budget())
     assert (plan.slots, plan.streamed_bytes) == (count, 0)
-    assert any("nothing moves after the first forward" in reason for reason in plan.reasons)
+    assert f"with {format_count(count, 'block')} swapped nothing streams, and no VRAM is saved" in plan.remarks
 
 
 @generated
@@ -239,7 +239,7 @@ def test_swapped_blocks_are_spread_evenly(case: tuple[int, int]) -> None:
 def test_a_manual_count_is_kept_over_the_budget_and_said() -> None:
     plan = make_plan(equal(8), asking(blocks_to_swap=5), budget(30 * MIB))
     assert (plan.swapped_count, plan.over_ceiling) == (5, True)
-    assert any("over the budget of 30.0 MiB" in reason for reason in plan.reasons)
+    assert "the blocks take 40.0 MB of VRAM, and 30.0 MB are left for them" in plan.remarks
 
 
 # Bytes
@@ -307,7 +307,7 @@ def test_a_third_slot_is_taken_only_where_the_forward_is_faster_than_with_two(
 
 
 def test_a_third_slot_that_is_worth_one_block_more_is_said_with_what_would_fit_and_what_it_saves() -> None:
-    """40 blocks of 8 MiB: 7 residents and a window of 2 slots take as much as 6 residents and one of 3."""
+    """40 blocks of 8 MB: 7 residents and a window of 2 slots take as much as 6 residents and one of 3."""
     profile, weights = equal(40), budget(73 * MIB)
     request = asking(timing=timing(profile, BALANCE))
     plan, two = (make_plan(profile, dataclasses.replace(request, slots=slots), weights) for slots in (None, 2))
@@ -318,10 +318,10 @@ def test_a_third_slot_that_is_worth_one_block_more_is_said_with_what_would_fit_a
     saved = 1 - plan.predicted.elapsed / two.predicted.elapsed
     assert plan.reasons[0] == (
         f"34 of 40 blocks are swapped, 1 more than the 33 that fit, since a third slot saves {saved:.1%} of a "
-        "forward: 72.0 MiB of 73.0 MiB"
+        "forward: 72.0 MB of 73.0 MB"
     )
     assert 0.005 < saved < 0.1
-    assert two.reasons[0] == "33 of 40 blocks are swapped, the fewest that fit: 72.0 MiB of 73.0 MiB"
+    assert two.reasons[0] == "33 of 40 blocks are swapped, the fewest that fit: 72.0 MB of 73.0 MB"
 
 
 @generated
@@ -433,12 +433,12 @@ def test_the_pin_budget_decides_the_tiers(
 
 
 @pytest.mark.parametrize(
-    ("pin_mib", "said"), [(79, "3 of 10 swapped blocks go through 2 staging slabs"), (15, "pageable")]
+    ("pin_mib", "said"),
+    [(79, "3 of 10 streaming blocks are copied in two steps"), (15, "9 of 10 streaming blocks are copied more slowly")],
 )
 def test_a_tier_below_the_best_is_said_with_numbers(pin_mib: int, said: str) -> None:
     plan = make_plan(equal(12), asking(blocks_to_swap=10, pin_budget_bytes=pin_mib * MIB), budget())
-    reason = next(reason for reason in plan.reasons if said in reason)
-    assert f"80.0 MiB needed, {pin_mib}.0 MiB allowed" in reason
+    assert f"80.0 MB of locked RAM needed, {pin_mib}.0 MB allowed: {said}" in plan.remarks
 
 
 def test_page_locking_that_is_switched_off_leaves_all_pageable() -> None:
@@ -509,9 +509,9 @@ def test_as_many_blocks_as_memory_holds_are_page_locked_and_the_others_are_read_
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"pin": False}, "page-locked memory is switched off, or not available here"),
-        ({"overlap": False}, "copies on the compute stream need no page-locked memory"),
-        ({"pin_budget_bytes": 15 * MIB}, "pinned memory: 80.0 MiB needed, 15.0 MiB allowed"),
+        ({"pin": False}, "RAM is not locked, since that is switched off or not possible here: copies are slower"),
+        ({"overlap": False}, "copying and computing take turns, so RAM is not locked"),
+        ({"pin_budget_bytes": 15 * MIB}, "80.0 MB of locked RAM needed, 15.0 MB allowed"),
     ],
 )
 @pytest.mark.parametrize(("room_mib", "slabs"), [(79, 7), (16, 0), (0, 0)])
@@ -522,7 +522,7 @@ def test_where_nothing_can_be_locked_the_same_holds_for_ordinary_memory(
     assert [tiers(plan).count(tier) for tier in (HostTier.PAGEABLE, HostTier.FILE)] == [slabs, 10 - slabs]
     assert (plan.pinned_bytes, plan.staging_bytes, plan.slab_bytes) == (0, 16 * MIB, slabs * 8 * MIB)
     assert plan.anonymous_bytes == plan.added_bytes == (slabs + 2) * 8 * MIB
-    assert any(why in reason for reason in plan.reasons)
+    assert any(why in remark for remark in plan.remarks)
 
 
 def test_with_room_for_all_slabs_what_may_not_be_locked_stays_in_memory() -> None:
@@ -535,9 +535,9 @@ def test_blocks_that_are_read_from_their_file_are_reported_with_what_is_needed_a
     asked = asking(blocks_to_swap=10, host_available_bytes=50 * MIB)
     plan = make_plan(stored(12), asked, budget(host=40 * MIB))
     assert (
-        "RAM: 80.0 MiB needed, 40.0 MiB of 50.0 MiB available may be taken; "
-        "7 of 10 swapped blocks are read from their file"
-    ) in plan.reasons
+        "80.0 MB of RAM needed, 40.0 MB of 50.0 MB available may be taken: "
+        "7 of 10 streaming blocks are read from the model's file"
+    ) in plan.remarks
 
 
 def test_a_block_of_which_a_part_is_in_no_file_is_never_read_from_a_file() -> None:
@@ -654,7 +654,8 @@ def test_a_window_that_the_device_cannot_hold_is_refused_with_numbers() -> None:
     profile = equal(40, 100 * MIB)
     with pytest.raises(PlanError) as caught:
         make_plan(profile, asking(), budget(150 * MIB, limit=199 * MIB))
-    assert all(part in str(caught.value) for part in ("2 slots of 100.0 MiB", "199.0 MiB", "quantised"))
+    said = ("200.0 MB needed", "0 blocks on the GPU, 40 streaming", "199.0 MB not in use by others", "quantised")
+    assert all(part in str(caught.value) for part in said)
 
 
 @pytest.mark.parametrize("count", [None, 5])
@@ -672,7 +673,7 @@ def test_a_host_without_room_for_staging_slabs_gets_pageable_blocks_and_no_refus
     plan = make_plan(equal(8), asking(blocks_to_swap=5, pin_budget_bytes=30 * MIB), budget(host=host))
     assert tier in plan.tiers
     assert plan.added_bytes == plan.staging_bytes <= host
-    assert any("pinned memory: 40.0 MiB needed, 30.0 MiB allowed" in reason for reason in plan.reasons)
+    assert any("40.0 MB of locked RAM needed, 30.0 MB allowed" in remark for remark in plan.remarks)
 
 
 def test_where_device_and_host_share_one_memory_nothing_is_swapped_and_the_plan_says_why() -> None:
@@ -697,7 +698,8 @@ def test_a_host_that_lacks_one_byte_of_the_least_is_refused_with_numbers(in_file
     assert plan(need).added_bytes == need
     with pytest.raises(PlanError, match="not enough RAM") as caught:
         plan(need - 1)
-    assert all(part in str(caught.value) for part in (format_bytes(need), format_bytes(need - 1), "5 swapped blocks"))
+    said = (f"{format_bytes(need)} more needed", f"{format_bytes(need - 1)} available")
+    assert all(part in str(caught.value) for part in said)
 
 
 def test_blocks_that_are_in_no_file_need_no_more_host_memory_than_they_have() -> None:

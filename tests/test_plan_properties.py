@@ -187,7 +187,7 @@ def test_more_available_ram_never_makes_a_plan_read_more_blocks_from_their_file_
 
 
 def most_pinned(known: Facts) -> float:
-    """What may be page-locked: 40 % of RAM on Windows, elsewhere 90 % of it and all but 4 GiB; less others' locks."""
+    """What may be page-locked: 40 % of RAM on Windows, elsewhere 90 % of it and all but 4 GB; less others' locks."""
     ram, limit = known.host.physical_bytes, known.host.cgroup_limit_bytes
     ram = ram if limit is None else min(ram, limit)
     is_windows = known.host.platform is HostPlatform.WINDOWS

@@ -24,7 +24,7 @@ from wanvideo_enhanced_blockswap.hardware import (
 MODEL = ModelProfile(
     tuple(BlockProfile(f"blocks.{i}", (TensorProfile("w", 400 * MIB, Placement.STREAMED),)) for i in range(20))
 )
-"""20 blocks of 400 MiB, 7.8 GiB."""
+"""20 blocks of 400 MB, 7.8 GB."""
 FACTS = Facts(
     spec=DeviceSpec("NVIDIA GeForce RTX 3090", Vendor.NVIDIA, "cuda:0", None, None, 82, False, None, None, None),
     memory=DeviceMemory(12 * GIB, 11 * GIB, "a test"),
@@ -45,7 +45,7 @@ ROOM = DeviceMemory(48 * GIB, 47 * GIB, "a test")
 def test_a_plan_that_stands_on_an_estimate_says_so_last(memory: DeviceMemory, chosen: SwapSettings) -> None:
     estimate = replace(memory, source="mem_get_info less 15 %", is_estimate=True)
     made = make_plan(MODEL, chosen, replace(FACTS, memory=estimate))
-    assert made.reasons[-1] == "free device memory is an estimate: mem_get_info less 15 %"
+    assert made.reasons[-1] == made.remarks[-1] == "free VRAM is an estimate: mem_get_info less 15 %"
 
 
 @pytest.mark.parametrize("chosen", [SwapSettings(), BY_HAND], ids=["automatic", "by hand"])
@@ -82,7 +82,7 @@ def test_where_nothing_is_copied_there_are_no_streams_to_tell_of(changes: dict[s
 def test_the_tiers_share_is_told_where_it_decides_although_nothing_is_swapped() -> None:
     made = make_plan(MODEL, SwapSettings(vram_threshold_percent=90), replace(FACTS, memory=ROOM))
     assert made.swapped_count == 0
-    assert any("set by 80% of the 42.2 GiB available" in reason for reason in made.reasons)
+    assert any("set by 80% of the 42.2 GB available" in reason for reason in made.reasons)
 
 
 def test_by_hand_the_streams_are_those_asked_for_and_nobody_speaks_of_tiers() -> None:
@@ -103,14 +103,14 @@ def beside(tensor: TensorProfile) -> ModelProfile:
 def test_a_plan_says_how_much_cannot_be_swapped_and_of_which_type(chosen: SwapSettings) -> None:
     small = replace(WHOLE, nbytes=4 * MIB)
     stays = f"({MODEL.blocks[0].name}.w and 19 more: Opaque cannot be taken apart)"
-    assert f"80.0 MiB of weights always stay on the device {stays}" in make_plan(beside(small), chosen, FACTS).reasons
+    assert f"80.0 MB of weights always stay on the GPU {stays}" in make_plan(beside(small), chosen, FACTS).remarks
     assert not [reason for reason in make_plan(MODEL, chosen, FACTS).reasons if "always stay" in reason]
 
 
 def test_a_number_of_blocks_that_frees_nothing_is_refused_with_the_type_that_stays() -> None:
     model = ModelProfile(tuple(BlockProfile(block.name, (WHOLE,)) for block in MODEL.blocks))
     sentence = (
-        r"swapping 12 blocks would free nothing: 7\.8 GiB of weights always stay on the device \(blocks\.0\.w and 19 "
+        r"swapping 12 blocks would free nothing: 7\.8 GB of weights always stay on the GPU \(blocks\.0\.w and 19 "
         r"more: Opaque cannot be taken apart\); set blocks_to_swap to 0"
     )
     with pytest.raises(PlanError, match=sentence):

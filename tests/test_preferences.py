@@ -43,10 +43,10 @@ def test_what_the_dialog_wrote_is_read(file: Path, stored: dict[str, object], re
         ("[" * 100_000, "comfy.settings.json cannot be read as JSON"),
         ("[]", "comfy.settings.json: expected a JSON object, got list"),
         (json.dumps({KEEP_HOST_SLABS: 1}), f"{KEEP_HOST_SLABS}: expected true or false, got 1"),
-        (json.dumps({PIN_BUDGET_GIB: "16"}), f"{PIN_BUDGET_GIB}: expected 0 to 1024 GiB, got '16'"),
-        (json.dumps({PIN_BUDGET_GIB: -1}), f"{PIN_BUDGET_GIB}: expected 0 to 1024 GiB, got -1"),
-        (json.dumps({PIN_BUDGET_GIB: True}), f"{PIN_BUDGET_GIB}: expected 0 to 1024 GiB, got True"),
-        (json.dumps({PIN_BUDGET_GIB: float("nan")}), f"{PIN_BUDGET_GIB}: expected 0 to 1024 GiB, got nan"),
+        (json.dumps({PIN_BUDGET_GIB: "16"}), f"{PIN_BUDGET_GIB}: expected 0 to 1024 GB, got '16'"),
+        (json.dumps({PIN_BUDGET_GIB: -1}), f"{PIN_BUDGET_GIB}: expected 0 to 1024 GB, got -1"),
+        (json.dumps({PIN_BUDGET_GIB: True}), f"{PIN_BUDGET_GIB}: expected 0 to 1024 GB, got True"),
+        (json.dumps({PIN_BUDGET_GIB: float("nan")}), f"{PIN_BUDGET_GIB}: expected 0 to 1024 GB, got nan"),
     ],
 )
 def test_what_it_cannot_have_written_is_said(file: Path, text: str, said: str) -> None:

@@ -19,14 +19,15 @@ from wanvideo_enhanced_blockswap.blockswap.run.progress import (
     Progress,
     stopped,
 )
+from wanvideo_enhanced_blockswap.blockswap.run.report import Hint, Step
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
-from wanvideo_enhanced_blockswap.hardware import GIB
+from wanvideo_enhanced_blockswap.hardware import GIB, MIB
 
 MEMORY = MemoryUse(total=12 * GIB, other=GIB, residents=4 * GIB, window=GIB // 2, ceiling=6 * GIB, activations=2 * GIB)
 FREE = int(11.2 * GIB)
 PLAN = planned(18, free=FREE)
-RUN = ran(7, 61_300_000_000, forward_ms=1000.0, stall_ms=4.0, copy_bytes_per_s=11.9e9)
-STAY = "11.2 GiB free: 22 of 40 blocks stay, 18 stream through 2 slots"
+RUN = replace(ran(17, 61 * GIB, forward_ms=1000.0, stall_ms=4.0), step=Step(9, 30), steps=9)
+STAY = "22 blocks on the GPU, 18 streaming"
 
 
 def sampling(**changes: Any) -> Progress:
@@ -39,62 +40,96 @@ def sampling(**changes: Any) -> Progress:
 @pytest.mark.parametrize(
     ("shown", "said"),
     [
-        ({"plan": PLAN}, STAY),
-        ({"plan": PLAN, "predicted": predicted(0.0, 1000.0)}, f"{STAY}, no stall expected"),
-        ({"plan": PLAN, "predicted": predicted(0.4, 1000.0)}, f"{STAY}, no stall expected"),
-        ({"plan": PLAN, "predicted": predicted(31.0, 1000.0)}, f"{STAY}, 3.1% stall expected"),
-        ({"plan": planned(18, free=FREE, over_ceiling=True)}, f"{STAY} (over the ceiling)"),
-        ({"plan": planned(18, free=FREE, slots=1)}, STAY.replace("2 slots", "1 slot")),
-        ({"plan": planned(0, free=FREE, slots=0)}, "11.2 GiB free: all 40 blocks stay"),
-        ({"plan": planned(40, free=FREE)}, "11.2 GiB free: 0 of 40 blocks stay, 40 stream through 2 slots"),
+        ({"plan": PLAN}, f"{STAY}."),
+        ({"plan": PLAN, "predicted": predicted(0.0, 1000.0)}, f"{STAY}; the GPU should never wait."),
+        ({"plan": PLAN, "predicted": predicted(0.4, 1000.0)}, f"{STAY}; the GPU should never wait."),
+        (
+            {"plan": PLAN, "predicted": predicted(31.0, 1000.0)},
+            f"{STAY}; the GPU should wait 3.1% of the time for copies.",
+        ),
+        (
+            {"plan": planned(18, free=FREE, over_ceiling=True)},
+            f"{STAY}; this is more VRAM than is left for them.",
+        ),
+        ({"plan": planned(39, free=FREE)}, "1 block on the GPU, 39 streaming."),
+        ({"plan": planned(0, free=FREE, slots=0), "predicted": predicted(0.0, 1000.0)}, "All 40 blocks on the GPU."),
+        ({"plan": planned(40, free=FREE)}, "0 blocks on the GPU, 40 streaming."),
+        (
+            {"plan": replace(PLAN, beside=tuple(i in (0, 38, 39) for i in range(40)))},
+            "21 blocks on the GPU, 16 streaming, with 2 other parts of the model.",
+        ),
     ],
 )
 def test_a_plan_is_one_sentence(shown: dict[str, Any], said: str) -> None:
     assert Progress(phase=Phase.ADOPTING, **shown).text == said
 
 
-def test_adopting_tells_how_far_it_is_and_what_is_page_locked() -> None:
+def test_adopting_tells_how_far_it_is() -> None:
     placed = AdoptFigures(placed=int(12.3 * GIB), all=26 * GIB, pinned=int(10.1 * GIB))
     said = Progress(phase=Phase.ADOPTING, plan=PLAN, adopt=placed).text
-    assert said == f"{STAY}\nplacing weights: 12.3 GiB of 26.0 GiB, 10.1 GiB page-locked"
-    assert "page-locked" not in Progress(phase=Phase.ADOPTING, plan=PLAN, adopt=replace(placed, pinned=0)).text
+    assert said == f"{STAY}.\nMoving weights into place: 12.3 GB of 26.0 GB."
+
+
+WAITED = "61.0 GB copied to the GPU, the GPU waited 0.4% of the time for copies"
 
 
 @pytest.mark.parametrize(
     ("progress", "said"),
     [
-        (sampling(), "forward 7: 61.3 GB streamed, 0.4% stall, 11.9 GB/s"),
-        (sampling(run=ran(2, 17_500_000)), "forward 2: 17.5 MB streamed, being measured"),
-        (sampling(run=ran(0, 0)), "the first forward is under way"),
-        (replace(sampling(), phase=Phase.DONE), "7 forwards: 61.3 GB streamed, 0.4% stall, 11.9 GB/s"),
+        (sampling(), f"Step 9 of 30: {WAITED}."),
+        (sampling(run=replace(RUN, stall_ms=0.0)), "Step 9 of 30: 61.0 GB copied to the GPU, the GPU never waited."),
+        (sampling(run=replace(RUN, step=Step(1, None))), f"Step 1: {WAITED}."),
+        (sampling(run=replace(RUN, step=None, steps=0)), f"Pass 17 of the model: {WAITED}."),
+        (sampling(run=ran(2, 17 * MIB)), "Pass 2 of the model: 17.0 MB copied to the GPU."),
+        (sampling(run=ran(0, 0)), "The first step is running."),
+        (replace(sampling(), phase=Phase.DONE), f"Done after 9 steps: {WAITED}. VRAM is released."),
         (
-            replace(sampling(run=ran(1, 10**9)), phase=Phase.DONE),
-            "1 forward: 1.0 GB streamed",
+            replace(sampling(run=ran(1, GIB)), phase=Phase.DONE),
+            "Done after 1 pass of the model: 1.0 GB copied to the GPU. VRAM is released.",
+        ),
+        (
+            replace(sampling(run=ran(7, GIB)), phase=Phase.DONE),
+            "Done after 7 passes of the model: 1.0 GB copied to the GPU. VRAM is released.",
+        ),
+        (
+            replace(sampling(), phase=Phase.DONE, hint=Hint(free_bytes=3 * GIB, percent=70, blocks=1, saved_ms=40.0)),
+            f"Done after 9 steps: {WAITED}. VRAM is released.\n3.0 GB of VRAM stayed free: vram_threshold_percent 70 "
+            "would keep 1 more block on the GPU and save about 40.0 ms a step.",
         ),
     ],
 )
-def test_forwards_tell_what_they_streamed_and_waited_for(progress: Progress, said: str) -> None:
-    assert progress.text == f"{STAY}\n{said}"
+def test_a_run_tells_its_step_what_it_copied_and_how_long_it_waited(progress: Progress, said: str) -> None:
+    assert progress.text == f"{STAY}.\n{said}"
 
 
-def test_forwards_that_stream_nothing_have_no_stall_to_tell() -> None:
-    assert sampling(plan=planned(0, free=FREE)).text.splitlines()[1] == "forward 7"
+def test_steps_that_stream_nothing_have_no_waiting_to_tell() -> None:
+    assert sampling(plan=planned(0, free=FREE)).text.splitlines()[1] == "Step 9 of 30."
 
 
 def test_why_nothing_is_swapped_is_all_the_text() -> None:
     assert (
         Progress(phase=Phase.OFF, why="the CPU computes from host memory").text == "the CPU computes from host memory"
     )
-    assert stopped().text == "the run ended before its first forward finished"
+    assert stopped().text == "The run ended before its first step finished."
 
 
 def test_it_is_plain_data_with_every_part_named() -> None:
-    told = json.loads(json.dumps(sampling().as_json()))
-    assert set(told) == {"phase", "text", "memory", "plan", "adopt", "run"}
+    hint = Hint(free_bytes=GIB, percent=70, blocks=1, saved_ms=40.0)
+    told = json.loads(json.dumps(sampling(hint=hint).as_json()))
+    assert set(told) == {"phase", "text", "memory", "plan", "adopt", "run", "hint"}
     assert set(told["memory"]) == {"total", "other", "residents", "window", "ceiling", "activations"}
-    assert set(told["plan"]) == {"blocks", "swapped", "slots", "free", "stall_ms", "forward_ms", "over_ceiling"}
-    assert set(told["run"]) == {"forwards", "streamed", "forward_ms", "stall_ms", "copy_bytes_per_s", "others"}
+    assert set(told["plan"]) == {"blocks", "swapped", "parts", "stall_ms", "forward_ms", "over_ceiling"}
+    assert set(told["run"]) == {"passes", "step", "steps", "streamed", "forward_ms", "stall_ms", "others"}
     assert (told["phase"], told["adopt"]) == ("sampling", None)
+    assert (told["run"]["step"], told["run"]["steps"], told["run"]["passes"]) == (9, 30, 17)
+    assert told["hint"] == {"free_bytes": GIB, "percent": 70, "blocks": 1, "saved_ms": 40.0, "each": "step"}
+    assert sampling(run=ran(2, 0)).as_json()["hint"] is None
+
+
+def test_modules_beside_the_blocks_are_not_counted_as_blocks() -> None:
+    plan = sampling(plan=replace(PLAN, beside=tuple(i in (0, 38, 39) for i in range(40)))).as_json()["plan"]
+    assert isinstance(plan, dict)
+    assert (plan["blocks"], plan["swapped"], plan["parts"]) == (37, 16, 2)
 
 
 # A run

@@ -1,4 +1,4 @@
-"""What plans take of RAM for Wan 14B on a card of 12 GiB: the table of docs/ram.md, and machines with little RAM."""
+"""What plans take of RAM for Wan 14B on a card of 12 GB: the table of docs/ram.md, and machines with little RAM."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def test_the_page_has_the_plans_of_today() -> None:
 @pytest.mark.parametrize(
     ("physical_gib", "available_gib", "pinned"),
     [
-        pytest.param(31.2, 14, 14, id="10.9 GiB above the floor: 14 slabs and two for staging"),
+        pytest.param(31.2, 14, 14, id="10.9 GB above the floor: 14 slabs and two for staging"),
         pytest.param(62.7, 2, 0, id="less than the floor is available: staging slabs alone"),
-        pytest.param(31.2, 26, 32, id="22.9 GiB above the floor: all but some"),
-        pytest.param(31.2, 27, 35, id="23.9 GiB above the floor: all"),
+        pytest.param(31.2, 26, 32, id="22.9 GB above the floor: all but some"),
+        pytest.param(31.2, 27, 35, id="23.9 GB above the floor: all"),
     ],
 )
 def test_a_plan_locks_what_is_available_above_a_floor_and_reads_the_other_blocks_from_the_file(

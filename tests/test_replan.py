@@ -36,7 +36,7 @@ TOTAL = 20 * plan(3).device_bytes
         pytest.param(plan(3), plan(3), time(10), None, id="the same plan"),
         pytest.param(plan(3), plan(5, budget=100), None, "are left for them now", id="memory has shrunk"),
         pytest.param(plan(5), plan(3, budget=100), None, None, id="shrunk, but the other takes more"),
-        pytest.param(plan(3), plan(4, ms=9.4), time(10), "expected to take 9 ms and not 10 ms", id="6 % faster"),
+        pytest.param(plan(3), plan(4, ms=9.4), time(10), "should take 9 ms, not 10 ms", id="6 % faster"),
         pytest.param(plan(3), plan(4, ms=9.6), time(10), None, id="4 % faster"),
         pytest.param(plan(3), plan(4, ms=5), None, None, id="nobody knows how long the present one takes"),
         pytest.param(plan(3), plan(4), time(10), None, id="nobody knows how long the other takes"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from wanvideo_enhanced_blockswap.blockswap.plan.budget import MemoryBudget
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import make_plan
 from wanvideo_enhanced_blockswap.blockswap.plan.schedule import ForwardTime
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import HostTier, SwapPlan
-from wanvideo_enhanced_blockswap.blockswap.run.report import BlockTimes, Measured, RunReport
+from wanvideo_enhanced_blockswap.blockswap.run.report import BlockTimes, Hint, Measured, RunReport, Step
 from wanvideo_enhanced_blockswap.blockswap.run.text import ModelSize, block_table, configuration_lines, summary
 from wanvideo_enhanced_blockswap.hardware import DeviceMemory, HostMemory, HostPlatform, Samples
 from wanvideo_enhanced_blockswap.hardware.units import GIB, MIB
@@ -28,7 +29,7 @@ Model can be fully loaded into VRAM, no DRAM needed
 
 
 def plan(blocks: int = 4, swapped: int = 2, **changes: Any) -> SwapPlan:
-    """A plan of blocks of 8 MiB, apart from what is changed."""
+    """A plan of blocks of 8 MB, apart from what is changed."""
     profile = ModelProfile(
         tuple(BlockProfile(f"blocks.{i}", (TensorProfile("w", 8 * MIB, Placement.STREAMED),)) for i in range(blocks))
     )
@@ -64,6 +65,8 @@ SAMPLES = Samples(
 )
 MEASURED = Measured(
     forwards=40,
+    step=Step(20, 20),
+    steps=20,
     empty_forwards=4,
     timed_forwards=2,
     forward_ms=1250.0,
@@ -78,7 +81,7 @@ MEASURED = Measured(
     slab_bytes=14 * GIB,
     pinned_bytes=13 * GIB,
     anonymous_bytes=GIB,
-    refusals=("not enough pin budget for a slab: 100 bytes needed, 10 left",),
+    refusals=("not enough locked RAM allowed for a block: 100 bytes needed, 10 left",),
     replans=("the settings have changed",),
     blocks=tuple(BlockTimes(name=f"blocks.{i}", swapped=bool(i % 2), compute_ms=30.0) for i in range(40)),
     samples=SAMPLES,
@@ -90,6 +93,9 @@ FULL = RunReport(
     activation_bytes=3 * GIB,
     link_bytes_per_s=25e9,
     measured=MEASURED,
+    hint=Hint(free_bytes=2 * GIB, percent=70, blocks=5, saved_ms=1200.0),
+    number=3,
+    ended=datetime(2026, 1, 2, 14, 5),
     notes=("the trace is in traces/trace.json",),
 )
 BARE = RunReport(
@@ -120,41 +126,80 @@ def line(report: RunReport, begin: str) -> str:
     return "".join(found)
 
 
-def test_a_summary_puts_what_was_predicted_beside_what_was_measured() -> None:
+def test_a_summary_puts_what_was_expected_beside_what_was_measured() -> None:
     assert summary(FULL) == (
-        "WanModel on NVIDIA GeForce RTX 4090: 20 of 40 blocks swapped (18 pinned, 2 staged), "
-        "2 slots of 333.0 MiB, 4 copy streams\n"
-        "weights on the device: 7.0 GiB planned; 7.0 GiB measured\n"
-        "activations: 3.0 GiB expected; 2.0 GiB measured\n"
-        "forwards: 40, and 4 that ran no block; 1,200 ms predicted; 1,250 ms measured (median)\n"
-        "stall per forward: 6.0 ms (0.5%) predicted; 12.5 ms (1.0%) measured in 2 timed forwards\n"
-        "copied to the device: 6.90 GB once; per forward 7.00 GB planned, 7.18 GB measured at 24.1 GB/s "
-        "(link 25.0 GB/s); back: nothing\n"
-        "tuning: tier RTX 5090/4090: at most 16 streams, 90% of what is available, since NVIDIA GeForce RTX 4090 is in "
-        "the table of tiers; link: 25.0 GB/s with 4 streams, as fast as with up to 16\n"
-        "host memory: 14.0 GiB of slabs; 13.0 GiB page-locked; 1.0 GiB of ordinary memory; not page-locked: not enough "
-        "pin budget for a slab: 100 bytes needed, 10 left\n"
-        "120 samples: GPU busy 93 % (at most 100 %); VRAM in use at most 11.0 GiB; RAM of this process at most "
-        "30.0 GiB; RAM available at least 20.0 GiB\n"
-        "planned again: the settings have changed\n"
+        "run 3, 14:05: 20 steps; WanModel on NVIDIA GeForce RTX 4090\n"
+        "blocks: 20 blocks on the GPU, 20 streaming\n"
+        "VRAM for the blocks: 7.0 GB planned, 7.0 GB measured\n"
+        "VRAM for the computation: 3.0 GB expected, 2.0 GB measured\n"
+        "passes of the model: 40, 1.2 s each, 1.2 s expected\n"
+        "waiting: the GPU waited 1.0% of the time for copies (expected: 0.5%)\n"
+        "copied to the GPU: 6.4 GB once, 6.7 GB in each pass at 24.1 GB/s (possible: 25.0); back: nothing\n"
+        "RAM: 14.0 GB for streaming, 13.0 GB of it locked; the system did not let all of it be locked, so copies are "
+        "slower\n"
+        "in use at most: 11.0 GB of VRAM, 30.0 GB of RAM by ComfyUI; RAM left at least: 20.0 GB; GPU busy 93 %\n"
+        "plan changed: the settings have changed\n"
+        "hint: 2.0 GB of VRAM stayed free: vram_threshold_percent 70 would keep 5 more blocks on the GPU and save "
+        "about 1.2 s a step.\n"
         "note: the trace is in traces/trace.json"
     )
 
 
-def test_a_summary_has_at_most_11_lines_whatever_the_texts_hold() -> None:
+def test_details_are_for_people_who_know_how_it_works_and_come_last() -> None:
+    short, long = summary(FULL), summary(FULL, details=True)
+    assert long.removeprefix(short) == (
+        "\ndetails:\n"
+        "- 20 of 40 modules swapped (18 pinned, 2 staged), 2 slots of 333.0 MB, 4 copy streams\n"
+        "- tier RTX 5090/4090: at most 16 streams, 90% of what is available, since NVIDIA GeForce RTX 4090 is in the "
+        "table of tiers\n"
+        "- link: 25.0 GB/s with 4 streams, as fast as with up to 16\n"
+        "- 4 forwards ran no block\n"
+        "- stall per forward: 12.5 ms in 2 timed forwards, 6.0 ms predicted\n"
+        "- not page-locked: not enough locked RAM allowed for a block: 100 bytes needed, 10 left\n"
+        "- 120 samples"
+    )
+
+
+def test_where_nothing_is_swapped_there_are_no_details_of_swapping() -> None:
+    assert summary(BARE, details=True) == summary(BARE)
+
+
+def test_a_summary_has_at_most_12_lines_whatever_the_texts_hold() -> None:
     many = tuple(f"reason {i}\nover two lines" for i in range(50))
     report = replace(changed(refusals=many, replans=many), title="two\nlines", notes=many)
     report = replace(report, plan=replace(SWAPPED, tuning=many))
-    assert len(summary(report).splitlines()) == 11
+    assert len(summary(report).splitlines()) == 12
+    assert len(summary(replace(report, failure="two\nlines")).splitlines()) == 12
 
 
 def test_what_did_not_happen_or_is_not_known_is_left_out() -> None:
     assert summary(BARE) == (
-        "toy on cpu: all 4 blocks resident\n"
-        "weights on the device: 32.0 MiB planned\n"
-        "forwards: 1\n"
-        "copied to the device: 33.6 MB once; back: nothing"
+        "run 1: 1 pass of the model; toy on cpu\n"
+        "blocks: all 4 blocks on the GPU\n"
+        "VRAM for the blocks: 32.0 MB planned\n"
+        "passes of the model: 1\n"
+        "copied to the GPU: 32.0 MB once; back: nothing"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "failure", "head"),
+    [
+        ({}, "out of VRAM:\n12 GB", "run 3, 14:05: FAILED after 20 steps: out of VRAM: 12 GB"),
+        ({"steps": 1}, "stopped", "run 3, 14:05: FAILED after 1 step: stopped"),
+        ({"steps": 0}, "stopped", "run 3, 14:05: FAILED after 40 passes of the model: stopped"),
+        ({"steps": 0, "forwards": 0}, "stopped", "run 3, 14:05: FAILED before the first step: stopped"),
+        ({"steps": 0, "forwards": 0}, "", "run 3, 14:05: nothing has run; WanModel on NVIDIA GeForce RTX 4090"),
+    ],
+)
+def test_the_first_line_says_which_run_it_was_when_and_how_it_ended(
+    changes: dict[str, Any], failure: str, head: str
+) -> None:
+    assert summary(replace(changed(**changes), failure=failure)).splitlines()[0] == head
+
+
+def test_a_run_that_lasts_has_no_time_of_its_end() -> None:
+    assert summary(replace(FULL, ended=None)).startswith("run 3: 20 steps; ")
 
 
 def test_a_summary_never_says_unknown_or_none() -> None:
@@ -181,61 +226,99 @@ def test_a_summary_never_says_unknown_or_none() -> None:
         ),
     )
     assert not {"unknown", "none"} & set(summary(nothing_known).lower().replace(",", " ").split())
-    assert line(nothing_known, "stall") == line(nothing_known, "activations") == line(nothing_known, "120") == ""
+    for begin in ("waiting", "VRAM for the computation", "in use", "GPU busy"):
+        assert line(nothing_known, begin) == "", begin
 
 
 def test_weights_above_the_plan_are_told_to_the_byte() -> None:
     report = changed(weight_bytes=7 * GIB + 1536)
-    assert line(report, "weights").endswith("1,536 bytes more than planned")
+    assert line(report, "VRAM for the blocks").endswith("7.0 GB measured, 1,536 bytes more than planned")
 
 
 def test_a_plan_above_its_budget_says_so() -> None:
     report = replace(FULL, plan=replace(SWAPPED, over_ceiling=True, budget_bytes=6 * GIB))
-    assert "7.0 GiB planned, over the budget of 6.0 GiB" in line(report, "weights")
+    assert line(report, "VRAM for the blocks").endswith("7.0 GB measured; 6.0 GB were left for them")
 
 
 def test_what_is_copied_back_is_always_said() -> None:
     assert line(FULL, "copied").endswith("back: nothing")
-    assert line(changed(returned_bytes=2048), "copied").endswith("back: 2.0 KiB of changed buffers, no weights")
+    assert line(changed(returned_bytes=2048), "copied").endswith("back: 2.0 KB that the model changed, no weights")
 
 
 def test_a_run_without_a_single_forward_divides_nothing_by_it() -> None:
     report = changed(forwards=0, forward_ms=None, stall_ms=None, timed_forwards=0)
-    assert line(report, "forwards").startswith("forwards: 0")
-    assert "7.00 GB planned at" in line(report, "copied")
+    assert line(report, "passes") == "passes of the model: 0, 1.2 s expected"
+    assert line(report, "copied").startswith("copied to the GPU: 6.4 GB once at 24.1 GB/s")
 
 
-def test_a_share_of_no_time_is_left_out() -> None:
-    assert "12.5 ms measured in 1 timed forward" in line(changed(forward_ms=None, timed_forwards=1), "stall")
-    assert "12.5 ms measured" in line(changed(forward_ms=0.0), "stall")
+@pytest.mark.parametrize(
+    ("changes", "prediction", "said"),
+    [
+        ({"forward_ms": None}, FULL.prediction, "waiting: the GPU should wait 0.5% of the time for copies"),
+        ({"forward_ms": 0.0}, None, ""),
+        ({}, None, "waiting: the GPU waited 1.0% of the time for copies"),
+        ({"stall_ms": 0.0}, FULL.prediction, "waiting: the GPU never waited (expected: 0.5%)"),
+        # 0.05 % is the least that is shown
+        ({"stall_ms": 0.0005 * 1250}, None, "waiting: the GPU waited 0.1% of the time for copies"),
+        ({"stall_ms": 0.00049 * 1250}, None, "waiting: the GPU never waited"),
+        (
+            {},
+            replace(FULL.prediction, stall=0.0),
+            "waiting: the GPU waited 1.0% of the time for copies (expected: never)",
+        ),
+        (
+            {},
+            replace(FULL.prediction, elapsed=0.0),
+            "waiting: the GPU waited 1.0% of the time for copies (expected: never)",
+        ),
+    ],
+)
+def test_a_share_of_the_time_is_told_where_both_are_known(
+    changes: dict[str, Any], prediction: ForwardTime | None, said: str
+) -> None:
+    assert line(replace(changed(**changes), prediction=prediction), "waiting") == said
 
 
 def test_copies_on_the_compute_stream_are_named_instead_of_their_number() -> None:
     report = replace(FULL, plan=replace(SWAPPED, overlap=False, slots=1, streams=1))
-    assert summary(report).splitlines()[0].endswith("1 slot of 333.0 MiB, no overlap")
+    assert ", 1 slot of 333.0 MB, no overlap\n" in summary(report, details=True)
 
 
 def test_the_same_text_is_named_once_with_how_often_it_came() -> None:
-    assert line(changed(replans=("a", "b", "a")), "planned again") == "planned again: a (2 times); b"
+    assert line(changed(replans=("a", "b", "a")), "plan changed") == "plan changed: a (2 times); b"
 
 
 def test_of_many_texts_the_first_are_named_and_the_others_counted() -> None:
-    assert line(changed(refusals=tuple("abcde")), "host").endswith("; not page-locked: a; b; c; and 2 more")
+    assert line(replace(FULL, notes=tuple("abcde")), "note") == "note: a; b; c; and 2 more"
 
 
-def test_blocks_that_are_read_from_their_file_are_in_the_line_on_host_memory() -> None:
-    report = changed(refusals=(), slab_bytes=0, pinned_bytes=GIB, anonymous_bytes=0, file_bytes=9 * GIB)
-    read = "9.0 GiB read from the file in each forward"
-    assert line(report, "host memory") == f"host memory: 0 B of slabs; 1.0 GiB page-locked; {read}"
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"slab_bytes": 0, "pinned_bytes": GIB, "file_bytes": 9 * GIB},
+            "9.0 GB read from the model's file in each pass",
+        ),
+        ({"pinned_bytes": 14 * GIB}, "14.0 GB for streaming, locked"),
+        ({"pinned_bytes": 0}, "14.0 GB for streaming, not locked"),
+        (
+            {"file_bytes": GIB},
+            "14.0 GB for streaming, 13.0 GB of it locked; 1.0 GB read from the model's file in each pass",
+        ),
+    ],
+)
+def test_where_the_streaming_blocks_are_is_one_line(changes: dict[str, Any], said: str) -> None:
+    assert line(changed(refusals=(), **changes), "RAM: ") == f"RAM: {said}"
 
 
-def test_what_was_refused_is_said_of_a_run_without_slabs_too() -> None:
-    report = changed(refusals=("a",), slab_bytes=0, pinned_bytes=0, anonymous_bytes=0)
-    assert line(report, "not page-locked") == "not page-locked: a"
+def test_a_refusal_to_lock_is_said_without_details_and_its_reason_with_them() -> None:
+    report = changed(refusals=("a",), slab_bytes=0, pinned_bytes=0)
+    assert line(report, "RAM: ") == "RAM: the system did not let all of it be locked, so copies are slower"
+    assert "- not page-locked: a\n" in summary(report, details=True)
 
 
 def test_streams_that_were_not_chosen_by_the_link_have_no_line_on_tuning() -> None:
-    assert line(replace(FULL, plan=replace(SWAPPED, tuning=())), "tuning") == ""
+    assert "tier" not in summary(replace(FULL, plan=replace(SWAPPED, tuning=())), details=True)
 
 
 def test_times_of_some_blocks_alone_are_refused() -> None:

@@ -74,7 +74,7 @@ def test_when_the_first_step_shows_that_three_slots_are_faster_the_plan_is_made_
     assert (before.slots, after.slots) == (2, 3)
     assert after.device_bytes <= after.budget_bytes
     assert len(bench.run._stats.replans) == 1
-    assert "a forward is expected to take" in bench.run._stats.replans[0]
+    assert "a pass of the model should take" in bench.run._stats.replans[0]
 
 
 def test_activations_that_leave_less_room_than_was_expected_swap_more_blocks() -> None:
@@ -263,7 +263,7 @@ def test_a_run_that_is_dropped_leaves_nothing_on_the_device_and_no_page_locked()
 
 
 def stored(count: int) -> ModelProfile:
-    """Blocks of 1 MiB in a file."""
+    """Blocks of 1 MB in a file."""
     weight = TensorProfile("w", MIB, Placement.STREAMED, in_file=True)
     blocks = tuple(BlockProfile(f"blocks.{i}", (weight,)) for i in range(count))
     return ModelProfile(blocks, files=("wan.safetensors", "lora.safetensors"))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from run_bench import BLOCK, COUNT, Bench, CountingSampler, interrupt
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
+from wanvideo_enhanced_blockswap.blockswap.run.report import Step
 from wanvideo_enhanced_blockswap.blockswap.run.text import summary
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 
@@ -51,19 +52,128 @@ def test_each_run_counts_for_itself_and_the_forwards_of_all_its_plans_count() ->
     assert report.measured.onloaded_bytes < BLOCK * COUNT * 6
 
 
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
+
+
 def test_a_summary_of_at_most_12_lines_is_logged_when_a_run_is_over_and_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     bench = Bench(room=5)
     bench.forward(times=4)
     bench.run.release()
     bench.run.release()
-    said = [record.getMessage() for record in caplog.records if "swapped (" in record.getMessage()]
-    assert len(said) == 1
-    assert 3 < len(said[0].splitlines()) <= 12
-    assert said[0].startswith("Model on RTX 4090: 5 of 8 blocks swapped (5 pinned), 2 slots")
+    (said,) = [text for text in logged(caplog) if text.startswith("\nrun ")]
+    assert 3 < len(said.splitlines()[1:]) <= 12
+    assert re.match(r"\nrun 1, \d\d:\d\d: 4 passes of the model; Model on RTX 4090\n", said)
+    assert "\nblocks: 3 blocks on the GPU, 5 streaming\n" in said
 
 
-def test_the_summary_tells_the_tiers_limit_and_the_links_choice_unless_the_streams_were_given() -> None:
+def test_a_plan_is_logged_once_in_a_run_in_at_most_three_lines_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    bench = Bench(room=5)
+    for _ in range(2):
+        caplog.clear()
+        bench.forward(times=4)
+        (said,) = logged(caplog)
+        first, head, *others = said.split("\n")  # a progress bar may have begun the first line
+        assert first == ""
+        assert head.startswith("WanVideo Enhanced BlockSwap on RTX 4090: 3 blocks on the GPU, 5 streaming")
+        assert len(others) == 1
+        bench.run.release()
+
+
+@pytest.mark.parametrize("count", [2, 5, 99])
+def test_with_a_remark_it_is_three_lines(caplog: pytest.LogCaptureFixture, count: int) -> None:
+    caplog.set_level(logging.INFO)
+    settings = SwapSettings(auto_hardware_tuning=False, blocks_to_swap=min(count, 48), enable_dram_optimization=False)
+    Bench(room=5, settings=settings).forward()
+    (said,) = logged(caplog)
+    assert len(said.splitlines()) == 4
+    assert said.startswith("\nWanVideo Enhanced BlockSwap on ")
+
+
+def test_a_change_of_plan_is_one_line_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    bench = Bench(room=5)
+    bench.forward(times=3)
+    caplog.clear()
+    bench.machine.others_bytes = 2 * BLOCK
+    bench.forward()
+    (memory,) = logged(caplog)
+    caplog.clear()
+    bench.run.use(SwapSettings(auto_hardware_tuning=False, blocks_to_swap=8))
+    bench.forward()
+    (settings,) = logged(caplog)
+    assert re.fullmatch(
+        r"\nanother plan: \d blocks? on the GPU, \d streaming; the weights take .* left for them now", memory
+    )
+    assert settings == "\nanother plan: 0 blocks on the GPU, 8 streaming; the settings have changed"
+    bench.run.release()
+    report = bench.run.last_report
+    assert report is not None
+    assert [text.rpartition("; ")[2] for text in (memory, settings)] == list(report.measured.replans)
+
+
+DETAILS = re.compile(r"\b(tiers?|link|streams?|slots?|stall|page-locked|pinned|Auto configuration)\b")
+
+
+def test_details_are_in_the_log_in_debug_mode_alone(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    caplog.set_level(logging.INFO)
+    found = {}
+    for is_debug in (False, True):
+        caplog.clear()
+        bench = Bench(room=5, settings=SwapSettings(debug_mode=is_debug), link_ms=3.0, pin_bytes=0, trace_dir=tmp_path)
+        bench.forward(times=4)
+        bench.run.release()
+        found[is_debug] = "\n".join(logged(caplog))
+    assert DETAILS.findall(found[False]) == []
+    assert {"tier", "link", "streams", "slots", "stall", "Auto configuration"} <= set(DETAILS.findall(found[True]))
+
+
+@pytest.mark.parametrize("forwards", [0, 3])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), ValueError("the sampler failed\nin two lines")])
+def test_a_run_that_fails_says_so_with_its_number_and_time_in_the_first_line(
+    caplog: pytest.LogCaptureFixture, forwards: int, failure: BaseException
+) -> None:
+    caplog.set_level(logging.INFO)
+    bench = Bench(room=5)
+    bench.forward()
+    bench.run.release()
+    caplog.clear()
+    bench.forward(times=forwards)
+    handle = bench.model.blocks[4].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        bench.forward()
+    handle.remove()
+    bench.run.release(failure)
+    said = logged(caplog)[-1].splitlines()[1]
+    when = "before the first step" if forwards == 0 else "after 3 passes of the model"
+    why = re.escape(str(failure).replace("\n", " ") or "KeyboardInterrupt")
+    assert re.fullmatch(rf"run 2, \d\d:\d\d: FAILED {when}: {why}", said)
+    report = bench.run.last_report
+    assert report is not None
+    assert report.hint is None
+    assert summary(report).splitlines()[0] == said
+    bench.forward()
+    bench.run.release()
+    assert bench.run.last_report is not None
+    assert re.match(r"run 3, \d\d:\d\d: 1 pass of the model; ", summary(bench.run.last_report))
+
+
+def test_steps_of_all_rounds_count(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    bench = Bench(room=5)
+    for _ in range(2):  # as for two windows of a long video
+        for step in (Step(1, None), Step(2, 3), Step(3, 3)):
+            bench.forward(times=2, step=step)
+    report = bench.run.report()
+    assert report is not None
+    assert (report.measured.forwards, report.measured.steps, report.measured.step) == (12, 6, Step(3, 3))
+    bench.run.release()
+    assert re.match(r"\nrun 1, \d\d:\d\d: 6 steps; ", logged(caplog)[-1])
+
+
+def test_the_details_tell_the_tiers_limit_and_the_links_choice_unless_the_streams_were_given() -> None:
     settings = {
         "automatic": SwapSettings(),
         "by hand": SwapSettings(auto_hardware_tuning=False, blocks_to_swap=5, num_cuda_streams=4),
@@ -74,10 +184,11 @@ def test_the_summary_tells_the_tiers_limit_and_the_links_choice_unless_the_strea
         bench.forward(times=4)
         bench.run.release()
         assert bench.run.last_report is not None
-        said[name] = [text for text in summary(bench.run.last_report).splitlines() if text.startswith("tuning")]
-    (tuned,) = said["automatic"]
-    assert tuned.startswith("tuning: tier RTX 5090/4090: at most 16 streams, 90% of what is available, since RTX 4090")
-    assert re.search(r"; link: \d+\.\d GB/s with 1 stream$", tuned)
+        lines = summary(bench.run.last_report, details=True).splitlines()
+        said[name] = [text for text in lines if text.startswith(("- tier", "- link"))]
+    tier, link = said["automatic"]
+    assert tier.startswith("- tier RTX 5090/4090: at most 16 streams, 90% of what is available, since RTX 4090")
+    assert re.fullmatch(r"- link: \d+\.\d GB/s with 1 stream", link)
     assert said["by hand"] == []
 
 

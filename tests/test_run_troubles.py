@@ -324,8 +324,8 @@ def test_a_refusal_of_the_driver_is_answered_by_less_page_locked_memory_before_a
     report = bench.run.report()
     assert report is not None
     assert report.measured.replans == (
-        *["the driver refused memory: less host memory is page-locked"] * 2,
-        "the device ran out of memory",
+        *["the driver refused memory: less RAM is locked"] * 2,
+        "VRAM ran out",
     )
 
 

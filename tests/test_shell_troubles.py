@@ -253,14 +253,14 @@ def test_a_class_that_cannot_be_taken_apart_stays_and_what_is_beside_it_streams(
 @every_class
 def test_the_plan_names_the_weight_its_type_and_the_bytes_that_stay(kind: type) -> None:
     reasons = make_plan(profile_model(of(kind).named).profile, replace(BY_HAND, blocks_to_swap=1), FACTS).reasons
-    stay = f"48.0 KiB of weights always stay on the device (blocks.0.one and 2 more: {kind.__name__} cannot be taken"
+    stay = f"48.0 KB of weights always stay on the GPU (blocks.0.one and 2 more: {kind.__name__} cannot be taken"
     assert [reason for reason in reasons if "always stay" in reason] == [f"{stay} apart)"]
 
 
 @every_class
 def test_a_number_of_blocks_that_frees_nothing_is_refused_with_that_reason(kind: type) -> None:
     model = Model([LinearBlock(lambda: scaled(WIDTH, WIDTH, kind=kind))])
-    stay = rf"16\.0 KiB of weights always stay on the device \(blocks\.0\.weight: {kind.__name__} cannot be taken apart"
+    stay = rf"16\.0 KB of weights always stay on the GPU \(blocks\.0\.weight: {kind.__name__} cannot be taken apart"
     with pytest.raises(PlanError, match=rf"swapping 1 block would free nothing: {stay}\); set blocks_to_swap to 0"):
         make_plan(profile_model(model.named).profile, replace(BY_HAND, blocks_to_swap=1), FACTS)
 

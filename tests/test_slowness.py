@@ -40,11 +40,11 @@ def test_forwards_that_take_three_times_as_long_on_a_full_card_are_told_with_wha
     paced(bench, compute_ms=4.0)
     filled(bench)
     bench.forward(times=4)
-    (note,) = [note for note in notes(bench) if "moving video memory" in note]
+    (note,) = [note for note in notes(bench) if "moving VRAM to RAM" in note]
     assert "32 ms instead of the usual 8 ms" in note
     assert "0 B of" in note
     assert "lower vram_threshold_percent, raise blocks_to_swap by 2, or close" in note
-    assert sum("moving video memory" in record.message for record in caplog.records) == 1
+    assert sum("moving VRAM to RAM" in record.message for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize(("compute_ms", "is_full"), [(2.5, True), (4.0, False)])
@@ -55,7 +55,7 @@ def test_less_than_three_times_or_a_card_with_room_is_no_spill(compute_ms: float
     if is_full:
         filled(bench)
     bench.forward(times=4)
-    assert not any("moving video memory" in note for note in notes(bench))
+    assert not any("moving VRAM to RAM" in note for note in notes(bench))
 
 
 def test_a_larger_video_is_compared_with_its_like() -> None:
@@ -64,7 +64,7 @@ def test_a_larger_video_is_compared_with_its_like() -> None:
     paced(bench, compute_ms=9.0)
     filled(bench)
     bench.forward(LARGE_VIDEO, times=6)
-    assert not any("moving video memory" in note for note in notes(bench))
+    assert not any("moving VRAM to RAM" in note for note in notes(bench))
 
 
 def test_copies_at_less_than_half_of_the_measured_speed_are_told() -> None:

@@ -29,7 +29,7 @@ SHIPPED = (
     r"\w+\.py",
     r"blockswap/(\w+/)?\w+\.py",
     r"commands/\w+\.py",
-    r"docs/[\w-]+\.(json|md|png)",
+    r"docs/[\w-]+\.(gif|json|md|png)",
     r"example_workflows/\d\d [\w ,.-]+\.(jpg|json)",
     r"hardware/(\w+/)?\w+\.py",
     r"hardware/cards/cards\.csv",

@@ -106,22 +106,22 @@ def test_the_report_of_a_model_with_another_nodes_arguments_says_what_to_connect
     workflow.load(ours())
     (model,) = SetBlockSwap().loadmodel(workflow.patchers[0], NATIVE)
     workflow.sample(NATIVE)
-    said = REPORT().report({}, model)[1]
+    said = REPORT().report({}, model)["result"][1]
     assert said == (
         "no block was swapped by WanVideo Enhanced BlockSwap: the block_swap_args are another node's; connect those of "
         "WanVideo Enhanced BlockSwap in their place"
     )
-    assert "no forward has run with its arguments" in REPORT().report({}, workflow.patchers[0])[1]
+    assert "no step has run with its arguments" in REPORT().report({}, workflow.patchers[0])["result"][1]
 
 
 def test_a_plan_for_a_model_with_another_nodes_arguments_says_that_it_is_not_followed(comfy: SimpleNamespace) -> None:
     workflow = Workflow("fp32", device=HPU)
     workflow.load(NATIVE)
-    *_, text = PLAN().preview(workflow.patchers[0], ours(), 128, 128, 9)
-    assert "1 of 4 blocks stay, 3 stream through" in text
+    *_, text = PLAN().preview(workflow.patchers[0], ours(), 128, 128, 9)["result"]
+    assert text.startswith("hpu: 1 block on the GPU, 3 streaming\n")
     assert text.splitlines()[-1].startswith("- the model here has another node's block_swap_args")
     workflow.load(ours())
-    assert "another node's" not in PLAN().preview(workflow.patchers[0], ours(), 128, 128, 9)[2]
+    assert "another node's" not in PLAN().preview(workflow.patchers[0], ours(), 128, 128, 9)["result"][2]
 
 
 # VRAM management
@@ -187,10 +187,10 @@ def test_a_native_model_that_has_come_past_comfyuis_types_is_told_with_what_to_u
     comfy: SimpleNamespace, make: Any
 ) -> None:
     model, samples, arguments = make(), {"samples": torch.zeros(1)}, ours()
-    passed_model, passed_arguments, plan = PLAN().preview(model, arguments)
+    passed_model, passed_arguments, plan = PLAN().preview(model, arguments)["result"]
     assert passed_model is model
     assert passed_arguments is arguments
-    passed_samples, report = REPORT().report(samples, model)
+    passed_samples, report = REPORT().report(samples, model)["result"]
     assert passed_samples is samples
     for text in (plan, report):
         assert "expected a WANVIDEOMODEL, got" in text

@@ -27,11 +27,14 @@ DEFINITIONS |= ws.live(OURS, NODE_CLASS_MAPPINGS)
 FOLDERS = {
     "CLIPLoader": "text_encoders",
     "CLIPVisionLoader": "clip_vision",
+    "MultiTalkModelLoader": "diffusion_models",
     "WanVideoLoraSelect": "loras",
     "WanVideoModelLoader": "diffusion_models",
     "WanVideoTextEncodeCached": "text_encoders",
     "WanVideoVACEModelSelect": "diffusion_models",
     "WanVideoVAELoader": "vae",
+    "Wav2VecModelLoader": "wav2vec2",
+    "WhisperModelLoader": "audio_encoders",
 }
 """Where each loader looks, below ComfyUI's models folder."""
 
@@ -96,16 +99,43 @@ def test_every_sampler_is_reported_on(workflow: Workflow) -> None:
         assert workflow.source(sampler, "model") == workflow.source(report, "model")
         reported.add(sampler["id"])
     assert reported == samplers
-    shown = [workflow.source(node, "source") for node in workflow.of_type("PreviewAny")]
-    assert {node["id"] for node in workflow.of_type(REPORT)} <= {node["id"] for node in shown if node is not None}
+
+
+@each_workflow
+def test_plan_and_report_have_room_for_their_text(workflow: Workflow) -> None:
+    for node in (*workflow.of_type(PLAN), *workflow.of_type(REPORT)):
+        width, height = node["size"]
+        assert width >= 420
+        assert height >= 320
+
+
+@each_workflow
+def test_every_model_has_its_speed_lora_and_a_sampler_of_few_steps_without_cfg(workflow: Workflow) -> None:
+    loras = [workflow.source(loader, "lora") for loader in workflow.of_type("WanVideoModelLoader")]
+    assert [lora["type"] for lora in loras if lora is not None] == ["WanVideoLoraSelect"] * len(loras)
+    assert len({named(lora)["lora"] for lora in loras if lora is not None}) == len(loras)
+    assert all(re.search("distill|Lightning", named(lora)["lora"]) for lora in loras if lora is not None)
+    for sampler in workflow.of_type("WanVideoSampler"):
+        assert named(sampler)["cfg"] == 1
+        assert named(sampler)["steps"] <= (12 if named(sampler)["scheduler"].startswith("longcat") else 6)
+
+
+@each_workflow
+def test_who_looks_for_a_small_card_finds_it(workflow: Workflow) -> None:
+    (note,) = workflow.notes
+    _, first, *_ = [line for line in note.splitlines() if line]
+    assert "low VRAM" in workflow.name
+    assert "Low VRAM" in first
+    assert {"8 GB", "12 GB", "16 GB"} <= set(re.findall(r"\d+ GB", first))
 
 
 @each_workflow
 def test_a_note_tells_models_memory_and_what_to_change_and_invents_no_time(workflow: Workflow) -> None:
     (note,) = workflow.notes
-    assert re.findall(r"^### (.+)$", note, re.MULTILINE) == ["Models", "Memory", "Change"]
+    assert re.findall(r"^### (.+)$", note, re.MULTILINE) == ["Models", "Memory", "Without the speed LoRA", "Change"]
     assert {"VRAM", "RAM"} <= set(re.findall(r"\*\*(\w+)\*\*:", note))
     assert re.search(r"report node|BlockSwap Report", note)
+    assert {"predicted", "measured"} <= set(re.findall(r"\w+", note.lower()))
     assert not re.search(r"\d\s*(?:s|sec|seconds|min|minutes|h|hours|it/s|s/it|fps)\b|\d\S* (?:faster|slower)", note)
 
 
@@ -123,7 +153,7 @@ def test_file_names_are_readable_titles_in_one_flat_folder() -> None:
     assert [name for name in names if not re.fullmatch(r"\d\d [A-Z][A-Za-z0-9 .,-]{10,50}", name)] == []
     assert len({name[3:].casefold() for name in names}) == len(names)
     assert [path for path in EXAMPLES.rglob("*.json") if path.parent != EXAMPLES] == []
-    assert len({workflow.data["id"] for workflow in WORKFLOWS}) == len(names) == 6
+    assert len({workflow.data["id"] for workflow in WORKFLOWS}) == len(names) == 10
 
 
 def test_the_recorded_definitions_are_those_that_the_examples_use() -> None:
@@ -144,8 +174,8 @@ def test_the_recorded_definitions_are_those_that_the_examples_use() -> None:
 # What each is for
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
-def test_the_first_five_leave_everything_to_the_node(number: int) -> None:
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 7, 8, 9, 10])
+def test_all_but_manual_tuning_leave_everything_to_the_node(number: int) -> None:
     assert set(settings_of(example(number))) == {SwapSettings()}
 
 
@@ -160,6 +190,13 @@ def test_wan_2_2_has_a_swap_node_for_each_expert_and_hands_the_samples_over() ->
     for shared in ("steps", "shift", "scheduler", "seed"):
         assert named(high)[shared] == named(low)[shared]
     assert named(high)["force_offload"] is True
+    loras = [
+        node and workflow.source(node, "lora") for node in (workflow.source(each, "model") for each in (high, low))
+    ]
+    assert [("HIGH" in named(lora)["lora"], "LOW" in named(lora)["lora"]) for lora in loras if lora] == [
+        (True, False),
+        (False, True),
+    ]
     report = workflow.source(low, "samples")
     assert report is not None
     assert workflow.source(report, "samples") == high
@@ -197,7 +234,44 @@ def test_manual_tuning_is_planned_for_the_video_that_is_made() -> None:
     assert with_swap is not None
     assert with_swap["type"] == "WanVideoSetBlockSwap"
     assert workflow.source(with_swap, "block_swap_args") == workflow.source(with_swap, "model") == plan
-    assert plan in [workflow.source(node, "source") for node in workflow.of_type("PreviewAny")]
+
+
+def test_infinite_talk_is_loaded_beside_the_model_and_its_sound_is_that_of_the_video() -> None:
+    workflow = example(7)
+    (loader,), (sampler,), (create,) = map(workflow.of_type, ("WanVideoModelLoader", "WanVideoSampler", "CreateVideo"))
+    talk, voice = workflow.source(loader, "multitalk_model"), workflow.source(sampler, "multitalk_embeds")
+    assert talk is not None
+    assert talk["type"] == "MultiTalkModelLoader"
+    assert voice is not None
+    assert workflow.source(create, "audio") == voice
+    assert named(create)["fps"] == named(voice)["fps"]
+
+
+def test_humo_hears_the_sound_of_the_video() -> None:
+    workflow = example(8)
+    (embeds,), (create,) = workflow.of_type("HuMoEmbeds"), workflow.of_type("CreateVideo")
+    assert workflow.source(embeds, "audio") == workflow.source(create, "audio") is not None
+    assert named(create)["fps"] == 25
+
+
+def test_animate_is_as_long_as_its_pose_video() -> None:
+    workflow = example(9)
+    (embeds,), (create,) = workflow.of_type("WanVideoAnimateEmbeds"), workflow.of_type("CreateVideo")
+    count, poses = workflow.source(embeds, "num_frames"), workflow.source(embeds, "pose_images")
+    assert count is not None
+    assert poses is not None
+    assert workflow.source(count, "image") == poses
+    assert workflow.source(create, "fps") == workflow.source(poses, "image")
+    assert workflow.source(embeds, "face_images") not in (None, workflow.source(poses, "image"))
+
+
+def test_longcat_begins_with_the_image() -> None:
+    workflow = example(10)
+    (sampler,), (empty,) = workflow.of_type("WanVideoSampler"), workflow.of_type("WanVideoEmptyEmbeds")
+    image = workflow.source(empty, "extra_latents")
+    assert image is not None
+    assert image["type"] == "WanVideoEncode"
+    assert named(sampler)["scheduler"] == "longcat_distill_euler"
 
 
 @each_workflow
@@ -275,6 +349,7 @@ BREAKAGES: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
     ),
     ("models", "not told in the note", lambda data: node_of(data, ws.NOTE).update(widgets_values=["…"])),
     ("layout", "one over another", lambda data: moved(data, SWAP, "WanVideoModelLoader")),
+    ("layout", "too wide", lambda data: data["groups"][-1]["bounding"].__setitem__(2, 3000)),
     ("layout", "outside its group", lambda data: data["groups"].pop()),
     ("layout", "to the left", lambda data: node_of(data, SWAP).update(pos=[9000, 9000])),
     ("layout", "folded", lambda data: node_of(data, SWAP)["flags"].update(collapsed=True)),

@@ -12,7 +12,8 @@ from torch import nn
 from wanvideo_enhanced_blockswap.blockswap.model.activations import Attention, ForwardOptions, Rope, activation_bytes
 from wanvideo_enhanced_blockswap.blockswap.model.wan import WanArchitecture
 from wanvideo_enhanced_blockswap.blockswap.run.history import Workload
-from wanvideo_enhanced_blockswap.blockswap.wrapper.workload import workload_of
+from wanvideo_enhanced_blockswap.blockswap.run.report import Step
+from wanvideo_enhanced_blockswap.blockswap.wrapper.workload import step_of, workload_of
 
 LATENTS = torch.empty(16, 3, 8, 8, device="meta")
 TOKENS = 3 * 4 * 4
@@ -126,3 +127,27 @@ def test_latents_without_frames_and_several_speakers_have_a_workload() -> None:
     found = workload_of(transformer(), ([torch.empty(16, 0, 8, 8)],), talk, hints_to_host=False)
     assert found is not None
     assert found.tokens == 0
+
+
+def called(index: int, steps: int, *, tells_last: bool = True) -> dict[str, Any]:
+    """What the wrapper's samplers call a forward with; only one of them tells the last step."""
+    keywords = {"current_step": index, "current_step_percentage": index / steps}
+    return keywords | ({"last_step": index == steps - 1} if tells_last else {})
+
+
+@pytest.mark.parametrize("tells_last", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 30, 49, 100])
+def test_a_step_counts_from_1_and_the_number_of_all_is_known_from_the_second_on(steps: int, tells_last: bool) -> None:
+    first, *later = [step_of(called(i, steps, tells_last=tells_last)) for i in range(steps)]
+    assert first == Step(1, 1 if steps == 1 and tells_last else None)
+    assert later == [Step(i + 1, steps) for i in range(1, steps)]
+
+
+@pytest.mark.parametrize("keywords", [{}, {"current_step": None}, {"current_step": torch.tensor(3)}])
+def test_without_a_number_there_is_no_step(keywords: dict[str, Any]) -> None:
+    assert step_of(keywords | {"last_step": True}) is None
+
+
+@pytest.mark.parametrize("keywords", [{}, {"current_step_percentage": 0.0}, {"current_step_percentage": None}])
+def test_without_a_share_the_number_of_all_steps_is_unknown(keywords: dict[str, Any]) -> None:
+    assert step_of({"current_step": 3} | keywords) == Step(4, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import sys
 from collections import Counter
@@ -143,8 +144,10 @@ def _packs_of(function: Any) -> Iterator[str]:
         function = function.func
     function = getattr(function, "__func__", function)
     yield _pack(getattr(function, "__module__", None) or type(function).__module__)
-    if "__name__" in getattr(function, "__globals__", ()):
-        yield _pack(function.__globals__["__name__"])
+    with contextlib.suppress(TypeError):  # it has no source, as a builtin
+        _, folder, inside = inspect.getfile(function).replace("\\", "/").rpartition("custom_nodes/")
+        if folder:
+            yield inside.partition("/")[0]
 
 
 def _pack(module: str) -> str:

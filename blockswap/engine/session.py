@@ -199,7 +199,7 @@ class SwapSession:
             self.state = SessionState.IDLE
             self._holds.drop()
             raise
-        logger.info("swapping %d of %d blocks: %s", plan.swapped_count, len(plan.swapped), "; ".join(plan.reasons))
+        logger.debug("swapping %d of %d blocks: %s", plan.swapped_count, len(plan.swapped), "; ".join(plan.reasons))
         return plan
 
     def _open(self, model: ProfiledModel, plan: SwapPlan) -> BlockSwapper:
@@ -351,7 +351,7 @@ class SwapSession:
         root = None if self._root is None else self._root()
         return list(self._named[block][1].modules()), [] if root is None else [root]
 
-    @translate_device_errors("a forward was starting")
+    @translate_device_errors("a step was starting")
     def _begin(self, modules: Sequence[nn.Module]) -> None:
         self.state = SessionState.RUNNING
         self._begin_swapper()
@@ -377,7 +377,7 @@ class SwapSession:
                 self.state = SessionState.ADOPTED
                 self._leave(finished=finished)
 
-    @translate_device_errors("a forward was ending")
+    @translate_device_errors("a step was ending")
     def _leave(self, *, finished: bool) -> None:
         swapper, transfer = self._holds.swapper, self._holds.transfer
         assert swapper is not None

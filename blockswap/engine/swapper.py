@@ -202,8 +202,8 @@ class BlockSwapper:
             if binding.shells:
                 binding.outdate()  # a scale beside the slot may have kept the edit
             raise UnsupportedModelError(
-                f"the forward of {self._model.profile.blocks[block].name} edited one of its weights in place, and the "
-                "edit is lost with the slot; keep that tensor in a buffer"
+                f"{self._model.profile.blocks[block].name} edited one of its weights in place while it ran, and the "
+                "edit is lost when the block leaves the GPU; keep that tensor in a buffer"
             )
 
     def _note_moved(self, block: int, number: int) -> None:
@@ -346,7 +346,7 @@ def check_slot(name: str, paths: Sequence[str], views: Sequence[torch.Tensor], s
         found = checksum(view)
         if found != expected:
             raise TransferError(
-                f"{name}.{path} has other bytes on the device than when it was adopted (checksum {found:x} instead of "
+                f"{name}.{path} has other bytes on the GPU than in RAM (checksum {found:x} instead of "
                 f"{expected:x}): another node edited it through .data, or a copy went wrong; remove other nodes that "
                 "patch the model, and report this if it happens again"
             )

@@ -93,7 +93,7 @@ class PageMemory:
             self._pages, offset = _anonymous_pages(self.size)
         except (OSError, MemoryError) as cause:
             raise HostMemoryError(
-                f"not enough host memory: the system refused {self.size:,} bytes for a block's weights; "
+                f"not enough RAM: the system refused {self.size:,} bytes for a block's weights; "
                 "close other programs or use a quantised model"
             ) from cause
         with torch.inference_mode(mode=False):

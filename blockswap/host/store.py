@@ -25,8 +25,8 @@ from .weight_files import WeightFiles
 
 logger = logging.getLogger(__name__)
 
-PAGEABLE_REST = "the rest stays pageable, and its copies are slower"
-FROM_FILE = "it is read from its file at each forward instead"
+PAGEABLE_REST = "the rest stays unlocked, and its copies are slower"
+FROM_FILE = "it is read from the model's file in each pass instead"
 
 
 @dataclass(slots=True)
@@ -127,7 +127,7 @@ class HostStore:
             return True
         left = self.room()
         if size > left:
-            self._say(f"not enough RAM for a slab: {size:,} bytes needed, {left:,} left", fate=FROM_FILE)
+            self._say(f"not enough RAM for a block: {size:,} bytes needed, {left:,} left", fate=FROM_FILE)
         return size <= left
 
     def leave_slab(
@@ -306,25 +306,25 @@ class HostStore:
         return pages
 
     def _lock_staging(self, pages: PageMemory) -> bool:
-        if self.registrar is None or not self._is_within_budget(pages, "a staging slab"):
+        if self.registrar is None or not self._is_within_budget(pages, "copies in two steps"):
             return False
-        return self._is_locked(lock(pages, self.registrar, self.budget), pages, "a staging slab")
+        return self._is_locked(lock(pages, self.registrar, self.budget), pages, "copies in two steps")
 
     def _may_lock(self, pages: PageMemory) -> bool:
         if self.room is not None and self.room() <= 0:
-            self._refuse("not enough RAM left to page-lock more of it")
+            self._refuse("not enough RAM left to lock more of it")
             return False
-        return self._is_within_budget(pages, "a slab")
+        return self._is_within_budget(pages, "a block")
 
     def _is_within_budget(self, pages: PageMemory, what: str) -> bool:
         left = self.budget.left_bytes
         if pages.size > left:
-            self._refuse(f"not enough pin budget for {what}: {pages.size:,} bytes needed, {left:,} left")
+            self._refuse(f"not enough locked RAM allowed for {what}: {pages.size:,} bytes needed, {left:,} left")
         return pages.size <= left
 
     def _is_locked(self, code: int, pages: PageMemory, what: str) -> bool:
         if code:
-            self._refuse(f"{what} of {pages.size:,} bytes could not be page-locked: {register_result(code)}")
+            self._refuse(f"RAM for {what}, {pages.size:,} bytes, could not be locked: {register_result(code)}")
         return not code
 
     def finish_locking(self) -> None:
@@ -338,7 +338,7 @@ class HostStore:
         finally:
             if locking.is_over:
                 self._locking = None
-        if slab.pages is not None and self._is_locked(code, slab.pages, "a slab"):
+        if slab.pages is not None and self._is_locked(code, slab.pages, "a block"):
             slab.tier = HostTier.PINNED
 
     def _refuse(self, why: str) -> None:

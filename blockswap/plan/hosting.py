@@ -12,9 +12,9 @@ from .schedule import spread
 from .swap_plan import STAGING_SLABS, HostTier, PlanInputs, Timing
 
 FATES = {
-    HostTier.FILE: "are read from their file",
-    HostTier.STAGED: f"go through {STAGING_SLABS} staging slabs",
-    HostTier.PAGEABLE: "stay pageable",
+    HostTier.FILE: "are read from the model's file",
+    HostTier.STAGED: "are copied in two steps",
+    HostTier.PAGEABLE: "are copied more slowly",
 }
 
 
@@ -142,18 +142,18 @@ def _reasons(chosen: Hosting, blocks: Mapping[int, _Block], inputs: PlanInputs, 
     wanted = sum(block.slab_bytes for block in blocks.values())
     added = sum(block.added_bytes for block in blocks.values())
     if not inputs.pin:
-        reasons.append("page-locked memory is switched off, or not available here")
+        reasons.append("RAM is not locked, since that is switched off or not possible here: copies are slower")
     elif not inputs.overlap:
-        reasons.append("copies on the compute stream need no page-locked memory")
+        reasons.append("copying and computing take turns, so RAM is not locked")
     elif wanted > inputs.pin_budget_bytes:
         allowed = format_bytes(inputs.pin_budget_bytes)
-        short.append(f"pinned memory: {format_bytes(wanted)} needed, {allowed} allowed")
+        short.append(f"{format_bytes(wanted)} of locked RAM needed, {allowed} allowed")
     if added > room_bytes:
         available = format_bytes(inputs.host_available_bytes)
         short.append(
-            f"RAM: {format_bytes(added)} needed, {format_bytes(room_bytes)} of {available} available may be taken"
+            f"{format_bytes(added)} of RAM needed, {format_bytes(room_bytes)} of {available} available may be taken"
         )
     if short:
-        fates = (f"{count} of {len(blocks)} swapped blocks {FATES[tier]}" for tier, count in counts.items())
-        reasons.append("; ".join((*short, *fates)))
+        fates = (f"{count} of {len(blocks)} streaming blocks {FATES[tier]}" for tier, count in counts.items())
+        reasons.append(f"{', '.join(short)}: {', '.join(fates)}")
     return tuple(reasons)

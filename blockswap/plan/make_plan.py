@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -17,7 +16,7 @@ from ..settings import SwapSettings
 from .budget import MemoryBudget, make_budget
 from .hosting import choose_hosting
 from .schedule import ForwardTime, Ring, VirtualTime, slot_lanes, spread, spread_bytes, steady_time
-from .swap_plan import HostTier, PlanInputs, SwapPlan, Timing
+from .swap_plan import HostTier, PlanInputs, SwapPlan, Timing, blocks_in_words
 
 SLOT_CHOICES = (2, 3)
 """With two slots an even spread of equal blocks is within 1.10 of max(compute, transfer), with three at it; a fourth
@@ -137,7 +136,7 @@ def _without_effect(settings: SwapSettings) -> tuple[str, ...]:
 
 
 def _estimated(memory: DeviceMemory) -> tuple[str, ...]:
-    return (f"free device memory is an estimate: {memory.source}",) if memory.is_estimate else ()
+    return (f"free VRAM is an estimate: {memory.source}",) if memory.is_estimate else ()
 
 
 def _refuse_what_frees_nothing(profile: ModelProfile, settings: SwapSettings) -> None:
@@ -154,7 +153,7 @@ def _fixed(profile: ModelProfile) -> list[str]:
     sentences = []
     for why, (names, nbytes) in profile.fixed.items():
         which = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-        sentences.append(f"{format_bytes(nbytes)} of weights always stay on the device ({which}: {why})")
+        sentences.append(f"{format_bytes(nbytes)} of weights always stay on the GPU ({which}: {why})")
     return sentences
 
 
@@ -189,18 +188,18 @@ def make_plan(profile: ModelProfile, inputs: PlanInputs, budget: MemoryBudget | 
     if not profile.blocks:
         raise PlanError("the model has no blocks: nothing can be swapped")
     budget = budget or make_budget(inputs)
-    choice, why = _choose(profile, budget, inputs)
-    plan = _complete(profile, budget, inputs, choice, why)
+    choice, why, remarks = _choose(profile, budget, inputs)
+    plan = _complete(profile, budget, inputs, choice, why, remarks)
     _refuse_what_does_not_fit(profile, budget, inputs, plan)
     if plan.fits is not False:
         return plan
     weights, activations = plan.device_bytes, plan.activation_bytes or 0
     warning = (
-        f"expect it to run out of memory: {format_bytes(activations)} of activations and {format_bytes(weights)} of "
-        f"weights are {format_bytes(weights + activations)}, and {format_bytes(plan.limit_bytes)} are free; "
-        "take fewer frames or smaller ones"
+        f"it will probably run out of VRAM: {format_bytes(activations)} for the computation and "
+        f"{format_bytes(weights)} of weights are needed, {format_bytes(plan.limit_bytes)} are free; take fewer frames, "
+        "or a smaller size"
     )
-    return replace(plan, reasons=(warning, *plan.reasons))
+    return replace(plan, reasons=(warning, *plan.reasons), remarks=(warning, *plan.remarks))
 
 
 class Weights:
@@ -251,50 +250,53 @@ def _block_counts(profile: ModelProfile) -> tuple[int, int]:
     return kinds.count(MAIN), kinds.count(VACE)
 
 
-def _choose(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs) -> tuple[Choice, list[str]]:
-    """Which blocks are swapped, through how many slots, and why: the given count, or as few as fit the budget."""
+def _choose(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs) -> tuple[Choice, str, list[str]]:
+    """Which blocks are swapped, through how many slots, why (the given count, or as few as fit the budget), and what a
+    user should know of that.
+    """
     count = len(profile.blocks)
     if inputs.blocks_to_swap is not None:
         return _by_count(profile, budget, inputs, inputs.blocks_to_swap)
     if inputs.is_unified:
-        return ((False,) * count, 0), [UNIFIED]
+        return ((False,) * count, 0), UNIFIED, []
     everything = Weights(profile).nbytes(((False,) * count, 0))
     if everything <= budget.weight_bytes:
         taken = f"{format_bytes(everything)} of {format_bytes(budget.weight_bytes)}"
-        return ((False,) * count, 0), [f"all {count} blocks fit: {taken}"]
-    choice, why = _fewest_that_fit(profile, budget, inputs)
-    return choice, [why]
+        return ((False,) * count, 0), f"all {count} blocks fit: {taken}", []
+    return (*_fewest_that_fit(profile, budget, inputs), [])
 
 
-def _by_count(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, asked: int) -> tuple[Choice, list[str]]:
+def _by_count(
+    profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, asked: int
+) -> tuple[Choice, str, list[str]]:
     """The given counts, spread; what is beside the blocks is swapped with them. Two slots, or three if the prediction
     gains by it, the budget holds them, and not every block is asked for: a user who swaps all blocks wants the least
     memory.
     """
-    counts, reasons = [], []
+    counts, cuts = [], []
     wishes = (asked, inputs.vace_blocks_to_swap)
     for name, wish, most in zip(("blocks_to_swap", "vace_blocks_to_swap"), wishes, _block_counts(profile), strict=True):
         counts.append(min(wish, most))
         if wish > most:
-            reasons.append(f"{name} is cut from {wish} to {most}, the number of blocks the model has")
+            cuts.append(f"{name} is cut from {wish} to {most}, the number of blocks the model has")
     weights, (main, vace) = Weights(profile), _block_counts(profile)
     blocks = {MAIN: iter(spread(main, counts[0])), VACE: iter(spread(vace, counts[1]))}
     kinds = [kind_of(block.name) for block in profile.blocks]
     swapped = tuple(next(blocks[kind]) if kind in blocks else counts[0] > 0 for kind in kinds)
-    reasons.append(f"{sum(counts)} of {main + vace} blocks are swapped, {inputs.why}")
+    why = f"{sum(counts)} of {main + vace} blocks are swapped, {inputs.why}"
     count = len(weights.in_lane(swapped))
     if inputs.slots is not None or not inputs.overlap:
-        return (swapped, min(inputs.slots or 1, count)), reasons
+        return (swapped, min(inputs.slots or 1, count)), why, cuts
     fewest, most = SLOT_CHOICES
     fits = asked < main and count > fewest and weights.nbytes((swapped, most)) <= budget.weight_bytes
     if fits and _saving(profile, budget, inputs, (swapped, fewest), (swapped, most)):
-        return (swapped, most), reasons
-    return (swapped, min(fewest, count)), reasons
+        return (swapped, most), why, cuts
+    return (swapped, min(fewest, count)), why, cuts
 
 
 def _saving(profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, choice: Choice, other: Choice) -> float:
     """Share of a forward that `other` saves against `choice`; 0 if it is unknown or within the prediction's error."""
-    before, after = (_complete(profile, budget, inputs, each, ()).predicted for each in (choice, other))
+    before, after = (_complete(profile, budget, inputs, each, "", ()).predicted for each in (choice, other))
     if before is None or after is None or after.elapsed >= (1 - WORTH_A_SLOT) * before.elapsed:
         return 0.0
     return 1 - after.elapsed / before.elapsed
@@ -314,7 +316,7 @@ def _fewest_that_fit(profile: ModelProfile, budget: MemoryBudget, inputs: PlanIn
         need = format_bytes(weights.nbytes(everything))
         return everything, f"even with all {count} blocks swapped the weights take {need} of {format_bytes(limit)}"
     first = best = ways[fewest]
-    gain, why = 0.0, "blocks are swapped, the fewest that fit"
+    gain, why = 0.0, "are swapped, the fewest that fit"
     if inputs.slots is None and inputs.overlap:
         more = _shares(weights, slots + 1)
         # In the memory of `best`, not in all that is free, so that more memory never swaps more blocks.
@@ -325,22 +327,10 @@ def _fewest_that_fit(profile: ModelProfile, budget: MemoryBudget, inputs: PlanIn
         best = other if other is not None and gain else best
     fit, extra = sum(first[0]), sum(best[0]) - sum(first[0])
     if extra > 0:
-        why = (
-            f"blocks are swapped, {extra} more than the {fit} that fit, "
-            f"since a third slot saves {gain:.1%} of a forward"
-        )
+        why = f"are swapped, {extra} more than the {fit} that fit, since a third slot saves {gain:.1%} of a forward"
     taken = f"{format_bytes(weights.nbytes(best))} of {format_bytes(limit)}"
-    return best, _counted(profile, best[0], f"{sum(best[0])} of {count} {why}: {taken}")
-
-
-def _counted(profile: ModelProfile, swapped: Sequence[bool], text: str) -> str:
-    """A sentence on the number of blocks that are swapped, where some of these are beside the blocks."""
-    are_beside = [is_beside(block.name) for block in profile.blocks]
-    if not any(are_beside):
-        return text
-    most, count = sum(are_beside), sum(map(operator.and_, are_beside, swapped))
-    blocks = f"{sum(swapped) - count} of {len(swapped) - most} blocks"
-    return text.replace("blocks are swapped", f"modules are swapped ({blocks}, {count} of {most} beside them)")
+    parts = "parts" if any(is_beside(block.name) for block in profile.blocks) else "blocks"
+    return best, f"{sum(best[0])} of {count} {parts} {why}: {taken}"
 
 
 def _shares(weights: Weights, slots: int) -> dict[int, Choice]:
@@ -382,26 +372,31 @@ def predict(
 
 
 def _complete(
-    profile: ModelProfile, budget: MemoryBudget, inputs: PlanInputs, choice: Choice, why: Sequence[str]
+    profile: ModelProfile,
+    budget: MemoryBudget,
+    inputs: PlanInputs,
+    choice: Choice,
+    why: str,
+    remarks: Sequence[str],
 ) -> SwapPlan:
     swapped, slots = choice
     hosting = choose_hosting(profile, swapped, inputs, room_bytes=budget.host_bytes)
-    timing, reasons = hosting.timing(inputs, budget.host_bytes), list(hosting.reasons)
+    timing, remarks = hosting.timing(inputs, budget.host_bytes), [*remarks, *hosting.reasons]
     inside = [block for block, is_swapped in zip(profile.blocks, swapped, strict=True) if is_swapped]
     weights, limit = Weights(profile), budget.weight_bytes
     taken, copied = weights.nbytes(choice), weights.copied_bytes(choice)
     if taken > limit:
-        reasons.append(f"the weights take {format_bytes(taken)}, over the budget of {format_bytes(limit)}")
+        remarks.append(f"the blocks take {format_bytes(taken)} of VRAM, and {format_bytes(limit)} are left for them")
+    reasons = []
     beside = [block for block in inside if is_beside(block.name)]
     if beside:
         size = format_bytes(sum(block.slab_bytes for block in beside))
         reasons.append(f"of what is swapped, {format_count(len(beside), 'module')} are beside the blocks: {size}")
     if inside and not copied:
-        reasons.append(
-            f"{len(inside)} swapped blocks have a slot each: nothing moves after the first forward, nothing is freed"
-        )
+        remarks.append(f"with {format_count(len(inside), 'block')} swapped nothing streams, and no VRAM is saved")
     if inside:
-        reasons += _fixed(profile)
+        remarks += _fixed(profile)
+    remarks += inputs.notes
     tuning = inputs.tuning if inside else ()
     return SwapPlan(
         swapped=swapped,
@@ -424,7 +419,9 @@ def _complete(
         streamed_bytes=copied,
         predicted=predict(profile, swapped, slots, hosting.tiers, timing, overlap=inputs.overlap),
         over_ceiling=taken > limit,
-        reasons=(*why, budget.reason, *reasons, *tuning, *inputs.notes),
+        beside=tuple(is_beside(block.name) for block in profile.blocks),
+        reasons=tuple(text for text in (why, budget.reason, *reasons, *tuning, *remarks) if text),
+        remarks=tuple(remarks),
         tuning=tuning,
     )
 
@@ -433,17 +430,14 @@ def _refuse_what_does_not_fit(profile: ModelProfile, budget: MemoryBudget, input
     if plan.device_bytes > budget.limit_bytes:
         can_be_less = not (all(plan.swapped) or inputs.is_unified)
         advice = "swap more blocks or leave that to auto_hardware_tuning, " if can_be_less else ""
-        slots = f"{format_count(plan.slots, 'slot')} of {format_bytes(plan.slot_bytes)}, " if plan.slots else ""
         raise PlanError(
-            f"not enough VRAM: {format_bytes(plan.device_bytes)} needed for block weights "
-            f"({slots}{len(plan.swapped) - plan.swapped_count} resident blocks, "
-            f"{format_bytes(profile.small_device_bytes)} of small tensors), "
-            f"{format_bytes(budget.limit_bytes)} not in use by other data; "
+            f"not enough VRAM: {format_bytes(plan.device_bytes)} needed for the model's blocks "
+            f"({blocks_in_words(plan)}), {format_bytes(budget.limit_bytes)} not in use by others; "
             f"{advice}close other programs, or take a smaller or quantised model"
         )
     if plan.added_bytes > budget.host_limit_bytes:
         raise PlanError(
-            f"not enough RAM: {format_bytes(plan.added_bytes)} more needed for {plan.swapped_count} swapped blocks, "
+            f"not enough RAM: {format_bytes(plan.added_bytes)} more needed for the blocks that stream, "
             f"{format_bytes(budget.host_limit_bytes)} available; close other programs, take a quantised model, or add "
             "RAM"
         )

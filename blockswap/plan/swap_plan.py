@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
 from ...hardware.records import DiskSpeed
+from ...hardware.units import format_count
 from .schedule import ForwardTime
 
 STAGING_SLABS = 2
@@ -180,7 +182,9 @@ class SwapPlan:
         streamed_bytes: Bytes that one forward of all blocks copies to the device; 0 if every swapped block has a slot.
         predicted: Predicted times of one forward of all blocks, in ms; None if a speed is unknown.
         over_ceiling: The weights exceed the budget.
+        beside: For each of them, whether it is neither a block nor a VACE block.
         reasons: Why the plan is as it is, as sentences.
+        remarks: The part of `reasons` that a user should know.
         tuning: The part of `reasons` about the GPU's tier and the number of streams; empty if the user chose that, or
             if nothing is swapped.
     """
@@ -205,13 +209,30 @@ class SwapPlan:
     streamed_bytes: int
     predicted: ForwardTime | None
     over_ceiling: bool
+    beside: tuple[bool, ...] = ()
     reasons: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
     tuning: tuple[str, ...] = ()
 
     @property
     def swapped_count(self) -> int:
-        """Number of swapped blocks."""
+        """Number of swapped blocks, and modules beside them."""
         return sum(self.swapped)
+
+    @property
+    def block_count(self) -> int:
+        """Number of blocks, without modules beside them."""
+        return len(self.swapped) - sum(self.beside)
+
+    @property
+    def streaming_count(self) -> int:
+        """Number of swapped blocks, without modules beside them."""
+        return self.swapped_count - self.streaming_beside
+
+    @property
+    def streaming_beside(self) -> int:
+        """Number of swapped modules beside the blocks."""
+        return sum(map(operator.and_, self.swapped, self.beside)) if self.beside else 0
 
     @property
     def swapped_indices(self) -> tuple[int, ...]:
@@ -247,3 +268,13 @@ class SwapPlan:
     def stall_ms(self) -> float | None:
         """Predicted time per forward that compute waits for copies; None if unknown."""
         return None if self.predicted is None else self.predicted.stall
+
+
+def blocks_in_words(plan: SwapPlan) -> str:
+    """Where the blocks are, such as "12 blocks on the GPU, 18 streaming"."""
+    if not plan.swapped_count:
+        return f"all {format_count(plan.block_count, 'block')} on the GPU"
+    parts = plan.streaming_beside
+    others = f", with {format_count(parts, 'other part')} of the model" if parts else ""
+    on_gpu = format_count(plan.block_count - plan.streaming_count, "block")
+    return f"{on_gpu} on the GPU, {plan.streaming_count} streaming{others}"

@@ -78,13 +78,13 @@ class Foresight:
         try:
             other = self._planner.foresee(present, held + peak)
         except PlanError as failure:
-            logger.warning("the first forward will probably run out of memory: %s", failure)
+            logger.warning("the first step will probably run out of VRAM: %s", failure)
             return
         if other is None:
             return
         self._planner.next_plan = other
         try:
-            self._session.adopt_again("the forward needs more memory than expected")
+            self._session.adopt_again("a step needs more VRAM than expected")
         finally:
             self._planner.next_plan = None
         self._meter.gave_back(present.device_bytes - other.device_bytes)

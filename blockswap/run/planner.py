@@ -8,17 +8,24 @@ from dataclasses import replace
 from ...hardware import DiskSpeed, LinkSpeed, contradicts, tier_for
 from ...hardware.pinning import PinBudget
 from ..device.backend import Backend
+from ..errors import PlanError
 from ..model.layout import ModelProfile
 from ..plan.budget import make_budget
 from ..plan.make_plan import RAN_OUT, Limits, Readings, make_plan, plan_inputs, predict, swapping_all, timing_of
 from ..plan.schedule import ForwardTime
 from ..plan.swap_plan import Activations, HeldMemory, PlanInputs, SwapPlan
-from ..settings import SwapSettings
+from ..settings import RANGES, SwapSettings
 from .history import Workload, WorkloadHistory
 from .machine import LastKnownReadings
 from .replan import OVER_BUDGET, Observation
+from .report import Hint, RunReport
 
 logger = logging.getLogger(__name__)
+
+WORTH_A_HINT = 0.02
+"""Share of a forward that a hint must save: less is within the prediction's error."""
+
+MOST_PERCENT = int(RANGES["vram_threshold_percent"].highest)
 
 
 class Planner:
@@ -230,6 +237,42 @@ class Planner:
         self._activations_changed = True
         self.history.learn_activations(self.workload, nbytes, is_automatic=self.settings.auto_hardware_tuning)
 
+    def hint(self, held: HeldMemory, report: RunReport) -> Hint | None:
+        """The vram_threshold_percent that would save the most time, by plans with what was measured; None where none
+        saves much.
+
+        Args:
+            held: Memory that the blocks hold.
+            report: What was measured under the present plan.
+        """
+        profile, measured, present, activations = self.profile, report.measured, report.plan, self.activations
+        if profile is None or activations is None or not activations.is_measured or measured.forward_ms is None:
+            return None
+        # Where memory has run out, or others move weights, what was measured promises nothing.
+        has_run_out = self.history.of(self.history.largest_workload).refusals > 0
+        now = None if has_run_out or measured.others else self.predict(present)
+        least = 0.0 if now is None else WORTH_A_HINT * now.elapsed
+        if now is None or now.stall <= least or not self.settings.auto_hardware_tuning:
+            return None
+        readings, found = self._read(), None
+        for percent in range(int(self.settings.vram_threshold_percent) // 5 * 5 + 5, MOST_PERCENT + 1, 5):
+            settings = replace(self.settings, vram_threshold_percent=float(percent))
+            try:
+                other = make_plan(profile, self._inputs_from(readings, profile, held, settings))
+            except PlanError:
+                break
+            saved = 0.0 if other.predicted is None else now.elapsed - other.predicted.elapsed
+            blocks = present.streaming_count - other.streaming_count
+            if blocks > 0 and saved > least:
+                least = saved + WORTH_A_HINT * now.elapsed  # a higher one must save more
+                found = percent, blocks, saved
+        if found is None:
+            return None
+        percent, blocks, saved = found
+        free = max(0, present.limit_bytes - present.device_bytes - activations.nbytes)
+        in_each, each = (measured.forwards / measured.steps, "step") if measured.steps else (1.0, "pass")
+        return Hint(free_bytes=free, percent=percent, blocks=blocks, saved_ms=in_each * saved, each=each)
+
     def shrink(self) -> bool:
         """Makes the next plan smaller, after memory ran out under the last one, in its adopt or in a forward.
 
@@ -270,9 +313,12 @@ class Planner:
             self.disk = self.machine.disk(profile.files[0])
         return needs_link or needs_disk
 
-    def _inputs_from(self, readings: Readings, profile: ModelProfile, held: HeldMemory) -> PlanInputs:
+    def _inputs_from(
+        self, readings: Readings, profile: ModelProfile, held: HeldMemory, settings: SwapSettings | None = None
+    ) -> PlanInputs:
         """The inputs of a plan: readings, our own memory as free, and what is known of the blocks."""
-        inputs = plan_inputs(profile, self.settings, readings, self.limits, own_host_bytes=held.added_bytes)
+        settings = settings or self.settings
+        inputs = plan_inputs(profile, settings, readings, self.limits, own_host_bytes=held.added_bytes)
         locked_elsewhere = max(0, self.pins.used_bytes - held.pinned_bytes)
         left = min(inputs.pin_budget_bytes, self.pins.limit_bytes) - locked_elsewhere
         if self._most_pinned_bytes is not None:

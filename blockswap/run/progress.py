@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from ...hardware.units import format_bytes, format_count
+from ...hardware.units import format_bytes
 from ..errors import BlockSwapError
 from ..plan.schedule import ForwardTime
-from ..plan.swap_plan import SwapPlan
-from .report import Measured, RunReport, RunStats
+from ..plan.swap_plan import SwapPlan, blocks_in_words
+from .report import Hint, Measured, RunReport, RunStats
+from .text import expected_waits, hint_text, steps_in_words, waits
 
 if TYPE_CHECKING:
     from .planner import Planner
 
-NO_STALL = 0.0005
-"""Share of a forward below which "no stall" is shown instead of 0.0 %."""
+NOTHING_DONE = "The run ended before its first step finished."
 
 
 class Phase(Enum):
@@ -77,6 +77,7 @@ class Progress:
         predicted: A forward with it in virtual time, from what is known now.
         adopt: How far the weights are placed.
         run: What was measured so far.
+        hint: What the user could change.
         why: Why the run was stopped, or why nothing is swapped.
     """
 
@@ -86,14 +87,16 @@ class Progress:
     predicted: ForwardTime | None = None
     adopt: AdoptFigures | None = None
     run: Measured | None = None
+    hint: Hint | None = None
     why: str = ""
 
     @property
     def text(self) -> str:
         """The plan in a sentence, and below it the present state or the result."""
         plan = "" if self.plan is None else _plan(self.plan, self.predicted)
-        others = "" if self.run is None else self.run.others
-        return "\n".join(line for line in (plan, _adopting(self.adopt), self._running(), others, self.why) if line)
+        others, hint = "" if self.run is None else self.run.others, "" if self.hint is None else hint_text(self.hint)
+        lines = plan, _adopting(self.adopt), self._running(), hint, others, self.why
+        return "\n".join(line for line in lines if line)
 
     def as_json(self) -> dict[str, object]:
         """The browser's event: plain data, and the text."""
@@ -104,6 +107,7 @@ class Progress:
             "plan": self._plan_as_json(),
             "adopt": None if self.adopt is None else asdict(self.adopt),
             "run": self._run_as_json(),
+            "hint": None if self.hint is None else asdict(self.hint),
         }
 
     def _plan_as_json(self) -> dict[str, object] | None:
@@ -111,10 +115,9 @@ class Progress:
         if plan is None:
             return None
         return {
-            "blocks": len(plan.swapped),
-            "swapped": plan.swapped_count,
-            "slots": plan.slots,
-            "free": plan.limit_bytes,
+            "blocks": plan.block_count,
+            "swapped": plan.streaming_count,
+            "parts": plan.streaming_beside,
             "stall_ms": None if predicted is None else predicted.stall,
             "forward_ms": None if predicted is None else predicted.elapsed,
             "over_ceiling": plan.over_ceiling,
@@ -125,25 +128,32 @@ class Progress:
         if run is None:
             return None
         return {
-            "forwards": run.forwards,
+            "passes": run.forwards,
+            "step": None if run.step is None else run.steps if self.phase is Phase.DONE else run.step.number,
+            "steps": None if run.step is None else run.step.of,
             "streamed": run.onloaded_bytes,
             "forward_ms": run.forward_ms,
             "stall_ms": run.stall_ms,
-            "copy_bytes_per_s": run.copy_bytes_per_s,
             "others": run.others,
         }
 
     def _running(self) -> str:
-        if self.run is None:
+        run = self.run
+        if run is None:
             return ""
-        number = self.run.forwards
-        if not number:
-            return "the first forward is under way"
-        is_over = self.phase is Phase.DONE
-        head = format_count(number, "forward") if is_over else f"forward {number}"
-        if self.plan is None or not self.plan.swapped_count:
-            return head
-        return f"{head}: {', '.join(_streaming(self.run, is_over=is_over))}"
+        if not run.forwards:
+            return "The first step is running."
+        step, is_over = run.step, self.phase is Phase.DONE
+        if is_over:
+            head = f"Done after {steps_in_words(run)}"
+        elif step is None:
+            head = f"Pass {run.forwards} of the model"
+        else:
+            head = f"Step {step.number}" + ("" if step.of is None else f" of {step.of}")
+        if self.plan is not None and self.plan.swapped_count:
+            copied = f"{format_bytes(run.onloaded_bytes)} copied to the GPU"
+            head = ", ".join(part for part in (f"{head}: {copied}", waits(run.stall_ms, run.forward_ms)) if part)
+        return f"{head}. VRAM is released." if is_over else f"{head}."
 
 
 Watcher = Callable[[Progress], None]
@@ -199,11 +209,14 @@ class ProgressFeed:
         elif report is None or not report.measured.forwards:
             self.watcher(stopped())
         elif failure is not None:
-            self.watcher(stopped(f"the run was stopped after {format_count(report.measured.forwards, 'forward')}"))
+            self.watcher(stopped(f"The run was stopped after {steps_in_words(report.measured)}."))
         else:
             plan, measured = report.plan, report.measured
             predicted, memory = report.prediction or plan.predicted, self._memory(plan, measured.activation_bytes)
-            self.watcher(Progress(phase=Phase.DONE, memory=memory, plan=plan, predicted=predicted, run=measured))
+            done = Progress(
+                phase=Phase.DONE, memory=memory, plan=plan, predicted=predicted, run=measured, hint=report.hint
+            )
+            self.watcher(done)
 
     def _memory(self, plan: SwapPlan, activation_bytes: int | None = None) -> MemoryUse | None:
         planner = self._planner
@@ -223,50 +236,21 @@ class ProgressFeed:
         )
 
 
-def stopped(why: str = "the run ended before its first forward finished") -> Progress:
-    """The progress of a run that ended without a result."""
-    return Progress(phase=Phase.STOPPED, why=why)
-
-
 def _plan(plan: SwapPlan, predicted: ForwardTime | None) -> str:
-    free, blocks, swapped = f"{format_bytes(plan.limit_bytes)} free", len(plan.swapped), plan.swapped_count
-    if swapped:
-        slots = format_count(plan.slots, "slot")
-        where = f"{blocks - swapped} of {blocks} blocks stay, {swapped} stream through {slots}"
-        share = "" if predicted is None else _stall(predicted.stall, predicted.elapsed)
-        where += f", {share} expected" if share else ""
-    else:
-        where = f"all {blocks} blocks stay"
-    return f"{free}: {where}{' (over the ceiling)' if plan.over_ceiling else ''}"
+    expected = "" if predicted is None or not plan.swapped_count else expected_waits(predicted.stall, predicted.elapsed)
+    over = "" if not plan.over_ceiling else "this is more VRAM than is left for them"
+    text = "; ".join(part for part in (blocks_in_words(plan), expected, over) if part)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _adopting(adopt: AdoptFigures | None) -> str:
-    if adopt is None:
-        return ""
-    pinned = f", {format_bytes(adopt.pinned)} page-locked" if adopt.pinned else ""
-    return f"placing weights: {format_bytes(adopt.placed)} of {format_bytes(adopt.all)}{pinned}"
+    return (
+        ""
+        if adopt is None
+        else f"Moving weights into place: {format_bytes(adopt.placed)} of {format_bytes(adopt.all)}."
+    )
 
 
-def _streaming(run: Measured, *, is_over: bool) -> list[str]:
-    parts = [f"{_decimal(run.onloaded_bytes)} streamed"]
-    share = _stall(run.stall_ms, run.forward_ms)
-    if share:
-        parts.append(share)
-    elif not is_over:
-        parts.append("being measured")
-    if run.copy_bytes_per_s is not None:
-        parts.append(f"{_decimal(run.copy_bytes_per_s)}/s")
-    return parts
-
-
-def _stall(stall_ms: float | None, forward_ms: float | None) -> str:
-    """As a share of the forward; empty if unknown."""
-    if stall_ms is None or not forward_ms:
-        return ""
-    share = stall_ms / forward_ms
-    return "no stall" if share < NO_STALL else f"{share:.1%} stall"
-
-
-def _decimal(nbytes: float) -> str:
-    """In powers of ten, as speeds are."""
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"  # noqa: PLR2004 - a GB
+def stopped(why: str = "") -> Progress:
+    """The progress of a run that ended without a result."""
+    return Progress(phase=Phase.STOPPED, why=why or NOTHING_DONE)

@@ -120,7 +120,7 @@ def why_replace(present: SwapPlan, other: SwapPlan, *, total_bytes: int, predict
         return None
     saved = predicted.elapsed - other.predicted.elapsed
     if saved > WORTH_A_REPLAN * predicted.elapsed:
-        return f"a forward is expected to take {other.predicted.elapsed:,.0f} ms and not {predicted.elapsed:,.0f} ms"
+        return f"a pass of the model should take {other.predicted.elapsed:,.0f} ms, not {predicted.elapsed:,.0f} ms"
     return None
 
 
@@ -133,7 +133,8 @@ def slow_link(link: LinkSpeed | None, *, streams: int, seen_bytes_per_s: float |
         return None
     return (
         f"copies run at {seen_bytes_per_s / 1e9:.1f} GB/s, but {measured / 1e9:.1f} GB/s were measured before: another "
-        "program uses the link, or it has fallen back to fewer lanes; close other programs, or check the card's slot"
+        "program uses the link, or it has fallen back to fewer lanes; close other programs, or check how the card is "
+        "plugged in"
     )
 
 
@@ -156,9 +157,9 @@ def spill(plan: SwapPlan, memory: DeviceMemory, *, took_ms: float, usual: float)
     largest = max(plan.slot_bytes, plan.resident_bytes // len(plan.swapped), 1)
     more = max(1, math.ceil(2 * FULL * memory.total_bytes / largest))
     return (
-        f"a forward took {took_ms:,.0f} ms instead of the usual {usual:,.0f} ms, with "
-        f"{format_bytes(memory.free_bytes)} of {format_bytes(memory.total_bytes)} free: the driver is probably "
-        f"moving video memory to the host; lower vram_threshold_percent, raise "
+        f"a pass of the model took {took_ms:,.0f} ms instead of the usual {usual:,.0f} ms, with "
+        f"{format_bytes(memory.free_bytes)} of {format_bytes(memory.total_bytes)} of VRAM free: the driver is probably "
+        f"moving VRAM to RAM; lower vram_threshold_percent, raise "
         f"blocks_to_swap by {more}, or close other programs on the GPU"
     )
 

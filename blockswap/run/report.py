@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...hardware.records import Samples
@@ -43,12 +44,42 @@ class BlockTimes:
     stall_ms: float | None = None
 
 
+class Step(NamedTuple):
+    """A step of a sampler."""
+
+    number: int
+    """From 1."""
+    of: int | None
+    """Number of all steps; None is unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hint:
+    """What another vram_threshold_percent would gain, by the plan that it would give with what was measured.
+
+    Attributes:
+        free_bytes: Device memory that stayed unused at the peak.
+        percent: The vram_threshold_percent.
+        blocks: Blocks that would stay on the device, more than now.
+        saved_ms: What it would save in each of these.
+        each: "step", or "pass" where steps are unknown.
+    """
+
+    free_bytes: int
+    percent: int
+    blocks: int
+    saved_ms: float
+    each: str = "step"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """What was measured in a run; None is unknown.
 
     Attributes:
         forwards: Forwards that ran blocks.
+        step: The sampler's step that ran last.
+        steps: Steps that ran, in all rounds of a sampler that goes through its steps again; 0 is unknown.
         empty_forwards: Forwards that ran none.
         timed_forwards: Forwards of which every block was timed.
         forward_ms: Duration of a forward that ran blocks, the median.
@@ -72,6 +103,8 @@ class Measured:
     """
 
     forwards: int
+    step: Step | None = None
+    steps: int = 0
     empty_forwards: int = 0
     timed_forwards: int = 0
     forward_ms: float | None = None
@@ -105,6 +138,10 @@ class RunReport:
         activation_bytes: Device memory that forwards were expected to take above the weights.
         link_bytes_per_s: Speed of the link that the prediction is based on.
         measured: What was measured.
+        hint: What the user could change; None if nothing.
+        number: Number of the run, from 1.
+        ended: When it ended; None while it lasts.
+        failure: What ended it; empty if it ended well.
         notes: Sentences on what no figure shows: where the trace is, what else slowed the run.
     """
 
@@ -114,12 +151,22 @@ class RunReport:
     activation_bytes: int | None = None
     link_bytes_per_s: float | None = None
     measured: Measured
+    hint: Hint | None = None
+    number: int = 1
+    ended: datetime | None = None
+    failure: str = ""
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         timed, planned = len(self.measured.blocks), len(self.plan.swapped)
         if timed not in (0, planned):
             raise ValueError(f"expected times of all {planned} blocks of the plan or of none, got {timed}")
+
+    def at_end(self, samples: Samples | None, failure: BaseException | None) -> RunReport:
+        """The report of the run that ends now, with all its samples; after a failure it has no hint."""
+        why = "" if failure is None else str(failure) or type(failure).__name__
+        measured, hint = replace(self.measured, samples=samples), None if why else self.hint
+        return replace(self, measured=measured, hint=hint, ended=datetime.now(), failure=why)
 
 
 def host_tiers(plan: SwapPlan) -> dict[str, int]:
@@ -151,36 +198,45 @@ class RunStats:
         title: Model and device.
         session: Runs the blocks.
         planner: Makes the plans.
+        number: Number of the run, from 1.
 
     Attributes:
+        step: The sampler's step that ran last; None is unknown.
+        steps: How often it was another one than before.
         observation: What the forwards that were timed last show.
         timed: Numbers of these forwards.
         is_timed: Whether they ran under the present plan and workload.
         prediction: A forward with the present plan in virtual time.
         weight_bytes: Device memory of the block weights under the present plan.
+        has_plan: Whether the run's first plan has been logged.
         is_slow: Whether a forward took several times the usual in this run.
         changes: How often the plan was changed by automatic tuning.
         replans: Why the plan was changed, each time.
         notes: Sentences on what no figure shows.
     """
 
-    def __init__(self, title: str, session: SwapSession, planner: Planner) -> None:
+    def __init__(self, title: str, session: SwapSession, planner: Planner, *, number: int = 1) -> None:
         self._title = title
+        self.number = number
         self._session = session
         self._planner = planner
         self._before = self._now = _Counts.of(session)
+        self.step: Step | None = None
+        self.steps = 0
         self.observation: Observation | None = None
         self.timed = range(0)
         self.is_timed = False
         self.prediction: ForwardTime | None = None
         self.weight_bytes: int | None = None
-        self.is_slow = False
+        self.has_plan = self.is_slow = False
         self.changes = 0
         self.replans: list[str] = []
         self.notes: list[str] = []
 
-    def count(self) -> None:
-        """Takes the counters after a forward that ended well; copies of a forward that fails are not counted."""
+    def count(self, step: Step | None) -> None:
+        """Takes the counters after a forward of `step` that ended well; copies of one that fails are not counted."""
+        self.steps += step is not None and step != self.step
+        self.step = step
         self._now = _Counts.of(self._session)
 
     def observe(self, timed: range) -> None:
@@ -231,6 +287,7 @@ class RunStats:
                 blocks=block_times(_since(spans, self.timed), profile, plan.swapped) if is_timed else (),
                 samples=samples,
             ),
+            number=self.number,
             notes=(*self.notes, *filter(None, [session.others.text]), *cut),
         )
 
@@ -240,6 +297,8 @@ class RunStats:
         counters, before, now = self._session.counters, self._before, self._now
         return Measured(
             forwards=now.forwards - before.forwards,
+            step=self.step,
+            steps=self.steps,
             empty_forwards=now.empty_forwards - before.empty_forwards,
             timed_forwards=0 if seen is None else seen.forwards,
             forward_ms=None if seen is None else seen.forward_ms,

@@ -7,7 +7,6 @@ import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 from torch import nn
@@ -22,7 +21,7 @@ from ..engine.trace import EVERY_FORWARD
 from ..errors import BlockSwapError, DeviceMemoryError, HostMemoryError, PlanError
 from ..model.profile import count_parameters
 from ..plan.make_plan import Limits
-from ..plan.swap_plan import HostTier, SwapPlan
+from ..plan.swap_plan import HostTier, SwapPlan, blocks_in_words
 from ..settings import SwapSettings
 from .foresight import Foresight
 from .history import Workload
@@ -30,9 +29,9 @@ from .machine import LastKnownReadings, Machine, PeakMeter
 from .planner import Planner, limits_within
 from .progress import ProgressFeed, Watcher
 from .replan import MOST_REPLANS, SLOW, kept_over_budget, slow_link, spill, usual_ms, why_replace
-from .report import RunReport, RunStats
-from .text import ModelSize, block_table, configuration_lines, oom_message, summary
-from .trace_file import chrome_trace, trace_name, write_trace
+from .report import RunReport, RunStats, Step
+from .text import ModelSize, block_table, configuration_lines, oom_message, plan_lines, summary
+from .trace_file import write_run_trace
 
 logger = logging.getLogger(__name__)
 
@@ -123,12 +122,19 @@ class SwapRun:
         self._feed.watcher = watcher
 
     @contextlib.contextmanager
-    def forward(self, workload: Workload | None = None, blocks: Sequence[nn.Module] | None = None) -> Iterator[None]:
+    def forward(
+        self,
+        workload: Workload | None = None,
+        blocks: Sequence[nn.Module] | None = None,
+        *,
+        step: Step | None = None,
+    ) -> Iterator[None]:
         """One forward of the model.
 
         Args:
             workload: What determines its memory and time; None if unknown.
             blocks: As for `SwapSession.forward`.
+            step: The sampler's step that it belongs to; None if unknown.
 
         Raises:
             PlanError: No plan fits; the forward has not started.
@@ -142,6 +148,7 @@ class SwapRun:
                     yield
             else:
                 yield
+        self._stats.count(step)
         self._learn()
         if self._feed.watcher is not None:
             self._feed.ran(self._present, self._stats)
@@ -197,11 +204,11 @@ class SwapRun:
             self.session.release()
         if by_driver and self.planner.lock_less():
             self.session.unlock()
-            self._stats.replans.append("the driver refused memory: less host memory is page-locked")
+            self._stats.replans.append("the driver refused memory: less RAM is locked")
             return
         if not self.planner.shrink():
             raise DeviceMemoryError(oom_message(self._workload, self.planner.made, reported=reported))
-        self._stats.replans.append("the device ran out of memory")
+        self._stats.replans.append("VRAM ran out")
 
     def report(self) -> RunReport | None:
         """The report of the run so far, or of the last run if none has started since; None before the first."""
@@ -226,9 +233,8 @@ class SwapRun:
             raise
         finally:
             self._end_run()
-            if report and report.measured.forwards:
-                report = replace(report, measured=replace(report.measured, samples=self._samples))
-                self.last_report = self._log(report)
+            if report and (report.measured.forwards or failure is not None):
+                self.last_report = report = self._log(report.at_end(self._samples, failure))
             if was_in_run or failure is not None:
                 self._feed.over(report, failure)
 
@@ -264,17 +270,18 @@ class SwapRun:
         self._in_run = True
 
     def _end_run(self) -> None:
-        self._in_run = self._review_due = self._prepared = False
+        was_in_run, self._in_run = self._in_run, False
+        self._review_due = self._prepared = False
         self.planner.history.end_run()
         self.session.others = Others()
-        self._stats = RunStats(self._title, self.session, self.planner)
+        self._stats = RunStats(self._title, self.session, self.planner, number=self._stats.number + was_in_run)
         self._sampling.close()
 
     def _plan_again_if_needed(self, *, is_new: bool) -> None:
         if self._has_other_settings:
-            self._stats.replans.append("the settings have changed")
             self.session.release()
             self._adopt()
+            self._note_change("the settings have changed")
         elif self.planner.settings.auto_hardware_tuning and (
             is_new
             or self._review_due
@@ -313,21 +320,28 @@ class SwapRun:
         self._stats.weight_bytes = None if before is None or after is None else after - before
         self._adopted_settings, self._has_other_settings = self.planner.settings, False
         self._notice_adoption()
+        if not self._stats.has_plan:
+            self._stats.has_plan = True
+            logger.info("%s", plan_lines(plan, card=self._machine.spec.name))
         if self.planner.settings.debug_mode:
+            logger.info("%s", "; ".join(plan.reasons))
             self._log_configuration(plan)
+
+    def _note_change(self, why: str) -> None:
+        self._stats.replans.append(why)
+        logger.info("\nanother plan: %s; %s", blocks_in_words(self._present), why)
 
     def _placed(self, plan: SwapPlan, count: int, pinned_bytes: int) -> None:
         self._feed.placed(plan, count, pinned_bytes, self._stats)
 
     def _adopt_anew(self, why: str, present: SwapPlan) -> None:
-        logger.info("planning again: %s", why)
         self.session.release()
         try:
             self._adopt()
         except (PlanError, DeviceMemoryError, HostMemoryError) as failure:
             self._stats.note(f"planning again failed, so that the plan before goes on: {failure}")
         else:
-            self._stats.replans.append(why)
+            self._note_change(why)
             return
         # Outside the handler, since the failure's traceback holds device memory of the plan that failed.
         self.planner.next_plan = present
@@ -340,7 +354,6 @@ class SwapRun:
 
     def _learn(self) -> None:
         """Learns from a forward that ended well. A change of plan waits for the next forward's start."""
-        self._stats.count()
         if self.session.others.gave_up:
             return  # what is measured now says nothing about the plan
         taken = self._peak.taken_bytes()
@@ -404,7 +417,10 @@ class SwapRun:
 
     def _report_or_none(self) -> RunReport | None:
         try:
-            return self.report()
+            report = self.report()
+            if report is None or self._stats.is_slow:  # with a full card, the note on it advises the opposite
+                return report
+            return replace(report, hint=self.planner.hint(self.session.held, report))
         except Exception:  # a fault in the report must not keep the run's memory from being freed
             logger.exception("the run has no report; please report this")
             return None
@@ -415,33 +431,21 @@ class SwapRun:
         assert profile is not None
         assert readings is not None
         size = ModelSize(parameters=self._parameters, nbytes=profile.nbytes, layers=len(profile.blocks))
-        ratio = self.planner.ratio
-        for line in configuration_lines(plan, size, memory=readings.memory, host=readings.host, ratio=ratio):
-            logger.info("%s", line)
+        memory, host, ratio = readings.memory, readings.host, self.planner.ratio
+        logger.info("%s", "\n".join(configuration_lines(plan, size, memory=memory, host=host, ratio=ratio)))
 
     def _log(self, report: RunReport) -> RunReport:
-        """Logs the summary of a run that is over; in debug mode a table of its blocks and a trace file as well.
-
-        Returns:
-            The report, with notes on the trace.
+        """Logs the summary of a run that is over. In debug mode also a table of its blocks, and writes a trace file:
+        the report that is returned has a note on it.
         """
+        is_debug, trace, profile = self.planner.settings.debug_mode, self.session.trace, self.planner.profile
         try:
-            if self.planner.settings.debug_mode:
+            if is_debug:
                 logger.info("%s", block_table(report))
-                report = replace(report, notes=(*report.notes, *self._write_trace()))
-            logger.info("%s", summary(report))
+            if is_debug and trace is not None and profile is not None and self._trace_dir is not None:
+                note = write_run_trace(self._trace_dir, trace, names=[block.name for block in profile.blocks])
+                report = replace(report, notes=(*report.notes, note))
+            logger.info("\n%s", summary(report, details=is_debug))
         except Exception:  # a fault in the report must not fail a run that has succeeded
             logger.exception("the run's report could not be written; please report this")
         return report
-
-    def _write_trace(self) -> tuple[str, ...]:
-        trace, profile = self.session.trace, self.planner.profile
-        if trace is None or self._trace_dir is None or profile is None:
-            return ()
-        path = self._trace_dir / trace_name(datetime.now())
-        try:
-            write_trace(path, chrome_trace(trace.spans(), names=[block.name for block in profile.blocks]))
-        except BlockSwapError as failure:
-            return (str(failure),)
-        cut = f", without the last {trace.dropped:,} spans" if trace.dropped else ""
-        return (f"trace: {path}{cut}",)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from ...hardware.records import DeviceMemory, HostMemory, Samples
 from ...hardware.units import MIB, format_bytes, format_count
-from ..plan.swap_plan import SwapPlan
+from ..plan.swap_plan import SwapPlan, blocks_in_words
 from .history import Workload
-from .report import Measured, RunReport, host_tiers
+from .report import Hint, Measured, RunReport, host_tiers
 
 MOST_TEXTS = 3
 """Refusals, plans and notes that one line lists; of the rest it gives the number."""
@@ -19,6 +19,9 @@ FEW_MS = 100
 """Durations below it, in ms, are shown to a tenth."""
 
 GIGA = 1e9
+
+NEVER = 0.0005
+"""Share of a pass below which the GPU "never" waits: it would be shown as 0.0 %."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,53 +39,142 @@ class ModelSize:
     layers: int
 
 
-def summary(report: RunReport) -> str:
-    """At most 11 lines, predicted beside measured; what did not happen or is unknown is left out."""
+def summary(report: RunReport, *, details: bool = False) -> str:
+    """At most 12 lines, expected beside measured; what did not happen or is unknown is left out.
+
+    Args:
+        report: The report.
+        details: Add lines for people who know how it works.
+    """
     measured = report.measured
     lines = [
-        f"{_one_line(report.title)}: {_swapped(report.plan)}",
+        _head(report),
+        f"blocks: {blocks_in_words(report.plan)}",
         _weights(report),
-        _activations(report),
-        _forwards(report),
-        _stall(report),
+        _computation(report),
+        _passes(report),
+        _waits(report),
         _copies(report),
-        _tuning(report.plan),
-        _host(measured),
+        _ram(measured),
         _sampled(measured.samples),
-        _named("planned again", measured.replans),
+        _named("plan changed", measured.replans),
+        "" if report.hint is None else f"hint: {hint_text(report.hint)}",
         _named("note", report.notes),
+        *(_details(report) if details else ()),
     ]
     return "\n".join(line for line in lines if line)
 
 
-def plan_text(plan: SwapPlan, *, card: str, budget_bytes: int) -> str:
-    """A plan before its run: what stays, what streams, what it costs, and why.
+def plan_text(plan: SwapPlan, *, card: str, details: bool = False) -> str:
+    """A plan before its run: where the blocks are, and what that takes and costs.
 
     Args:
         plan: The plan.
         card: The device's name.
-        budget_bytes: Device memory that block weights may take.
+        details: Add its reasons.
     """
-    count, total = plan.swapped_count, len(plan.swapped)
-    free = format_bytes(budget_bytes)
-    if not count:
-        head = f"{card}, {free} for block weights: all {format_count(total, 'block')} stay"
+    lines = [f"{card}: {blocks_in_words(plan)}", _vram_planned(plan)]
+    if plan.swapped_count:
+        held = _held(plan.slab_bytes, plan.pinned_bytes, plan.file_bytes)
+        lines.append(f"RAM: {held}" if held else "")
+        lines.append(f"copied to the GPU in each pass of the model: {format_bytes(plan.streamed_bytes)}")
+    if plan.predicted is not None:
+        wait = expected_waits(plan.predicted.stall, plan.predicted.elapsed) if plan.swapped_count else ""
+        lines.append(f"expected: {_s(plan.predicted.elapsed)} for a pass of the model{f'; {wait}' if wait else ''}")
+    lines += [f"- {text}" for text in plan.remarks]
+    if details:
+        lines += ["details:", *(f"- {text}" for text in plan.reasons if text not in plan.remarks), _where(plan)]
+    return "\n".join(line for line in lines if line)
+
+
+def plan_lines(plan: SwapPlan, *, card: str) -> str:
+    """A plan in the log: three short lines, below one that may be begun already."""
+    expected = ""
+    if plan.predicted is not None and plan.swapped_count:
+        expected = f"; {expected_waits(plan.predicted.stall, plan.predicted.elapsed)}"
+    held = _held(plan.slab_bytes, plan.pinned_bytes, plan.file_bytes) if plan.swapped_count else ""
+    lines = [
+        f"WanVideo Enhanced BlockSwap on {card}: {blocks_in_words(plan)}{expected}",
+        f"  {_vram_planned(plan)}{f'; RAM: {held}' if held else ''}",
+        *(f"  {text}" for text in plan.remarks[:1]),
+    ]
+    return "\n" + "\n".join(lines)
+
+
+def waits(stall_ms: float | None, forward_ms: float | None) -> str:
+    """How long the GPU waited for copies, as a clause; empty if unknown."""
+    if stall_ms is None or not forward_ms:
+        return ""
+    share = _share(stall_ms, forward_ms)
+    return f"the GPU waited {share} of the time for copies" if share else "the GPU never waited"
+
+
+def expected_waits(stall_ms: float, forward_ms: float) -> str:
+    """The same before a run."""
+    share = _share(stall_ms, forward_ms)
+    return f"the GPU should wait {share} of the time for copies" if share else "the GPU should never wait"
+
+
+def _share(stall_ms: float, forward_ms: float) -> str:
+    """A share of a forward in percent; empty if it is none."""
+    share = stall_ms / forward_ms if forward_ms else 0.0
+    return "" if share < NEVER else f"{share:.1%}"
+
+
+def steps_in_words(measured: Measured) -> str:
+    """How far a run came, such as "20 steps"."""
+    if measured.steps:
+        return format_count(measured.steps, "step")
+    return f"{measured.forwards} {'pass' if measured.forwards == 1 else 'passes'} of the model"
+
+
+def hint_text(hint: Hint) -> str:
+    """What the user could change, and what it would gain."""
+    return (
+        f"{format_bytes(hint.free_bytes)} of VRAM stayed free: vram_threshold_percent {hint.percent} would keep "
+        f"{hint.blocks} more {'block' if hint.blocks == 1 else 'blocks'} on the GPU and save about {_s(hint.saved_ms)} "
+        f"a {hint.each}."
+    )
+
+
+def _head(report: RunReport) -> str:
+    when = "" if report.ended is None else f", {report.ended:%H:%M}"
+    done = steps_in_words(report.measured) if report.measured.forwards else ""
+    if report.failure:
+        how = f"FAILED {f'after {done}' if done else 'before the first step'}: {_one_line(report.failure)}"
     else:
-        stall = "" if plan.stall_ms is None else f", {_ms(plan.stall_ms)} of stall expected per forward"
-        through = f"{count} stream through {format_count(plan.slots, 'slot')}"
-        head = f"{card}, {free} for block weights: {total - count} of {total} blocks stay, {through}{stall}"
-    lines = [head, _weights_planned(plan), *(f"- {reason}" for reason in plan.reasons)]
-    if count:
-        tiers = ", ".join(f"{n} {tier}" for tier, n in host_tiers(plan).items())
-        held = _held(plan.slab_bytes, plan.pinned_bytes, plan.anonymous_bytes, plan.file_bytes)
-        lines.insert(2, f"host: {held} ({tiers}); {_decimal(plan.streamed_bytes)} copied per forward")
-    return "\n".join(lines)
+        how = f"{done or 'nothing has run'}; {_one_line(report.title)}"
+    return f"run {report.number}{when}: {how}"
 
 
-def _weights_planned(plan: SwapPlan) -> str:
-    parts = f"{format_bytes(plan.resident_bytes)} resident, {format_bytes(plan.window_bytes)} window"
-    over = "; OVER THE BUDGET even so" if plan.over_ceiling else ""
-    return f"weights on the device: {format_bytes(plan.device_bytes)} ({parts}){over}"
+def _vram_planned(plan: SwapPlan) -> str:
+    line = f"VRAM: {format_bytes(plan.device_bytes)} for the blocks, of {format_bytes(plan.limit_bytes)} free"
+    if plan.activation_bytes is not None:
+        line += f"; {format_bytes(plan.activation_bytes)} for the computation"
+    return line
+
+
+def _where(plan: SwapPlan) -> str:
+    """For people who know how it works: slots, streams, host tiers."""
+    if not plan.swapped_count:
+        return ""
+    streams = format_count(plan.streams, "copy stream") if plan.overlap else "no overlap"
+    tiers = ", ".join(f"{count} {tier}" for tier, count in host_tiers(plan).items())
+    return f"- {plan.swapped_count} of {len(plan.swapped)} modules swapped ({tiers}), {slots_in_words(plan)}, {streams}"
+
+
+def _details(report: RunReport) -> list[str]:
+    measured, prediction = report.measured, report.prediction
+    lines = [_where(report.plan), *(f"- {text}" for text in report.plan.tuning)]
+    if measured.empty_forwards:
+        lines.append(f"- {format_count(measured.empty_forwards, 'forward')} ran no block")
+    if measured.stall_ms is not None:
+        timed = format_count(measured.timed_forwards, "timed forward")
+        expected = "" if prediction is None else f", {_ms(prediction.stall)} predicted"
+        lines.append(f"- stall per forward: {_ms(measured.stall_ms)} in {timed}{expected}")
+    lines += [f"- not page-locked: {text}" for text in measured.refusals[:MOST_TEXTS]]
+    lines += [] if measured.samples is None else [f"- {format_count(measured.samples.count, 'sample')}"]
+    return ["details:", *lines] if any(lines) else []
 
 
 def block_table(report: RunReport) -> str:
@@ -142,15 +234,6 @@ def _mib(nbytes: int) -> str:
     return f"{nbytes / MIB:.1f}"
 
 
-def _swapped(plan: SwapPlan) -> str:
-    if not plan.swapped_count:
-        return f"all {format_count(len(plan.swapped), 'block')} resident"
-    streams = format_count(plan.streams, "copy stream") if plan.overlap else "no overlap"
-    window = f"{slots_in_words(plan)}, {streams}"
-    tiers = ", ".join(f"{count} {tier}" for tier, count in host_tiers(plan).items())
-    return f"{plan.swapped_count} of {len(plan.swapped)} blocks swapped ({tiers}), {window}"
-
-
 def slots_in_words(plan: SwapPlan) -> str:
     """The number and size of a plan's slots."""
     slots = f"{format_count(plan.slots, 'slot')} of {format_bytes(plan.slot_bytes)}"
@@ -160,97 +243,88 @@ def slots_in_words(plan: SwapPlan) -> str:
 
 def _weights(report: RunReport) -> str:
     plan, found = report.plan, report.measured.weight_bytes
-    line = f"weights on the device: {format_bytes(plan.device_bytes)} planned"
-    if plan.over_ceiling:
-        line += f", over the budget of {format_bytes(plan.budget_bytes)}"
+    line = f"VRAM for the blocks: {format_bytes(plan.device_bytes)} planned"
     if found is not None:
-        line += f"; {format_bytes(found)} measured"
+        line += f", {format_bytes(found)} measured"
         if found > plan.device_bytes:
             line += f", {found - plan.device_bytes:,} bytes more than planned"
+    if plan.over_ceiling:
+        line += f"; {format_bytes(plan.budget_bytes)} were left for them"
     return line
 
 
-def _activations(report: RunReport) -> str:
+def _computation(report: RunReport) -> str:
     known = ((report.activation_bytes, "expected"), (report.measured.activation_bytes, "measured"))
     parts = [f"{format_bytes(nbytes)} {how}" for nbytes, how in known if nbytes is not None]
-    return f"activations: {'; '.join(parts)}" if parts else ""
+    return f"VRAM for the computation: {', '.join(parts)}" if parts else ""
 
 
-def _forwards(report: RunReport) -> str:
+def _passes(report: RunReport) -> str:
     measured, prediction = report.measured, report.prediction
-    line = f"forwards: {measured.forwards}"
-    if measured.empty_forwards:
-        line += f", and {measured.empty_forwards} that ran no block"
-    if prediction is not None:
-        line += f"; {_ms(prediction.elapsed)} predicted"
-    if measured.forward_ms is not None:
-        line += f"; {_ms(measured.forward_ms)} measured (median)"
-    return line
+    parts = [] if measured.forward_ms is None else [f"{_s(measured.forward_ms)} each"]
+    parts += [] if prediction is None else [f"{_s(prediction.elapsed)} expected"]
+    line = f"passes of the model: {measured.forwards}"
+    return f"{line}, {', '.join(parts)}" if parts else line
 
 
-def _stall(report: RunReport) -> str:
+def _waits(report: RunReport) -> str:
     measured, prediction = report.measured, report.prediction
     if not report.plan.swapped_count:
         return ""
-    parts = []
-    if prediction is not None:
-        parts.append(f"{_ms(prediction.stall)}{_share(prediction.stall, prediction.elapsed)} predicted")
-    if measured.stall_ms is not None:
-        timed = format_count(measured.timed_forwards, "timed forward")
-        parts.append(f"{_ms(measured.stall_ms)}{_share(measured.stall_ms, measured.forward_ms)} measured in {timed}")
-    return f"stall per forward: {'; '.join(parts)}" if parts else ""
+    found = waits(measured.stall_ms, measured.forward_ms)
+    if prediction is None:
+        return f"waiting: {found}" if found else ""
+    if not found:
+        return f"waiting: {expected_waits(prediction.stall, prediction.elapsed)}"
+    return f"waiting: {found} (expected: {_share(prediction.stall, prediction.elapsed) or 'never'})"
 
 
 def _copies(report: RunReport) -> str:
     """Bytes to the device and back. That no weight is copied back is a promise, so every report shows it."""
-    plan, measured = report.plan, report.measured
-    line = f"copied to the device: {_decimal(measured.placed_bytes)} once"
-    if measured.onloads:
-        line += f"; per forward {_decimal(plan.streamed_bytes)} planned"
-        if measured.forwards:
-            line += f", {_decimal(measured.onloaded_bytes / measured.forwards)} measured"
+    measured = report.measured
+    line = f"copied to the GPU: {format_bytes(measured.placed_bytes)} once"
+    if measured.onloads and measured.forwards:
+        line += f", {format_bytes(measured.onloaded_bytes // measured.forwards)} in each pass"
     if measured.copy_bytes_per_s is not None:
         line += f" at {measured.copy_bytes_per_s / GIGA:.1f} GB/s"
         if report.link_bytes_per_s is not None:
-            line += f" (link {report.link_bytes_per_s / GIGA:.1f} GB/s)"
-    changed = f"{format_bytes(measured.returned_bytes)} of changed buffers, no weights"
+            line += f" (possible: {report.link_bytes_per_s / GIGA:.1f})"
+    changed = f"{format_bytes(measured.returned_bytes)} that the model changed, no weights"
     return f"{line}; back: {changed if measured.returned_bytes else 'nothing'}"
 
 
-def _tuning(plan: SwapPlan) -> str:
-    """What the GPU's tier allows, and what was chosen within it for the measured link."""
-    return f"tuning: {'; '.join(map(_one_line, plan.tuning))}" if plan.tuning else ""
+def _ram(measured: Measured) -> str:
+    held = _held(measured.slab_bytes, measured.pinned_bytes, measured.file_bytes)
+    refused = "the system did not let all of it be locked, so copies are slower" if measured.refusals else ""
+    text = "; ".join(part for part in (held, refused) if part)
+    return f"RAM: {text}" if text else ""
 
 
-def _host(measured: Measured) -> str:
-    parts = measured.slab_bytes, measured.pinned_bytes, measured.anonymous_bytes, measured.file_bytes
-    held = f"host memory: {_held(*parts)}" if any(parts) else ""
-    return "; ".join(part for part in (held, _named("not page-locked", measured.refusals)) if part)
-
-
-def _held(slabs: int, pinned: int, anonymous: int, file: int) -> str:
-    parts = [f"{format_bytes(slabs)} of slabs", f"{format_bytes(pinned)} page-locked"]
-    if anonymous:
-        parts.append(f"{format_bytes(anonymous)} of ordinary memory")
+def _held(slabs: int, pinned: int, file: int) -> str:
+    """Where on the host the blocks that stream are."""
+    parts = []
+    if slabs:
+        locked = "locked" if pinned >= slabs else f"{format_bytes(pinned)} of it locked" if pinned else "not locked"
+        parts.append(f"{format_bytes(slabs)} for streaming, {locked}")
     if file:
-        parts.append(f"{format_bytes(file)} read from the file in each forward")
+        parts.append(f"{format_bytes(file)} read from the model's file in each pass")
     return "; ".join(parts)
 
 
 def _sampled(samples: Samples | None) -> str:
     if samples is None:
         return ""
-    parts = []
-    if samples.gpu_percent_mean is not None and samples.gpu_percent_max is not None:
-        parts.append(f"GPU busy {samples.gpu_percent_mean:.0f} % (at most {samples.gpu_percent_max:.0f} %)")
-    for what, nbytes in (
-        ("VRAM in use at most", samples.vram_used_peak_bytes),
-        ("RAM of this process at most", samples.rss_peak_bytes),
-        ("RAM available at least", samples.host_available_least_bytes),
-    ):
-        if nbytes is not None:
-            parts.append(f"{what} {format_bytes(nbytes)}")
-    return f"{format_count(samples.count, 'sample')}: {'; '.join(parts)}" if parts else ""
+    figures = (
+        ("VRAM", samples.vram_used_peak_bytes),
+        ("RAM by ComfyUI", samples.rss_peak_bytes),
+    )
+    parts = [f"{format_bytes(nbytes)} of {what}" for what, nbytes in figures if nbytes is not None]
+    line = f"in use at most: {', '.join(parts)}" if parts else ""
+    if samples.host_available_least_bytes is not None:
+        line += f"; RAM left at least: {format_bytes(samples.host_available_least_bytes)}"
+    if samples.gpu_percent_mean is not None:
+        line += f"; GPU busy {samples.gpu_percent_mean:.0f} %"
+    return line.removeprefix("; ")
 
 
 def _named(what: str, texts: Sequence[str]) -> str:
@@ -266,17 +340,13 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _decimal(nbytes: float) -> str:
-    """In powers of ten, as speeds are."""
-    return f"{nbytes / GIGA:.2f} GB" if nbytes >= GIGA else f"{nbytes / 1e6:.1f} MB"
-
-
 def _ms(duration: float) -> str:
     return f"{duration:,.0f} ms" if duration >= FEW_MS else f"{duration:.1f} ms"
 
 
-def _share(part: float, whole: float | None) -> str:
-    return f" ({part / whole:.1%})" if whole else ""
+def _s(duration_ms: float) -> str:
+    """In seconds; short durations in milliseconds."""
+    return f"{duration_ms / 1e3:,.1f} s" if duration_ms >= 1e3 else _ms(duration_ms)  # noqa: PLR2004 - a second
 
 
 def _cell(duration: float | None) -> str:
@@ -304,19 +374,13 @@ def oom_message(workload: Workload | None, plan: SwapPlan | None, *, reported: s
         reported: The device's own message.
     """
     if plan is None:
-        return (
-            "device memory ran out before any block was placed; close other programs on the GPU (the device reported: "
-            f"{reported})"
-        )
+        return f"out of VRAM before the first step; close other programs on the GPU (the GPU reported: {reported})"
     room = max(0, plan.limit_bytes - plan.device_bytes)
-    slots = format_count(plan.slots, "slot")
-    swapped = f"{plan.swapped_count} of {len(plan.swapped)} blocks swapped through {slots}"
-    weights = f"{format_bytes(plan.device_bytes)} of weights"
-    what = "a forward" if workload is None else f"a forward of {workload.tokens:,} tokens"
+    weights = f"{format_bytes(plan.device_bytes)} of weights ({blocks_in_words(plan)})"
     expected = None if workload is None else workload.expected_activation_bytes
-    needs = "" if expected is None else f"needs about {format_bytes(expected)} for activations and "
-    head = f"{what} {needs}ran out of the {format_bytes(room)} that were left beside {weights} ({swapped})"
-    return f"{head}; {_advice(workload, room)}or close other programs on the GPU (the device reported: {reported})"
+    needs = "needs more" if expected is None else f"needs about {format_bytes(expected)}"
+    head = f"out of VRAM: this video size {needs}, and {format_bytes(room)} were left beside {weights}"
+    return f"{head}; {_advice(workload, room)}or close other programs on the GPU (the GPU reported: {reported})"
 
 
 def _advice(workload: Workload | None, room: int) -> str:
@@ -341,6 +405,6 @@ def not_again(why: str, *, reported: str) -> str:
         reported: The device's own message.
     """
     return (
-        f"a forward ran out of device memory and cannot be repeated, since {why}; a smaller plan is remembered for "
-        f"this video size: queue the prompt again (the device reported: {reported})"
+        f"out of VRAM, and this step cannot be repeated, since {why}; a smaller plan is remembered for this video "
+        f"size: queue the prompt again (the GPU reported: {reported})"
     )

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...hardware.files import write_json
 from ..errors import BlockSwapError
 from ..spans import COMPUTE, COPY, FORWARD, STALL, Span
+
+if TYPE_CHECKING:
+    from ..engine.trace import Trace
 
 _PROCESS = {"pid": 1, "tid": 0}
 _ORDER = (FORWARD, COMPUTE, STALL, COPY)
@@ -40,6 +44,16 @@ def chrome_trace(spans: Iterable[Span], *, names: Sequence[str]) -> dict[str, ob
             times = {"ts": begin_ns / 1e3, "dur": (end_ns - begin_ns) / 1e3}
             events.append({"ph": "X", "cat": lane} | _label(span, names) | track | times)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def write_run_trace(folder: Path, trace: Trace, *, names: Sequence[str]) -> str:
+    """Writes a run's trace. Returns where it is, or why it could not be written."""
+    path = folder / trace_name(datetime.now())
+    try:
+        write_trace(path, chrome_trace(trace.spans(), names=names))
+    except BlockSwapError as failure:
+        return str(failure)
+    return f"trace: {path}" + (f", without the last {trace.dropped:,} spans" if trace.dropped else "")
 
 
 def trace_name(now: datetime) -> str:

@@ -44,7 +44,7 @@ from .wanvideo import (
     vace_blocks_entered,
     vace_blocks_of,
 )
-from .workload import workload_of
+from .workload import step_of, workload_of
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ class Gate:
             if session.pinned_bytes and planner.pins.left_bytes < need:
                 session.unlock()
             if session.slab_bytes and planner.machine.host().available_bytes < fresh:
-                logger.info("host memory is short: a model whose run has ended gives up its slabs")
+                logger.info("RAM is short: what was kept of a model whose run has ended is freed")
                 session.give_up_slabs()
 
     def _idle_beside(self, gated: GatedModel) -> list[SwapSession]:
@@ -253,7 +253,7 @@ class Gate:
             return
         host = run.planner.machine.host()
         if session.slab_bytes and host.available_bytes < SCARCE_HOST_SHARE * host.physical_bytes:
-            logger.info("host memory is nearly full: slabs are not kept for the next run")
+            logger.info("RAM is nearly full: weights are not kept ready for the next run")
             session.give_up_slabs()
 
     def _remove(self, transformer: nn.Module) -> bool:
@@ -385,7 +385,7 @@ class GatedModel:
                     native_swapping_disabled(transformer, hints_to_host=self.hints_to_host),
                     # The wrapper moves what is beside the blocks in the middle of a forward.
                     moves_disabled(part.module for part in parts if part.is_beside),
-                    self.run.forward(workload, [part.module for part in parts]),
+                    self.run.forward(workload, [part.module for part in parts], step=step_of(keywords)),
                     vace_blocks_entered(parts, self.run.session.enter),
                 ):
                     return original(*arguments, **keywords)
@@ -421,7 +421,7 @@ class GatedModel:
         self.run.withdraw(workload)
         workload = workload_of(transformer, arguments, keywords, hints_to_host=True)
         self.run.prepare(workload)
-        logger.info("the hints of %d VACE blocks go to the host, since the device has no room for them", vace)
+        logger.info("the hints of %d VACE blocks go to RAM, since VRAM has no room for them", vace)
         return workload
 
 

@@ -106,10 +106,10 @@ def retry_blocker(transformer: Any, original: Any, *, step: int) -> str | None:
     """
     caches = [name for cache, name in CACHES.items() if _cache_acts(transformer, cache, step)]
     if caches:
-        return f"{' and '.join(caches)} keeps state from one forward to the next"
+        return f"{' and '.join(caches)} keeps state from one step to the next"
     function = original.func if isinstance(original, functools.partial) else original
     if function is not type(transformer).forward or function.__module__ != type(transformer).__module__:
-        return "another pack has changed the model's forward"
+        return "another pack has changed how the model runs"
     if any(unwrapped(part.module)._forward_hooks for part in parts_of(transformer)):
         return "another pack has hooks on the model's blocks"
     return None

@@ -13,6 +13,7 @@ import torch
 from ..model.activations import Attention, ForwardOptions, Rope, activation_bytes, weight_copies
 from ..model.wan import WanArchitecture
 from ..run.history import Workload
+from ..run.report import Step
 from .parts import unwrapped
 from .wanvideo import vace_blocks_of
 
@@ -54,6 +55,16 @@ def workload_of(
         logger.debug("the memory of a forward of %s is not expected: %r", type(transformer).__name__, failure)
         expected = None
     return Workload(tokens=tokens, expected_activation_bytes=expected, latent_frames=frames)
+
+
+def step_of(keywords: Mapping[str, Any]) -> Step | None:
+    """The sampler's step that a forward belongs to; None if the wrapper does not say."""
+    index, share = keywords.get("current_step"), keywords.get("current_step_percentage")
+    if not isinstance(index, int):
+        return None
+    if keywords.get("last_step"):
+        return Step(index + 1, index + 1)
+    return Step(index + 1, round(index / share) if index and share else None)
 
 
 def _architecture(transformer: Any, patch: Sequence[int]) -> WanArchitecture:

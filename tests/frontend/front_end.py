@@ -153,8 +153,20 @@ class FrontEnd:
         page.on("pageerror", lambda error: self.errors.append(f"exception: {error.stack or error}"))
         page.on("console", self._on_console)
         page.goto(server.address)
+        self._start()
+        self._settings = self.evaluate("() => ({ ...app.ui.settings.settingsValues })")
+        self._stored = dict(server.settings)
+        self.errors_at_start = tuple(self.errors)
+
+    def reload(self) -> None:
+        """Loads the page again, as a user does."""
+        self.page.reload()
+        self._start()
+        self.close_dialogs()
+
+    def _start(self) -> None:
         self.wait_for(READY, NODE)
-        page.evaluate(
+        self.evaluate(
             """async barrier => {
                 const { api } = await import("/scripts/api.js");
                 window.testSeen = 0;
@@ -163,9 +175,6 @@ class FrontEnd:
             BARRIER,
         )
         self.settle()
-        self._settings = self.evaluate("() => ({ ...app.ui.settings.settingsValues })")
-        self._stored = dict(server.settings)
-        self.errors_at_start = tuple(self.errors)
 
     def reset(self) -> None:
         """An empty graph in the only tab, no dialog, the settings of the start, and no errors yet."""

@@ -27,6 +27,7 @@ def main() -> None:
     with opened_for_pictures("en") as ui:
         studio = Studio(ui, out)
         studio.nodes()
+        studio.film()
         studio.thumbnails()
     with opened_for_pictures("zh") as ui:
         Studio(ui, out).help_page()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 from shown import planned, predicted, ran
 from wanvideo_enhanced_blockswap.blockswap.run.progress import AdoptFigures, Phase, Progress, stopped
+from wanvideo_enhanced_blockswap.blockswap.run.report import Step
 from wanvideo_enhanced_blockswap.node_progress import EVENT
 
-from .answers import LOCALES
-from .bars import ADOPTING, DONE, GIB, MEMORY, PLAN, PREDICTED, SAMPLING, bar, send
+from .answers import LOCALES, translations
+from .bars import ADOPTING, DONE, GIB, HINT, MEMORY, PLAN, PREDICTED, SAMPLING, bar, connected, send
 from .front_end import NODE, FrontEnd, Variant
 
 one_page = pytest.mark.parametrize("front_end", [Variant()], indirect=True, ids=str)
@@ -26,6 +28,7 @@ TOLD = {
     "sampling": SAMPLING,
     "done": DONE,
     "moved": replace(SAMPLING, run=replace(SAMPLING.run, others="accelerate moved blocks.3.up")),
+    "passes": replace(SAMPLING, run=replace(SAMPLING.run, step=None)),
     "whole": Progress(
         phase=Phase.SAMPLING,
         memory=MEMORY,
@@ -39,6 +42,15 @@ TOLD = {
 }
 
 
+AT_ITS_MIDDLE = """selector => {
+    const { shadowRoot } = document.querySelector("[data-phase]");
+    const box = shadowRoot.querySelector(selector).getBoundingClientRect();
+    const hit = shadowRoot.elementFromPoint(box.left + box.width / 2, box.top + box.height / 2)
+        .closest("[data-zone], [data-entry]");
+    return hit?.dataset.zone ?? hit?.dataset.entry;
+}"""
+
+
 def plain(lines: list[str]) -> list[str]:
     """With ordinary spaces between numbers and units."""
     return [line.replace("\u00a0", " ") for line in lines]
@@ -48,7 +60,7 @@ def plain(lines: list[str]) -> list[str]:
 
 
 def test_a_new_node_has_an_empty_bar_and_says_when_the_plan_comes(ui: FrontEnd) -> None:
-    shown = bar(ui, ui.add(NODE))
+    shown = bar(ui, connected(ui))
     assert (shown.phase, shown.is_shown, shown.overflows) == ("idle", True, False)
     assert shown.parts == {}
     assert shown.lines == TEXTS[ui.variant.language]["idle"]
@@ -63,60 +75,84 @@ def test_parts_are_as_wide_as_their_share_of_the_card(ui: FrontEnd) -> None:
     node = ui.add(NODE)
     send(ui, node, SAMPLING)
     shown = bar(ui, node)
-    starts = {"other": 0, "residents": GIB, "window": 5 * GIB, "activations": GIB * 11 // 2}
+    sizes = {"other": 2, "residents": 8, "window": 1, "activations": 7, "free": 6}  # of 24 halves of a GB
+    starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
     assert {name: part for name, part in shown.parts.items() if name != "ceiling"} == {
-        name: pytest.approx([start / MEMORY.total, getattr(MEMORY, name) / MEMORY.total], abs=2 / shown.width)
-        for name, start in starts.items()
+        name: pytest.approx([starts[name] / 24, size / 24], abs=2 / shown.width) for name, size in sizes.items()
     }
     left, width = shown.parts["ceiling"]
     assert left + width / 2 == pytest.approx(0.5, abs=2 / shown.width)
 
 
+MEMORIES = {
+    "ordinary": MEMORY,
+    "odd": replace(MEMORY, other=int(1.04 * GIB), residents=int(4.04 * GIB), window=int(0.54 * GIB)),
+    "full": replace(MEMORY, activations=GIB * 13 // 2),
+    "too much": replace(MEMORY, activations=20 * GIB),
+    "too much without the computation": replace(MEMORY, other=9 * GIB, activations=None),
+    "unknown": replace(MEMORY, activations=None, ceiling=0),
+    "small": replace(MEMORY, **{each.name: getattr(MEMORY, each.name) >> 7 for each in fields(MEMORY)}),
+}
+
+
 @one_page
-def test_activations_that_do_not_fit_fill_the_headroom_and_no_more(ui: FrontEnd) -> None:
+@pytest.mark.parametrize("progress", [ADOPTING, SAMPLING, DONE], ids=lambda progress: progress.phase.value)
+@pytest.mark.parametrize("name", MEMORIES)
+def test_the_figures_of_the_legend_add_up_to_the_one_above_the_bar(ui: FrontEnd, progress: Progress, name: str) -> None:
     node = ui.add(NODE)
-    send(ui, node, replace(SAMPLING, memory=replace(MEMORY, activations=20 * GIB)))
-    start, width = bar(ui, node).parts["activations"]
-    assert start + width == pytest.approx(1, abs=0.01)
-    assert bar(ui, node).legend["activations"][1] == "20.0\u00a0GiB"
+    send(ui, node, replace(progress, memory=MEMORIES[name]))
+    shown = bar(ui, node)
+    parts = [size.split("\u00a0") for _, size in shown.legend.values() if size[-1] == "B"]
+    number, unit = shown.head[0].split()[1:3]
+    assert {unit for _, unit in parts} == {unit}
+    rounding = 0.05 * (len(parts) + 1)
+    assert sum(float(number) for number, _ in parts) == pytest.approx(float(number), abs=rounding)
+    widths = [width for part, (_, width) in shown.parts.items() if part != "ceiling"]
+    assert sum(widths) == pytest.approx(1, abs=0.01)
 
 
 @one_page
 def test_what_is_unknown_or_does_not_apply_is_neither_drawn_nor_named(ui: FrontEnd) -> None:
     node = ui.add(NODE)
-    send(ui, node, replace(SAMPLING, memory=replace(MEMORY, activations=None, ceiling=0)))
+    send(ui, node, replace(SAMPLING, memory=MEMORIES["unknown"]))
     shown = bar(ui, node)
-    assert list(shown.parts) == ["other", "residents", "window"]
-    assert list(shown.legend) == ["other", "residents", "window", "headroom"]
+    assert list(shown.parts) == list(shown.legend) == ["other", "residents", "window", "free"]
 
 
 @one_page
-def test_estimates_of_more_than_the_card_has_stay_inside_the_bar(ui: FrontEnd) -> None:
+def test_estimates_of_more_than_the_card_has_are_shown_as_such(ui: FrontEnd) -> None:
     node = ui.add(NODE)
-    send(ui, node, replace(SAMPLING, memory=replace(MEMORY, other=9 * GIB)))
+    send(ui, node, replace(SAMPLING, memory=MEMORIES["too much"]))
     shown = bar(ui, node)
-    assert sum(shown.parts["window"]) == pytest.approx(1, abs=0.01)
-    assert shown.legend["headroom"][1] == "0.0\u00a0MiB"
+    assert plain(shown.head) == ["VRAM 25.5 GB of 12.0 GB", ""]
+    assert shown.legend["free"][1] == "0.0\u00a0GB"
+    left, width = shown.parts["ceiling"]
+    assert left + width / 2 == pytest.approx(6 / 25.5, abs=0.01)
 
 
-def test_the_legend_names_every_part_and_its_size(ui: FrontEnd) -> None:
+def test_the_legend_names_every_part_and_its_size_and_the_limit_as_a_share(ui: FrontEnd) -> None:
     node = ui.add(NODE)
     send(ui, node, SAMPLING)
-    assert {name: plain(texts) for name, texts in bar(ui, node).legend.items()} == {
-        name: [word, size]
-        for (name, size), word in zip(
-            {
-                "other": "1.0 GiB",
-                "residents": "4.0 GiB",
-                "window": "512.0 MiB",
-                "activations": "3.5 GiB",
-                "headroom": "6.5 GiB",
-                "ceiling": "6.0 GiB",
-            }.items(),
-            TEXTS[ui.variant.language]["legend"],
-            strict=True,
-        )
+    shown, words = bar(ui, node), TEXTS[ui.variant.language]
+    sizes = {"other": "1.0 GB", "residents": "4.0 GB", "window": "0.5 GB", "activations": "3.5 GB", "free": "3.0 GB"}
+    assert {name: plain(texts) for name, texts in shown.legend.items()} == {
+        "ceiling": [words["limit"], "50%"],
+        **{name: [word, size] for (name, size), word in zip(sizes.items(), words["legend"], strict=True)},
     }
+    assert plain(shown.head)[0].endswith("12.0 GB")
+
+
+def test_every_part_and_every_entry_says_on_hover_what_it_is(ui: FrontEnd) -> None:
+    node = ui.add(NODE)
+    send(ui, node, SAMPLING)
+    tips = bar(ui, node).tips
+    said = translations()[ui.variant.language]["wanVideoEnhancedBlockSwap"]
+    names = ("other", "residents", "window", "activations", "free", "ceiling")
+    assert tips == {place: said[f"tip_{name}"] for name in names for place in (name, f"bar {name}")}
+    # The browser shows it where the pointer is, and not what lies above.
+    for selector in ("[data-part=residents]", "[data-entry=residents]"):
+        hit = ui.evaluate(AT_ITS_MIDDLE, selector)
+        assert hit == "residents"
 
 
 # Sentences
@@ -124,7 +160,7 @@ def test_the_legend_names_every_part_and_its_size(ui: FrontEnd) -> None:
 
 @pytest.mark.parametrize("name", TOLD)
 def test_each_phase_is_told_in_the_users_language(ui: FrontEnd, name: str) -> None:
-    node = ui.add(NODE)
+    node = connected(ui)
     send(ui, node, TOLD[name])
     shown = bar(ui, node)
     assert (shown.phase, shown.overflows) == (TOLD[name].phase.value, False)
@@ -151,18 +187,31 @@ def test_a_screen_reader_is_told_the_same(ui: FrontEnd) -> None:
     assert [part for part in said if part not in shown.label] == []
 
 
+def test_the_hint_after_a_run_stands_out(ui: FrontEnd) -> None:
+    node = connected(ui)
+    send(ui, node, DONE)
+    shown = bar(ui, node)
+    assert shown.hint == shown.lines[-1]
+    send(ui, node, replace(DONE, hint=None))
+    assert bar(ui, node).hint is None
+    assert len(bar(ui, node).lines) == 2
+
+
 WAYS = [
     {"plan": PLAN, "predicted": PREDICTED},
     {"plan": PLAN, "predicted": predicted(0.1, 1000.0)},
-    {"plan": planned(22, free=5 * GIB, over_ceiling=True)},
+    {"plan": planned(22, free=5 * GIB, over_ceiling=True), "predicted": PREDICTED},
+    {"plan": planned(22, free=5 * GIB)},
     {"plan": planned(0, free=GIB // 3), "predicted": PREDICTED},
 ]
 RUNS = [
     SAMPLING.run,
-    ran(2, 175_000_000),
+    ran(2, 175 << 20),
     ran(0, 0),
-    ran(3, 9_000_000_000, forward_ms=500.0, stall_ms=0.0),
+    ran(3, 9 * GIB, forward_ms=500.0, stall_ms=0.0),
+    replace(ran(6, 9 * GIB), step=Step(3, None), steps=3),
 ]
+HINTS = [None, *(replace(HINT, saved_ms=saved) for saved in (0.0, 45.6, 999.0, 1000.0, 61_000.0))]
 
 
 @one_page
@@ -172,6 +221,7 @@ def test_the_english_templates_make_pythons_own_sentences(ui: FrontEnd) -> None:
     told += [
         Progress(phase=phase, **way, run=run) for phase in (Phase.SAMPLING, Phase.DONE) for way in WAYS for run in RUNS
     ]
+    told += [Progress(phase=Phase.DONE, **WAYS[0], run=SAMPLING.run, hint=hint) for hint in HINTS]
     made = ui.evaluate(
         """async ([script, events]) => {
             const { Texts } = await import(script);
@@ -180,8 +230,8 @@ def test_the_english_templates_make_pythons_own_sentences(ui: FrontEnd) -> None:
         }""",
         [module(ui, "texts.js"), [each.as_json() for each in told]],
     )
-    # Nothing is shown as 0 MiB by us, and as 0 B by Python.
-    assert [text.replace("\u00a0", " ").replace("0.0 MiB", "0 B") for text in made] == [each.text for each in told]
+    # Nothing is shown as 0 MB by us, and as 0 B by Python.
+    assert [text.replace("\u00a0", " ").replace("0.0 MB", "0 B") for text in made] == [each.text for each in told]
 
 
 @one_page
@@ -209,12 +259,12 @@ def test_every_language_fits_into_a_panel_of_the_least_height(ui: FrontEnd, lang
             module(ui, "panel.js"),
             language,
             texts,
-            [None, *(each.as_json() for each in (ADOPTING, SAMPLING, DONE))],
+            [None, *(each.as_json() for each in (ADOPTING, SAMPLING, replace(DONE, hint=None)))],
         ],
     )
     least, heights = found
-    # One line more than the least is room for the longest languages.
-    assert [(height, overflow) for height, overflow in heights if height > least + 24 or overflow] == []
+    # The longest sentences take three lines more than the least; the hint after a run is not among them.
+    assert [(height, overflow) for height, overflow in heights if height > least + 60 or overflow] == []
 
 
 # Several nodes, and events that are none
@@ -252,7 +302,7 @@ def test_an_event_that_is_none_of_ours_changes_nothing(ui: FrontEnd, detail: Any
 HALF: list[dict[str, Any]] = [
     {"memory": {"total": 0, "other": 0, "residents": 0, "window": 0, "ceiling": 0, "activations": 0}},
     {"memory": {"total": "12"}},
-    {"memory": [], "plan": "40", "adopt": {"placed": -1}, "run": {"forwards": None}},
+    {"memory": [], "plan": "40", "adopt": {"placed": -1}, "run": {"passes": None}, "hint": {"percent": "60"}},
     {"memory": {**SAMPLING.as_json()["memory"], "window": -5}},  # type: ignore[dict-item]
     {"text": None},
     {"text": {"a": 1}},

@@ -53,7 +53,11 @@ def shown_by(page: FrontEnd, name: str) -> Shown:
 
 
 def by_id(workflow: Workflow, *keys: str) -> dict[str, list[Any]]:
-    return {str(node["id"]): [node.get(key) for key in keys] for node in workflow.data["nodes"]}
+    """An empty list of values, as of a node that only shows a text, is as good as none."""
+    return {
+        str(node["id"]): [None if node.get(key) == [] else node.get(key) for key in keys]
+        for node in workflow.data["nodes"]
+    }
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -77,8 +81,19 @@ def link_problems(file: Workflow, shown: Shown) -> list[str]:
 
 
 def value_problems(file: Workflow, shown: Shown) -> list[str]:
-    keys = ("widgets_values", "properties", "title", "mode", "color")
-    return differences(by_id(file, *keys), by_id(shown.saved, *keys))
+    keys = ("properties", "title", "mode", "color")
+    before, after = by_id(file, *keys), by_id(shown.saved, *keys)
+    for each, workflow in ((before, file), (after, shown.saved)):
+        for node in workflow.data["nodes"]:
+            each[str(node["id"])].append(_without_players(node.get("widgets_values")))
+    return differences(before, after)
+
+
+def _without_players(values: list[Any] | None) -> list[Any] | None:
+    """A sound's player and its button are saved as nothing or None, by one front end or the other."""
+    while values and values[-1] in (None, ""):
+        values = values[:-1]
+    return values or None
 
 
 def prompt_problems(file: Workflow, shown: Shown) -> list[str]:

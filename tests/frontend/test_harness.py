@@ -64,7 +64,7 @@ def test_a_page_reaches_no_other_host(ui: FrontEnd) -> None:
 
 @each_version
 def test_events_and_progress_texts_arrive_as_from_comfyui(ui: FrontEnd) -> None:
-    node = ui.add("PreviewAny")
+    node = ui.add("SaveVideo")
     ui.evaluate(
         """async () => {
             const { api } = await import("/scripts/api.js");
@@ -73,9 +73,9 @@ def test_events_and_progress_texts_arrive_as_from_comfyui(ui: FrontEnd) -> None:
         }"""
     )
     ui.send("harness.event", {"node": node, "bytes": 1 << 35})
-    ui.send_text(node, "11.2 GiB free\n块")
+    ui.send_text(node, "11.2 GB free\n块")
     assert ui.evaluate("() => window.testHeard") == [{"node": node, "bytes": 1 << 35}]
-    assert ui.evaluate("id => app.graph.getNodeById(id).widgets.at(-1).value", node) == "11.2 GiB free\n块"
+    assert ui.evaluate("id => app.graph.getNodeById(id).widgets.at(-1).value", node) == "11.2 GB free\n块"
 
 
 @each_version

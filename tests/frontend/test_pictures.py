@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageChops, ImageStat
+from PIL import Image, ImageChops, ImageSequence, ImageStat
+from wanvideo_enhanced_blockswap.blockswap.run.progress import Phase
 
 from . import bars
 from .answers import EXAMPLES, WEB
+from .film import frames, store
 from .front_end import NODE, ROOT, FrontEnd, Variant
-from .scenes import Scene, scenes, twelve_gib
+from .made_runs import STEPS, twelve_gib
+from .shots import Studio
+from .thumbnails import BADGE, Thumbnail, thumbnails
 
 DOCS = ROOT / "docs"
 HELP = WEB / "docs" / NODE
@@ -21,6 +24,7 @@ JS = WEB / "js"
 WORKFLOWS = sorted(EXAMPLES.glob("*.json"))
 THUMBNAILS = [file.with_suffix(".jpg") for file in WORKFLOWS]
 NODE_PICTURES = [DOCS / f"node_{when}.png" for when in ("before", "during", "after")]
+FILM = DOCS / "node_run.gif"
 HELP_PICTURES = {"en": HELP / "node_during.png", "zh": HELP / "node_during.zh.png"}
 KIB = 1 << 10
 
@@ -58,7 +62,7 @@ def test_the_node_s_pictures_are_of_one_size_and_readable_at_full_size() -> None
     assert height <= width
 
 
-@pytest.mark.parametrize("file", [*NODE_PICTURES, *HELP_PICTURES.values()], ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [*NODE_PICTURES[:2], *HELP_PICTURES.values()], ids=lambda file: file.name)
 def test_a_picture_of_the_node_has_the_colour_of_each_part_of_the_bar(file: Path) -> None:
     found = [rgb for _, rgb in Image.open(file).getcolors(1 << 20)]
     colours = re.findall(
@@ -71,9 +75,19 @@ def test_a_picture_of_the_node_has_the_colour_of_each_part_of_the_bar(file: Path
         assert min(sum(abs(a - b) for a, b in zip(rgb, wanted, strict=True)) for rgb in found) < 40, name
 
 
-def test_the_readme_shows_them() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [file.name for file in NODE_PICTURES if f"](docs/{file.name})" not in readme] == []
+def test_the_documents_show_them() -> None:
+    shown = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    assert [file.name for file in NODE_PICTURES if f"]({file.name})" not in shown] == []
+    assert f"](docs/{FILM.name})" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_film_is_short_small_and_begins_again() -> None:
+    assert FILM.stat().st_size <= 1 << 20
+    with Image.open(FILM) as film:
+        assert (film.format, film.info["loop"]) == ("GIF", 0)
+        assert 480 <= film.width <= 640
+        shown_ms = sum(frame.info["duration"] for frame in ImageSequence.Iterator(film))
+    assert 6_000 <= shown_ms <= 10_000
 
 
 @pytest.mark.parametrize("language", HELP_PICTURES)
@@ -88,23 +102,51 @@ def test_a_help_page_s_picture_is_small(language: str) -> None:
 # What they show
 
 
-def test_there_is_a_scene_for_every_example() -> None:
-    assert [scene.example for scene in scenes()] == [int(file.name[:2]) for file in WORKFLOWS]
+def test_the_film_goes_through_a_run_from_its_beginning_to_its_end() -> None:
+    shown = [frame.progress for frame in frames(twelve_gib())]
+    assert shown[0] is None
+    phases = [progress.phase for progress in shown[1:] if progress is not None]
+    assert list(dict.fromkeys(phases)) == [Phase.ADOPTING, Phase.SAMPLING, Phase.DONE]
+    steps = [progress.run.step for progress in shown[1:] if progress is not None and progress.run is not None]
+    assert [step.number for step in steps if step is not None] == [*range(1, STEPS + 1), STEPS]
 
 
-@pytest.mark.parametrize("scene", scenes(), ids=lambda scene: str(scene.example))
-def test_what_a_swap_node_shows_can_follow_from_what_it_asks_for(scene: Scene) -> None:
-    workflow = json.loads(WORKFLOWS[scene.example - 1].read_text(encoding="utf-8"))
-    asked = [node["widgets_values"] for node in workflow["nodes"] if node["type"] == NODE]
-    told = [part.progress for part in scene.parts if part.progress]
-    assert len(told) == len(asked)
-    for progress, (blocks, _, _, is_auto, ceiling, *_) in zip(told, asked, strict=True):
-        memory, plan = progress.memory, progress.plan
-        assert memory is not None
-        assert plan is not None
-        assert memory.ceiling == memory.total * ceiling / 100
-        assert memory.other + memory.residents + memory.window <= memory.ceiling
-        assert is_auto or plan.swapped_count == blocks
+def test_a_film_has_each_picture_for_its_time(tmp_path: Path) -> None:
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    store([Image.new("RGB", (40, 20), colour) for colour in colours], [100, 200, 300], tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as film:
+        found = [
+            (frame.info["duration"], frame.convert("RGB").getpixel((5, 5))) for frame in ImageSequence.Iterator(film)
+        ]
+    assert found == [(100, colours[0]), (200, colours[1]), (300, colours[2])]
+
+
+def test_there_is_a_drawing_for_every_example() -> None:
+    assert [thumbnail.example for thumbnail in thumbnails()] == [int(file.name[:2]) for file in WORKFLOWS]
+
+
+@pytest.mark.parametrize("thumbnail", thumbnails(), ids=lambda thumbnail: str(thumbnail.example))
+def test_a_thumbnail_names_a_card_of_its_example_s_title_or_note(thumbnail: Thumbnail) -> None:
+    file = WORKFLOWS[thumbnail.example - 1]
+    sizes = re.findall(r"\d+", thumbnail.card)
+    assert {f"{size} GB" for size in sizes} <= set(re.findall(r"\d+ GB", file.stem))
+
+
+@pytest.mark.parametrize("file", THUMBNAILS, ids=lambda file: file.name[:2])
+def test_nothing_of_a_thumbnail_is_below_the_dialog_s_badge(file: Path) -> None:
+    with Image.open(file) as picture:
+        covered = picture.crop((0, 0, *BADGE)).resize((16, 6))
+    assert max(ImageStat.Stat(covered).stddev) < 12  # the ground alone
+
+
+FILMED = [Variant("newest", "vue", "en")]
+
+
+@pytest.mark.parametrize("front_end", FILMED, indirect=True, ids=str)
+def test_the_film_is_made_in_the_front_end(ui: FrontEnd, tmp_path: Path) -> None:
+    Studio(ui, tmp_path).film()
+    with Image.open(tmp_path / "docs" / FILM.name) as film, Image.open(FILM) as stored:
+        assert film.n_frames == stored.n_frames == len(list(frames(twelve_gib())))
 
 
 LANGUAGES = [Variant("newest", "vue", language) for language in HELP_PICTURES]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from hashlib import sha256
 
 import pytest
@@ -24,13 +25,17 @@ PICTURES = """() => Promise.all([...document.querySelectorAll("[role=dialog] img
 
 
 @pytest.fixture
-def dialog(ui: FrontEnd) -> FrontEnd:
-    """The page with the template dialog open at our category."""
+def dialog(ui: FrontEnd) -> Iterator[FrontEnd]:
+    """The page with the template dialog open at our category, so high that all pictures are in view: others wait."""
+    before = ui.page.viewport_size
+    assert before is not None
+    ui.page.set_viewport_size({"width": before["width"], "height": 1800})
     ui.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     ui.page.get_by_role("dialog").get_by_text(FOLDER).first.click()
     for name in NAMES:
         ui.page.get_by_role("dialog").get_by_text(name, exact=True).first.wait_for()
-    return ui
+    yield ui
+    ui.page.set_viewport_size(before)
 
 
 def test_every_example_is_listed_with_its_picture(dialog: FrontEnd) -> None:
@@ -47,3 +52,17 @@ def test_a_click_on_an_example_opens_it(dialog: FrontEnd) -> None:
     dialog.wait_for("count => app.graph.nodes.length === count", len(expected["nodes"]))
     assert dialog.page.get_by_role("dialog").count() == 0
     assert len(dialog.serialize()["links"]) == len(expected["links"])
+
+
+@pytest.mark.parametrize("words", ["low vram", "8 GB", "12 GB", "16 GB"])
+def test_who_searches_for_a_small_card_finds_every_example_whose_title_says_so(dialog: FrontEnd, words: str) -> None:
+    dialog.page.get_by_role("dialog").get_by_role("textbox").first.fill(words)
+    expected = sorted(name for name in NAMES if words.casefold() in name.casefold())
+    assert expected
+    dialog.wait_for(
+        """([names, expected]) => {
+            const shown = [...document.querySelectorAll("[role=dialog] img")].map(image => image.alt);
+            return JSON.stringify(shown.filter(name => names.includes(name)).sort()) === JSON.stringify(expected);
+        }""",
+        [NAMES, expected],
+    )

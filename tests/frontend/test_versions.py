@@ -14,7 +14,7 @@ from wanvideo_enhanced_blockswap import NODE_CLASS_MAPPINGS
 from .answers import EXAMPLES, WEB
 from .bars import ADOPTING, DONE, SAMPLING, bar, core_texts, send, shown
 from .front_end import EARLIER, NODE, RENDERERS, FrontEnd, Variant
-from .test_bar_life import HEIGHT, SHOW_BAR
+from .test_bar_life import HEIGHT, SHOW_BAR, without_size
 from .test_help_pages import headings
 
 WITHOUT_VUE = ("1.26.13",)
@@ -67,10 +67,11 @@ def test_the_bar_follows_a_run_to_its_end(ui: FrontEnd) -> None:
         assert (seen.phase, seen.overflows) == (progress.phase.value, False)
         assert seen.is_shown == (ui.variant not in WITHOUT_ELEMENTS)
         assert core_texts(ui) == []
-    assert list(bar(ui, node).parts) == ["other", "residents", "window", "activations", "ceiling"]
-    assert ui.variant in WITHOUT_ELEMENTS or ui.evaluate(HEIGHT, node) == pytest.approx(height, abs=30)
+        if progress is ADOPTING and seen.is_shown:
+            assert ui.evaluate(HEIGHT, node) == pytest.approx(height, abs=30)
+    assert list(bar(ui, node).parts) == ["other", "residents", "window", "activations", "free", "ceiling"]
     ui.send("execution_start", {"prompt_id": "another", "timestamp": 1})
-    assert "of an earlier run" in bar(ui, node).lines
+    assert bar(ui, node).head[1].startswith("earlier run, ")
     assert ui.errors == []
 
 
@@ -91,7 +92,7 @@ def test_an_example_opens_and_a_run_leaves_no_trace_in_what_is_saved(ui: FrontEn
     (node,) = [str(node["id"]) for node in EXAMPLE["nodes"] if node["type"] == NODE]
     saved, queued = ui.serialize(), ui.graph_to_prompt()
     send(ui, node, DONE)
-    assert (ui.serialize(), ui.graph_to_prompt()) == (saved, queued)
+    assert (without_size(ui.serialize()), ui.graph_to_prompt()) == (without_size(saved), queued)
     ui.load(saved)
     assert bar(ui, node).phase == "done"
     assert [_inputs(queued, name) for name in PLAIN] == [_inputs(ui.graph_to_prompt(), name) for name in PLAIN]

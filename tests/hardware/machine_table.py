@@ -154,14 +154,14 @@ def table(found: Iterable[tuple[Machine, Readings, Plans]], rows: Sequence[Model
 def _paragraph(machine: Machine, readings: Readings) -> str:
     spec, host = readings.spec, readings.host
     tuned = tune(spec, host, machine.link, vram_threshold_percent=SwapSettings().vram_threshold_percent)
-    limit = "no limit" if host.cgroup_limit_bytes is None else f"a limit of {_gib(host.cgroup_limit_bytes)} GiB"
+    limit = "no limit" if host.cgroup_limit_bytes is None else f"a limit of {_gib(host.cgroup_limit_bytes)} GB"
     memlock = "unlimited" if host.memlock_bytes is None else format_bytes(host.memlock_bytes)
     lines = {
         "device": _device(spec),
         "driver": f"{spec.driver or 'unknown'}; {_pcie(spec.pcie)}; UUID {spec.uuid or 'unknown'}",
         "memory": _memory(readings.memory),
         "host": f"{host.platform.value}, {_gib(host.available_bytes)} of "
-        f"{_gib(host.physical_bytes)} GiB available, {limit}; may pin {_gib(host.pin_budget_bytes)} GiB, "
+        f"{_gib(host.physical_bytes)} GB available, {limit}; may pin {_gib(host.pin_budget_bytes)} GB, "
         f"memlock {memlock}",
         "link": _link(machine.link),
         "tuning": f"{tuned.tier.name}, up to {tuned.tier.max_streams} streams, {tuned.bandwidth_target:.0%}: "
@@ -184,7 +184,7 @@ def _memory(memory: DeviceMemory | None) -> str:
     if memory is None:
         return "the host's"
     how = "estimate" if memory.is_estimate else "read"
-    return f"{_gib(memory.free_bytes)} of {_gib(memory.total_bytes)} GiB free, {how}: {memory.source}"
+    return f"{_gib(memory.free_bytes)} of {_gib(memory.total_bytes)} GB free, {how}: {memory.source}"
 
 
 def _pcie(link: PcieLink | None) -> str:

@@ -475,7 +475,7 @@ ONE_MEMORY = (
         warnings=1,
     ),
     Machine(
-        label="DGX Spark (GB10) in a container of 48 GiB",
+        label="DGX Spark (GB10) in a container of 48 GB",
         host=linux(121.7, 115.6, files=container_v2(48, 12, 10)),
         cards=(
             Card(
@@ -530,7 +530,7 @@ ONE_MEMORY = (
         warnings=1,
     ),
     Machine(
-        label="Strix Halo 128GB, Linux, 0.5 GiB set aside",  # 120 GiB free of 62.5: so HIP says with amdgpu.gttsize
+        label="Strix Halo 128GB, Linux, 0.5 GB set aside",  # 120 GB free of 62.5: so HIP says with amdgpu.gttsize
         host=linux(124.92, 117),
         hip="7.13",
         cards=(
@@ -542,13 +542,13 @@ ONE_MEMORY = (
         ),
     ),
     Machine(
-        label="Strix Halo 128GB, Linux, 96 GiB set aside",  # only sysfs shows what other programs use
+        label="Strix Halo 128GB, Linux, 96 GB set aside",  # only sysfs shows what other programs use
         host=linux(30.9, 26),
         hip="7.13",
         cards=(strix_halo(total=gib(96), free=gib(95.2), sysfs=radeon_files(96, 0.8, gtt=15.4)),),
     ),
     Machine(
-        label="Strix Halo 128GB, Windows, 64 GiB set aside",  # HIP adds part of the host's memory to what is set aside
+        label="Strix Halo 128GB, Windows, 64 GB set aside",  # HIP adds part of the host's memory to what is set aside
         host=windows(63.65, 52),
         hip="7.13",
         cards=(strix_halo(total=gib(99.74), free=gib(99.5)),),
@@ -759,19 +759,19 @@ ODD = (
         warnings=1,
     ),
     Machine(
-        label="RTX 4090 in a container of 16 GiB on a host of 64, cgroup v2",
+        label="RTX 4090 in a container of 16 GB on a host of 64, cgroup v2",
         host=linux(62.7, 55, files=container_v2(16, 9, 6)),
         cards=(rtx_4090(),),
         link=PCIE4_X16,
     ),
     Machine(
-        label="RTX 4090 in a container of 16 GiB on a host of 64, cgroup v1",
+        label="RTX 4090 in a container of 16 GB on a host of 64, cgroup v1",
         host=linux(62.7, 55, files=container_v1(16, 9, 6)),
         cards=(rtx_4090(),),
         link=PCIE4_X16,
     ),
     Machine(
-        label="RTX 3060 12GB, RLIMIT_MEMLOCK of 64 KiB",  # drivers ignore it
+        label="RTX 3060 12GB, RLIMIT_MEMLOCK of 64 KB",  # drivers ignore it
         host=linux(62.7, 55, memlock=64 * 1024),
         cards=(rtx_3060(),),
         link=PCIE4_X16,

@@ -18,7 +18,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the platform is r
 
 @pytest.fixture
 def build(tmp_path, monkeypatch):
-    """A file system with these files, on a machine of 64 GiB of which 50 are available."""
+    """A file system with these files, on a machine of 64 GB of which 50 are available."""
     memory = SimpleNamespace(total=RAM, available=AVAILABLE)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
 

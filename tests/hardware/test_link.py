@@ -172,7 +172,7 @@ def test_a_copy_that_raises_leaves_no_page_locked(measure_pinned):
 def test_a_driver_that_refuses_to_page_lock_leaves_no_pinned_figure_and_one_warning(measure_pinned, caplog):
     assert measure_pinned(FakeCuda(register=1)) == ((), None)
     assert len(warnings_in(caplog)) == 1
-    assert "code 1, the driver cannot page-lock this memory" in warnings_in(caplog)[0]
+    assert "code 1, the driver cannot lock this memory" in warnings_in(caplog)[0]
 
 
 def test_after_a_refusal_the_pending_error_is_taken_out_and_nothing_is_unlocked(measure_pinned):

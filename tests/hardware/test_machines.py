@@ -108,7 +108,7 @@ def test_the_plans_of_a_machine_keep_to_what_they_may_take(machine, every_plan, 
 @every_machine
 def test_a_refusal_on_a_machine_says_what_is_wanted_and_what_there_is(machine, every_plan):
     refusals = [str(plan) for plan in every_plan[machine.label].values() if isinstance(plan, PlanError)]
-    numbers = re.compile(r"not enough V?RAM: [\d.]+ [MG]iB .*needed .*, [\d.]+ ([MG]i)?B .*; .*close other programs")
+    numbers = re.compile(r"not enough V?RAM: [\d.]+ [MG]B .*needed .*, [\d.]+ [MG]?B .*; .*close other programs")
     assert [text for text in refusals if not numbers.search(text)] == []
 
 
@@ -150,8 +150,7 @@ def test_a_container_has_no_more_memory_than_its_limit(label, every_reading):
 
 def test_both_versions_of_control_groups_leave_the_same_memory(every_reading):
     one, two = (
-        every_reading[f"RTX 4090 in a container of 16 GiB on a host of 64, cgroup v{version}"].host
-        for version in (1, 2)
+        every_reading[f"RTX 4090 in a container of 16 GB on a host of 64, cgroup v{version}"].host for version in (1, 2)
     )
     assert (one.available_bytes, one.cgroup_limit_bytes) == (two.available_bytes, two.cgroup_limit_bytes)
 

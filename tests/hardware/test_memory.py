@@ -157,7 +157,7 @@ def test_without_any_reading_that_can_be_believed_free_memory_is_an_estimate(
     memory = read_device_memory(CUDA)
     assert (memory.total_bytes, memory.free_bytes, memory.is_estimate) == (1000, free, True)
     assert "85 % of the total less what this process has reserved" in memory.source
-    assert "reports 2.0 KiB free of 1000 B" in memory.source
+    assert "reports 2.0 KB free of 1000 B" in memory.source
 
 
 @pytest.mark.usefixtures("no_amdsmi")
@@ -216,7 +216,7 @@ def test_a_memory_function_that_fails_is_unavailable(install_hpu):
 @pytest.mark.parametrize(
     ("failure", "expected"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GB."), True),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
         (RuntimeError("HIP error: out of memory"), True),
         (RuntimeError("CUDA driver error: out of memory"), True),  # C10_CUDA_DRIVER_CHECK, which gives no code

@@ -38,6 +38,6 @@ def test_pages_that_are_dropped_while_a_thread_counts_are_given_back_by_it():
     assert budget.left_bytes == 100
 
 
-@pytest.mark.parametrize(("code", "words"), [(2, "out of page-lockable memory"), (999, "a driver error")])
+@pytest.mark.parametrize(("code", "words"), [(2, "out of memory that can be locked"), (999, "a driver error")])
 def test_a_return_code_is_shown_with_its_meaning(code, words):
     assert register_result(code) == f"code {code}, {words}"

@@ -85,7 +85,7 @@ def test_a_large_unknown_gpu_follows_the_formula(units, threshold, expected):
 
 
 def tuned(name, link, *, vendor=Vendor.NVIDIA, platform=HostPlatform.LINUX, units=82):
-    """The automatic settings of a card in a host of 64 GiB."""
+    """The automatic settings of a card in a host of 64 GB."""
     spec = DeviceSpec(name, vendor, "cuda:0", None, None, units, None, None, None, None)
     host = HostMemory(64 * GIB, 60 * GIB, None, None, platform)
     return tune(spec, host, link, vram_threshold_percent=50.0)

@@ -51,7 +51,8 @@ FILES = tiny_wan.FILES | tiny_families.FILES
 def outputs(name: str, **inputs: Any) -> tuple[Any, ...]:
     """The outputs of a node that is registered under this name."""
     node = nodes.NODE_CLASS_MAPPINGS[name]()
-    return getattr(node, node.FUNCTION)(**inputs)
+    found = getattr(node, node.FUNCTION)(**inputs)
+    return found["result"] if isinstance(found, dict) else found  # a node that shows something gives both
 
 
 def call(name: str, **inputs: Any) -> Any:

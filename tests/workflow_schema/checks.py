@@ -20,6 +20,7 @@ Draft7Validator.check_schema(SCHEMA)
 
 WEIGHTS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt", ".sft")
 HUGGING_FACE = "https://huggingface.co/"
+WIDEST = 2400
 Definitions = Mapping[str, Definition]
 
 
@@ -56,7 +57,7 @@ def _of_node(node: dict[str, Any], definitions: Definitions) -> Iterator[str]:
         known = definition.input(slot["name"])
         if "widget" in slot and (known is None or not known.is_widget or slot["type"] != known.kind):
             yield f"has a slot for a widget {slot['name']} that it lacks"
-        if known is not None and known.is_required and slot["link"] is None:
+        if known is not None and known.is_required and "widget" not in slot and slot["link"] is None:
             yield f"needs {slot['name']}, which is not connected"
     if [(slot["name"], slot["type"]) for slot in node["outputs"]] != list(definition.outputs):
         yield "has other output slots than its definition"
@@ -174,20 +175,28 @@ def _flat(address: str) -> str:
 
 
 def layout_problems(workflow: Workflow) -> list[str]:
-    """Nothing lies over another, each node is in one group that has a title, and links lead to the right."""
+    """Nothing lies over another, each node is in one group that has a title, and links lead to the right, or
+    down to the next row.
+
+    The whole is at most WIDEST, so that most of it is on a screen at 100 %.
+    """
     data = workflow.data
     nodes = {node["id"]: (node["type"], box_of(node)) for node in data["nodes"]}
     groups = [(group["title"], box_of_group(group)) for group in data["groups"]]
     found = [f"{one} lies over {other}" for (one, a), (other, b) in combinations(nodes.values(), 2) if a.overlaps(b)]
     found += [f"group {one} lies over {other}" for (one, a), (other, b) in combinations(groups, 2) if a.overlaps(b)]
+    boxes = [box for _, box in (*nodes.values(), *groups)]
+    width = max(box.right for box in boxes) - min(box.left for box in boxes)
+    found += [f"it is {width} wide"] if width > WIDEST else []
     found += ["a group has no title" for title, _ in groups if not title.strip()]
     for kind, box in nodes.values():
         around = [group for _, group in groups if group.overlaps(box)]
         if [group.holds(box) for group in around] != ([] if kind == NOTE else [True]):
             found.append(f"{kind} is not inside exactly one group")
     for link in workflow.links:
-        if nodes[link.source][1].left > nodes[link.target][1].left:
-            found.append(f"{nodes[link.source][0]} is to the right of {nodes[link.target][0]}, which it feeds")
+        (source, begin), (target, end) = nodes[link.source], nodes[link.target]
+        if begin.left > end.left and begin.bottom > end.top:
+            found.append(f"{source} is to the right of {target}, which it feeds, and not above it")
     found += [
         f"{node['type']} is collapsed or has no size"
         for node in data["nodes"]

@@ -14,6 +14,7 @@ DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC}
 SEEDS = {"seed", "noise_seed"}
 CONTROL = "control_after_generate"
+PLAYER = ("audioUI", "upload")
 CONTROLS = ("fixed", "increment", "decrement", "randomize")
 
 
@@ -41,8 +42,10 @@ class Input:
         """Widgets that the front end puts after this one; saved workflows store them, prompts do not."""
         if self.options.get(CONTROL) or (self.kind == "INT" and self.name in SEEDS):
             return (Input(CONTROL, "COMBO", is_required=False, options={"choices": CONTROLS}),)
-        if self.options.get("image_upload"):
+        if self.options.get("image_upload") or self.options.get("video_upload"):
             return (Input("upload", "COMBO", is_required=False, options={"choices": ("image",)}),)
+        if self.options.get("audio_upload"):  # a player and a button, which have no value
+            return tuple(Input(name, "COMBO", is_required=False, options={"choices": (None, "")}) for name in PLAYER)
         return ()
 
     def chosen(self, value: object) -> tuple[Input, ...]:

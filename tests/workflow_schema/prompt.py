@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .definitions import CONTROL, Definition
+from .definitions import CONTROL, PLAYER, Definition
 from .workflow import Workflow
 
-ONLY_SAVED = {CONTROL, "upload"}
+ONLY_SAVED = {CONTROL, "upload", *PLAYER}
 """Widgets of the front end alone."""
 
 

@@ -1,10 +1,11 @@
-// The memory bar on the swap node, and our section of the settings.
+// The memory bar on the swap node, the texts on the two others, and our section of the settings.
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { foreignEvent, readEvent } from "./event.js";
 import { Panel } from "./panel.js";
 import { DEFAULT_CEILING, settings } from "./settings.js";
+import { TEXT_HEIGHT, showText, textField } from "./text_panel.js";
 import { Texts, textsFrom } from "./texts.js";
 import { Workflows, nodeAt, nodesOf } from "./workflows.js";
 
@@ -16,18 +17,32 @@ const WIDGET = "blockswap_memory";
 // ComfyUI's own widget for the text that nodes send while they run.
 const TEXT_WIDGET = "$$node-text-preview";
 const CEILING = "vram_threshold_percent";
+const AUTO = "auto_hardware_tuning";
+// What automatic tuning chooses by itself.
+const CHOSEN = ["blocks_to_swap", "vace_blocks_to_swap", "num_cuda_streams", "bandwidth_target"];
+const LOADER = "WanVideoModelLoader";
+// The other nodes, and what stands on them before they have run.
+const TEXT_NODES = { WanVideoBlockSwapPlan: "plan_text", WanVideoBlockSwapReport: "report_text" };
+const TEXT_FIELD = "blockswap_text";
 
 // Space around the panel, as around ComfyUI's own elements on a node.
 const MARGIN = 10;
 
 // Width of a new node: the plan takes two lines in every language.
 const NEW_WIDTH = 400;
+const NEW_TEXT_WIDTH = 520;
+
+// Of a node's mode, as LiteGraph has them.
+const MUTED = 2;
+const BYPASSED = 4;
 
 const workflows = new Workflows();
 const panels = new WeakMap();
+const labels = new WeakMap();
 let texts = new Texts();
 let language = "en";
 let isShown = true;
+let isReady = false;
 // The pack of another node under this name, which ComfyUI uses instead of ours.
 let otherPack = null;
 
@@ -38,8 +53,9 @@ const setting = (id) => app.extensionManager.setting.get(id);
 
 // The bar
 
-const barOf = (node) => node.widgets?.find((widget) => widget.name === WIDGET);
-const textOf = (node) => node.widgets?.find((widget) => widget.name === TEXT_WIDGET);
+const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
+const barOf = (node) => widgetOf(node, WIDGET);
+const textOf = (node) => widgetOf(node, TEXT_WIDGET);
 
 function panelOf(node) {
   if (!panels.has(node)) {
@@ -62,10 +78,60 @@ function addBar(node) {
     margin: MARGIN,
     getMinHeight: height,
     getMaxHeight: height,
+    onDraw: () => panel.dim(!LiteGraph.vueNodesMode && (node.mode === MUTED || node.mode === BYPASSED)),
   });
   widget.serialize = false;
   if (textOf(node)) node.removeWidget(textOf(node));
-  panel.show(panel.event, texts);
+  refresh(node);
+}
+
+/** What keeps a node from working, by its name in the texts; null if nothing does. */
+function noticeOf(node) {
+  if (!LiteGraph.registered_node_types[LOADER]) return "no_wrapper";
+  return node.outputs[0]?.links?.length ? null : "unconnected";
+}
+
+/** Shows an event on a node, by default its last again. */
+function refresh(node, event = panelOf(node).event) {
+  panelOf(node).show(event, texts, noticeOf(node));
+  followTuning(node);
+}
+
+/** Greys what automatic tuning chooses by itself, and says on its label what it has chosen. */
+function followTuning(node) {
+  const isAuto = isOurs(node) && widgetOf(node, AUTO)?.value === true && !isLinked(node, AUTO);
+  const swapped = panelOf(node).event?.plan?.swapped;
+  for (const name of CHOSEN) {
+    const widget = widgetOf(node, name);
+    if (!widget) continue;
+    if (!labels.has(widget)) labels.set(widget, widget.label);
+    const own = labels.get(widget);
+    const figures = { name: own || name, number: swapped };
+    const isKnown = name === CHOSEN[0] && swapped !== undefined;
+    widget.disabled = widget.options.disabled = isAuto;
+    widget.label = isAuto ? texts.say(isKnown ? "auto_chosen" : "auto", figures) : own;
+  }
+}
+
+const isLinked = (node, name) => node.inputs?.some((input) => input.widget?.name === name && input.link != null);
+
+/** Calls `after` behind a callback that an object may have. */
+function chain(object, name, after) {
+  const before = object[name];
+  object[name] = function (...values) {
+    const result = before?.apply(this, values);
+    after();
+    return result;
+  };
+}
+
+/** Follows what the user changes on a node. */
+function follow(node) {
+  const again = () => refresh(node);
+  chain(node, "onConfigure", again);
+  // A link that is removed is gone only after the call.
+  chain(node, "onConnectionsChange", () => queueMicrotask(again));
+  if (widgetOf(node, AUTO)) chain(widgetOf(node, AUTO), "callback", again);
 }
 
 /** Gives a node the height that its widgets need, if it has less. Nodes 2.0 do this by themselves. */
@@ -86,7 +152,7 @@ function removeBar(node) {
 function onShowBar(shown) {
   isShown = shown;
   // The first call comes before there is a graph.
-  if (!app.graph) return;
+  if (!isReady) return;
   for (const node of nodesOf(rootGraph())) {
     if (!isOurs(node) || Boolean(barOf(node)) === shown) continue;
     (shown ? addBar : removeBar)(node);
@@ -112,20 +178,35 @@ function forwardToCanvas(element) {
 
 function showEvent(event) {
   const node = nodeAt(rootGraph(), event.node);
-  if (isOurs(node)) panelOf(node).show(event, texts);
+  if (isOurs(node)) refresh(node, event);
+  else if (node) sayText(node, event.text);
 }
 
 /** Shows all events of the open workflow again: its nodes or the language may be new. */
 function showEvents() {
-  for (const node of nodesOf(rootGraph())) if (barOf(node)) panelOf(node).show(panelOf(node).event, texts);
+  for (const node of nodesOf(rootGraph())) {
+    if (barOf(node)) refresh(node);
+    sayText(node, "");
+  }
   for (const event of workflows.eventsOf(rootGraph())) showEvent(event);
 }
 
 function onProgress({ detail }) {
   const event = readEvent(detail);
-  if (!event) return;
+  if (event) onEvent({ ...event, at: Date.now() });
+}
+
+function onEvent(event) {
   workflows.keep(event, rootGraph());
   if (workflows.isOpen(event, rootGraph())) showEvent(event);
+}
+
+/** A node has run, or ComfyUI gives its last output again. */
+function onExecuted({ detail }) {
+  const text = detail?.output?.text;
+  const node = nodeAt(rootGraph(), String(detail?.node));
+  if (TEXT_NODES[node?.comfyClass] && Array.isArray(text))
+    onEvent({ node: String(detail.node), workflow: null, phase: "text", text: text.join("\n") });
 }
 
 /** A run starts; our nodes may take no part in it (bypassed, or another node's arguments are used). */
@@ -161,6 +242,26 @@ async function followLanguage() {
   showEvents();
 }
 
+// The texts of the other nodes
+
+function addText(node) {
+  const widget = node.addDOMWidget(TEXT_FIELD, TEXT_FIELD, textField(), {
+    serialize: false,
+    hideInPanel: true,
+    hideOnZoom: false,
+    margin: MARGIN,
+    getMinHeight: () => TEXT_HEIGHT + 2 * MARGIN,
+  });
+  widget.serialize = false;
+  node.setSize([NEW_TEXT_WIDTH, node.computeSize()[1]]);
+  sayText(node, "");
+}
+
+function sayText(node, text) {
+  const hint = TEXT_NODES[node.comfyClass];
+  if (hint && widgetOf(node, TEXT_FIELD)) showText(widgetOf(node, TEXT_FIELD).element, text, texts.say(hint));
+}
+
 // New nodes
 
 /** Whether a saved node has a value for a widget, by its position or by its name. */
@@ -190,10 +291,12 @@ app.registerExtension({
   name: "wanvideoenhancedblockswap.memory_bar",
   settings: settings(onShowBar),
   async setup() {
+    isReady = true;
     api.addEventListener("promptQueueing", () => workflows.onQueue(rootGraph()));
     api.addEventListener("status", ({ detail }) => workflows.onQueueLength(detail?.exec_info?.queue_remaining));
     api.addEventListener("execution_start", onStart);
     api.addEventListener(EVENT, onProgress);
+    api.addEventListener("executed", onExecuted);
     // Runs after ComfyUI's own listener, which is added before extensions load; nothing is drawn in between.
     api.addEventListener("progress_text", onProgressText);
     await followLanguage();
@@ -202,13 +305,23 @@ app.registerExtension({
     if (name === NODE) otherPack = pack && pack !== PACK ? pack : null;
   },
   nodeCreated(node) {
+    if (TEXT_NODES[node.comfyClass]) addText(node);
     if (node.comfyClass !== NODE) return;
-    if (otherPack) panelOf(node).event = foreignEvent(otherPack, PACK);
-    else takeDefaultCeiling(node);
+    if (otherPack) {
+      panelOf(node).event = foreignEvent(otherPack, PACK);
+    } else {
+      takeDefaultCeiling(node);
+      follow(node);
+      followTuning(node);
+    }
     if (!isShown && !otherPack) return;
     addBar(node);
     node.setSize([Math.max(node.size[0], NEW_WIDTH), node.size[1]]);
     makeRoom(node);
+  },
+  /** A height that the classic renderer has saved has room for widgets that Nodes 2.0 hide. */
+  loadedGraphNode(node) {
+    if (isOurs(node) && LiteGraph.vueNodesMode) node.setSize([node.size[0], 0]);
   },
   async afterConfigureGraph() {
     showEvents();

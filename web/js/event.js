@@ -6,19 +6,19 @@ const isAmount = (value) => typeof value === "number" && Number.isFinite(value) 
 
 /** The object with these amounts; null if a required one is missing. A missing `optional` amount is null. */
 function amounts(part, required, optional = []) {
-  if (part === null || typeof part !== "object" || !required.every((name) => isAmount(part[name]))) return null;
+  if (!part || typeof part !== "object" || !required.every((name) => isAmount(part[name]))) return null;
   const known = Object.fromEntries(required.map((name) => [name, part[name]]));
   for (const name of optional) known[name] = isAmount(part[name]) ? part[name] : null;
   return known;
 }
 
 function planOf(part) {
-  const plan = amounts(part, ["blocks", "swapped", "slots", "free"], ["stall_ms", "forward_ms"]);
+  const plan = amounts(part, ["blocks", "swapped"], ["parts", "stall_ms", "forward_ms"]);
   return plan && { ...plan, over_ceiling: part.over_ceiling === true };
 }
 
 function runOf(part) {
-  const run = amounts(part, ["forwards", "streamed"], ["forward_ms", "stall_ms", "copy_bytes_per_s"]);
+  const run = amounts(part, ["passes", "streamed"], ["step", "steps", "forward_ms", "stall_ms"]);
   return run && { ...run, others: typeof part.others === "string" ? part.others : "" };
 }
 
@@ -39,6 +39,7 @@ export function readEvent(detail) {
     plan: planOf(detail.plan),
     adopt: amounts(detail.adopt, ["placed", "all", "pinned"]),
     run: runOf(detail.run),
+    hint: amounts(detail.hint, ["free_bytes", "percent", "blocks", "saved_ms"]),
   };
 }
 

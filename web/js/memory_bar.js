@@ -23,28 +23,28 @@ export function svg(name, attributes = {}, children = []) {
 }
 
 /**
- * Start and width of each part of the card's memory, from 0 to 1, from left to right.
+ * The card's memory, part by part from left to right, with start and width from 0 to 1.
  * @param {object} memory Of a checked event.
+ * @returns {{ whole: number, parts: object[], ceiling: number | null }} `whole` is the card's memory, or the sum of the
+ *   estimates where they are more than it has.
  */
 export function partsOf(memory) {
-  const used = memory.other + memory.residents + memory.window;
-  // Estimates may add up to more than the card has: then the bar shows their sum.
+  const sizes = ["other", "residents", "window", "activations"].map((name) => [name, memory[name]]);
+  const used = sizes.reduce((sum, [, size]) => sum + size, 0);
   const whole = Math.max(memory.total, used);
-  const headroom = whole - used;
-  const parts = [];
   let start = 0;
-  for (const name of ["other", "residents", "window"]) {
-    parts.push({ name, start, width: memory[name] / whole });
-    start += memory[name] / whole;
-  }
-  if (memory.activations !== null)
-    parts.push({ name: "activations", start, width: Math.min(memory.activations, headroom) / whole });
-  return { parts, headroom, ceiling: memory.ceiling ? Math.min(memory.ceiling / whole, 1) : null };
+  const parts = [...sizes, ["free", whole - used]].map(([name, size]) => {
+    const part = { name, size, start, width: size / whole };
+    start += part.width;
+    return part;
+  });
+  // What is unknown is no part.
+  return { whole, parts: parts.filter(({ size }) => size !== null), ceiling: memory.ceiling ? memory.ceiling / whole : null };
 }
 
 const percent = (share) => `${share * 100}%`;
 
-/** Stripes of the activations' colour. */
+/** Stripes of the computation's colour. */
 function hatch() {
   const stripes = { id: "hatch", patternUnits: "userSpaceOnUse", width: 5, height: 5, patternTransform: "rotate(45)" };
   const ground = { width: 5, height: 5, fill: COLOURS.activations, "fill-opacity": 0.3 };
@@ -55,7 +55,8 @@ function hatch() {
 }
 
 /** The fill of a part, on the bar and in the legend. */
-export const fillOf = (name) => (name === "activations" ? "url(#hatch)" : COLOURS[name]);
+export const fillOf = (name) => (name === "activations" ? "url(#hatch)" : (COLOURS[name] ?? "transparent"));
+
 
 const edge = (share) =>
   svg("line", { x1: percent(share), x2: percent(share), y1: TOP, y2: TOP + BAR, stroke: GROUND });
@@ -63,8 +64,8 @@ const edge = (share) =>
 /** A line across the bar, with a rim so that it is visible on any colour. */
 function ceilingAt(share) {
   const place = { x1: percent(share), x2: percent(share), y1: 0, y2: HEIGHT };
-  const rim = { ...place, stroke: GROUND, "stroke-width": 4 };
-  return [svg("line", rim), svg("line", { "data-part": "ceiling", ...place, stroke: TEXT, "stroke-width": 2 })];
+  const rim = svg("line", { ...place, stroke: GROUND, "stroke-width": 4 });
+  return [rim, svg("line", { "data-part": "ceiling", ...place, stroke: TEXT, "stroke-width": 2 })];
 }
 
 /**
@@ -86,7 +87,7 @@ export function bar(memory) {
   for (const { name, start, width } of parts) {
     const place = { x: percent(start), width: percent(width), y: TOP, height: BAR };
     inside.append(svg("rect", { "data-part": name, ...place, fill: fillOf(name) }));
-    if (width) inside.append(edge(start + width));
+    if (width && name !== "free") inside.append(edge(start + width));
   }
   drawing.append(inside, frame);
   if (ceiling !== null) drawing.append(...ceilingAt(ceiling));

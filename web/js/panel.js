@@ -1,6 +1,6 @@
 // The element on the node: bar, legend and sentences. A shadow root separates its styles from those of the page.
 
-import { GROUND, HEIGHT, TEXT, bar, fillOf, partsOf, svg } from "./memory_bar.js";
+import { COLOURS, GROUND, HEIGHT, TEXT, bar, fillOf, partsOf, svg } from "./memory_bar.js";
 
 const SWATCH = 10;
 const PADDING = 8;
@@ -11,7 +11,7 @@ const MIN_HEIGHT = 176;
 const NOTICE_HEIGHT = 68;
 
 /** An HTML element with inline styles. */
-function html(name, style, children = []) {
+export function html(name, style, children = []) {
   const element = document.createElement(name);
   Object.assign(element.style, style);
   element.append(...children);
@@ -22,33 +22,59 @@ function swatch(name) {
   const square = { x: 0.5, y: 0.5, width: SWATCH - 1, height: SWATCH - 1, rx: 2 };
   const drawing = svg("svg", { width: SWATCH, height: SWATCH, style: "flex: none" });
   if (name === "ceiling") drawing.append(svg("rect", { x: 4, width: 2, height: SWATCH, fill: TEXT }));
-  else if (name === "headroom")
-    drawing.append(svg("rect", { ...square, fill: "none", stroke: TEXT, "stroke-opacity": 0.6 }));
+  else if (name === "free") drawing.append(svg("rect", { ...square, fill: "none", stroke: TEXT, "stroke-opacity": 0.6 }));
   else drawing.append(svg("rect", { ...square, fill: fillOf(name) }));
   return drawing;
 }
 
-// Memory in use on the left, the rest on the right; each in the order of the bar.
+// What holds the model on the left, the rest on the right; each in the order of the bar.
 const LEGEND = [
   ["other", "residents", "window"],
-  ["activations", "headroom", "ceiling"],
+  ["activations", "free"],
 ];
+
+// The hover text of each part.
+const TIPS = {
+  other: "tip_other",
+  residents: "tip_residents",
+  window: "tip_window",
+  activations: "tip_activations",
+  free: "tip_free",
+  ceiling: "tip_ceiling",
+};
 
 /** The entries of the legend with their amounts as text; without memory, only the names. */
 function entriesOf(memory, texts) {
-  const amounts = memory ? { ...memory, headroom: partsOf(memory).headroom } : {};
-  const isTold = (name) => !memory || amounts[name] || name === "headroom";
-  const entry = (name) => ({ name, word: texts.say(name), size: memory ? texts.memory(amounts[name]) : "" });
-  return LEGEND.map((column) => column.filter(isTold).map(entry));
+  const parts = memory && partsOf(memory).parts;
+  const entry = (name) => {
+    const size = parts?.find((part) => part.name === name)?.size;
+    const isTold = !parts || size || name === "free";
+    return isTold ? [{ name, word: texts.say(name), size: parts ? texts.memory(size, memory.total) : "" }] : [];
+  };
+  return LEGEND.map((column) => column.flatMap(entry));
 }
 
-function legendEntry({ name, word, size }) {
+/** The limit as a share of the card, which is no part of the sum. */
+const limitOf = (memory, texts) =>
+  memory?.ceiling
+    ? { name: "ceiling", word: texts.say("ceiling"), size: texts.wholePercent.format(memory.ceiling / memory.total) }
+    : null;
+
+/** The card's memory in words: where the estimates are more than it has, their sum stands before it. */
+function totalOf(memory, texts) {
+  const { whole } = partsOf(memory);
+  const [used, total] = [texts.memory(whole), texts.memory(memory.total)];
+  return used === total ? total : texts.say("of", { used, total });
+}
+
+function legendEntry({ name, word, size }, tip) {
   const entry = html("div", { display: "flex", alignItems: "center", gap: "6px", whiteSpace: "nowrap" }, [
     swatch(name),
     html("span", { flex: 1, opacity: 0.8 }, [word]),
     html("span", { fontVariantNumeric: "tabular-nums" }, [size]),
   ]);
   entry.dataset.entry = name;
+  entry.title = tip;
   return entry;
 }
 
@@ -87,50 +113,89 @@ export class Panel {
    * Shows an event.
    * @param {object | null} event Checked; null before the first run.
    * @param {import("./texts.js").Texts} texts
+   * @param {string | null} notice What keeps the node from working, by its name in the texts.
    */
-  show(event, texts) {
+  show(event, texts, notice = null) {
     this.event = event;
-    const hasBar = event?.phase !== "foreign";
+    const phase = event?.phase ?? "idle";
+    const hasBar = phase !== "foreign";
     this.least = hasBar ? MIN_HEIGHT : NOTICE_HEIGHT;
     this.content.style.minHeight = `${this.least}px`;
     const memory = event?.memory ?? null;
-    const lines = event ? texts.lines(event) : [texts.say("idle")];
-    if (event?.isEarlier) lines.push(texts.say("earlier"));
-    this.content.style.opacity = event?.isEarlier ? "0.6" : "1";
+    const isPast = Boolean(event?.isEarlier);
+    const shownNotice = !event || isPast || phase === "done" || phase === "stopped" ? notice : null;
+    const lines = shownNotice ? [texts.say(shownNotice)] : [];
+    if (event) lines.push(...texts.lines(event));
+    else if (!shownNotice) lines.push(texts.say("idle"));
+    const note = isPast ? texts.earlier(event.at) : phase === "done" ? texts.say("during") : "";
     const legend = memory || !event ? entriesOf(memory, texts) : [];
-    const total = memory ? texts.memory(memory.total) : "";
-    const amounts = memory ? legend.flat().map(({ word, size }) => `${word} ${size}`) : [];
-    const spoken = [...(hasBar ? [`${texts.say("memory")} ${total}`.trim(), ...amounts] : []), ...lines];
+    const limit = limitOf(memory, texts);
+    const head = [`${texts.say("memory")} ${memory ? totalOf(memory, texts) : ""}`.trim(), note].filter(Boolean);
+    const amounts = memory ? [...legend.flat(), ...(limit ? [limit] : [])] : [];
+    const spoken = [...(hasBar ? [...head, ...amounts.map(({ word, size }) => `${word} ${size}`)] : []), ...lines];
     this.element.setAttribute("aria-label", spoken.join(". "));
-    this.element.dataset.phase = event?.phase ?? "idle";
+    this.element.dataset.phase = phase;
+    this.element.dataset.notice = shownNotice ?? "";
     this.content.lang = texts.language;
+    this.content.style.opacity = isPast ? "0.7" : "1";
+    const tipOf = (name) => texts.say(TIPS[name]);
+    // After a run the memory is free again, so what it was used for is pale.
+    const pale = { opacity: isPast || phase === "done" ? 0.5 : 1 };
+    const place = { position: "relative", height: `${HEIGHT}px`, ...pale };
+    const figures = [html("div", place, [bar(memory), ...(memory ? zonesOf(memory, tipOf) : [])])];
+    if (legend.length) figures.push(legendOf(legend, tipOf, pale.opacity < 1 ? 0.75 : 1));
+    const hint = event?.hint ? texts.hint(event.hint) : null;
     this.content.replaceChildren(
-      ...(hasBar ? [headOf(texts.say("memory"), total), html("div", { height: `${HEIGHT}px` }, [bar(memory)])] : []),
-      ...(legend.length ? [legendOf(legend)] : []),
-      ...lines.map((line, index) => sentenceOf(line, event && index === 0)),
+      ...(hasBar ? [headOf(head, limit, tipOf), ...figures] : []),
+      ...lines.map((line, index) => sentenceOf(line, event && index === 0, line === hint)),
       ...progressOf(event),
     );
     this.onResize();
   }
+
+  /** Shows whether the node takes part in a run. */
+  dim(isOff) {
+    this.element.style.opacity = isOff ? "0.4" : "";
+  }
 }
 
-const headOf = (name, total) =>
-  html("div", { display: "flex", justifyContent: "space-between", marginBottom: "-3px" }, [
-    html("span", { fontWeight: 600 }, [name]),
-    html("span", { fontVariantNumeric: "tabular-nums" }, [total]),
-  ]);
+/** Where the parts of the bar have their hover texts. SVG's own, `title`, keeps a removed node in Chromium's memory. */
+function zonesOf(memory, tipOf) {
+  const { parts, ceiling } = partsOf(memory);
+  const limit = ceiling === null ? [] : [{ name: "ceiling", start: ceiling, width: 0 }];
+  return [...parts, ...limit].map(({ name, start, width }) => {
+    const area = { top: 0, bottom: 0, left: `calc(${start * 100}% - 2px)`, width: `calc(${width * 100}% + 4px)` };
+    const zone = html("div", { position: "absolute", ...area });
+    zone.dataset.zone = name;
+    zone.title = tipOf(name);
+    return zone;
+  });
+}
 
-function legendOf(columns) {
+function headOf([name, note], limit, tipOf) {
+  const head = html("div", { display: "flex", gap: "8px", marginBottom: "-3px", whiteSpace: "nowrap" }, [
+    html("span", { fontWeight: 600 }, [name]),
+    html("span", { flex: 1, opacity: 0.8 }, note ? [note] : []),
+  ]);
+  head.dataset.head = "";
+  if (limit) head.append(legendEntry(limit, tipOf("ceiling")));
+  return head;
+}
+
+function legendOf(columns, tipOf, opacity) {
   // Side by side, or one below the other if that is too wide.
   const style = { flex: "1 1 auto", display: "flex", flexDirection: "column" };
-  const legend = html("div", { display: "flex", flexWrap: "wrap", columnGap: "20px" });
-  legend.append(...columns.map((entries) => html("div", style, entries.map(legendEntry))));
+  const legend = html("div", { display: "flex", flexWrap: "wrap", columnGap: "20px", opacity });
+  const entries = (column) => column.map((entry) => legendEntry(entry, tipOf(entry.name)));
+  legend.append(...columns.map((column) => html("div", style, entries(column))));
   return legend;
 }
 
-function sentenceOf(line, isFirst) {
-  const sentence = html("div", { opacity: isFirst ? 1 : 0.8, textWrap: "pretty", overflowWrap: "anywhere" }, [line]);
-  sentence.dataset.line = "";
+function sentenceOf(line, isFirst, isHint) {
+  const edge = isHint ? { borderLeft: `2px solid ${COLOURS.window}`, paddingLeft: "6px" } : {};
+  const style = { opacity: isFirst || isHint ? 1 : 0.8, textWrap: "pretty", overflowWrap: "anywhere", ...edge };
+  const sentence = html("div", style, [line]);
+  sentence.dataset.line = isHint ? "hint" : "";
   return sentence;
 }
 

@@ -38,9 +38,9 @@ export const settings = (onShowBar) => [
   {
     id: "WanVideoEnhancedBlockSwap.KeepHostSlabs",
     category: [SECTION, HOST_MEMORY, "KeepHostSlabs"],
-    name: "Keep page-locked weights for the next run",
+    name: "Keep weights in locked RAM for the next run",
     tooltip:
-      "The next run of the same model starts sooner. They are released when host memory is nearly full. Off: they are released after each run.",
+      "The next run of the same model starts sooner. They are released when RAM is nearly full. Off: they are released after each run.",
     type: "boolean",
     defaultValue: true,
     sortOrder: 20,
@@ -48,9 +48,9 @@ export const settings = (onShowBar) => [
   {
     id: "WanVideoEnhancedBlockSwap.PinBudgetGiB",
     category: [SECTION, HOST_MEMORY, "PinBudgetGiB"],
-    name: "Page-locked host memory, at most (GiB)",
+    name: "Locked RAM, at most (GB)",
     tooltip:
-      "How much host memory all models together may page-lock; the system's own limit holds as well. 0: as much as the system allows.",
+      "How much RAM all models together may lock in place for fast copies; the system's own limit holds as well. 0: as much as the system allows.",
     type: "number",
     attrs: { min: 0, max: 1024, step: 1 },
     defaultValue: 0,

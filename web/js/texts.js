@@ -3,52 +3,73 @@
 // A figure is in square brackets, because the front end's own translations interpret braces, @ and |.
 export const ENGLISH = {
   memory: "VRAM",
+  of: "[used] of [total]",
+  during: "during the run",
+  earlier: "earlier run, [time]",
   idle: "The plan appears here when the sampler starts.",
+  unconnected: "Not connected: connect block_swap_args to WanVideo Model Loader.",
+  no_wrapper:
+    "WanVideoWrapper is not installed: install ComfyUI-WanVideoWrapper with the Manager, then restart ComfyUI.",
   other: "other use",
-  residents: "resident blocks",
-  window: "window",
-  headroom: "headroom",
-  activations: "activations",
-  ceiling: "ceiling",
-  plan: "[free] free: [stay] of [blocks] blocks stay, [swapped] stream through [slots] slots",
-  plan_all: "[free] free: all [blocks] blocks stay",
-  over_ceiling: "[plan] (over the ceiling)",
-  stall_expected: "[share] stall expected",
-  no_stall_expected: "no stall expected",
-  placing: "placing weights: [placed] of [all]",
-  pinned: "[pinned] page-locked",
-  first: "the first forward is under way",
-  forward: "forward [number]",
-  forwards: "[number] forwards",
-  details: "[head]: [list]",
-  streamed: "[amount] streamed",
-  stall: "[share] stall",
-  no_stall: "no stall",
-  measuring: "being measured",
+  residents: "blocks on the GPU",
+  window: "streaming",
+  activations: "computation",
+  free: "free",
+  ceiling: "limit",
+  tip_other: "VRAM in use by other programs and models. Close them to make room for blocks.",
+  tip_residents: "Blocks that stay in VRAM. Raise vram_threshold_percent to keep more of them.",
+  tip_window: "Room for the blocks that stream in from RAM. Raise vram_threshold_percent so that fewer have to stream.",
+  tip_activations: "VRAM for computing the video. Fewer frames or a smaller picture need less.",
+  tip_free: "VRAM that stays free while the sampler runs. Raise vram_threshold_percent to fill it with blocks.",
+  tip_ceiling: "Most of the card that may be in use before the computation. Change it with vram_threshold_percent.",
+  sentence: "[text].",
+  then: "[one]; [other]",
   and: "[one], [other]",
-  stopped: "the run ended before its first forward finished",
-  off: "nothing is swapped by this node",
-  earlier: "of an earlier run",
+  plan: "[stay] blocks on the GPU, [swapped] streaming",
+  plan_parts: "[plan], with [parts] other parts of the model",
+  plan_all: "all [blocks] blocks on the GPU",
+  never_expected: "the GPU should never wait",
+  waits_expected: "the GPU should wait [share] of the time for copies",
+  over_ceiling: "this is more VRAM than is left for them",
+  placing: "Moving weights into place: [placed] of [all]",
+  first: "The first step is running",
+  step: "Step [number]",
+  step_of: "Step [number] of [steps]",
+  pass: "Pass [number] of the model",
+  done_steps: "Done after [number] steps",
+  done_passes: "Done after [number] passes of the model",
+  details: "[head]: [list]",
+  copied: "[amount] copied to the GPU",
+  never_waited: "the GPU never waited",
+  waited: "the GPU waited [share] of the time for copies",
+  done: "[what] VRAM is released.",
+  hint:
+    "[free] of VRAM stayed free: vram_threshold_percent [percent] would keep [blocks] more blocks on the GPU and save about [saved] a step",
+  stopped: "The run ended before its first step finished",
+  off: "This node passes through, nothing is swapped",
   foreign: "This node is that of [theirs], not that of [ours]. Remove one of the two folders and restart ComfyUI.",
+  auto: "[name] (auto)",
+  auto_chosen: "[name] (auto: [number])",
+  plan_text: "The plan appears here when this node runs.",
+  report_text: "The report appears here when the sampler has finished.",
   size: "[number] [unit]",
-  gib: "GiB",
-  mib: "MiB",
   gb: "GB",
   mb: "MB",
-  per_second: "[amount]/s",
+  s: "s",
+  ms: "ms",
 };
 
 const KEY = "wanVideoEnhancedBlockSwap";
-const GIB = 2 ** 30;
-const MIB = 2 ** 20;
-// As in Python: a smaller stall would be shown as 0.0 %.
-const NO_STALL = 0.0005;
+const GB = 2 ** 30;
+const MB = 2 ** 20;
+// As in Python: a smaller share would be shown as 0.0 %.
+const NEVER = 0.0005;
 
 const filled = (template, figures) =>
   template.replace(/\[(\w+)\]/g, (placeholder, name) => String(figures[name] ?? placeholder));
 
 // A number and its unit stay on one line.
-const unbroken = (text) => text.replace(/(\d) (?=[KMG]i?B\b|%)/g, "$1\u00a0");
+const unbroken = (text) => text.replace(/(\d) (?=[KMG]?B\b|%|ms\b|s\b)/g, "$1\u00a0");
 
 /** The texts of one language. */
 export class Texts {
@@ -61,77 +82,104 @@ export class Texts {
     this.words = { ...ENGLISH, ...translated };
     const one = { minimumFractionDigits: 1, maximumFractionDigits: 1 };
     this.decimal = new Intl.NumberFormat(language, one);
+    this.whole = new Intl.NumberFormat(language, { maximumFractionDigits: 0 });
     this.percent = new Intl.NumberFormat(language, { ...one, style: "percent" });
+    this.wholePercent = new Intl.NumberFormat(language, { maximumFractionDigits: 0, style: "percent" });
   }
 
   say(name, figures = {}) {
     return filled(this.words[name], figures);
   }
 
-  /** Memory, in powers of two. */
-  memory(bytes) {
-    return bytes / MIB < 1023.95 ? this.amount(bytes / MIB, "mib") : this.amount(bytes / GIB, "gib");
+  /** Memory, in powers of two; in the unit of `like` bytes, so that figures of one sum have one unit. */
+  memory(bytes, like = bytes) {
+    return like / MB < 1023.95 ? this.amount(bytes / MB, "mb") : this.amount(bytes / GB, "gb");
   }
 
-  /** Copied bytes, in powers of ten. */
-  moved(bytes) {
-    return bytes < 1e9 ? this.amount(bytes / 1e6, "mb") : this.amount(bytes / 1e9, "gb");
+  duration(ms) {
+    return ms >= 1000 ? this.amount(ms / 1000, "s") : this.amount(ms, "ms", ms >= 100 ? this.whole : this.decimal);
   }
 
-  amount(number, unit) {
-    const size = this.say("size", { number: this.decimal.format(number), unit: this.words[unit] });
+  amount(number, unit, format = this.decimal) {
+    const size = this.say("size", { number: format.format(number), unit: this.words[unit] });
     return size.replace(" ", "\u00a0");
+  }
+
+  /** When an earlier run was: the time of the day, before today with the date. */
+  earlier(at) {
+    const [then, now] = [new Date(at), new Date()];
+    const day = then.toDateString() === now.toDateString() ? {} : { month: "short", day: "numeric" };
+    const time = { hour: "2-digit", minute: "2-digit", hourCycle: "h23", ...day };
+    return this.say("earlier", { time: then.toLocaleString(this.language, time) });
   }
 
   /** The event's sentences, one per line; in English, Python's own text. */
   lines(event) {
     if (event.phase === "foreign") return [this.say("foreign", event)];
-    if (event.phase === "off" && this.language !== "en") return [this.say("off"), ...split(event.text)];
+    if (event.phase === "off" && this.language !== "en") return [this.sentence(this.say("off")), ...split(event.text)];
     // The text of a stopped run may be an error's message, which is not translated.
-    const isKnown = event.phase !== "stopped" || event.text === ENGLISH.stopped;
+    const isKnown = event.phase !== "stopped" || event.text === filled(ENGLISH.sentence, { text: ENGLISH.stopped });
     if (event.text && (this.language === "en" || !isKnown)) return split(event.text);
-    if (event.phase === "stopped") return [this.say("stopped")];
-    const figures = [this.plan(event.plan), this.adopting(event.adopt), this.running(event)];
+    if (event.phase === "stopped") return [this.sentence(this.say("stopped"))];
+    const figures = [this.plan(event.plan), this.adopting(event.adopt), this.running(event), this.hint(event.hint)];
     const lines = [...figures, event.run?.others].filter(Boolean); // what others do is told in English alone
     return lines.length ? lines : split(event.text);
   }
 
   plan(plan) {
     if (!plan) return "";
-    const figures = { ...plan, free: this.memory(plan.free), stay: plan.blocks - plan.swapped };
-    const expected = plan.swapped ? this.stall(plan, "stall_expected", "no_stall_expected") : "";
-    const text = this.list([this.say(plan.swapped ? "plan" : "plan_all", figures), expected]);
-    return plan.over_ceiling ? this.say("over_ceiling", { plan: text }) : text;
+    const { swapped, parts, over_ceiling: isOver } = plan;
+    const blocks = this.say(swapped ? "plan" : "plan_all", { ...plan, stay: plan.blocks - swapped });
+    const text = this.join("then", [
+      swapped && parts ? this.say("plan_parts", { plan: blocks, parts }) : blocks,
+      swapped ? this.waits(plan, "waits_expected", "never_expected") : "",
+      isOver ? this.say("over_ceiling") : "",
+    ]);
+    return this.sentence(text[0].toLocaleUpperCase(this.language) + text.slice(1));
   }
 
   adopting(adopt) {
     if (!adopt) return "";
-    const placing = this.say("placing", { placed: this.memory(adopt.placed), all: this.memory(adopt.all) });
-    return this.list([placing, adopt.pinned ? this.say("pinned", { pinned: this.memory(adopt.pinned) }) : ""]);
+    return this.sentence(this.say("placing", { placed: this.memory(adopt.placed), all: this.memory(adopt.all) }));
   }
 
   running({ phase, plan, run }) {
     if (!run) return "";
-    if (!run.forwards) return this.say("first");
+    if (!run.passes) return this.sentence(this.say("first"));
     const isOver = phase === "done";
-    const head = this.say(isOver ? "forwards" : "forward", { number: run.forwards });
-    if (!plan?.swapped) return head;
-    const speed = run.copy_bytes_per_s;
-    const list = this.list([
-      this.say("streamed", { amount: this.moved(run.streamed) }),
-      this.stall(run, "stall", "no_stall") || (isOver ? "" : this.say("measuring")),
-      speed === null ? "" : this.say("per_second", { amount: this.moved(speed) }),
-    ]);
-    return this.say("details", { head, list });
+    let head = this.head(run, isOver);
+    if (plan?.swapped) {
+      const copied = this.say("copied", { amount: this.memory(run.streamed) });
+      head = this.say("details", { head, list: this.join("and", [copied, this.waits(run, "waited", "never_waited")]) });
+    }
+    return isOver ? this.say("done", { what: this.sentence(head) }) : this.sentence(head);
   }
 
-  stall({ stall_ms: stall, forward_ms: forward }, some, none) {
+  head({ passes, step, steps }, isOver) {
+    if (step === null) return this.say(isOver ? "done_passes" : "pass", { number: passes });
+    if (isOver) return this.say("done_steps", { number: step });
+    return this.say(steps === null ? "step" : "step_of", { number: step, steps });
+  }
+
+  /** What the user could change. */
+  hint(hint) {
+    if (!hint) return "";
+    const figures = { ...hint, free: this.memory(hint.free_bytes), saved: this.duration(hint.saved_ms) };
+    return this.sentence(this.say("hint", figures));
+  }
+
+  /** How long the GPU waits for copies. */
+  waits({ stall_ms: stall, forward_ms: forward }, some, never) {
     if (stall === null || !forward) return "";
-    return stall / forward < NO_STALL ? this.say(none) : this.say(some, { share: this.percent.format(stall / forward) });
+    return stall / forward < NEVER ? this.say(never) : this.say(some, { share: this.percent.format(stall / forward) });
   }
 
-  list(parts) {
-    return parts.filter(Boolean).reduce((one, other) => this.say("and", { one, other }));
+  sentence(text) {
+    return this.say("sentence", { text });
+  }
+
+  join(how, parts) {
+    return parts.filter(Boolean).reduce((one, other) => this.say(how, { one, other }));
   }
 }
 

@@ -1,5 +1,7 @@
 // Finds the node of an event, and keeps the last event of each node: opening a tab makes a workflow's nodes again.
 
+import { readEvent } from "./event.js";
+
 /** The node with this execution id ("7:12" is node 12 inside the subgraph of node 7), or null. */
 export function nodeAt(graph, executionId) {
   // An id may contain a colon, as in workflows that were opened from the API's format.
@@ -16,10 +18,32 @@ export function* nodesOf(rootGraph) {
   for (const graph of [rootGraph, ...rootGraph.subgraphs.values()]) yield* graph.nodes;
 }
 
-/** The last events of the workflows of this page. */
+const STORE = "WanVideoEnhancedBlockSwap.lastRuns";
+const MOST_STORED = 50;
+const RESULTS = new Set(["done", "stopped", "off"]);
+
+/** What is stored: the last results of this browser's runs, the newest last. */
+function stored() {
+  try {
+    const found = JSON.parse(localStorage.getItem(STORE));
+    return Array.isArray(found) ? found : [];
+  } catch {
+    return []; // storage is blocked, or holds something else
+  }
+}
+
+/** The last events of the workflows of this page, and the last results from before it was loaded. */
 export class Workflows {
   #events = new Map();
   #queued = new Set();
+
+  constructor() {
+    for (const detail of stored()) {
+      const event = readEvent(detail);
+      const isWhole = event?.workflow && RESULTS.has(event.phase) && Number.isFinite(detail.at);
+      if (isWhole) this.#put(event.workflow, { ...event, at: detail.at, isEarlier: true });
+    }
+  }
 
   /** A prompt of this workflow is about to be queued. */
   onQueue(rootGraph) {
@@ -43,11 +67,26 @@ export class Workflows {
   keep(event, rootGraph) {
     const queued = this.isOpen(event, rootGraph) ? rootGraph.id : this.#queued.values().next().value;
     const workflow = event.workflow ?? queued;
+    this.#put(workflow, event);
+    if (RESULTS.has(event.phase)) this.#store({ ...event, workflow });
+  }
+
+  #put(workflow, event) {
     if (!this.#events.has(workflow)) this.#events.set(workflow, new Map());
     const events = this.#events.get(workflow);
     // The newest comes last: a node of a subgraph that is used twice has two ids.
     events.delete(event.node);
     events.set(event.node, event);
+  }
+
+  /** Stores a result; other pages of this browser store theirs as well. */
+  #store(event) {
+    const others = stored().filter((each) => each?.node !== event.node || each?.workflow !== event.workflow);
+    try {
+      localStorage.setItem(STORE, JSON.stringify([...others, event].slice(-MOST_STORED)));
+    } catch {
+      // Storage is blocked or full: the result is lost when the page is loaded again.
+    }
   }
 
   /** A prompt starts: the kept events are of an earlier run, until new ones come. */
