@@ -71,7 +71,7 @@ class Studio:
 
     def film(self) -> None:
         """The node in a whole run, as a GIF."""
-        node, pictures, durations = self._ui.add(NODE), [], []
+        node, pictures, durations = bars.connected(self._ui), [], []
         for frame in frames(twelve_gib()):
             if frame.progress is not None:
                 bars.send(self._ui, node, frame.progress)
