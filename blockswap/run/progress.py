@@ -237,9 +237,8 @@ class ProgressFeed:
 
 
 def _plan(plan: SwapPlan, predicted: ForwardTime | None) -> str:
-    expected = "" if predicted is None or not plan.swapped_count else expected_waits(predicted.stall, predicted.elapsed)
     over = "" if not plan.over_ceiling else "this is more VRAM than is left for them"
-    text = "; ".join(part for part in (blocks_in_words(plan), expected, over) if part)
+    text = "; ".join(part for part in (blocks_in_words(plan), expected_waits(plan, predicted), over) if part)
     return f"{text[0].upper()}{text[1:]}."
 
 

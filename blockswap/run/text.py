@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ...hardware.records import DeviceMemory, HostMemory, Samples
 from ...hardware.units import MIB, format_bytes, format_count
+from ..plan.schedule import ForwardTime
 from ..plan.swap_plan import SwapPlan, blocks_in_words
 from .history import Workload
 from .report import Hint, Measured, RunReport, host_tiers
@@ -79,7 +80,7 @@ def plan_text(plan: SwapPlan, *, card: str, details: bool = False) -> str:
         lines.append(f"RAM: {held}" if held else "")
         lines.append(f"copied to the GPU in each pass of the model: {format_bytes(plan.streamed_bytes)}")
     if plan.predicted is not None:
-        wait = expected_waits(plan.predicted.stall, plan.predicted.elapsed) if plan.swapped_count else ""
+        wait = expected_waits(plan, plan.predicted)
         lines.append(f"expected: {_s(plan.predicted.elapsed)} for a pass of the model{f'; {wait}' if wait else ''}")
     lines += [f"- {text}" for text in plan.remarks]
     if details:
@@ -89,12 +90,10 @@ def plan_text(plan: SwapPlan, *, card: str, details: bool = False) -> str:
 
 def plan_lines(plan: SwapPlan, *, card: str) -> str:
     """A plan in the log: three short lines, below one that may be begun already."""
-    expected = ""
-    if plan.predicted is not None and plan.swapped_count:
-        expected = f"; {expected_waits(plan.predicted.stall, plan.predicted.elapsed)}"
+    wait = expected_waits(plan, plan.predicted)
     held = _held(plan.slab_bytes, plan.pinned_bytes, plan.file_bytes) if plan.swapped_count else ""
     lines = [
-        f"WanVideo Enhanced BlockSwap on {card}: {blocks_in_words(plan)}{expected}",
+        f"WanVideo Enhanced BlockSwap on {card}: {blocks_in_words(plan)}{f'; {wait}' if wait else ''}",
         f"  {_vram_planned(plan)}{f'; RAM: {held}' if held else ''}",
         *(f"  {text}" for text in plan.remarks[:1]),
     ]
@@ -109,9 +108,11 @@ def waits(stall_ms: float | None, forward_ms: float | None) -> str:
     return f"the GPU waited {share} of the time for copies" if share else "the GPU never waited"
 
 
-def expected_waits(stall_ms: float, forward_ms: float) -> str:
-    """The same before a run."""
-    share = _share(stall_ms, forward_ms)
+def expected_waits(plan: SwapPlan, predicted: ForwardTime | None) -> str:
+    """The same before a run of `plan`; empty also if nothing is copied."""
+    if predicted is None or not plan.swapped_count:
+        return ""
+    share = _share(predicted.stall, predicted.elapsed)
     return f"the GPU should wait {share} of the time for copies" if share else "the GPU should never wait"
 
 
@@ -275,7 +276,7 @@ def _waits(report: RunReport) -> str:
     if prediction is None:
         return f"waiting: {found}" if found else ""
     if not found:
-        return f"waiting: {expected_waits(prediction.stall, prediction.elapsed)}"
+        return f"waiting: {expected_waits(report.plan, prediction)}"
     return f"waiting: {found} (expected: {_share(prediction.stall, prediction.elapsed) or 'never'})"
 
 

@@ -273,7 +273,7 @@ function hasSaved(saved, node, widget) {
 
 /** Gives a new node the ceiling of the settings; a loaded or copied node then takes its saved one. */
 function takeDefaultCeiling(node) {
-  const widget = node.widgets?.find((each) => each.name === CEILING);
+  const widget = widgetOf(node, CEILING);
   const wanted = setting(DEFAULT_CEILING);
   if (!widget || !Number.isFinite(wanted)) return;
   const { min, max } = widget.options;

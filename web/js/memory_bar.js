@@ -57,7 +57,6 @@ function hatch() {
 /** The fill of a part, on the bar and in the legend. */
 export const fillOf = (name) => (name === "activations" ? "url(#hatch)" : (COLOURS[name] ?? "transparent"));
 
-
 const edge = (share) =>
   svg("line", { x1: percent(share), x2: percent(share), y1: TOP, y2: TOP + BAR, stroke: GROUND });
 
