@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .blockswap.device.backend import backend_for
-from .blockswap.errors import SettingsError, WrapperError
+from .blockswap.errors import BlockSwapError, SettingsError, WrapperError
 from .blockswap.model.activations import activation_bytes
 from .blockswap.model.recognise import profile_tensors
 from .blockswap.model.wan import tokens_for
@@ -21,7 +21,7 @@ from .blockswap.plan.make_plan import Limits, Readings, make_plan, plan_inputs
 from .blockswap.plan.swap_plan import Activations, SwapPlan
 from .blockswap.run.machine import TorchMachine
 from .blockswap.run.planner import limits_within
-from .blockswap.run.progress import Phase, Progress
+from .blockswap.run.progress import Phase, Progress, failed
 from .blockswap.run.run import SwapRun
 from .blockswap.settings import SwapSettings, node_of
 from .blockswap.wrapper.find import find_wrapper
@@ -151,6 +151,7 @@ class ComfyUI:
                 self._make_run,
                 on_start=self._on_start,
                 on_set=self._on_set,
+                on_refused=self._on_refused,
                 keeps_slabs=lambda: self._preferences().keep_host_slabs,
             )
         self.gate.install()
@@ -261,8 +262,8 @@ class ComfyUI:
         if progress is not None:
             progress(Progress(phase=Phase.OFF, why=why))
 
-    def progress_on(self, node: str) -> NodeProgress | None:
-        """The progress display of the node with this id; None without a server, as in a script."""
+    def progress_on(self, node: str, *, model: str = "") -> NodeProgress | None:
+        """The display of a model's progress on the node with this id; None without a server, as in a script."""
         from server import PromptServer
 
         server = getattr(PromptServer, "instance", None)
@@ -272,13 +273,20 @@ class ComfyUI:
             node,
             lambda event, data: server.send_sync(event, data, server.client_id),
             lambda text, of_node: server.send_progress_text(text, of_node, server.client_id),
+            model=model,
             workflow=_running_workflow(server),
         )
 
     def _on_start(self, run: SwapRun, arguments: Mapping[str, Any]) -> None:
         self._pin_budget()
         node = node_of(arguments)
-        run.watcher = None if node is None else self.progress_on(node)
+        run.watcher = None if node is None else self.progress_on(node, model=run.model)
+
+    def _on_refused(self, why: BlockSwapError, arguments: Mapping[str, Any]) -> None:
+        node = node_of(arguments)
+        progress = None if node is None else self.progress_on(node)
+        if progress is not None:
+            progress(failed(str(why)))
 
     def _on_set(self, patcher: Any, arguments: Any) -> None:
         wrong = wrong_with_setting(patcher, arguments)

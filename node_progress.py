@@ -26,6 +26,7 @@ class NodeProgress:
         node: The node's id, as ComfyUI executes it ("7:12" inside a subgraph).
         send_event: Takes an event's name and its data.
         send_text: Takes a text and the id of its node.
+        model: The name of the model that runs; empty if unknown.
         workflow: The id of the node's workflow; None if unknown.
     """
 
@@ -35,11 +36,12 @@ class NodeProgress:
         send_event: SendEvent,
         send_text: SendText,
         *,
+        model: str = "",
         workflow: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node = node
-        self._workflow = workflow
+        self._of_run = {"node": node, "workflow": workflow, "model": model}
         self._send_event = send_event
         self._send_text = send_text
         self._clock = clock
@@ -54,7 +56,7 @@ class NodeProgress:
             return
         self._phase, self._sent_at = progress.phase, now
         try:
-            self._send_event(EVENT, {"node": self._node, "workflow": self._workflow, **progress.as_json()})
+            self._send_event(EVENT, {**self._of_run, **progress.as_json()})
             self._send_text(progress.text.replace("\n", ".\n"), self._node)  # some renderers drop line ends
         except Exception:  # a server that shuts down or has changed: the run matters more
             self._works = False

@@ -16,7 +16,7 @@ from wanvideo_enhanced_blockswap.blockswap.engine import session as session_modu
 from wanvideo_enhanced_blockswap.blockswap.engine.placer import Placer
 from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState
 from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError
-from wanvideo_enhanced_blockswap.blockswap.run.progress import Phase, Progress, stopped
+from wanvideo_enhanced_blockswap.blockswap.run.progress import Phase, Progress, failed
 
 pytestmark = pytest.mark.usefixtures("pretend_device")
 
@@ -134,7 +134,7 @@ def test_the_node_is_told_the_error_that_the_run_has_ended_with(bench: GateBench
     bench.run_of(workflow).watcher = told.append
     with pytest.raises(DeviceMemoryError) as failure:
         workflow.sample(fault=once(1, forward=2 if how == "not again" else 0, times=2))
-    assert told[-1] == stopped(str(failure.value))
+    assert told[-1] == failed(str(failure.value))
 
 
 def refuse_device_memory(monkeypatch: pytest.MonkeyPatch, *, times: int) -> None:
@@ -162,7 +162,7 @@ def test_memory_that_runs_out_while_blocks_are_placed_is_in_the_report_and_the_r
     report = bench.run_of(workflow).report()
     assert report is not None
     assert report.measured.replans == ("VRAM ran out",)
-    assert Phase.STOPPED not in {progress.phase for progress in told}
+    assert Phase.FAILED not in {progress.phase for progress in told}
 
 
 def test_a_run_that_cannot_place_its_blocks_is_stopped_once(bench: GateBench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def test_a_run_that_cannot_place_its_blocks_is_stopped_once(bench: GateBench, mo
         refuse_device_memory(patch, times=9)
         with pytest.raises(DeviceMemoryError) as failure:
             workflow.sample()
-    assert [one for one in told if one.phase is Phase.STOPPED] == [stopped(str(failure.value))]
+    assert [one for one in told if one.phase is Phase.FAILED] == [failed(str(failure.value))]
     assert torch.equal(workflow.sample(frames=2), workflow.sample(frames=2))
     report = bench.run_of(workflow).report()
     assert report is not None

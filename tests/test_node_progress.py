@@ -32,7 +32,7 @@ def test_an_event_for_the_bar_and_a_text_for_everybody_else_name_the_node() -> N
     server = Server()
     server.progress(Progress(phase=Phase.OFF, why="no card"))
     assert server.events == [
-        (EVENT, {"node": "7:12", "workflow": None, **Progress(phase=Phase.OFF, why="no card").as_json()})
+        (EVENT, {"node": "7:12", "workflow": None, "model": "", **Progress(phase=Phase.OFF, why="no card").as_json()})
     ]
     assert server.texts == [("no card", "7:12")]
 

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import standin
 import torch
 import wanvideo_enhanced_blockswap as package
-from fake_comfyui import HPU, sampled
-from standin import Workflow
+from fake_comfyui import HPU, ours, sampled
+from standin import Workflow, nodes_sampler
 from standin.measuring import unswapped
 from wanvideo_enhanced_blockswap import comfyui
 from wanvideo_enhanced_blockswap import nodes as node_module
@@ -331,6 +332,71 @@ def test_the_node_is_told_what_its_run_does(comfy: SimpleNamespace, events: list
     assert {(event["node"], event["workflow"]) for event in events} == {("7:12", "a workflow")}
     assert events[0]["text"].startswith("1 block on the GPU, 3 streaming.\nMoving weights into place: 0 B of ")
     assert events[-1]["text"].splitlines()[1].startswith("Done after 3 steps: ")
+
+
+INTERRUPT, ERROR = standin.InterruptProcessingException, RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("error", "forward", "phase", "said", "reported"),
+    [
+        (INTERRUPT, 0, "stopped", "The run ended before its first step finished.", "stopped before the first step"),
+        (INTERRUPT, 4, "stopped", "Stopped after 2 steps: ", "stopped after 2 steps; fp8 on hpu"),
+        (ERROR, 0, "failed", "The run failed before the first step: block 1", "FAILED before the first step: block 1"),
+        (ERROR, 4, "failed", "The run failed after 2 steps: block 1 fails", "FAILED after 2 steps: block 1 fails"),
+    ],
+)
+def test_the_node_is_told_whether_the_user_or_an_error_ended_the_run(
+    comfy: SimpleNamespace,
+    events: list[dict[str, Any]],
+    error: type[BaseException],
+    forward: int,
+    phase: str,
+    said: str,
+    reported: str,
+) -> None:
+    workflow, _ = sampled(ours())
+    workflow.patchers[0].model["model_name"] = r"wan\2.2/fp8.safetensors"
+    events.clear()
+    with pytest.raises(error):
+        workflow.sample(fault=standin.Fault(block=1, forward=forward, error=error))
+    assert [event["phase"] for event in events if event["phase"] not in ("adopting", "sampling")] == [phase]
+    assert (events[-1]["node"], events[-1]["model"]) == ("3", "fp8")
+    assert events[-1]["text"].splitlines()[-1].startswith(said)
+    assert (
+        reported
+        in package.NODE_CLASS_MAPPINGS["WanVideoBlockSwapReport"]().report(None, workflow.patchers[0])["result"][1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "phase", "said"),
+    [
+        (INTERRUPT, "stopped", "Stopped after 1 step: "),
+        (ERROR, "failed", "The run failed after 1 step: the preview is too large"),
+    ],
+)
+def test_what_ends_a_run_between_two_steps_is_told_as_well(
+    comfy: SimpleNamespace,
+    events: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+    phase: str,
+    said: str,
+) -> None:
+    workflow, _ = sampled(ours())
+    step = nodes_sampler._windowed
+
+    def second(predict: Any, latent: Any, number: int, request: Any) -> Any:
+        if number:
+            raise error("the preview is too large\nin its second line")
+        return step(predict, latent, number, request)
+
+    monkeypatch.setattr(nodes_sampler, "_windowed", second)
+    with pytest.raises(error):
+        workflow.sample()
+    assert events[-1]["phase"] == phase
+    assert events[-1]["text"].splitlines()[-1].startswith(said)
 
 
 @pytest.mark.parametrize(

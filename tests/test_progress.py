@@ -17,7 +17,7 @@ from wanvideo_enhanced_blockswap.blockswap.run.progress import (
     MemoryUse,
     Phase,
     Progress,
-    stopped,
+    failed,
 )
 from wanvideo_enhanced_blockswap.blockswap.run.report import Hint, Step
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
@@ -83,6 +83,7 @@ WAITED = "61.0 GB copied to the GPU, the GPU waited 0.4% of the time for copies"
         (sampling(run=ran(2, 17 * MIB)), "Pass 2 of the model: 17.0 MB copied to the GPU."),
         (sampling(run=ran(0, 0)), "The first step is running."),
         (replace(sampling(), phase=Phase.DONE), f"Done after 9 steps: {WAITED}. VRAM is released."),
+        (replace(sampling(), phase=Phase.STOPPED), f"Stopped after 9 steps: {WAITED}. VRAM is released."),
         (
             replace(sampling(run=ran(1, GIB)), phase=Phase.DONE),
             "Done after 1 pass of the model: 1.0 GB copied to the GPU. VRAM is released.",
@@ -110,7 +111,6 @@ def test_why_nothing_is_swapped_is_all_the_text() -> None:
     assert (
         Progress(phase=Phase.OFF, why="the CPU computes from host memory").text == "the CPU computes from host memory"
     )
-    assert stopped().text == "The run ended before its first step finished."
 
 
 def test_it_is_plain_data_with_every_part_named() -> None:
@@ -238,7 +238,7 @@ def test_a_plan_that_cannot_be_is_told_once_in_the_error_s_words() -> None:
         bench.forward()
     assert watcher.told == []
     bench.run.release(failure.value)
-    assert watcher.told == [stopped(str(failure.value))]
+    assert watcher.told == [failed(str(failure.value))]
 
 
 def test_a_release_that_fails_is_told_in_the_error_s_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,8 +253,8 @@ def test_a_release_that_fails_is_told_in_the_error_s_words(monkeypatch: pytest.M
         patch.setattr(Holdings, "drop_device", fail)
         with pytest.raises(DeviceMemoryError):
             bench.run.release()
-    assert watcher.phases() == [Phase.ADOPTING, Phase.SAMPLING, Phase.STOPPED]
-    assert watcher.told[-1] == stopped("the device is gone")
+    assert watcher.phases() == [Phase.ADOPTING, Phase.SAMPLING, Phase.FAILED]
+    assert watcher.told[-1] == failed("the device is gone")
 
 
 def test_a_run_without_a_forward_is_told_as_stopped() -> None:

@@ -127,25 +127,29 @@ def test_a_plan_for_a_model_with_another_nodes_arguments_says_that_it_is_not_fol
 # VRAM management
 
 
-def test_beside_vram_management_our_arguments_are_refused_in_our_words_at_the_loader(comfy: SimpleNamespace) -> None:
+def test_beside_vram_management_our_arguments_are_refused_in_our_words_at_the_loader_and_on_the_node(
+    comfy: SimpleNamespace, events: list[dict[str, Any]]
+) -> None:
     workflow = Workflow(replace(standin.VARIANTS["lora_merged"], has_vram_management=True), device=HPU)
-    with pytest.raises(WrapperError, match=r"^swapped blocks cannot run with vram_management_args.*disconnect"):
+    with pytest.raises(WrapperError, match=r"^swapped blocks cannot run with vram_management_args.*disconnect") as why:
         workflow.load(ours())
+    assert [(event["node"], event["phase"], event["text"]) for event in events] == [("3", "failed", str(why.value))]
     with pytest.raises(AssertionError, match="block_swap_args and vram_management_args"):
         workflow.load(swap_args(2))
 
 
 def test_behind_vram_management_our_arguments_are_refused_in_one_line_before_the_run_begins(
-    comfy: SimpleNamespace,
+    comfy: SimpleNamespace, events: list[dict[str, Any]]
 ) -> None:
     truth = unswapped("lora_merged", HPU).latents
     workflow = Workflow(replace(standin.VARIANTS["lora_merged"], has_vram_management=True), device=HPU)
     workflow.load()
     arguments = ours()
-    for _ in range(2):
+    for runs in range(1, 3):
         with pytest.raises(WrapperError, match=r"^swapped blocks cannot run with vram_management_args.*disconnect"):
             workflow.sample(arguments)
         assert "meta" not in places(workflow.transformer.blocks), "merged weights are nowhere else"
+        assert [event["phase"] for event in events] == ["failed"] * runs
         assert node_module.COMFYUI.gate.run_of(workflow.transformer) is None
     assert torch.equal(workflow.sample(), truth)
     assert torch.equal(sampled(arguments, "lora_merged")[1], truth)

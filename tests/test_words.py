@@ -21,7 +21,7 @@ from wanvideo_enhanced_blockswap.blockswap.model.layout import BlockProfile, Mod
 from wanvideo_enhanced_blockswap.blockswap.plan.make_plan import make_plan
 from wanvideo_enhanced_blockswap.blockswap.plan.swap_plan import Activations, SwapPlan
 from wanvideo_enhanced_blockswap.blockswap.run.history import Workload
-from wanvideo_enhanced_blockswap.blockswap.run.progress import AdoptFigures, Phase, Progress, stopped
+from wanvideo_enhanced_blockswap.blockswap.run.progress import NOTHING_DONE, AdoptFigures, Phase, Progress
 from wanvideo_enhanced_blockswap.blockswap.run.replan import kept_over_budget, slow_link, spill, why_replace
 from wanvideo_enhanced_blockswap.blockswap.run.report import Hint, Measured, Step
 from wanvideo_enhanced_blockswap.blockswap.run.text import (
@@ -126,11 +126,11 @@ def test_a_plan_is_told_in_short_sentences_without_jargon() -> None:
 
 def test_progress_is_told_in_short_sentences_without_jargon() -> None:
     adopt = AdoptFigures(placed=GIB, all=2 * GIB, pinned=GIB)
-    told = {stopped().text}
+    told = {NOTHING_DONE}
     for plan, times in itertools.product(PLANS, (None, predicted(0.0, 10.0), predicted(1.0, 10.0))):
         told.add(Progress(phase=Phase.ADOPTING, plan=plan, predicted=times, adopt=adopt).text)
     for plan, run, hint in itertools.product(PLANS[:: len(PLANS) // 20], measured(), (None, *HINTS)):
-        for phase in (Phase.SAMPLING, Phase.DONE):
+        for phase in (Phase.SAMPLING, Phase.DONE, Phase.STOPPED):
             told.add(Progress(phase=phase, plan=plan, run=run, hint=hint).text)
     assert [fault for text in told for fault in wrong(text)] == []
 

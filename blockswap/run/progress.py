@@ -12,8 +12,8 @@ from ...hardware.units import format_bytes
 from ..errors import BlockSwapError
 from ..plan.schedule import ForwardTime
 from ..plan.swap_plan import SwapPlan, blocks_in_words
-from .report import Hint, Measured, RunReport, RunStats
-from .text import expected_waits, hint_text, steps_in_words, waits
+from .report import Hint, Measured, RunReport, RunStats, error_in_words, is_interrupt
+from .text import expected_waits, far_in_words, hint_text, steps_in_words, waits
 
 if TYPE_CHECKING:
     from .planner import Planner
@@ -31,9 +31,15 @@ class Phase(Enum):
     DONE = "done"
     """After the release, if a forward had finished."""
     STOPPED = "stopped"
-    """After the release, if none had finished, or if the run failed."""
+    """After the release, if the user stopped the run, or if no forward had finished."""
+    FAILED = "failed"
+    """After an error, or instead of the run."""
     OFF = "off"
     """Our node swaps nothing."""
+
+
+OVER = (Phase.DONE, Phase.STOPPED)
+"""Phases in which a run's figures are its last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +84,7 @@ class Progress:
         adopt: How far the weights are placed.
         run: What was measured so far.
         hint: What the user could change.
-        why: Why the run was stopped, or why nothing is swapped.
+        why: Why the run failed or was stopped, or why nothing is swapped.
     """
 
     phase: Phase
@@ -129,7 +135,7 @@ class Progress:
             return None
         return {
             "passes": run.forwards,
-            "step": None if run.step is None else run.steps if self.phase is Phase.DONE else run.step.number,
+            "step": None if run.step is None else run.steps if self.phase in OVER else run.step.number,
             "steps": None if run.step is None else run.step.of,
             "streamed": run.onloaded_bytes,
             "forward_ms": run.forward_ms,
@@ -143,9 +149,9 @@ class Progress:
             return ""
         if not run.forwards:
             return "The first step is running."
-        step, is_over = run.step, self.phase is Phase.DONE
+        step, is_over = run.step, self.phase in OVER
         if is_over:
-            head = f"Done after {steps_in_words(run)}"
+            head = f"{'Done' if self.phase is Phase.DONE else 'Stopped'} after {steps_in_words(run)}"
         elif step is None:
             head = f"Pass {run.forwards} of the model"
         else:
@@ -205,18 +211,23 @@ class ProgressFeed:
         if self.watcher is None:
             return
         if isinstance(failure, BlockSwapError):
-            self.watcher(stopped(str(failure)))
+            self.watcher(failed(str(failure)))
+        elif failure is not None and not is_interrupt(failure):
+            why = error_in_words(failure).partition("\n")[0]
+            self.watcher(failed(f"The run failed {far_in_words(report)}: {why}"))
         elif report is None or not report.measured.forwards:
-            self.watcher(stopped())
-        elif failure is not None:
-            self.watcher(stopped(f"The run was stopped after {steps_in_words(report.measured)}."))
+            self.watcher(Progress(phase=Phase.STOPPED, why=NOTHING_DONE))
         else:
             plan, measured = report.plan, report.measured
-            predicted, memory = report.prediction or plan.predicted, self._memory(plan, measured.activation_bytes)
-            done = Progress(
-                phase=Phase.DONE, memory=memory, plan=plan, predicted=predicted, run=measured, hint=report.hint
+            result = Progress(
+                phase=Phase.DONE if failure is None else Phase.STOPPED,
+                memory=self._memory(plan, measured.activation_bytes),
+                plan=plan,
+                predicted=report.prediction or plan.predicted,
+                run=measured,
+                hint=report.hint,
             )
-            self.watcher(done)
+            self.watcher(result)
 
     def _memory(self, plan: SwapPlan, activation_bytes: int | None = None) -> MemoryUse | None:
         planner = self._planner
@@ -250,6 +261,6 @@ def _adopting(adopt: AdoptFigures | None) -> str:
     )
 
 
-def stopped(why: str = "") -> Progress:
-    """The progress of a run that ended without a result."""
-    return Progress(phase=Phase.STOPPED, why=why or NOTHING_DONE)
+def failed(why: str) -> Progress:
+    """The progress of a run that ended with an error, or did not begin."""
+    return Progress(phase=Phase.FAILED, why=why)

@@ -141,7 +141,8 @@ class RunReport:
         hint: What the user could change; None if nothing.
         number: Number of the run, from 1.
         ended: When it ended; None while it lasts.
-        failure: What ended it; empty if it ended well.
+        failure: The error that ended it; empty if none did.
+        interrupted: Whether the user stopped it.
         notes: Sentences on what no figure shows: where the trace is, what else slowed the run.
     """
 
@@ -155,6 +156,7 @@ class RunReport:
     number: int = 1
     ended: datetime | None = None
     failure: str = ""
+    interrupted: bool = False
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -163,10 +165,21 @@ class RunReport:
             raise ValueError(f"expected times of all {planned} blocks of the plan or of none, got {timed}")
 
     def at_end(self, samples: Samples | None, failure: BaseException | None) -> RunReport:
-        """The report of the run that ends now, with all its samples; after a failure it has no hint."""
-        why = "" if failure is None else str(failure) or type(failure).__name__
-        measured, hint = replace(self.measured, samples=samples), None if why else self.hint
-        return replace(self, measured=measured, hint=hint, ended=datetime.now(), failure=why)
+        """The report of the run that ends now, with all its samples; it has a hint only if it ended well."""
+        interrupted = is_interrupt(failure)
+        why = "" if failure is None or interrupted else error_in_words(failure)
+        measured, hint = replace(self.measured, samples=samples), self.hint if failure is None else None
+        return replace(self, measured=measured, hint=hint, ended=datetime.now(), failure=why, interrupted=interrupted)
+
+
+def is_interrupt(failure: BaseException | None) -> bool:
+    """Whether the user stopped the run: by ComfyUI's button, whose exception is known by its name, or by a signal."""
+    return isinstance(failure, KeyboardInterrupt) or type(failure).__name__ == "InterruptProcessingException"
+
+
+def error_in_words(failure: BaseException) -> str:
+    """An error's message, or its type if it has none."""
+    return str(failure) or type(failure).__name__
 
 
 def host_tiers(plan: SwapPlan) -> dict[str, int]:
@@ -195,7 +208,6 @@ class RunStats:
     """What is known of a run while it lasts; makes its report.
 
     Args:
-        title: Model and device.
         session: Runs the blocks.
         planner: Makes the plans.
         number: Number of the run, from 1.
@@ -215,8 +227,7 @@ class RunStats:
         notes: Sentences on what no figure shows.
     """
 
-    def __init__(self, title: str, session: SwapSession, planner: Planner, *, number: int = 1) -> None:
-        self._title = title
+    def __init__(self, session: SwapSession, planner: Planner, *, number: int = 1) -> None:
         self.number = number
         self._session = session
         self._planner = planner
@@ -256,10 +267,11 @@ class RunStats:
             self.notes.append(text)
             logger.warning("%s", text)
 
-    def report(self, samples: Samples | None) -> RunReport:
+    def report(self, title: str, samples: Samples | None) -> RunReport:
         """The report of the run so far. Made before the release, which frees staging memory.
 
         Args:
+            title: Model and device.
             samples: Of the device; None if it was not sampled.
         """
         plan, profile, session = self._session.plan, self._planner.profile, self._session
@@ -271,7 +283,7 @@ class RunStats:
         cut = [f"the trace is full: {dropped:,} spans were not recorded"] if dropped else []
         largest, is_timed = self._planner.history.largest_workload, self.observation is not None
         return RunReport(
-            title=self._title,
+            title=title,
             plan=replace(plan, tiers=tuple(tiers.get(i, tier) for i, tier in enumerate(plan.tiers))),
             prediction=self.prediction,
             activation_bytes=None if largest is None else largest.expected_activation_bytes,

@@ -67,6 +67,7 @@ class SwapRun:
         session: Runs the blocks.
         watcher: Receives the run's progress; None for nobody. May be set between runs.
         last_report: The report of the last run that was released.
+        model: What the model is called in reports. May be set between runs.
     """
 
     def __init__(
@@ -91,8 +92,8 @@ class SwapRun:
         self._blocks = [module for _, module in blocks]
         self._foresight = Foresight(self.session, self.planner, self._peak, backend.device)
         self.last_report: RunReport | None = None
-        self._title = f"{'blocks' if root is None else type(root).__name__} on {machine.spec.name}"
-        self._stats = RunStats(self._title, self.session, self.planner)
+        self.model = "blocks" if root is None else type(root).__name__
+        self._stats = RunStats(self.session, self.planner)
         self._in_run = False
         self._timed = TIMED_FORWARDS
         self._workload: Workload | None = None
@@ -215,7 +216,7 @@ class SwapRun:
         if not self._in_run:
             return self.last_report
         self._stats.observe(self._timed)
-        return self._stats.report(self._samples)
+        return self._stats.report(f"{self.model} on {self._machine.spec.name}", self._samples)
 
     def release(self, failure: BaseException | None = None) -> None:
         """Ends the run: every tensor points at its master, the device memory is free, slabs stay for the next run.
@@ -274,7 +275,7 @@ class SwapRun:
         self._review_due = self._prepared = False
         self.planner.history.end_run()
         self.session.others = Others()
-        self._stats = RunStats(self._title, self.session, self.planner, number=self._stats.number + was_in_run)
+        self._stats = RunStats(self.session, self.planner, number=self._stats.number + was_in_run)
         self._sampling.close()
 
     def _plan_again_if_needed(self, *, is_new: bool) -> None:

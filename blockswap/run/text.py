@@ -129,6 +129,13 @@ def steps_in_words(measured: Measured) -> str:
     return f"{measured.forwards} {'pass' if measured.forwards == 1 else 'passes'} of the model"
 
 
+def far_in_words(report: RunReport | None) -> str:
+    """How far a run came that did not end well, such as "after 20 steps"."""
+    if report is None or not report.measured.forwards:
+        return "before the first step"
+    return f"after {steps_in_words(report.measured)}"
+
+
 def hint_text(hint: Hint) -> str:
     """What the user could change, and what it would gain."""
     return (
@@ -140,11 +147,13 @@ def hint_text(hint: Hint) -> str:
 
 def _head(report: RunReport) -> str:
     when = "" if report.ended is None else f", {report.ended:%H:%M}"
-    done = steps_in_words(report.measured) if report.measured.forwards else ""
     if report.failure:
-        how = f"FAILED {f'after {done}' if done else 'before the first step'}: {_one_line(report.failure)}"
+        how = f"FAILED {far_in_words(report)}: {_one_line(report.failure)}"
+    elif report.interrupted:
+        how = f"stopped {far_in_words(report)}; {_one_line(report.title)}"
     else:
-        how = f"{done or 'nothing has run'}; {_one_line(report.title)}"
+        done = steps_in_words(report.measured) if report.measured.forwards else "nothing has run"
+        how = f"{done}; {_one_line(report.title)}"
     return f"run {report.number}{when}: {how}"
 
 

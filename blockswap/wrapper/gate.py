@@ -7,10 +7,13 @@ object alone: a model without our arguments, compiled or not, executes no line o
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import PureWindowsPath
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from torch import nn
 
 from ...hardware import is_driver_refusal, is_out_of_memory
 from ..engine.session import SessionState, SwapSession
-from ..errors import DeviceMemoryError, WrapperError
+from ..errors import BlockSwapError, DeviceMemoryError, WrapperError
 from ..run.history import Workload
 from ..run.run import SwapRun
 from ..run.text import not_again
@@ -55,6 +58,9 @@ begin to swap."""
 OnStart = Callable[[SwapRun, Mapping[str, Any]], None]
 """Called with a run and our arguments each time the run starts, before anything is planned."""
 
+OnRefused = Callable[[BlockSwapError, Mapping[str, Any]], None]
+"""Called with our arguments and why a model that has them is refused, before its run starts."""
+
 OnSet = Callable[[Any, Any], None]
 """Called with a loaded model and the arguments that WanVideoSetBlockSwap is about to give it."""
 
@@ -72,6 +78,7 @@ class Gate:
         make_run: Makes the run of a transformer.
         on_start: Called when a run starts.
         on_set: Called when a loaded model gets other arguments.
+        on_refused: Called when a model with our arguments is refused.
         keeps_slabs: Whether the user wants slabs kept for the next run.
     """
 
@@ -82,12 +89,14 @@ class Gate:
         *,
         on_start: OnStart | None = None,
         on_set: OnSet | None = None,
+        on_refused: OnRefused | None = None,
         keeps_slabs: Callable[[], bool] = lambda: True,
     ) -> None:
         self._wrapper = wrapper
         self._make_run = make_run
         self._on_start = on_start
         self._on_set = on_set
+        self._on_refused = on_refused
         self._keeps_slabs = keeps_slabs
         self._gated: OnModels[GatedModel] = OnModels()
         self._watched: list[Watched] = []
@@ -131,8 +140,10 @@ class Gate:
 
     def _before_loader(self, _: Any, arguments: Mapping[str, Any]) -> None:
         """Refuses what cannot run, before the wrapper's own assertion, which does not say what to do."""
-        if arguments.get("vram_management_args") is not None and is_ours(arguments.get("block_swap_args")):
-            raise WrapperError(MANAGED)
+        swap_args = arguments.get("block_swap_args")
+        if arguments.get("vram_management_args") is not None and is_ours(swap_args):
+            with self._refusals_told(swap_args):
+                raise WrapperError(MANAGED)
 
     def _before_load(self, transformer: Any, arguments: Mapping[str, Any]) -> AbstractContextManager[None] | None:
         """Refuses what cannot run, before any weight moves, and frees the device before new weights arrive there."""
@@ -141,9 +152,10 @@ class Gate:
             if self._remove(transformer) and arguments.get("gguf"):
                 discard_packed_weights(transformer)
             return None
-        SwapSettings.from_blockswapargs(swap_args)
-        refuse_cuda_graphs(arguments.get("compile_args"))
-        refuse_vram_management(transformer)
+        with self._refusals_told(swap_args):
+            SwapSettings.from_blockswapargs(swap_args)
+            refuse_cuda_graphs(arguments.get("compile_args"))
+            refuse_vram_management(transformer)
         gated = self._gated.get(transformer)
         if gated is not None:
             gated.end()
@@ -169,9 +181,19 @@ class Gate:
             self._remove(unwrapped(transformer))
             return None
         try:
-            return self._start(transformer, swap_args, arguments.get("model"))
+            with self._refusals_told(swap_args):
+                return self._start(transformer, swap_args, arguments.get("model"))
         except BaseException:
             reset_counters(unwrapped(transformer))
+            raise
+
+    @contextlib.contextmanager
+    def _refusals_told(self, swap_args: Any) -> Iterator[None]:
+        try:
+            yield
+        except BlockSwapError as failure:
+            if self._on_refused is not None:
+                self._on_refused(failure, swap_args)
             raise
 
     def _start(self, outer: Any, swap_args: Any, model: Any) -> AbstractContextManager[None] | None:
@@ -194,6 +216,7 @@ class Gate:
         offload(parts, transformer.offload_device)
         offload_state_dict(transformer, model)
         gated.run.use(settings)
+        gated.run.model = PureWindowsPath(str(entry(model, "model_name") or type(transformer).__name__)).stem
         gated.run.session.listeners.on_master = replace_in(model)
         if self._on_start is not None:
             self._on_start(gated.run, swap_args)
@@ -242,7 +265,7 @@ class Gate:
         """Ends our run: every tensor is at its master before the wrapper offloads, so that it copies no block."""
         gated = self._gated.get(unwrapped(transformer))
         if gated is not None:
-            gated.end()
+            gated.end(sys.exc_info()[1])  # the wrapper offloads in a `finally`: an error may be on its way
             self._limit_slabs(gated.run)
 
     def _limit_slabs(self, run: SwapRun) -> None:
@@ -314,13 +337,14 @@ class GatedModel:
             logger.info("a model compiled as a whole runs uncompiled while blocks are swapped; compile only the blocks")
             self._armed.append(weakref.ref(Forward.on(outer, _call_uncompiled)))
 
-    def end(self) -> None:
-        """Puts every `forward` back and ends the run."""
+    def end(self, failure: BaseException | None = None) -> None:
+        """Puts every `forward` back and ends the run, which `failure` may have ended."""
         self._disarm()
         try:
             self._end_control()
         finally:
-            self._release()
+            is_in_run = self.run.session.state is SessionState.ADOPTED
+            self._release(failure if is_in_run else None)
 
     def close(self) -> None:
         """Leaves everything as it was before the first start."""

@@ -7,10 +7,12 @@ from typing import Any
 
 from shown import planned, predicted, ran
 from wanvideo_enhanced_blockswap.blockswap.run.progress import (
+    NOTHING_DONE,
     AdoptFigures,
     MemoryUse,
     Phase,
     Progress,
+    failed,
 )
 from wanvideo_enhanced_blockswap.blockswap.run.report import Hint, Step
 from wanvideo_enhanced_blockswap.node_progress import EVENT
@@ -46,6 +48,10 @@ DONE = Progress(
     run=replace(SAMPLING.run or ran(0, 0), step=Step(30, 30), steps=30),
     hint=HINT,
 )
+
+STOPPED = replace(DONE, phase=Phase.STOPPED, hint=None)
+NOT_BEGUN = Progress(phase=Phase.STOPPED, why=NOTHING_DONE)
+FAILED = failed("out of memory")
 
 COPY = """id => {
     const before = new Set(app.graph.nodes);
@@ -93,6 +99,7 @@ PANEL = """id => {
         ])),
         head: [...root.querySelector("[data-head]")?.children ?? []].slice(0, 2).map(each => each.textContent),
         hint: root.querySelector("[data-line=hint]")?.textContent ?? null,
+        alarm: root.querySelector("[data-line=failed]")?.textContent ?? null,
         opacity,
         lines: [...root.querySelectorAll("[data-line]")].map(line => line.textContent),
         progress: root.querySelector("[data-progress]")?.style.width ?? null,
@@ -117,6 +124,7 @@ class Shown:
         tips: The hover text of each part of the bar ("bar other") and of each entry of the legend.
         head: The line above the bar: the card's memory, and when it was so.
         hint: The sentence that stands out.
+        alarm: The sentence that is marked as an error.
         opacity: Less than 1 on a node that takes no part in a run.
         lines: The sentences.
         progress: Of placing the weights, as in CSS; None where no progress is shown.
@@ -134,6 +142,7 @@ class Shown:
     tips: dict[str, str]
     head: list[str]
     hint: str | None
+    alarm: str | None
     opacity: float
     lines: list[str]
     progress: str | None

@@ -10,12 +10,27 @@ from typing import Any
 
 import pytest
 from shown import planned, predicted, ran
-from wanvideo_enhanced_blockswap.blockswap.run.progress import AdoptFigures, Phase, Progress, stopped
+from wanvideo_enhanced_blockswap.blockswap.run.progress import AdoptFigures, Phase, Progress
 from wanvideo_enhanced_blockswap.blockswap.run.report import Step
 from wanvideo_enhanced_blockswap.node_progress import EVENT
 
 from .answers import LOCALES, translations
-from .bars import ADOPTING, DONE, GIB, HINT, MEMORY, PLAN, PREDICTED, SAMPLING, bar, connected, send
+from .bars import (
+    ADOPTING,
+    DONE,
+    FAILED,
+    GIB,
+    HINT,
+    MEMORY,
+    NOT_BEGUN,
+    PLAN,
+    PREDICTED,
+    SAMPLING,
+    STOPPED,
+    bar,
+    connected,
+    send,
+)
 from .front_end import NODE, FrontEnd, Variant
 
 one_page = pytest.mark.parametrize("front_end", [Variant()], indirect=True, ids=str)
@@ -36,8 +51,9 @@ TOLD = {
         predicted=PREDICTED,
         run=ran(0, 0),
     ),
-    "stopped": stopped(),
-    "failed": stopped("out of memory"),
+    "stopped": STOPPED,
+    "not_begun": NOT_BEGUN,
+    "failed": FAILED,
     "off": Progress(phase=Phase.OFF, why="the CPU computes from host memory"),
 }
 
@@ -197,6 +213,36 @@ def test_the_hint_after_a_run_stands_out(ui: FrontEnd) -> None:
     assert len(bar(ui, node).lines) == 2
 
 
+def test_an_error_and_a_node_that_is_not_in_use_are_marked(ui: FrontEnd) -> None:
+    node = connected(ui)
+    notes = TEXTS[ui.variant.language]["notes"]
+    for name, alarm in (("failed", "out of memory"), ("off", None), ("not_begun", None), ("sampling", None)):
+        send(ui, node, TOLD[name])
+        shown = bar(ui, node)
+        assert (shown.head[1], shown.alarm) == (notes.get(name, ""), alarm), name
+
+
+def test_the_second_model_of_a_node_has_the_result_of_the_first_above_it(ui: FrontEnd) -> None:
+    node = connected(ui)
+
+    def run(model: str, *phases: Progress) -> list[str]:
+        for progress in phases:
+            ui.send(EVENT, {"node": node, "model": model, **progress.as_json()})
+        return plain(bar(ui, node).lines)
+
+    one, pair = (TEXTS[ui.variant.language][name] for name in ("sampling", "pair"))
+    run("Wan2_2-HIGH", ADOPTING, DONE)
+    assert run("Wan2_2-HIGH", SAMPLING) == one  # the same model once more
+    run("Wan2_2-HIGH", DONE)
+    assert run("Wan2_2-LOW", ADOPTING, SAMPLING) == pair
+    shown = bar(ui, node)
+    assert (shown.overflows, plain([shown.label])[0].count("Wan2_2-")) == (False, 2)
+    assert run("Wan2_2-LOW", DONE)[0] == pair[0]
+    ui.send("execution_start", {"prompt_id": "another", "timestamp": 1})
+    assert run("Wan2_2-HIGH", SAMPLING) == one
+    assert ui.errors == []
+
+
 WAYS = [
     {"plan": PLAN, "predicted": PREDICTED},
     {"plan": PLAN, "predicted": predicted(0.1, 1000.0)},
@@ -219,7 +265,10 @@ def test_the_english_templates_make_pythons_own_sentences(ui: FrontEnd) -> None:
     adopts = [ADOPTING.adopt, AdoptFigures(placed=0, all=5 * GIB, pinned=0)]
     told = [Progress(phase=Phase.ADOPTING, **way, adopt=adopt) for way in WAYS for adopt in adopts]
     told += [
-        Progress(phase=phase, **way, run=run) for phase in (Phase.SAMPLING, Phase.DONE) for way in WAYS for run in RUNS
+        Progress(phase=phase, **way, run=run)
+        for phase in (Phase.SAMPLING, Phase.DONE, Phase.STOPPED)
+        for way in WAYS
+        for run in RUNS
     ]
     told += [Progress(phase=Phase.DONE, **WAYS[0], run=SAMPLING.run, hint=hint) for hint in HINTS]
     made = ui.evaluate(

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from wanvideo_enhanced_blockswap.blockswap.run.progress import stopped
 from wanvideo_enhanced_blockswap.node_progress import EVENT
 
 from .answers import EXAMPLES
-from .bars import ADOPTING, COPY, DONE, SAMPLING, bar, connected, core_texts, send, shown
+from .bars import ADOPTING, COPY, DONE, NOT_BEGUN, SAMPLING, bar, connected, core_texts, send, shown
 from .front_end import NODE, RENDERERS, VERSIONS, FrontEnd, Variant
 from .stub_server import StubServer
 
@@ -126,7 +125,7 @@ def test_switching_the_bar_off_takes_it_from_every_node_and_on_brings_it_back(ui
     assert ui.evaluate(PANELS) == 0
     low = [ui.evaluate(HEIGHT, node) for node in nodes]
     assert all(after < before - 100 for after, before in zip(low, tall, strict=True))
-    send(ui, nodes[1], stopped())
+    send(ui, nodes[1], NOT_BEGUN)
     ui.set_setting(SHOW_BAR, value=True)
     assert [(bar(ui, node).phase, bar(ui, node).is_shown) for node in nodes] == [("sampling", True), ("stopped", True)]
     assert [ui.evaluate(HEIGHT, node) for node in nodes] == pytest.approx(tall, abs=2)

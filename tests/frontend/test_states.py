@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from wanvideo_enhanced_blockswap.blockswap.run.progress import Phase, Progress, stopped
+from wanvideo_enhanced_blockswap.blockswap.run.progress import Phase, Progress
 from wanvideo_enhanced_blockswap.node_progress import EVENT
 
 from . import answers
-from .bars import ADOPTING, CONNECT, DONE, SAMPLING, bar, connected, send
+from .bars import ADOPTING, CONNECT, DONE, FAILED, SAMPLING, bar, connected, send
 from .front_end import NODE, RENDERERS, VERSIONS, FrontEnd, Variant, opened
 from .test_bar import module
+from .test_text_nodes import FIELD
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -117,8 +118,23 @@ def test_after_a_run_the_bar_is_pale_and_says_when_it_was_so(ui: FrontEnd) -> No
 
 
 @one_language
+def test_a_pair_and_texts_are_there_again_when_the_page_is_loaded_again(ui: FrontEnd) -> None:
+    node, report = connected(ui), ui.add("WanVideoBlockSwapReport")
+    saved = ui.serialize()
+    for model in ("HIGH", "LOW"):
+        ui.send(EVENT, {"node": node, "workflow": saved["id"], "model": model, **DONE.as_json()})
+    ui.send("executed", {"node": report, "display_node": report, "output": {"text": ["one"]}, "prompt_id": "one"})
+    before = bar(ui, node).lines
+    ui.reload()
+    ui.load(saved)
+    assert bar(ui, node).lines == before
+    assert [line.partition(":")[0] for line in before[:2]] == ["HIGH", "LOW"]
+    assert ui.evaluate(FIELD, report)["text"] == "one"
+
+
+@one_language
 def test_the_last_results_are_there_again_when_the_page_is_loaded_again(ui: FrontEnd) -> None:
-    results = {connected(ui): result for result in (DONE, stopped("out of memory"), OFF)}
+    results = {connected(ui): result for result in (DONE, FAILED, OFF)}
     saved = ui.serialize()
 
     def run(node: str, *phases: Progress) -> None:

@@ -2,7 +2,7 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { foreignEvent, readEvent } from "./event.js";
+import { foreignEvent, readEvent, textEvent } from "./event.js";
 import { Panel } from "./panel.js";
 import { DEFAULT_CEILING, settings } from "./settings.js";
 import { TEXT_HEIGHT, showText, textField } from "./text_panel.js";
@@ -179,7 +179,7 @@ function forwardToCanvas(element) {
 function showEvent(event) {
   const node = nodeAt(rootGraph(), event.node);
   if (isOurs(node)) refresh(node, event);
-  else if (node) sayText(node, event.text);
+  else if (node) sayText(node, event.text, event.isEarlier);
 }
 
 /** Shows all events of the open workflow again: its nodes or the language may be new. */
@@ -193,12 +193,12 @@ function showEvents() {
 
 function onProgress({ detail }) {
   const event = readEvent(detail);
-  if (event) onEvent({ ...event, at: Date.now() });
+  if (event) onEvent(event);
 }
 
 function onEvent(event) {
-  workflows.keep(event, rootGraph());
-  if (workflows.isOpen(event, rootGraph())) showEvent(event);
+  const kept = workflows.keep({ ...event, at: Date.now() }, rootGraph());
+  if (workflows.isOpen(event, rootGraph())) showEvent(kept);
 }
 
 /** A node has run, or ComfyUI gives its last output again. */
@@ -206,7 +206,7 @@ function onExecuted({ detail }) {
   const text = detail?.output?.text;
   const node = nodeAt(rootGraph(), String(detail?.node));
   if (TEXT_NODES[node?.comfyClass] && Array.isArray(text))
-    onEvent({ node: String(detail.node), workflow: null, phase: "text", text: text.join("\n") });
+    onEvent(textEvent(String(detail.node), text.join("\n")));
 }
 
 /** A run starts; our nodes may take no part in it (bypassed, or another node's arguments are used). */
@@ -257,9 +257,9 @@ function addText(node) {
   sayText(node, "");
 }
 
-function sayText(node, text) {
-  const hint = TEXT_NODES[node.comfyClass];
-  if (hint && widgetOf(node, TEXT_FIELD)) showText(widgetOf(node, TEXT_FIELD).element, text, texts.say(hint));
+function sayText(node, text, isEarlier = false) {
+  const field = TEXT_NODES[node.comfyClass] && widgetOf(node, TEXT_FIELD)?.element;
+  if (field) showText(field, text || texts.say(TEXT_NODES[node.comfyClass]), text && !isEarlier);
 }
 
 // New nodes

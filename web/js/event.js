@@ -1,6 +1,7 @@
 // Checks the event that Python sends about a run: a malformed part becomes null, and the rest is shown without it.
 
-const PHASES = new Set(["adopting", "sampling", "done", "stopped", "off"]);
+// The last is of the text nodes, and stored as the others are.
+const PHASES = new Set(["adopting", "sampling", "done", "stopped", "failed", "off", "text"]);
 
 const isAmount = (value) => typeof value === "number" && Number.isFinite(value) && value >= 0;
 
@@ -40,8 +41,12 @@ export function readEvent(detail) {
     adopt: amounts(detail.adopt, ["placed", "all", "pinned"]),
     run: runOf(detail.run),
     hint: amounts(detail.hint, ["free_bytes", "percent", "blocks", "saved_ms"]),
+    model: typeof detail.model === "string" ? detail.model : "",
   };
 }
+
+/** What a node of ours for texts has said. */
+export const textEvent = (node, text) => ({ node, workflow: null, phase: "text", text });
 
 /** What is shown on a node that another pack has under our node's name: no run of ours. */
 export function foreignEvent(theirs, ours) {

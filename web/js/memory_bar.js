@@ -10,6 +10,9 @@ const BAR = HEIGHT - 2 * TOP;
 // Green looks like vermilion to some people, so it is hatched as well.
 export const COLOURS = { other: "#767676", residents: "#0072b2", window: "#d55e00", activations: "#009e73" };
 
+// The mark of an error, on dark and on light backgrounds.
+export const ALARM = "#e5484d";
+
 // The colours of ComfyUI's own text fields, in any theme.
 export const TEXT = "var(--input-text, #ddd)";
 export const GROUND = "var(--comfy-input-bg, #222)";

@@ -1,6 +1,6 @@
 // The element on the node: bar, legend and sentences. A shadow root separates its styles from those of the page.
 
-import { COLOURS, GROUND, HEIGHT, TEXT, bar, fillOf, partsOf, svg } from "./memory_bar.js";
+import { ALARM, COLOURS, GROUND, HEIGHT, TEXT, bar, fillOf, partsOf, svg } from "./memory_bar.js";
 
 const SWATCH = 10;
 const PADDING = 8;
@@ -32,6 +32,9 @@ const LEGEND = [
   ["other", "residents", "window"],
   ["activations", "free"],
 ];
+
+// Phases after a run: its memory is free again.
+const ENDED = new Set(["done", "stopped", "failed"]);
 
 // The hover text of each part.
 const TIPS = {
@@ -123,11 +126,11 @@ export class Panel {
     this.content.style.minHeight = `${this.least}px`;
     const memory = event?.memory ?? null;
     const isPast = Boolean(event?.isEarlier);
-    const shownNotice = !event || isPast || phase === "done" || phase === "stopped" ? notice : null;
+    const shownNotice = !event || isPast || ENDED.has(phase) ? notice : null;
     const lines = shownNotice ? [texts.say(shownNotice)] : [];
     if (event) lines.push(...texts.lines(event));
     else if (!shownNotice) lines.push(texts.say("idle"));
-    const note = isPast ? texts.earlier(event.at) : phase === "done" ? texts.say("during") : "";
+    const note = isPast ? texts.earlier(event.at) : noteOf(phase, memory, texts);
     const legend = memory || !event ? entriesOf(memory, texts) : [];
     const limit = limitOf(memory, texts);
     const head = [`${texts.say("memory")} ${memory ? totalOf(memory, texts) : ""}`.trim(), note].filter(Boolean);
@@ -140,14 +143,14 @@ export class Panel {
     this.content.style.opacity = isPast ? "0.7" : "1";
     const tipOf = (name) => texts.say(TIPS[name]);
     // After a run the memory is free again, so what it was used for is pale.
-    const pale = { opacity: isPast || phase === "done" ? 0.5 : 1 };
+    const pale = { opacity: isPast || ENDED.has(phase) ? 0.5 : 1 };
     const place = { position: "relative", height: `${HEIGHT}px`, ...pale };
     const figures = [html("div", place, [bar(memory), ...(memory ? zonesOf(memory, tipOf) : [])])];
     if (legend.length) figures.push(legendOf(legend, tipOf, pale.opacity < 1 ? 0.75 : 1));
     const hint = event?.hint ? texts.hint(event.hint) : null;
     this.content.replaceChildren(
       ...(hasBar ? [headOf(head, limit, tipOf), ...figures] : []),
-      ...lines.map((line, index) => sentenceOf(line, event && index === 0, line === hint)),
+      ...lines.map((line, index) => sentenceOf(line, event && index === 0, line === hint ? "hint" : phase)),
       ...progressOf(event),
     );
     this.onResize();
@@ -191,11 +194,21 @@ function legendOf(columns, tipOf, opacity) {
   return legend;
 }
 
-function sentenceOf(line, isFirst, isHint) {
-  const edge = isHint ? { borderLeft: `2px solid ${COLOURS.window}`, paddingLeft: "6px" } : {};
-  const style = { opacity: isFirst || isHint ? 1 : 0.8, textWrap: "pretty", overflowWrap: "anywhere", ...edge };
+/** What stands beside the name of the bar; empty during a run. */
+function noteOf(phase, memory, texts) {
+  if (memory) return ENDED.has(phase) ? texts.say("during") : "";
+  return { failed: texts.say("failed"), off: texts.say("passes") }[phase] ?? "";
+}
+
+// The colour of the edge that marks a sentence.
+const EDGES = { hint: COLOURS.window, failed: ALARM };
+
+function sentenceOf(line, isFirst, kind) {
+  const colour = EDGES[kind];
+  const edge = colour ? { borderLeft: `2px solid ${colour}`, paddingLeft: "6px" } : {};
+  const style = { opacity: isFirst || colour ? 1 : 0.8, textWrap: "pretty", overflowWrap: "anywhere", ...edge };
   const sentence = html("div", style, [line]);
-  sentence.dataset.line = isHint ? "hint" : "";
+  sentence.dataset.line = colour ? kind : "";
   return sentence;
 }
 

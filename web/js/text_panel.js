@@ -31,8 +31,8 @@ export function textField() {
   return field;
 }
 
-/** Shows what the node has said, or paler what will be there. */
-export function showText(field, text, hint) {
-  field.value = text || hint;
-  field.style.opacity = text ? "1" : "0.6";
+/** Shows what the node has said, or paler what it said in an earlier run, or what will be there. */
+export function showText(field, text, isNew) {
+  field.value = text;
+  field.style.opacity = isNew ? "1" : "0.7";
 }

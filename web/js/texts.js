@@ -6,6 +6,8 @@ export const ENGLISH = {
   of: "[used] of [total]",
   during: "during the run",
   earlier: "earlier run, [time]",
+  failed: "failed",
+  passes: "node not in use",
   idle: "The plan appears here when the sampler starts.",
   unconnected: "Not connected: connect block_swap_args to WanVideo Model Loader.",
   no_wrapper:
@@ -38,6 +40,9 @@ export const ENGLISH = {
   pass: "Pass [number] of the model",
   done_steps: "Done after [number] steps",
   done_passes: "Done after [number] passes of the model",
+  stopped_steps: "Stopped after [number] steps",
+  stopped_passes: "Stopped after [number] passes of the model",
+  of_model: "[model]: [text]",
   details: "[head]: [list]",
   copied: "[amount] copied to the GPU",
   never_waited: "the GPU never waited",
@@ -46,7 +51,7 @@ export const ENGLISH = {
   hint:
     "[free] of VRAM stayed free: vram_threshold_percent [percent] would keep [blocks] more blocks on the GPU and save about [saved] a step",
   stopped: "The run ended before its first step finished",
-  off: "This node passes through, nothing is swapped",
+  off: "This node passes through",
   foreign: "This node is that of [theirs], not that of [ours]. Remove one of the two folders and restart ComfyUI.",
   auto: "[name] (auto)",
   auto_chosen: "[name] (auto: [number])",
@@ -64,6 +69,9 @@ const GB = 2 ** 30;
 const MB = 2 ** 20;
 // As in Python: a smaller share would be shown as 0.0 %.
 const NEVER = 0.0005;
+
+// How far a run has come that is over: in steps, or else in passes.
+const OVER = { done: ["done_steps", "done_passes"], stopped: ["stopped_steps", "stopped_passes"] };
 
 const filled = (template, figures) =>
   template.replace(/\[(\w+)\]/g, (placeholder, name) => String(figures[name] ?? placeholder));
@@ -116,11 +124,19 @@ export class Texts {
   /** The event's sentences, one per line; in English, Python's own text. */
   lines(event) {
     if (event.phase === "foreign") return [this.say("foreign", event)];
+    const { before } = event;
+    if (!before) return this.own(event);
+    const [first, ...others] = this.own(event);
+    const ofModel = ({ model }, text) => this.say("of_model", { model, text });
+    return [ofModel(before, this.running(before)), ofModel(event, first), ...others];
+  }
+
+  /** Those of the model that runs now. */
+  own(event) {
     if (event.phase === "off" && this.language !== "en") return [this.sentence(this.say("off")), ...split(event.text)];
-    // The text of a stopped run may be an error's message, which is not translated.
-    const isKnown = event.phase !== "stopped" || event.text === filled(ENGLISH.sentence, { text: ENGLISH.stopped });
-    if (event.text && (this.language === "en" || !isKnown)) return split(event.text);
-    if (event.phase === "stopped") return [this.sentence(this.say("stopped"))];
+    // An error's message is not translated.
+    if (event.text && (this.language === "en" || event.phase === "failed")) return split(event.text);
+    if (event.phase === "stopped" && !event.run) return [this.sentence(this.say("stopped"))];
     const figures = [this.plan(event.plan), this.adopting(event.adopt), this.running(event), this.hint(event.hint)];
     const lines = [...figures, event.run?.others].filter(Boolean); // what others do is told in English alone
     return lines.length ? lines : split(event.text);
@@ -146,8 +162,8 @@ export class Texts {
   running({ phase, plan, run }) {
     if (!run) return "";
     if (!run.passes) return this.sentence(this.say("first"));
-    const isOver = phase === "done";
-    let head = this.head(run, isOver);
+    const isOver = phase in OVER;
+    let head = this.head(run, phase);
     if (plan?.swapped) {
       const copied = this.say("copied", { amount: this.memory(run.streamed) });
       head = this.say("details", { head, list: this.join("and", [copied, this.waits(run, "waited", "never_waited")]) });
@@ -155,10 +171,9 @@ export class Texts {
     return isOver ? this.say("done", { what: this.sentence(head) }) : this.sentence(head);
   }
 
-  head({ passes, step, steps }, isOver) {
-    if (step === null) return this.say(isOver ? "done_passes" : "pass", { number: passes });
-    if (isOver) return this.say("done_steps", { number: step });
-    return this.say(steps === null ? "step" : "step_of", { number: step, steps });
+  head({ passes, step, steps }, phase) {
+    const [inSteps, inPasses] = OVER[phase] ?? [steps === null ? "step" : "step_of", "pass"];
+    return step === null ? this.say(inPasses, { number: passes }) : this.say(inSteps, { number: step, steps });
   }
 
   /** What the user could change. */

@@ -20,7 +20,7 @@ export function* nodesOf(rootGraph) {
 
 const STORE = "WanVideoEnhancedBlockSwap.lastRuns";
 const MOST_STORED = 50;
-const RESULTS = new Set(["done", "stopped", "off"]);
+const RESULTS = new Set(["done", "stopped", "failed", "off", "text"]);
 
 /** What is stored: the last results of this browser's runs, the newest last. */
 function stored() {
@@ -32,6 +32,13 @@ function stored() {
   }
 }
 
+/** What another model has come to in the same prompt, such as the first of two experts; null without one. */
+function resultBefore(last, { model }) {
+  if (!last || last.isEarlier || !last.model || !model) return null;
+  if (last.model === model) return last.before;
+  return last.run ? { ...last, before: null } : null;
+}
+
 /** The last events of the workflows of this page, and the last results from before it was loaded. */
 export class Workflows {
   #events = new Map();
@@ -41,7 +48,8 @@ export class Workflows {
     for (const detail of stored()) {
       const event = readEvent(detail);
       const isWhole = event?.workflow && RESULTS.has(event.phase) && Number.isFinite(detail.at);
-      if (isWhole) this.#put(event.workflow, { ...event, at: detail.at, isEarlier: true });
+      const before = readEvent(detail?.before);
+      if (isWhole) this.#put(event.workflow, { ...event, before, at: detail.at, isEarlier: true });
     }
   }
 
@@ -63,12 +71,14 @@ export class Workflows {
     return this.#queued.size !== 1 || this.#queued.has(rootGraph.id);
   }
 
-  /** Keeps an event for its workflow. */
+  /** Keeps an event for its workflow, with the result of the model that the node ran before, and returns it. */
   keep(event, rootGraph) {
     const queued = this.isOpen(event, rootGraph) ? rootGraph.id : this.#queued.values().next().value;
     const workflow = event.workflow ?? queued;
-    this.#put(workflow, event);
-    if (RESULTS.has(event.phase)) this.#store({ ...event, workflow });
+    const kept = { ...event, before: resultBefore(this.#events.get(workflow)?.get(event.node), event) };
+    this.#put(workflow, kept);
+    if (RESULTS.has(event.phase)) this.#store({ ...kept, workflow });
+    return kept;
   }
 
   #put(workflow, event) {
