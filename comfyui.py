@@ -286,7 +286,7 @@ class ComfyUI:
         node = node_of(arguments)
         progress = None if node is None else self.progress_on(node)
         if progress is not None:
-            progress(failed(str(why)))
+            progress(failed(why))
 
     def _on_set(self, patcher: Any, arguments: Any) -> None:
         wrong = wrong_with_setting(patcher, arguments)

@@ -57,7 +57,7 @@ class NodeProgress:
         self._phase, self._sent_at = progress.phase, now
         try:
             self._send_event(EVENT, {**self._of_run, **progress.as_json()})
-            self._send_text(progress.text.replace("\n", ".\n"), self._node)  # some renderers drop line ends
+            self._send_text(progress.text.replace("\n", " \n"), self._node)  # some renderers drop line ends
         except Exception:  # a server that shuts down or has changed: the run matters more
             self._works = False
             logger.exception("progress is not shown on the node any more; please report this")

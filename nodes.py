@@ -153,6 +153,12 @@ class WanVideoEnhancedBlockSwap:
         "8 GB",
         "12 GB",
         "16 GB",
+        "显存",
+        "显存不足",
+        "爆显存",
+        "低显存",
+        "内存",
+        "块交换",
     )
 
     @classmethod

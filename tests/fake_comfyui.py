@@ -67,7 +67,7 @@ def watched_by_a_browser() -> list[dict[str, Any]]:
 
     def send_progress_text(text: str, node: str, sid: str) -> None:
         texts.append((text, node, sid))
-        assert texts[-1] == (sent[-1]["text"].replace("\n", ".\n"), sent[-1]["node"], "a browser")
+        assert texts[-1] == (sent[-1]["text"].replace("\n", " \n"), sent[-1]["node"], "a browser")
 
     item = (0, "a prompt", {}, {"extra_pnginfo": {"workflow": {"id": "a workflow"}}}, [])
     sys.modules["server"].PromptServer.instance = SimpleNamespace(

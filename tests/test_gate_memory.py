@@ -134,7 +134,7 @@ def test_the_node_is_told_the_error_that_the_run_has_ended_with(bench: GateBench
     bench.run_of(workflow).watcher = told.append
     with pytest.raises(DeviceMemoryError) as failure:
         workflow.sample(fault=once(1, forward=2 if how == "not again" else 0, times=2))
-    assert told[-1] == failed(str(failure.value))
+    assert told[-1] == failed(failure.value)
 
 
 def refuse_device_memory(monkeypatch: pytest.MonkeyPatch, *, times: int) -> None:
@@ -174,7 +174,7 @@ def test_a_run_that_cannot_place_its_blocks_is_stopped_once(bench: GateBench, mo
         refuse_device_memory(patch, times=9)
         with pytest.raises(DeviceMemoryError) as failure:
             workflow.sample()
-    assert [one for one in told if one.phase is Phase.FAILED] == [failed(str(failure.value))]
+    assert [one for one in told if one.phase is Phase.FAILED] == [failed(failure.value)]
     assert torch.equal(workflow.sample(frames=2), workflow.sample(frames=2))
     report = bench.run_of(workflow).report()
     assert report is not None

@@ -116,10 +116,10 @@ def test_why_nothing_is_swapped_is_all_the_text() -> None:
 def test_it_is_plain_data_with_every_part_named() -> None:
     hint = Hint(free_bytes=GIB, percent=70, blocks=1, saved_ms=40.0)
     told = json.loads(json.dumps(sampling(hint=hint).as_json()))
-    assert set(told) == {"phase", "text", "memory", "plan", "adopt", "run", "hint"}
+    assert set(told) == {"phase", "text", "memory", "plan", "adopt", "run", "hint", "error"}
     assert set(told["memory"]) == {"total", "other", "residents", "window", "ceiling", "activations"}
     assert set(told["plan"]) == {"blocks", "swapped", "parts", "stall_ms", "forward_ms", "over_ceiling"}
-    assert set(told["run"]) == {"passes", "step", "steps", "streamed", "forward_ms", "stall_ms", "others"}
+    assert set(told["run"]) == {"passes", "step", "steps", "streamed", "forward_ms", "stall_ms", "others", "movers"}
     assert (told["phase"], told["adopt"]) == ("sampling", None)
     assert (told["run"]["step"], told["run"]["steps"], told["run"]["passes"]) == (9, 30, 17)
     assert told["hint"] == {"free_bytes": GIB, "percent": 70, "blocks": 1, "saved_ms": 40.0, "each": "step"}
@@ -238,7 +238,7 @@ def test_a_plan_that_cannot_be_is_told_once_in_the_error_s_words() -> None:
         bench.forward()
     assert watcher.told == []
     bench.run.release(failure.value)
-    assert watcher.told == [failed(str(failure.value))]
+    assert watcher.told == [failed(failure.value)]
 
 
 def test_a_release_that_fails_is_told_in_the_error_s_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +254,7 @@ def test_a_release_that_fails_is_told_in_the_error_s_words(monkeypatch: pytest.M
         with pytest.raises(DeviceMemoryError):
             bench.run.release()
     assert watcher.phases() == [Phase.ADOPTING, Phase.SAMPLING, Phase.FAILED]
-    assert watcher.told[-1] == failed("the device is gone")
+    assert watcher.told[-1] == failed(DeviceMemoryError("the device is gone"))
 
 
 def test_a_run_without_a_forward_is_told_as_stopped() -> None:

@@ -87,7 +87,7 @@ MEASURED = Measured(
     samples=SAMPLES,
 )
 FULL = RunReport(
-    title="WanModel on NVIDIA GeForce RTX 4090",
+    title="Wan2_1-T2V-14B_fp8 on NVIDIA GeForce RTX 4090",
     plan=SWAPPED,
     prediction=ForwardTime(elapsed=1200.0, compute=1200.0, stall=6.0, transferred=290.0, onloads=20.0),
     activation_bytes=3 * GIB,
@@ -128,19 +128,19 @@ def line(report: RunReport, begin: str) -> str:
 
 def test_a_summary_puts_what_was_expected_beside_what_was_measured() -> None:
     assert summary(FULL) == (
-        "run 3, 14:05: 20 steps; WanModel on NVIDIA GeForce RTX 4090\n"
+        "run 3, 14:05: 20 steps; Wan2_1-T2V-14B_fp8 on NVIDIA GeForce RTX 4090\n"
         "blocks: 20 blocks on the GPU, 20 streaming\n"
+        "waiting: the GPU waited 1.0% of the time for copies (expected: 0.5%)\n"
+        "hint: 2.0 GB of VRAM stayed free: vram_threshold_percent 70 would keep 5 more blocks on the GPU and save "
+        "about 1.2 s a step.\n"
+        "passes of the model: 40, 1.2 s each, 1.2 s expected\n"
         "VRAM for the blocks: 7.0 GB planned, 7.0 GB measured\n"
         "VRAM for the computation: 3.0 GB expected, 2.0 GB measured\n"
-        "passes of the model: 40, 1.2 s each, 1.2 s expected\n"
-        "waiting: the GPU waited 1.0% of the time for copies (expected: 0.5%)\n"
         "copied to the GPU: 6.4 GB once, 6.7 GB in each pass at 24.1 GB/s (possible: 25.0); back: nothing\n"
         "RAM: 14.0 GB for streaming, 13.0 GB of it locked; the system did not let all of it be locked, so copies are "
         "slower\n"
         "in use at most: 11.0 GB of VRAM, 30.0 GB of RAM by ComfyUI; RAM left at least: 20.0 GB; GPU busy 93 %\n"
         "plan changed: the settings have changed\n"
-        "hint: 2.0 GB of VRAM stayed free: vram_threshold_percent 70 would keep 5 more blocks on the GPU and save "
-        "about 1.2 s a step.\n"
         "note: the trace is in traces/trace.json"
     )
 
@@ -176,8 +176,8 @@ def test_what_did_not_happen_or_is_not_known_is_left_out() -> None:
     assert summary(BARE) == (
         "run 1: 1 pass of the model; toy on cpu\n"
         "blocks: all 4 blocks on the GPU\n"
-        "VRAM for the blocks: 32.0 MB planned\n"
         "passes of the model: 1\n"
+        "VRAM for the blocks: 32.0 MB planned\n"
         "copied to the GPU: 32.0 MB once; back: nothing"
     )
 
@@ -189,7 +189,11 @@ def test_what_did_not_happen_or_is_not_known_is_left_out() -> None:
         ({"steps": 1}, "stopped", "run 3, 14:05: FAILED after 1 step: stopped"),
         ({"steps": 0}, "stopped", "run 3, 14:05: FAILED after 40 passes of the model: stopped"),
         ({"steps": 0, "forwards": 0}, "stopped", "run 3, 14:05: FAILED before the first step: stopped"),
-        ({"steps": 0, "forwards": 0}, "", "run 3, 14:05: nothing has run; WanModel on NVIDIA GeForce RTX 4090"),
+        (
+            {"steps": 0, "forwards": 0},
+            "",
+            "run 3, 14:05: nothing has run; Wan2_1-T2V-14B_fp8 on NVIDIA GeForce RTX 4090",
+        ),
     ],
 )
 def test_the_first_line_says_which_run_it_was_when_and_how_it_ended(

@@ -85,6 +85,7 @@ class Progress:
         run: What was measured so far.
         hint: What the user could change.
         why: Why the run failed or was stopped, or why nothing is swapped.
+        error: The type of the error that ended it.
     """
 
     phase: Phase
@@ -95,6 +96,7 @@ class Progress:
     run: Measured | None = None
     hint: Hint | None = None
     why: str = ""
+    error: str = ""
 
     @property
     def text(self) -> str:
@@ -114,6 +116,7 @@ class Progress:
             "adopt": None if self.adopt is None else asdict(self.adopt),
             "run": self._run_as_json(),
             "hint": None if self.hint is None else asdict(self.hint),
+            "error": self.error,
         }
 
     def _plan_as_json(self) -> dict[str, object] | None:
@@ -141,6 +144,7 @@ class Progress:
             "forward_ms": run.forward_ms,
             "stall_ms": run.stall_ms,
             "others": run.others,
+            "movers": list(run.movers),
         }
 
     def _running(self) -> str:
@@ -211,10 +215,10 @@ class ProgressFeed:
         if self.watcher is None:
             return
         if isinstance(failure, BlockSwapError):
-            self.watcher(failed(str(failure)))
+            self.watcher(failed(failure))
         elif failure is not None and not is_interrupt(failure):
             why = error_in_words(failure).partition("\n")[0]
-            self.watcher(failed(f"The run failed {far_in_words(report)}: {why}"))
+            self.watcher(failed(failure, f"The run failed {far_in_words(report)}: {why}"))
         elif report is None or not report.measured.forwards:
             self.watcher(Progress(phase=Phase.STOPPED, why=NOTHING_DONE))
         else:
@@ -261,6 +265,6 @@ def _adopting(adopt: AdoptFigures | None) -> str:
     )
 
 
-def failed(why: str) -> Progress:
-    """The progress of a run that ended with an error, or did not begin."""
-    return Progress(phase=Phase.FAILED, why=why)
+def failed(failure: BaseException, why: str = "") -> Progress:
+    """The progress of a run that ended with an error, or did not begin; `why` is by default the error's message."""
+    return Progress(phase=Phase.FAILED, why=why or str(failure), error=type(failure).__name__)

@@ -98,6 +98,7 @@ class Measured:
         refusals: Why slabs could not be page-locked as planned.
         replans: Why the plan was changed, each time.
         others: What others did to the weights, in a sentence; empty if nothing.
+        movers: Who these are, as far as it is known.
         blocks: Times of each block in execution order; empty if none were measured.
         samples: Of the device and the host during the run.
     """
@@ -123,6 +124,7 @@ class Measured:
     refusals: tuple[str, ...] = ()
     replans: tuple[str, ...] = ()
     others: str = ""
+    movers: tuple[str, ...] = ()
     blocks: tuple[BlockTimes, ...] = ()
     samples: Samples | None = None
 
@@ -325,6 +327,7 @@ class RunStats:
             slab_bytes=0,
             pinned_bytes=0,
             others=self._session.others.text,
+            movers=tuple(self._session.others.who),
         )
 
 

@@ -51,15 +51,15 @@ def summary(report: RunReport, *, details: bool = False) -> str:
     lines = [
         _head(report),
         f"blocks: {blocks_in_words(report.plan)}",
+        _waits(report),
+        "" if report.hint is None else f"hint: {hint_text(report.hint)}",
+        _passes(report),
         _weights(report),
         _computation(report),
-        _passes(report),
-        _waits(report),
         _copies(report),
         _ram(measured),
         _sampled(measured.samples),
         _named("plan changed", measured.replans),
-        "" if report.hint is None else f"hint: {hint_text(report.hint)}",
         _named("note", report.notes),
         *(_details(report) if details else ()),
     ]

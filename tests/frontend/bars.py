@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shown import planned, predicted, ran
+from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError
 from wanvideo_enhanced_blockswap.blockswap.run.progress import (
     NOTHING_DONE,
     AdoptFigures,
@@ -51,7 +52,7 @@ DONE = Progress(
 
 STOPPED = replace(DONE, phase=Phase.STOPPED, hint=None)
 NOT_BEGUN = Progress(phase=Phase.STOPPED, why=NOTHING_DONE)
-FAILED = failed("out of memory")
+FAILED = failed(DeviceMemoryError("out of memory"))
 
 COPY = """id => {
     const before = new Set(app.graph.nodes);

@@ -3,6 +3,8 @@
 // The last is of the text nodes, and stored as the others are.
 const PHASES = new Set(["adopting", "sampling", "done", "stopped", "failed", "off", "text"]);
 
+const textOf = (value) => (typeof value === "string" ? value : "");
+
 const isAmount = (value) => typeof value === "number" && Number.isFinite(value) && value >= 0;
 
 /** The object with these amounts; null if a required one is missing. A missing `optional` amount is null. */
@@ -20,7 +22,13 @@ function planOf(part) {
 
 function runOf(part) {
   const run = amounts(part, ["passes", "streamed"], ["step", "steps", "forward_ms", "stall_ms"]);
-  return run && { ...run, others: typeof part.others === "string" ? part.others : "" };
+  const movers = Array.isArray(part?.movers) ? part.movers.filter((name) => typeof name === "string") : [];
+  return run && { ...run, others: textOf(part.others), movers };
+}
+
+function hintOf(part) {
+  const hint = amounts(part, ["free_bytes", "percent", "blocks", "saved_ms"]);
+  return hint && { ...hint, each: part.each === "pass" ? "pass" : "step" };
 }
 
 /**
@@ -35,13 +43,14 @@ export function readEvent(detail) {
     node: String(detail.node),
     workflow: typeof detail.workflow === "string" ? detail.workflow : null,
     phase: detail.phase,
-    text: typeof detail.text === "string" ? detail.text : "",
+    text: textOf(detail.text),
     memory: memory?.total ? memory : null,
     plan: planOf(detail.plan),
     adopt: amounts(detail.adopt, ["placed", "all", "pinned"]),
     run: runOf(detail.run),
-    hint: amounts(detail.hint, ["free_bytes", "percent", "blocks", "saved_ms"]),
-    model: typeof detail.model === "string" ? detail.model : "",
+    hint: hintOf(detail.hint),
+    model: textOf(detail.model),
+    error: textOf(detail.error),
   };
 }
 

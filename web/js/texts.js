@@ -49,8 +49,15 @@ export const ENGLISH = {
   waited: "the GPU waited [share] of the time for copies",
   done: "[what] VRAM is released.",
   hint:
-    "[free] of VRAM stayed free: vram_threshold_percent [percent] would keep [blocks] more blocks on the GPU and save about [saved] a step",
+    "[free] of VRAM stayed free: vram_threshold_percent [percent] would keep [blocks] more blocks on the GPU and save about [saved] [each]",
+  each_step: "a step",
+  each_pass: "a pass of the model",
+  others: "[who] moved weights of this model during the run, which slows it. Remove or bypass that node",
+  another: "another node",
   stopped: "The run ended before its first step finished",
+  failed_run: "The run failed",
+  out_of_vram: "There is too little VRAM: take fewer frames or a smaller size, or close other programs on the GPU",
+  out_of_ram: "There is too little RAM: close other programs, or take a smaller file of the model",
   off: "This node passes through",
   foreign: "This node is that of [theirs], not that of [ours]. Remove one of the two folders and restart ComfyUI.",
   auto: "[name] (auto)",
@@ -72,6 +79,9 @@ const NEVER = 0.0005;
 
 // How far a run has come that is over: in steps, or else in passes.
 const OVER = { done: ["done_steps", "done_passes"], stopped: ["stopped_steps", "stopped_passes"] };
+
+// Errors for which there is something to do.
+const ERRORS = { DeviceMemoryError: "out_of_vram", HostMemoryError: "out_of_ram" };
 
 const filled = (template, figures) =>
   template.replace(/\[(\w+)\]/g, (placeholder, name) => String(figures[name] ?? placeholder));
@@ -134,11 +144,12 @@ export class Texts {
   /** Those of the model that runs now. */
   own(event) {
     if (event.phase === "off" && this.language !== "en") return [this.sentence(this.say("off")), ...split(event.text)];
+    if (event.text && this.language === "en") return split(event.text);
     // An error's message is not translated.
-    if (event.text && (this.language === "en" || event.phase === "failed")) return split(event.text);
+    if (event.phase === "failed") return [this.sentence(this.say(ERRORS[event.error] ?? "failed_run")), ...split(event.text)];
     if (event.phase === "stopped" && !event.run) return [this.sentence(this.say("stopped"))];
     const figures = [this.plan(event.plan), this.adopting(event.adopt), this.running(event), this.hint(event.hint)];
-    const lines = [...figures, event.run?.others].filter(Boolean); // what others do is told in English alone
+    const lines = [...figures, this.others(event.run)].filter(Boolean);
     return lines.length ? lines : split(event.text);
   }
 
@@ -179,8 +190,16 @@ export class Texts {
   /** What the user could change. */
   hint(hint) {
     if (!hint) return "";
-    const figures = { ...hint, free: this.memory(hint.free_bytes), saved: this.duration(hint.saved_ms) };
+    const each = this.say(hint.each === "pass" ? "each_pass" : "each_step");
+    const figures = { ...hint, free: this.memory(hint.free_bytes), saved: this.duration(hint.saved_ms), each };
     return this.sentence(this.say("hint", figures));
+  }
+
+  /** What other nodes do to the weights; in English, Python's own text says more. */
+  others(run) {
+    if (!run?.others) return "";
+    const who = run.movers.length ? run.movers.reduce((one, other) => this.say("and", { one, other })) : this.say("another");
+    return this.sentence(this.say("others", { who }));
   }
 
   /** How long the GPU waits for copies. */
