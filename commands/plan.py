@@ -224,7 +224,7 @@ def _card(options: Namespace) -> Card:
     device = choose_device("auto")
     memory = read_device_memory(device)
     if memory is None:
-        raise SettingsError("no GPU in this machine: give one with --vram 12GiB or --gpu 'RTX 4090'")
+        raise SettingsError("no GPU in this machine: give one with --vram 12GB or --gpu 'RTX 4090'")
     spec, rates = probe_device(device), None
     with contextlib.suppress(ValueError):  # of an unknown GPU, memory and link are known and only durations are not
         rates = find_gpu(spec.name, total_bytes=spec.total_bytes)

@@ -18,7 +18,7 @@ from .device import probe_device
 from .memory import is_out_of_memory
 from .pinning import CudaRegistrar, register_result
 from .records import LinkSpeed
-from .units import MIB
+from .units import MIB, format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,8 @@ def _measure(device: torch.device, counts: tuple[int, ...], nbytes: int) -> Link
     except (RuntimeError, OSError, MemoryError) as exc:
         if isinstance(exc, RuntimeError) and not is_out_of_memory(exc):
             raise
-        logger.warning("measuring the link to %s needs %d free bytes on both sides: %s", device, nbytes, exc)
+        size = format_bytes(nbytes)
+        logger.warning("measuring the link to %s needs %s of free RAM and of VRAM: %s", device, size, exc)
         return LinkSpeed((), None)
     return LinkSpeed(pinned, pageable, host_copy)
 
@@ -137,7 +138,8 @@ def _measure_pinned(
         if code != 0:
             registrar.consume_error()
             why = register_result(code)
-            logger.warning("page-locking %d bytes failed (%s): the link has no pinned figure", source.nbytes, why)
+            size = format_bytes(source.nbytes)
+            logger.warning("locking %s of RAM failed (%s): the speed of copies from locked RAM is unknown", size, why)
             return (), None
         try:
             host_copy = _measure_copy(_host_buffer(source.nbytes), source)  # in one thread, as the staging worker does
@@ -148,7 +150,8 @@ def _measure_pinned(
             code = registrar.unregister(source.data_ptr())
             if code != 0:
                 registrar.consume_error()
-                logger.warning("unlocking %d bytes failed (%s)", source.nbytes, register_result(code))
+                size = format_bytes(source.nbytes)
+                logger.warning("unlocking %s of RAM failed (%s)", size, register_result(code))
 
 
 def _measure_streams(source: torch.Tensor, target: torch.Tensor, count: int, pace: _Pace) -> float:

@@ -110,9 +110,9 @@ def test_tables_are_printed_and_written(capsys: pytest.CaptureFixture[str], tmp_
     [
         (["--device", "nonsense"], "--device: expected auto, cpu, cuda or cuda:N, got 'nonsense'"),
         (["--device", "meta"], "--device: expected auto, cpu, cuda or cuda:N, got 'meta'"),
-        (["--sizes", "1MiB,12G"], "memory size: expected"),
+        (["--sizes", "1MB,12 gigs"], "expected a memory size"),
         (["--sizes", "0"], "expected sizes of at least 1 byte, got '0'"),
-        (["--sizes", ""], "memory size: expected"),
+        (["--sizes", ""], "expected a memory size"),
         (["--streams", "1,0"], "expected whole numbers from 1 to 32, such as 1,2,4; got '1,0'"),
         (["--streams", "33"], "; got '33'"),
         (["--streams", "two"], "; got 'two'"),

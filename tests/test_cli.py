@@ -123,9 +123,9 @@ def test_the_demo_says_it_all_to_a_person(capsys: pytest.CaptureFixture[str], tm
         ),
         (["demo", "--vram=-5GiB"], r"--vram"),
         (["demo", "--vram", "nan"], r"--vram"),
-        (["demo", "--vram", "twelve"], r"--vram: expected a memory size such as 12GiB or 12, got 'twelve'"),
-        (["demo", "--vram", "12KB"], r"--vram: expected a memory size such as 12GiB, got '12KB', which is 12288 bytes"),
-        (["demo", "--vram", "99999999999"], r"--vram: memory size: expected at most .* \(1 EiB\)"),
+        (["demo", "--vram", "twelve"], r"--vram: expected a memory size such as 12GB, got 'twelve'"),
+        (["demo", "--vram", "12KB"], r"--vram: expected a memory size such as 12GB, got '12KB', which is 12288 bytes"),
+        (["demo", "--vram", "99999999999"], r"--vram: expected a memory size of at most 1048576 TB, got"),
         (
             ["plan", "WAN", "--gpu", "4060 Ti"],
             r"--gpu: RTX 4060 Ti exists with 8 GB and 16 GB; add the size, such as .*--vram",
@@ -258,7 +258,7 @@ def test_plan_knows_no_stall_without_a_link_a_gpu_and_a_shape(
 
 
 @pytest.mark.parametrize("size", ["16GB", "16 gb", "16G", "16", "16GiB", "16.0 GB", "16384MB"])
-def test_what_a_box_calls_gb_is_gib(capsys: pytest.CaptureFixture[str], tmp_path: Path, size: str) -> None:
+def test_a_gb_is_that_of_the_box_however_it_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path, size: str) -> None:
     path = write_safetensors(tmp_path / "wan.safetensors", wan_tensors())
     assert run_json(capsys, "plan", str(path), "--vram", size)[1]["vram_bytes"] == 16 * GIB
 
