@@ -23,11 +23,11 @@ from .units import MIB, format_bytes
 logger = logging.getLogger(__name__)
 
 _STREAM_COUNTS = (1, 2, 4, 8, 12, 16)
-# 64 MiB take 3 ms over PCIe 5.0 x16 and 11 ms over 3.0 x8: long beside a launch, short beside a second.
+# 64 MB take 3 ms over PCIe 5.0 x16 and 11 ms over 3.0 x8: long beside a launch, short beside a second.
 _NBYTES = 64 * MIB
 # The median of three, after one copy that does not count: the first wakes an idle link from a lower generation.
 _REPEATS = 3
-# About what 64 MiB take over PCIe 3.0 x8. Over a slower link (an external GPU: 0.5 to 3 GB/s) copies are cut to this
+# About what 64 MB take over PCIe 3.0 x8. Over a slower link (an external GPU: 0.5 to 3 GB/s) copies are cut to this
 # time: still long beside a launch, and the 28 of a measurement, two of them whole, stay below 0.6 s at 0.5 GB/s.
 _SECONDS_PER_COPY = 0.010
 # A figure takes fewer copies where even small ones take longer.

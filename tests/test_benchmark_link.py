@@ -32,7 +32,7 @@ ASKED = link.Asked(sizes=SIZES, streams=STREAMS)
 
 @pytest.fixture(autouse=True)
 def hardware(monkeypatch: pytest.MonkeyPatch) -> SimulatedHardware:
-    """A link of 7 GB/s, so that a MiB takes 0.15 ms, and products of 0.05 ms."""
+    """A link of 7 GB/s, so that a MB takes 0.15 ms, and products of 0.05 ms."""
     hardware = SimulatedHardware(link_bytes_per_ms=7e6, default_compute_ms=0.05, compute_ms={1: 0.06})
     monkeypatch.setattr(link, "HARDWARE", hardware)
     return hardware
@@ -233,7 +233,7 @@ def test_products_that_cannot_run_leave_the_idle_figures(monkeypatch: pytest.Mon
 
 
 def test_a_copy_that_products_do_not_cover_gives_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "MOST_PRODUCTS", 2)  # 0.10 ms, and a MiB takes 0.15
+    monkeypatch.setattr(copies, "MOST_PRODUCTS", 2)  # 0.10 ms, and a MB takes 0.15
     rows = [row for row in Watched().rows() if row.load == "busy"]
     assert {row.size_bytes for row in rows if row.gbytes_per_s is None} == {MIB}
     assert {row.reason for row in rows if row.size_bytes == MIB} == {"2 products of 0.05 ms ended before the copy"}

@@ -199,7 +199,7 @@ def block_table(report: RunReport) -> str:
 def configuration_lines(
     plan: SwapPlan, model: ModelSize, *, memory: DeviceMemory | None, host: HostMemory, ratio: float
 ) -> tuple[str, ...]:
-    """Debug mode's log lines about a plan, in the documented form: its MB are MiB, used stands before total.
+    """Debug mode's log lines about a plan, in the documented form: used stands before total.
 
     Args:
         plan: The plan.
