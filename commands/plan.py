@@ -436,7 +436,7 @@ def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, 
         at = f"{part}at {options.shape}, with the speed assumed for this GPU"
         rows.append(("computation", f"{forward.compute:,.0f} ms {at}"))
         rows.append(("copies", f"{forward.transferred:,.0f} ms"))
-        rows.append(("expected", expected_waits(decided, forward) or "nothing is copied"))
+        rows.append(("waiting", expected_waits(decided, forward) or "nothing is copied"))
     details = plan_details(decided) if options.verbose else ()
     remarks = (f"- {text}" for text in decided.remarks)
     return "\n".join([_answer(model, decided, idle), "", pairs(rows), "", *remarks, *details]).rstrip()

@@ -186,8 +186,8 @@ class LinkSpeed:
             HardwareUnavailableError: `pinned` is empty.
         """
         if not self.pinned:
-            message = "no speed from page-locked memory was measured"
-            raise HardwareUnavailableError(f"{message}; use the one from pageable memory, {self.pageable} bytes/s")
+            message = "no speed of copies from locked RAM was measured"
+            raise HardwareUnavailableError(f"{message}; use the one from ordinary RAM, {self.pageable} bytes/s")
         fewest = self.pinned[0][0]
         allowed = [pair for pair in self.pinned if max_streams is None or pair[0] <= max(max_streams, fewest)]
         floor = (1 - _EQUAL_SPEED_SHARE) * max(speed for _, speed in allowed)

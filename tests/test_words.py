@@ -365,6 +365,15 @@ def test_a_page_that_readme_leads_users_to_is_without_jargon(name: str) -> None:
     assert of_developers(page) == []
 
 
+def test_sizes_are_written_in_one_unit_everywhere() -> None:
+    folders = ("blockswap", "commands", "hardware", "benchmarks", "docs", "web/docs", "locales")
+    files = [*ROOT.glob("*.*"), *(file for folder in folders for file in (ROOT / folder).rglob("*.*"))]
+    texts = [file for file in files if file.suffix in (".py", ".md", ".json", ".sh")]
+    assert len(texts) > 150
+    found = {file.name for file in texts if re.search(r"\b[KMGT]iB\b", file.read_text("utf-8"))}
+    assert found == {"units.py", "options.py", "command-line.md", "CHANGELOG.md"}  # which say that GiB is accepted
+
+
 @pytest.mark.parametrize("command", ["plan", "simulate"])
 def test_what_the_page_of_the_command_line_quotes_is_what_is_printed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
