@@ -12,6 +12,8 @@ from .options import cache_dir, choose_device
 from .output import Result, pairs
 
 LABELS = {
+    "host_memory.cgroup_limit_bytes": "host memory limit of the container",
+    "host_memory.memlock_bytes": "host memory that mlock may lock",
     "link.pinned": "copies to the GPU from locked RAM",
     "link.pageable": "copies to the GPU from ordinary RAM",
     "link.host_copy": "copies into locked RAM",
