@@ -51,7 +51,8 @@ function entriesOf(memory, texts) {
   const parts = memory && partsOf(memory).parts;
   const entry = (name) => {
     const size = parts?.find((part) => part.name === name)?.size;
-    const isTold = !parts || size || name === "free";
+    // What stays free is known only if the computation is.
+    const isTold = !parts || size || (name === "free" && memory.activations !== null);
     return isTold ? [{ name, word: texts.say(name), size: parts ? texts.memory(size, memory.total) : "" }] : [];
   };
   return LEGEND.map((column) => column.flatMap(entry));
