@@ -285,7 +285,7 @@ def _weights(report: RunReport) -> str:
     if found is not None:
         line += f", {format_bytes(found)} measured"
         if found > plan.device_bytes:
-            line += f", {format_bytes(found - plan.device_bytes)} more"
+            line += f", {format_bytes(found - plan.device_bytes)} more than planned"
     if plan.over_ceiling:
         line += f"; {format_bytes(plan.budget_bytes)} were left for them"
     return line
@@ -420,7 +420,8 @@ def oom_message(workload: Workload | None, plan: SwapPlan | None, *, reported: s
         needs = f"takes more than the {format_bytes(room)} that were left{estimate}"
     else:
         needs = f"takes about {format_bytes(expected)}, and {format_bytes(room)} were left"
-    head = f"out of VRAM: computing this video {needs}, with {blocks_in_words(plan)}"
+    stay = format_count(plan.block_count - plan.streaming_count, "block")
+    head = f"out of VRAM: computing this video {needs}, with {stay} on the GPU"
     return f"{head}; {_advice(workload, room)}or close other programs on the GPU (the GPU reported: {reported})"
 
 

@@ -86,7 +86,7 @@ function legendEntry({ name, word, size }, tip) {
 export class Panel {
   /** @param {() => void} onResize Called when the panel may need more room, or less. */
   constructor(onResize) {
-    this.event = null;
+    this.event = this.notice = null;
     this.least = MIN_HEIGHT;
     this.onResize = onResize;
     this.element = document.createElement("div");
@@ -120,7 +120,7 @@ export class Panel {
    * @param {string | null} notice What keeps the node from working, by its name in the texts.
    */
   show(event, texts, notice = null) {
-    this.event = event;
+    [this.event, this.notice] = [event, notice];
     const phase = event?.phase ?? "idle";
     const hasBar = phase !== "foreign";
     this.least = hasBar ? MIN_HEIGHT : NOTICE_HEIGHT;

@@ -10,6 +10,7 @@ export const ENGLISH = {
   passes: "node not in use",
   idle: "The plan appears here when the sampler starts.",
   unconnected: "Not connected: connect block_swap_args to WanVideo Model Loader.",
+  bypassed: "This node is bypassed or muted: nothing is swapped.",
   no_wrapper:
     "WanVideoWrapper is not installed: install ComfyUI-WanVideoWrapper with the Manager, then restart ComfyUI.",
   other: "other use",
