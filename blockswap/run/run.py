@@ -454,7 +454,7 @@ class SwapRun:
             if is_debug and trace is not None and profile is not None and self._trace_dir is not None:
                 note = write_run_trace(self._trace_dir, trace, names=[block.name for block in profile.blocks])
                 report = replace(report, notes=(*report.notes, note))
-            logger.info("\n%s", summary(report, details=is_debug))
+            logger.info("\nWanVideo Enhanced BlockSwap, %s", summary(report, details=is_debug))
         except Exception:  # a fault in the report must not fail a run that has succeeded
             logger.exception("the run's report could not be written; please report this")
         return report
