@@ -293,7 +293,7 @@ def test_the_ram_on_a_page_is_what_the_documents_predict(language: str) -> None:
     for model in models:
         kind = model.removeprefix("GGUF ")
         told = fits.split(f"### Wan 2.1/2.2 14B text to video, {kind}\n")[1].split("\n### ")[0]
-        predicted[model] = {row[0]: f"{row[3]} GB" for row in cells(told)}
+        predicted[model] = {row[0]: row[3] for row in cells(told)}
     cards = {"8 GB": "RTX 4060", "12 GB": "RTX 3060 12GB", "16 GB": "RTX 4060 Ti 16GB"}
     assert table == [[card, *(predicted[model][known] for model in models)] for card, known in cards.items()]
 
