@@ -25,6 +25,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 PROGRAM = "python -m wanvideo_enhanced_blockswap"
 
+SLOTS = "streaming blocks that are on the GPU at a time (default: chosen by the plan)"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -110,23 +112,28 @@ def _add(
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=description, description=description)
     command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    command.add_argument("--verbose", action="store_true", help="log decisions to standard error")
+    command.add_argument("--verbose", action="store_true", help="say more, in the words of developers")
     command.set_defaults(run=run)
     return command
 
 
 def _add_demo(commands: Commands) -> None:
-    does = "Denoise with a real Wan transformer of random weights, unswapped and swapped."
+    does = "Run a real Wan transformer with random weights, first whole, then with blocks that stream."
     command = _add(commands, "demo", demo, does)
     add = command.add_argument
     add("--preset", choices=tuple(PRESETS), default="small", help="dimensions of the model")
     add("--blocks-to-swap", metavar="N", help="a number, half or all (default: automatic)")
     add("--device", default="auto", help="auto, cpu (simulated), cuda or cuda:N")
-    add("--vram", metavar="SIZE", help="memory of the card (default: enough for half of the blocks)")
-    add("--link", metavar="GB/s", type=_LINK, help="host-to-device bandwidth of a simulated device")
+    add("--vram", metavar="SIZE", help="memory of the card, such as 8GB (default: enough for half of the blocks)")
+    add("--link", metavar="GB/s", type=_LINK, help="speed of copies to a simulated GPU")
     add("--steps", type=_COUNT, default=4, help="denoising steps (default: 4)")
-    add("--slots", type=_COUNT, metavar="N", help="slots of the window (default: the planner's choice)")
-    add("--streams", type=_COUNT, metavar="N", help="copy streams (default: as measured, or 1)")
+    add("--slots", type=_COUNT, metavar="N", help=SLOTS)
+    add(
+        "--streams",
+        type=_COUNT,
+        metavar="N",
+        help="parts of a block that are copied at once (default: as measured, or 1)",
+    )
     add("--shape", metavar="WxHxF", help="size of the video (default: the preset's)")
     add("--seed", type=_COUNT_OR_ZERO, default=0, help="seed of weights and noise (default: 0)")
     default = "blockswap_timeline.png"
@@ -134,7 +141,7 @@ def _add_demo(commands: Commands) -> None:
 
 
 def _add_plan(commands: Commands) -> None:
-    command = _add(commands, "plan", _plan, "Show what would be swapped on a GPU, from a checkpoint's header alone.")
+    command = _add(commands, "plan", _plan, "Show how a model would run on a GPU; only the header of its file is read.")
     add = command.add_argument
     add(
         "model",
@@ -150,25 +157,25 @@ def _add_plan(commands: Commands) -> None:
     add(
         "--vram",
         metavar="SIZE",
-        help="memory of the card, such as 12GB, which is 12 GiB as on its box, or 12 (default: this machine's)",
+        help="memory of the card, such as 12GB; 1 GB is 1024^3 bytes, as on its box (default: this machine's)",
     )
-    add("--ram", metavar="SIZE", help="host memory, in the same units (default: this machine's)")
+    add("--ram", metavar="SIZE", help="RAM, in the same unit (default: this machine's)")
     available = "what is available of it before the model is loaded (default: all of --ram)"
     add("--available-ram", metavar="SIZE", help=available)
     names = "a card by its name, such as 'RTX 4090', '4060 Ti 16GB' or 'RX 9070 XT'"
     add("--gpu", metavar="NAME", help=names)
     speeds = "PCIe 3.0 x16 has about 12, 4.0 about 25, 5.0 about 50 (default: 80%% of the card's own)"
-    add("--link", metavar="GB/s", type=_LINK, help=f"host-to-device bandwidth: {speeds}")
+    add("--link", metavar="GB/s", type=_LINK, help=f"speed of copies to the GPU: {speeds}")
     disk = "speed of reading the model's file: a hard disk has about 0.2, SATA 0.5, NVMe 3 to 7"
     add("--disk", metavar="GB/s", type=_LINK, help=disk)
     add("--shape", metavar="WxHxF", help="size of the video, such as 832x480x81")
     add("--context-window", metavar="F", type=_COUNT, help="frames of one context window (default: the whole video)")
-    beside = "a model in the host at the same time, such as the other expert of Wan 2.2; repeatable"
+    beside = "a model in RAM at the same time, such as the other expert of Wan 2.2; repeatable"
     add("--beside", "--experts", metavar="MODEL", action="append", default=[], help=beside)
     add("--blocks-to-swap", metavar="N", help="a number, half or all (default: automatic)")
     percent = _number(30, 90, "a percentage from 30 to 90")
-    ceiling = "ceiling on VRAM use, 30 to 90 (default: 50)"
-    add("--vram-threshold-percent", type=percent, default=50.0, metavar="P", help=ceiling)
+    most = "how much of the card may be in use beside the computation, 30 to 90 (default: 50)"
+    add("--vram-threshold-percent", type=percent, default=50.0, metavar="P", help=most)
 
 
 def _plan(options: argparse.Namespace) -> Result:
@@ -180,24 +187,26 @@ def _plan(options: argparse.Namespace) -> Result:
 
 
 def _add_probe(commands: Commands) -> None:
-    command = _add(commands, "probe", probe, "Show what the hardware layer reads, and the measured link.")
+    command = _add(
+        commands, "probe", probe, "Show what is read of this machine, and the measured speed of copies to the GPU."
+    )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    command.add_argument("--again", action="store_true", help="measure the link even if a measurement is cached")
+    command.add_argument("--again", action="store_true", help="measure again even if a measurement is stored")
 
 
 def _add_simulate(commands: Commands) -> None:
-    does = "Run forwards in virtual time, with the schedule that the swapper runs."
+    does = "Compute how long a pass of the model takes when blocks stream, in block times."
     command = _add(commands, "simulate", simulate, does)
     add = command.add_argument
     add("--blocks", type=_COUNT, required=True, help="blocks of the model")
-    add("--swapped", required=True, help="number of swapped blocks, or a share such as 50%%")
-    add("--ratio", type=_RATIO, required=True, help="transfer time over compute time of a block")
-    add("--slots", type=_COUNT, help="slots of the window (default: the planner's choice)")
+    add("--swapped", required=True, help="number of blocks that stream, or a share such as 50%%")
+    add("--ratio", type=_RATIO, required=True, help="time of copying a block over time of computing it")
+    add("--slots", type=_COUNT, metavar="N", help=SLOTS)
     share = _number(0, 0.99, "a share from 0 to 0.99")
     add("--uneven", type=share, default=0.0, help="block sizes vary by this share, such as 0.5")
-    add("--skip", type=_list, default=[], help="blocks skipped in every second forward, such as 9,10")
-    add("--empty", action="store_true", help="run no block in every second forward")
-    add("--vace", type=_COUNT_OR_ZERO, default=0, help="VACE blocks, run in every second forward")
+    add("--skip", type=_list, default=[], help="blocks skipped in every second pass, such as 9,10")
+    add("--empty", action="store_true", help="run no block in every second pass")
+    add("--vace", type=_COUNT_OR_ZERO, default=0, help="VACE blocks, run in every second pass")
     add("--seed", type=_COUNT_OR_ZERO, default=0, help="seed of the sizes (default: 0)")
 
 

@@ -298,7 +298,7 @@ class ComfyUI:
         try:
             limit = read_host_memory().pin_budget_bytes
         except READING_FAILURES as failure:
-            self.warn_once(f"host memory cannot be read: {failure}; the limit of page-locked memory stays as it is")
+            self.warn_once(f"host memory cannot be read: {failure}; the limit of locked RAM stays as it is")
             return self._pins
         asked = self._preferences().pin_budget_bytes
         limit = limit if asked is None else min(limit, asked)

@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.before_after")
     parser.add_argument("--variant", default="bf16", help="one of the variants of tests/rig")
     parser.add_argument("--clock", action="store_true", help="times with a paced link, on the pretend CUDA runtime")
-    parser.add_argument("--memory", action="store_true", help="prints a table of host memory, in MiB")
+    parser.add_argument("--memory", action="store_true", help="prints a table of host memory, in MB")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     parser.add_argument("--draw", action="store_true", help="draws before_after.png again and measures nothing")
     options = parser.parse_args(arguments)

@@ -27,7 +27,7 @@ REPEATS = 9
 SECONDS_PER_FIGURE = 0.2
 """No repeat starts after this time."""
 SIDES = (4096, 8192)
-"""Rows and columns of the matrices. Three of 4096 take 96 MiB, more than the caches of most GPUs. On a fast GPU,
+"""Rows and columns of the matrices. Three of 4096 take 96 MB, more than the caches of most GPUs. On a fast GPU,
 smaller products would end before the host has queued the next one with its mark, some 0.02 ms later."""
 LONG_ENOUGH_MS = 1.0
 """A product this long needs no larger side: `MOST_PRODUCTS` of them cover the slowest copies worth measuring."""

@@ -330,9 +330,9 @@ def _machine(found: dict[str, Any]) -> str:
     device, memory, link = found["device"], found["device_memory"] or {}, found["link"] or {}
     fastest = max((speed for _, speed in link.get("pinned") or ()), default=0.0)
     return (
-        f"{device['name']}, driver {device['driver'] or 'unknown'}, {_gib(memory.get('free_bytes'))} of "
-        f"{_gib(device['total_bytes'])} free, RAM {_gib(found['host_memory']['available_bytes'])} of "
-        f"{_gib(found['host_memory']['physical_bytes'])} available, link {fastest / 1e9:.1f} GB/s"
+        f"{device['name']}, driver {device['driver'] or 'unknown'}, {_size(memory.get('free_bytes'))} of "
+        f"{_size(device['total_bytes'])} free, RAM {_size(found['host_memory']['available_bytes'])} of "
+        f"{_size(found['host_memory']['physical_bytes'])} available, link {fastest / 1e9:.1f} GB/s"
     )
 
 
@@ -366,7 +366,7 @@ def _link(found: dict[str, Any]) -> str:
     for row in sorted((row for row in rows if row["size_bytes"] == size), key=lambda row: row["gbytes_per_s"]):
         best[row["memory"], row["load"]] = row
     words = [_link_words(*kind, row) for kind, row in sorted(best.items(), reverse=True)]
-    return f"{size / (1 << 20):.0f} MiB: {'; '.join(words)}"
+    return f"{size / (1 << 20):.0f} MB: {'; '.join(words)}"
 
 
 def _link_words(memory: str, load: str, row: dict[str, Any]) -> str:
@@ -378,7 +378,7 @@ def _adopt(found: dict[str, Any]) -> str:
     warm, cold = found["warm"], found.get("cold") or found["warm"]
     refused = f"; {warm['refusals'][0]}" if warm["refusals"] else ""
     return (
-        f"{found['blocks']} blocks, {_gib(warm['swapped_bytes'])}: {warm['adopt_gbytes_per_s']:.2f} GB/s in "
+        f"{found['blocks']} blocks, {_size(warm['swapped_bytes'])}: {warm['adopt_gbytes_per_s']:.2f} GB/s in "
         f"{warm['placed_s']:.2f} s, page-locking {warm['lock_s']:.2f} s of it, first copy after "
         f"{warm['first_copy_s']:.2f} s (cold {cold['first_copy_s']:.2f} s); from file {warm['file_gbytes_per_s']:.1f} "
         f"GB/s (cold {cold['file_gbytes_per_s']:.1f} GB/s, plain reads {cold['read_gbytes_per_s']:.1f} GB/s); a copy "
@@ -437,7 +437,7 @@ def _predicted(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             for name in ("weight_bytes", "step_ms")
         )
         yield (
-            f"| {row['shape']} | {row['blocks_swapped']} | {row['slots']} | {_gib(weights[0])} | {_gib(weights[1])} "
+            f"| {row['shape']} | {row['blocks_swapped']} | {row['slots']} | {_size(weights[0])} | {_size(weights[1])} "
             f"({weights[2]:+.1%}) | {_ms(step[0])} | {_ms(step[1])} ({step[2]:+.1%}) |"
         )
 
@@ -465,17 +465,17 @@ def _cell(row: dict[str, Any], notes: dict[str, int]) -> str:
         return f"[{notes.setdefault(row['reason'], len(notes) + 1)}]"
     over = f" x {row['step_ms'] / row['bound_ms']:.3f}" if row["bound_ms"] else ""
     output = "" if row["output"] in ("equal", "reference") else f", output {row['output']}"
-    return f"{_ms(row['step_ms'])}{over}, {_gib(row['peak_bytes'])}{output}"
+    return f"{_ms(row['step_ms'])}{over}, {_size(row['peak_bytes'])}{output}"
 
 
 def _short(text: str) -> str:
     return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
 
 
-def _gib(nbytes: float | None) -> str:
+def _size(nbytes: float | None) -> str:
     if nbytes is None:
         return "unknown"
-    return f"{nbytes / (1 << 30):.2f} GiB" if nbytes >= 1 << 28 else f"{nbytes / (1 << 20):.1f} MiB"
+    return f"{nbytes / (1 << 30):.2f} GB" if nbytes >= 1 << 28 else f"{nbytes / (1 << 20):.1f} MB"
 
 
 def _ms(value: float) -> str:

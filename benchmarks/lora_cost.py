@@ -35,7 +35,7 @@ PROMPTS = {
     "other strengths on a cached model": ("cached", "changed"),
 }
 """The run without LoRAs, and the one with them."""
-FIGURES = {"wall": (1, "{:.2f} s"), "cpu": (1, "{:.2f} s"), "memory": (1 << 20, "{:.0f} MiB")}
+FIGURES = {"wall": (1, "{:.2f} s"), "cpu": (1, "{:.2f} s"), "memory": (1 << 20, "{:.0f} MB")}
 
 Found = dict[str, dict[str, float]]
 """Of each run, its FIGURES."""

@@ -35,23 +35,23 @@ PAGE = """\
 # RAM
 
 What plans take of RAM, and what a step takes, for Wan 14B at {shape} on one machine: RTX 3060 12 GB, Linux, of
-whose RAM the system and other programs use 4 GiB. The link has 25.3 GB/s; the disk reads {cold} GB/s, and the system's
+whose RAM the system and other programs use 4 GB. The link has 25.3 GB/s; the disk reads {cold} GB/s, and the system's
 cache of files {warm} GB/s. **Computed, not measured**, by `python -m benchmarks.ram_table`, with the block times that
-`plan` assumes for this GPU. A test compares this page with the plans.
+`plan` assumes for this GPU. A test compares this page with the plans. 1 GB is 1024³ bytes; only speeds count 10⁹.
 
 {table}
 
-- *streamed*: blocks that do not stay on the GPU. *Page-locked* and *other RAM*: memory that the system cannot drop.
-  With two experts it is that of both; if RAM is too small for both, the second takes over the memory of the first.
-  Of two GGUF experts, RAM then holds one at a time.
-- *read*: what every forward reads from the model's file; with a *c*, from the system's cache.
-- *step*: two forwards, as with CFG. The *first* also reads from the disk what stays on the GPU or in RAM; it takes at
-  most this long, because blocks are read while others compute. Of a GGUF model, the loader has read the file before.
-- *of all in RAM*: the step over that of the same plan with all streamed blocks page-locked.
-- A plan adds at most the available RAM less 2 GiB, or less a tenth of all RAM if that is more. A GGUF model is in RAM
+- *streaming*: blocks that do not stay on the GPU. *Locked RAM*: fixed in place for fast copies. *Other RAM*: what else
+  the system cannot drop. With two experts it is that of both. If RAM is too small for both, the second takes over the
+  memory of the first; of two GGUF experts, RAM then holds one at a time.
+- *read*: what every pass reads from the model's file; with a *c*, from the system's cache.
+- *step*: two passes of the model, as with CFG. The *first* also reads from the disk what stays on the GPU or in RAM.
+  It takes at most this long, because blocks are read while others compute. A GGUF file was read by the loader before.
+- *of all in RAM*: the step over that of the same plan with all streaming blocks in locked RAM.
+- A plan adds at most the available RAM less 2 GB, or less a tenth of all RAM if that is more. A GGUF model is in RAM
   as a whole, because the loader copies every weight.
 
-A slower disk costs more, and so does a faster GPU: a step cannot be shorter than the time in which its forwards read
+A slower disk costs more, and so does a faster GPU: a step cannot be shorter than the time in which its passes read
 what they read. `python -m wanvideo_enhanced_blockswap plan` computes that for other machines (`--ram`,
 `--available-ram`, `--disk`, `--gpu`).
 """
@@ -187,7 +187,7 @@ def _forward_ms(model: ModelProfile, plan: SwapPlan, inputs: PlanInputs, *, cold
 
 def page() -> str:
     """The text of docs/ram.md."""
-    heads = ["RAM", "model", "streamed", "page-locked", "other RAM", "read", "first step", "step", "of all in RAM"]
+    heads = ["RAM", "model", "streaming", "locked RAM", "other RAM", "read", "first step", "step", "of all in RAM"]
     lines = [heads, ["---:", "---", *["---:"] * 7]]
     for each in rows():
         model = f"Wan {'2.1' if each.experts == 1 else '2.2, two experts,'} 14B {each.kind}"
@@ -195,10 +195,10 @@ def page() -> str:
         if each.plan is None:
             lines.append([*cells, "does not fit into RAM", *[""] * 6])
             continue
-        reads = "-" if not each.plan.file_bytes else f"{each.plan.file_bytes / GIB:.1f} GiB"
+        reads = "-" if not each.plan.file_bytes else f"{each.plan.file_bytes / GIB:.1f} GB"
         reads += " c" if each.plan.file_bytes and each.plan.file_bytes_per_s == DISK.warm else ""
         cells += [f"{each.plan.swapped_count}/{BLOCKS}"]
-        cells += [f"{each.pinned_bytes / GIB:.1f} GiB", f"{each.other_bytes / GIB:.1f} GiB", reads]
+        cells += [f"{each.pinned_bytes / GIB:.1f} GB", f"{each.other_bytes / GIB:.1f} GB", reads]
         cells += [f"{each.first_ms / 1e3:.1f} s", f"{each.step_ms / 1e3:.1f} s", f"{each.of_pinned:.3f}"]
         lines.append(cells)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -26,14 +26,15 @@ from ..blockswap.model.layout import ModelProfile
 from ..blockswap.model.profile import blocks_of, profile_model
 from ..blockswap.model.wan import tokens_for
 from ..blockswap.plan.make_plan import Weights, make_plan
-from ..blockswap.plan.swap_plan import SwapPlan, Timing
+from ..blockswap.plan.swap_plan import SwapPlan, Timing, blocks_in_words
+from ..blockswap.run.text import plan_details
 from ..blockswap.simulation.backend import simulated_backend
 from ..blockswap.simulation.streams import SimulatedHardware, SimulatedStreams
 from ..blockswap.spans import STALL, Span, total_ms
 from ..hardware import MIB, format_bytes, measure_link, probe_device, read_device_memory, read_host_memory
 from ..hardware.pinning import PinBudget
 from .options import cache_dir, card_inputs, choose_device, parse_count, parse_shape, parse_size
-from .output import Result, table, window_text
+from .output import Result, table
 from .picture import check_picture, draw_timeline
 from .wan_model import PRESETS, Inputs, build, denoise, make_inputs, refuse_if_too_large
 
@@ -86,7 +87,8 @@ def demo(options: Namespace) -> Result:
     }
     card = f"{stage.name}, {format_bytes(vram_bytes)} of memory{'' if options.vram else ' (for this demo; --vram)'}"
     broken = _broken_promises(data)
-    return Result(data, _text(card, plan, data, broken), succeeded=not broken)
+    details = plan_details(plan) if options.verbose else []
+    return Result(data, _text(card, plan, data, broken, details), succeeded=not broken)
 
 
 def _vram_bytes(text: str | None, profile: ModelProfile, device: torch.device) -> int:
@@ -187,18 +189,19 @@ def _broken_promises(data: dict[str, Any]) -> list[str]:
     return broken
 
 
-def _text(card: str, plan: SwapPlan, data: dict[str, Any], broken: list[str]) -> str:
-    speed, is_virtual = data["link_bytes_per_s"], data["clock"] == "virtual"
+def _text(card: str, plan: SwapPlan, data: dict[str, Any], broken: list[str], details: list[str]) -> str:
+    link, is_virtual = data["link_bytes_per_s"], data["clock"] == "virtual"
+    speed = "unknown" if link is None else f"{link / 1e9:.2f} GB/s"
     lines = [
         card,
-        f"plan: {''.join('s' if swapped else 'R' for swapped in plan.swapped)}  (R resident, s swapped)",
-        f"      {window_text(plan)}",
-        *(f"      {reason}" for reason in plan.reasons),
+        f"plan: {''.join('s' if swapped else 'G' for swapped in plan.swapped)}  (G on the GPU, s streaming)",
+        f"      {blocks_in_words(plan)}",
+        *(f"      {text}" for text in (*plan.remarks, *details)),
         "",
         _table(data),
         "",
         f"outputs equal: {'yes, bit for bit' if data['outputs_equal'] else 'NO'}",
-        f"link: {'unknown' if speed is None else f'{speed / 1e9:.2f} GB/s'}{' (assumed)' if is_virtual else ''}",
+        f"copies to the GPU: {speed}{' (assumed)' if is_virtual else ''}",
         f"bytes counted by: {data['measured_by']}; timeline: {data['picture']}",
         *([VIRTUAL] if is_virtual else []),
         *(f"BROKEN: {promise}" for promise in broken),
@@ -215,12 +218,12 @@ def _table(data: dict[str, Any]) -> str:
     weights = (size(f"{run}_weight_bytes") for run in ("unswapped", "peak", "planned"))
     rows = [
         ["", "unswapped", "swapped", "planned"],
-        ["block weights on the device", *weights],
-        ["host memory of swapped blocks", "", size("slab_bytes"), size("swapped_bytes")],
-        ["copied to the device, adopt and one step", "", size("h2d_bytes"), ""],
+        ["VRAM for the blocks", *weights],
+        ["RAM for the blocks that stream", "", size("slab_bytes"), size("swapped_bytes")],
+        ["copied to the GPU at the start and in one step", "", size("h2d_bytes"), ""],
         ["weights copied back", "", size("weights_d2h_bytes"), format_bytes(0)],
         ["step", f"{data['unswapped_step_ms']:.1f} ms", f"{data['step_ms']:.1f} ms", ""],
-        ["stall per forward", "", f"{data['stall_ms_per_forward']:.2f} ms", planned_stall],
+        ["the GPU waits in a pass of the model", "", f"{data['stall_ms_per_forward']:.2f} ms", planned_stall],
     ]
     return table(rows)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
@@ -12,25 +11,21 @@ from ..blockswap.model.layout import ModelProfile
 from ..blockswap.plan.swap_plan import PlanInputs
 from ..hardware import MIB, HardwareUnavailableError, HostMemory, format_bytes, parse_bytes, probe_device
 
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(?:i?b)?)?\s*", re.IGNORECASE)
 _LARGEST_SIDE = 100_000  # pixels or frames, far above any video
 
 
 def parse_size(option: str, text: str) -> int:
-    """Bytes of memory, from `12GiB`, `12 GB`, `12G` or `12`, which are all the same: what boxes call GB is GiB.
+    """Bytes of memory, from `12GB`, `12 GiB`, `12G` or `12`, which are all the same.
 
     Raises:
         SettingsError: The text is not a size, or is far below the memory of any machine.
     """
-    match = _SIZE.fullmatch(text)
     try:
-        size = parse_bytes(f"{match[1]}{match[2] or 'G'}iB" if match else text)
+        size = parse_bytes(text, unit="GB")
     except ValueError as cause:
-        if match is None:
-            raise SettingsError(f"{option}: expected a memory size such as 12GiB or 12, got {text!r}") from cause
         raise SettingsError(f"{option}: {cause}") from cause
     if 0 < size < MIB:
-        raise SettingsError(f"{option}: expected a memory size such as 12GiB, got {text!r}, which is {size} bytes")
+        raise SettingsError(f"{option}: expected a memory size such as 12GB, got {text!r}, which is {size} bytes")
     return size
 
 

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..blockswap.plan.swap_plan import SwapPlan
-from ..blockswap.run.text import slots_in_words
-from ..hardware.units import format_count
-
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -35,8 +31,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def window_text(plan: SwapPlan) -> str:
-    """A plan's slots and copy streams in words."""
-    if not plan.slots:
-        return "no window"
-    return f"{slots_in_words(plan)}, {format_count(plan.streams, 'copy stream')}"
+def pairs(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and what they name, in two columns of text."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {text}" for name, text in rows)

@@ -17,7 +17,8 @@ from ..blockswap.model.recognise import CheckpointProfile
 from ..blockswap.model.wan import WanArchitecture, block_flops, tokens_for
 from ..blockswap.plan.budget import SAFETY_RESERVE
 from ..blockswap.plan.make_plan import UNIFIED, Readings, make_plan, plan_inputs
-from ..blockswap.plan.swap_plan import Activations, PlanInputs, SwapPlan
+from ..blockswap.plan.swap_plan import Activations, PlanInputs, SwapPlan, blocks_in_words
+from ..blockswap.run.text import expected_waits, plan_details
 from ..blockswap.settings import SwapSettings
 from ..hardware import (
     DeviceMemory,
@@ -34,9 +35,8 @@ from ..hardware import (
 )
 from ..hardware.cards import KnownGpu, find_gpu, vendor_of
 from ..hardware.disk import measure_disk
-from ..hardware.units import format_count
 from .options import cache_dir, choose_device, parse_count, parse_shape, parse_size
-from .output import Result, table, window_text
+from .output import Result, pairs
 
 ASSUMED_DISK = DiskSpeed(3.5e9, 3.5e9)
 """Of a machine that is only named: an NVMe disk on PCIe 3.0."""
@@ -106,13 +106,14 @@ def plan(options: Namespace) -> Result:
             readings = replace(readings, disk=disk)
             decided = make_plan(checkpoint.model, replace(inputs, disk=disk))
     except PlanError as failure:
-        taken = f"; --beside takes {format_bytes(alone - readings.host.available_bytes)} of the host" if beside else ""
+        taken = f"; --beside takes {format_bytes(alone - readings.host.available_bytes)} of the RAM" if beside else ""
         raise PlanError(
             f"{f'{why_not}; ' if why_not else ''}{failure} (--ram and --vram change the machine of the plan{taken})"
         ) from failure
-    if why_not is not None:
-        reasons = (why_not if text == UNIFIED else text for text in decided.reasons)
-        decided = replace(decided, reasons=tuple(reasons))
+    if UNIFIED in decided.reasons:
+        said = why_not or UNIFIED
+        reasons = tuple(said if text == UNIFIED else text for text in decided.reasons)
+        decided = replace(decided, reasons=reasons, remarks=(said, *decided.remarks))
     data = _data(checkpoint, decided)
     data |= {"card": card.spec.name, "vram_bytes": card.memory.total_bytes, "tokens": tokens}
     data |= {"link_assumed": card.assumed}
@@ -224,7 +225,7 @@ def _card(options: Namespace) -> Card:
     device = choose_device("auto")
     memory = read_device_memory(device)
     if memory is None:
-        raise SettingsError("no GPU in this machine: give one with --vram 12GiB or --gpu 'RTX 4090'")
+        raise SettingsError("no GPU in this machine: give one with --vram 12GB or --gpu 'RTX 4090'")
     spec, rates = probe_device(device), None
     with contextlib.suppress(ValueError):  # of an unknown GPU, memory and link are known and only durations are not
         rates = find_gpu(spec.name, total_bytes=spec.total_bytes)
@@ -382,64 +383,60 @@ def _answer(model: ModelProfile, decided: SwapPlan, left: int) -> str:
         return (
             f"It does not fit: {format_bytes(max(0, -left))} of VRAM are missing; take fewer frames, or a smaller size."
         )
-    blocks, forward, vram = len(model.blocks), decided.predicted, model.other_bytes + decided.device_bytes
+    forward, vram = decided.predicted, model.other_bytes + decided.device_bytes
     known = decided.activation_bytes is not None
     does = "It fits" if known else "The weights fit"
     if known and left < 0:
         does = f"It fits only with {format_bytes(-left)} of the reserve"
-    used = f"VRAM {format_bytes(vram + (decided.activation_bytes or 0))}{'' if known else ' without activations'}"
+    used = f"VRAM {format_bytes(vram + (decided.activation_bytes or 0))}{'' if known else ' without the computation'}"
     ram = format_bytes(model.anonymous_bytes + decided.added_bytes)
-    stay = f"{blocks - decided.swapped_count} of {blocks} {'modules' if _beside(model) else 'blocks'} stay on the GPU"
-    text = f"{does}: {stay}. {used}, RAM {ram}."
+    text = f"{does}: {blocks_in_words(decided)}. {used}, RAM {ram}."
     if forward is None:
         return text
-    bound = {"computation": "the GPU's computation", "link": "the link", "disk": "the disk"}[bound_of(decided) or ""]
-    return f"{text} A forward takes {forward.elapsed / 1e3:.1f} s, bound by {bound}; a step with CFG takes two."
-
-
-def _beside(model: ModelProfile) -> int:
-    return sum(is_beside(block.name) for block in model.blocks)
-
-
-def _blocks_in_words(model: ModelProfile) -> str:
-    beside, count = _beside(model), len(model.blocks)
-    return f"{count - beside}, and {format_count(beside, 'module')} beside them" if beside else str(count)
+    bound = {"computation": "the GPU's computation", "link": "the copies", "disk": "the disk"}[bound_of(decided) or ""]
+    return (
+        f"{text} A pass of the model takes {forward.elapsed / 1e3:.1f} s, bound by {bound}; a step with CFG takes two."
+    )
 
 
 def _text(options: Namespace, checkpoint: CheckpointProfile, decided: SwapPlan, readings: Readings, card: Card) -> str:
     model, activations = checkpoint.model, decided.activation_bytes
     reserve = int(SAFETY_RESERVE * card.memory.total_bytes)
     idle = decided.limit_bytes - decided.device_bytes - (activations or 0) - reserve
+    limit = f"{format_bytes(decided.budget_bytes)}; --vram-threshold-percent {options.vram_threshold_percent:g}"
     rows = [
-        ["model", checkpoint.family],
-        ["card", f"{card.spec.name}, {format_bytes(card.memory.total_bytes)}"],
-        ["  other weights and what is in use", format_bytes(card.memory.total_bytes - readings.memory.free_bytes)],
-        ["  block weights", format_bytes(decided.device_bytes)],
-        ["  activations, expected", "unknown: give --shape" if activations is None else format_bytes(activations)],
-        ["  reserve", format_bytes(reserve)],
-        ["  left", format_bytes(idle)],
-        ["blocks", f"{_blocks_in_words(model)}, {format_bytes(model.block_bytes)}"],
-        ["swapped", f"{decided.swapped_count}, {window_text(decided)}"],
-        ["page-locked", format_bytes(decided.pinned_bytes)],
-        ["other host memory", format_bytes(_unlocked_bytes(model, decided))],
-        ["read from the file", format_bytes(decided.file_bytes)],
-        ["copied per forward", format_bytes(decided.streamed_bytes)],
+        ("model", f"{checkpoint.family}, {format_bytes(model.block_bytes)} of blocks"),
+        ("card", f"{card.spec.name}, {format_bytes(card.memory.total_bytes)}"),
+        ("  other use", format_bytes(card.memory.total_bytes - readings.memory.free_bytes)),
+        ("  blocks on the GPU", format_bytes(decided.resident_bytes)),
+        ("  streaming", format_bytes(decided.window_bytes)),
+        ("  computation", "unknown: give --shape" if activations is None else f"{format_bytes(activations)} expected"),
+        ("  reserve", format_bytes(reserve)),
+        ("  free" if idle >= 0 else "  missing", format_bytes(abs(idle))),
+        ("limit for the blocks", limit),
+        ("locked RAM", format_bytes(decided.pinned_bytes)),
+        ("other RAM", format_bytes(_unlocked_bytes(model, decided))),
+        ("in each pass of the model", f"{format_bytes(decided.streamed_bytes)} copied to the GPU"),
     ]
-    rows += [["link", card.assumed]] if card.assumed is not None else []
+    if decided.file_bytes:
+        rows.append(("", f"{format_bytes(decided.file_bytes)} of that read from the model's file"))
+    rows += [("link", card.assumed)] if card.assumed is not None else []
     if readings.disk is ASSUMED_DISK:
-        rows.append(["disk", "assumed: NVMe, 3.5 GB/s; --disk changes it"])
+        rows.append(("disk", "assumed: NVMe, 3.5 GB/s; --disk changes it"))
     forward = decided.predicted
     if forward is None:
         wanted = [("--gpu", card.rates), ("--link", card.link), ("--shape", options.shape)]
         missing = " and ".join(name for name, known in wanted if known is None)
-        why = f"give {missing}" if missing else "this host's speed of copies into staging slabs is unknown"
+        why = f"give {missing}" if missing else "the speed of copies in this machine's RAM is unknown"
         if options.gpu is not None and (card.rates is None or card.rates.linear_flops is None):
             why = f"the speed of {card.spec.name} is unknown"
-        rows.append(["stall per forward", f"unknown: {why}"])
+        rows.append(("time of a pass", f"unknown: {why}"))
     else:
-        window = "" if options.context_window is None else f"for one window of {options.context_window} frames "
-        at = f"{window}at {options.shape}, with the rates assumed for this GPU"
-        rows.append(["compute per forward", f"{forward.compute:,.0f} ms {at}"])
-        rows.append(["transfer per forward", f"{forward.transferred:,.0f} ms"])
-        rows.append(["stall per forward", f"{forward.stall:,.0f} ms"])
-    return "\n".join([_answer(model, decided, idle), "", table(rows), "", *(f"- {text}" for text in decided.reasons)])
+        part = "" if options.context_window is None else f"for a context window of {options.context_window} frames "
+        at = f"{part}at {options.shape}, with the speed assumed for this GPU"
+        rows.append(("computation", f"{forward.compute:,.0f} ms {at}"))
+        rows.append(("copies", f"{forward.transferred:,.0f} ms"))
+        rows.append(("waiting", expected_waits(decided, forward) or "nothing is copied"))
+    details = plan_details(decided) if options.verbose else ()
+    remarks = (f"- {text}" for text in decided.remarks)
+    return "\n".join([_answer(model, decided, idle), "", pairs(rows), "", *remarks, *details]).rstrip()

@@ -9,7 +9,18 @@ from enum import Enum
 from ..blockswap.settings import SwapSettings
 from ..hardware import format_bytes, measure_link, probe_device, read_device_memory, read_host_memory, tune
 from .options import cache_dir, choose_device
-from .output import Result
+from .output import Result, pairs
+
+LABELS = {
+    "host_memory.cgroup_limit_bytes": "host memory limit of the container",
+    "host_memory.memlock_bytes": "host memory that mlock may lock",
+    "link.pinned": "copies to the GPU from locked RAM",
+    "link.pageable": "copies to the GPU from ordinary RAM",
+    "link.host_copy": "copies into locked RAM",
+    "tuning.tier": "tuning limits",
+    "tuning.pin": "tuning locks RAM",
+}
+"""Of figures whose name in the JSON object is a developer's word."""
 
 
 def probe(options: Namespace) -> Result:
@@ -29,10 +40,13 @@ def probe(options: Namespace) -> Result:
     data = {name: None if value is None else asdict(value, dict_factory=_plain) for name, value in readings.items()}
     rows: list[tuple[str, str]] = []
     for name, fields in data.items():
-        rows += [(f"{name}.{field}", _words(field, value)) for field, value in (fields or {}).items()]
-        rows += [] if fields else [(name, "unknown")]
-    width = max(len(name) for name, _ in rows)
-    return Result(data, "\n".join(f"{name.ljust(width)}  {words}" for name, words in rows))
+        rows += [(_label(f"{name}.{field}"), _words(field, value)) for field, value in (fields or {}).items()]
+        rows += [] if fields else [(_label(name), "unknown")]
+    return Result(data, pairs(rows))
+
+
+def _label(name: str) -> str:
+    return LABELS.get(name) or name.replace("_bytes", "").replace("_", " ").replace(".", " ")
 
 
 def _plain(fields: list[tuple[str, object]]) -> dict[str, object]:

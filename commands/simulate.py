@@ -52,11 +52,11 @@ def simulate(options: Namespace) -> Result:
         "transfer_over_compute": options.ratio,
     }
     text = (
-        f"{plan.swapped_count} of {count + vace} blocks swapped through {plan.slots} slots, "
-        f"a transfer takes {options.ratio:g} x a block's compute\n"
-        f"step time  {forward.elapsed:9.3f} block times (compute {forward.compute:.3f}, stall {forward.stall:.3f})\n"
-        f"bound      {bound:9.3f} block times\n"
-        f"ratio      {ratio:9.4f}"
+        f"{plan.swapped_count} of {count + vace} blocks stream, {plan.slots} of them on the GPU at a time; "
+        f"a copy takes {options.ratio:g} x a block's computation\n"
+        f"pass   {forward.elapsed:9.3f} block times: computation {forward.compute:.3f}, waiting {forward.stall:.3f}\n"
+        f"bound  {bound:9.3f} block times: the longer of computation and copies\n"
+        f"ratio  {ratio:9.4f}"
     )
     return Result(data, text)
 

@@ -79,8 +79,8 @@ def refuse_if_too_large(name: str, preset: Preset, *, available_bytes: int, is_s
     need = int(expected_bytes(preset) * (SIMULATED_SHARE if is_simulated else HOST_SHARE))
     if need > available_bytes:
         figures = f"{format_bytes(need)} needed, {format_bytes(available_bytes)} available"
-        message = f"not enough host memory for --preset {name}, {preset.layers} blocks in bf16: {figures}"
-        raise HostMemoryError(f"{message}; take a smaller preset or a machine with more memory")
+        message = f"not enough RAM for --preset {name}, {preset.layers} blocks in bf16: {figures}"
+        raise HostMemoryError(f"{message}; take a smaller preset or a machine with more RAM")
 
 
 def build(preset: Preset, *, seed: int, dtype: torch.dtype = torch.bfloat16) -> nn.Module:

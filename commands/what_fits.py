@@ -1,4 +1,4 @@
-"""`plan --table`: what stays on the GPU, and how long a forward takes, for cards and sizes of video, as Markdown."""
+"""`plan --table`: what stays on the GPU, and how long a pass takes, for cards and sizes of video, as Markdown."""
 
 from __future__ import annotations
 
@@ -50,17 +50,18 @@ PAGE = """\
 
 This page is the output of `python -m wanvideo_enhanced_blockswap plan --table`; with a model file, the command makes \
 the same table for that model. Machine: {ram} of RAM, {available:.0f} GB of it available, a disk of {disk:g} GB/s, \
-default settings. **All of it is predicted, nothing is measured**: VRAM and RAM follow from the plan, \
-the times from the rates of `hardware/cards/cards.csv` and the card's own PCIe interface.
+default settings. **All of it is predicted, nothing is measured.** VRAM and RAM follow from the plan. The times follow \
+from the rates of `hardware/cards/cards.csv` and the card's own PCIe interface.
 
-- *kept*: blocks that stay on the GPU; the others are streamed. *VRAM*: weights and activations at the peak. *RAM*: \
-memory for the weights that the system cannot drop. Both in GB of 2^30 bytes, as on the boxes of cards.
-- *forward*: one pass through the model; a step with CFG takes two. It is *bound* by the GPU's own computation, by the \
+- *kept*: blocks that stay on the GPU; the others stream. *VRAM*: weights and computation at the peak. *RAM*: \
+memory for the weights that the system cannot drop. Both in GB of 1024^3 bytes, as on the boxes of cards.
+- *pass*: one pass of the model; a step with CFG takes two. It is *bound* by the GPU's own computation, by the \
 copies over PCIe (`link`), or by reading the model's file (`disk`). A `-` is a laptop's link, which no one publishes \
 (`--link 12` is PCIe 4.0 x8), or an unknown rate. The time in which GGUF weights are unpacked is not counted.
-- Activations agree with the wrapper's own code within 2 % for the models tried ([predictions.md](predictions.md)); \
-attention kernels, rope function and other nodes change them. Default settings fill at most half of the card with \
-weights: `vram_threshold_percent` raises that, and gains nothing where computation is the bound.
+- The VRAM of the computation agrees with the wrapper's own code within 2 % for the models tried \
+([predictions.md](predictions.md)). Attention kernels, rope function and other nodes change it.
+- Default settings fill at most half of the card with weights. A higher `vram_threshold_percent` fills more, and gains \
+nothing where computation is the bound.
 - A side that a model cannot have is cut to the next one that it can: 720 becomes 704 with Wan 2.2 5B.
 """
 
@@ -173,7 +174,7 @@ def _lines(rows: Sequence[Row], blocks: dict[str, int]) -> Iterator[str]:
     for name, of in blocks.items():
         mine = [row for row in rows if row[0] == name]
         yield from ("", f"### {name}", "")
-        heads = [f"{fit.shape}: kept of {of} | VRAM | RAM | forward | bound" for fit in mine[0][2]]
+        heads = [f"{fit.shape}: kept of {of} | VRAM | RAM | pass | bound" for fit in mine[0][2]]
         yield f"| card | {' | '.join(heads)} |"
         yield f"| --- |{' ---: | ---: | ---: | ---: | --- |' * len(heads)}"
         for _, card, fits in mine:

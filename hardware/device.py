@@ -144,7 +144,7 @@ def call(module: Any, function: str, *arguments: object) -> Any:
 
 
 def probe_device(device: torch.device) -> DeviceSpec:
-    """What the device is. Opens it, which for CUDA and HIP takes some hundred MiB of its memory for a context.
+    """What the device is. Opens it, which for CUDA and HIP takes some hundred MB of its memory for a context.
 
     Args:
         device: any torch device; without an index, the current one of its type.

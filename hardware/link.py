@@ -18,16 +18,16 @@ from .device import probe_device
 from .memory import is_out_of_memory
 from .pinning import CudaRegistrar, register_result
 from .records import LinkSpeed
-from .units import MIB
+from .units import MIB, format_bytes
 
 logger = logging.getLogger(__name__)
 
 _STREAM_COUNTS = (1, 2, 4, 8, 12, 16)
-# 64 MiB take 3 ms over PCIe 5.0 x16 and 11 ms over 3.0 x8: long beside a launch, short beside a second.
+# 64 MB take 3 ms over PCIe 5.0 x16 and 11 ms over 3.0 x8: long beside a launch, short beside a second.
 _NBYTES = 64 * MIB
 # The median of three, after one copy that does not count: the first wakes an idle link from a lower generation.
 _REPEATS = 3
-# About what 64 MiB take over PCIe 3.0 x8. Over a slower link (an external GPU: 0.5 to 3 GB/s) copies are cut to this
+# About what 64 MB take over PCIe 3.0 x8. Over a slower link (an external GPU: 0.5 to 3 GB/s) copies are cut to this
 # time: still long beside a launch, and the 28 of a measurement, two of them whole, stay below 0.6 s at 0.5 GB/s.
 _SECONDS_PER_COPY = 0.010
 # A figure takes fewer copies where even small ones take longer.
@@ -96,7 +96,8 @@ def _measure(device: torch.device, counts: tuple[int, ...], nbytes: int) -> Link
     except (RuntimeError, OSError, MemoryError) as exc:
         if isinstance(exc, RuntimeError) and not is_out_of_memory(exc):
             raise
-        logger.warning("measuring the link to %s needs %d free bytes on both sides: %s", device, nbytes, exc)
+        size = format_bytes(nbytes)
+        logger.warning("measuring the link to %s needs %s of free RAM and of VRAM: %s", device, size, exc)
         return LinkSpeed((), None)
     return LinkSpeed(pinned, pageable, host_copy)
 
@@ -137,7 +138,8 @@ def _measure_pinned(
         if code != 0:
             registrar.consume_error()
             why = register_result(code)
-            logger.warning("page-locking %d bytes failed (%s): the link has no pinned figure", source.nbytes, why)
+            size = format_bytes(source.nbytes)
+            logger.warning("locking %s of RAM failed (%s): the speed of copies from locked RAM is unknown", size, why)
             return (), None
         try:
             host_copy = _measure_copy(_host_buffer(source.nbytes), source)  # in one thread, as the staging worker does
@@ -148,7 +150,8 @@ def _measure_pinned(
             code = registrar.unregister(source.data_ptr())
             if code != 0:
                 registrar.consume_error()
-                logger.warning("unlocking %d bytes failed (%s)", source.nbytes, register_result(code))
+                size = format_bytes(source.nbytes)
+                logger.warning("unlocking %s of RAM failed (%s)", size, register_result(code))
 
 
 def _measure_streams(source: torch.Tensor, target: torch.Tensor, count: int, pace: _Pace) -> float:

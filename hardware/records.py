@@ -129,7 +129,7 @@ class HostMemory:
     def room_bytes(self) -> int:
         """Bytes that may be added to memory which the system cannot drop: what is available above a floor.
 
-        The floor is 2 GiB or 10 % of RAM, whichever is more, for the system, other programs and the files that the
+        The floor is 2 GB or 10 % of RAM, whichever is more, for the system, other programs and the files that the
         model's weights come from; at most a quarter of RAM. RAM is the control group's limit where that is lower.
         """
         ram = min(self.physical_bytes, self.cgroup_limit_bytes or self.physical_bytes)
@@ -140,9 +140,9 @@ class HostMemory:
     def pin_budget_bytes(self) -> int:
         """The most host memory to page-lock, in bytes.
 
-        40 % of RAM on Windows; elsewhere 90 %, and always 4 GiB less than all of it. RAM is the control group's limit
+        40 % of RAM on Windows; elsewhere 90 %, and always 4 GB less than all of it. RAM is the control group's limit
         where that is lower. On WSL2 the true cap belongs to the Windows driver, which does not report it, and varies
-        from below 1 GiB upwards: the Linux figure is tried there until the driver refuses.
+        from below 1 GB upwards: the Linux figure is tried there until the driver refuses.
         """
         ram = self.physical_bytes
         if self.cgroup_limit_bytes is not None:
@@ -186,8 +186,8 @@ class LinkSpeed:
             HardwareUnavailableError: `pinned` is empty.
         """
         if not self.pinned:
-            message = "no speed from page-locked memory was measured"
-            raise HardwareUnavailableError(f"{message}; use the one from pageable memory, {self.pageable} bytes/s")
+            message = "no speed of copies from locked RAM was measured"
+            raise HardwareUnavailableError(f"{message}; use the one from ordinary RAM, {self.pageable} bytes/s")
         fewest = self.pinned[0][0]
         allowed = [pair for pair in self.pinned if max_streams is None or pair[0] <= max(max_streams, fewest)]
         floor = (1 - _EQUAL_SPEED_SHARE) * max(speed for _, speed in allowed)

@@ -75,7 +75,7 @@ def tier_for(spec: DeviceSpec, *, vram_threshold_percent: float) -> GpuTier:
     words = _words(spec.name)
     for name, models, streams, ratio in _TIERS:
         if any(words == _words(model) for model in models):
-            return GpuTier(name, streams, ratio, f"{spec.name} is in the table of tiers")
+            return GpuTier(name, streams, ratio, f"{spec.name} is in the table of GPUs")
     units = spec.compute_units
     if units is not None and units >= _FORMULA_MIN_UNITS:
         streams = min(16, max(8, units // 10))
@@ -95,7 +95,7 @@ def tune(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None, *, vram_thr
     """
     tier = tier_for(spec, vram_threshold_percent=vram_threshold_percent)
     share = f"{tier.bandwidth_target:.0%} of what is available, since {tier.reason}"
-    limit = f"tier {tier.name}: at most {tier.max_streams} streams, {share}"
+    limit = f"limits of {tier.name}: at most {tier.max_streams} streams, {share}"
     why_not = _why_not_pinned(spec, host, link)
     if why_not is not None:
         return Tuning(tier, 1, tier.bandwidth_target, pin=False, reasons=(limit, why_not))
@@ -111,15 +111,15 @@ def tune(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None, *, vram_thr
 def _why_not_pinned(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None) -> str | None:
     """Why page-locked memory is refused or does harm here; None where it works."""
     if link is not None and not link.pinned and link.pageable is not None:
-        return "the driver refused to page-lock memory for the measurement: copies come from pageable memory"
+        return "the driver refused to lock RAM for the measurement: copies come from ordinary RAM"
     if spec.vendor is not Vendor.AMD:
         return None
     if host.platform is HostPlatform.WINDOWS:
         # RX 9070 XT: 54 s with pageable memory, stalls up to 309 s with page-locked memory (reports against ComfyUI).
-        return "page-locked memory stalls AMD GPUs on Windows: copies come from pageable memory, on 1 stream"
+        return "AMD GPUs on Windows wait for copies from locked RAM: copies come from ordinary RAM, on 1 stream"
     if link is not None and link.pinned and link.pageable is not None and link.best()[1] <= link.pageable:
         figures = f"{link.best()[1] / 1e9:.1f} against {link.pageable / 1e9:.1f} GB/s"
-        return f"copies from page-locked memory are no faster than from pageable memory here ({figures})"
+        return f"copies from locked RAM are no faster than from ordinary RAM here ({figures})"
     return None
 
 

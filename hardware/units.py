@@ -9,11 +9,8 @@ KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
-_FACTORS = {"": 1, "b": 1}
-_FACTORS |= {f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)} | {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
-# The largest size that is accepted: 1 EiB, far above any machine, so that a slip of the keyboard is an error at once.
-_MAX_BYTES = 1 << 60
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(b|[kmgt](?:i?b)?)?\s*", re.IGNORECASE | re.ASCII)
+_MOST_TB = 1 << 20  # far above any machine, so that a slip of the keyboard is an error at once
 
 
 def format_bytes(n: int, *, like: int | None = None) -> str:
@@ -38,22 +35,20 @@ def format_count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def parse_bytes(text: str) -> int:
-    """The byte count that a person wrote, such as "12GiB", "8 GB", "1.5 GiB" or "123"; fractions of a byte are cut.
+def parse_bytes(text: str, *, unit: str = "B") -> int:
+    """The byte count that a person wrote, such as "12GB", "1.5 GiB", "8G" or "123"; fractions of a byte are cut.
 
     Args:
-        text: a number and a unit in any case: none or B for bytes, KB to TB for powers of ten, KiB to TiB for powers of
-            two.
+        text: A number and a unit in any case. As in `format_bytes`, 1 GB is 1024³ bytes, and so is 1 GiB.
+        unit: That of a number without one.
 
     Raises:
-        ValueError: the text is no size, usually a negative number or a bare "G", which could mean either kind of unit.
+        ValueError: The text is no size, usually a negative number.
     """
     match = _SIZE.fullmatch(text)
-    factor = _FACTORS.get(match.group(2).lower()) if match else None
-    if match is None or factor is None:
-        expected = "a positive number and a unit (B, KB, MB, GB, TB: powers of ten; KiB, MiB, GiB, TiB: powers of two)"
-        raise ValueError(f"memory size: expected {expected}, got {text!r}; write it like 12GiB")
-    size = Decimal(match.group(1)) * factor
-    if size > _MAX_BYTES:
-        raise ValueError(f"memory size: expected at most {_MAX_BYTES} bytes (1 EiB), got {text!r}")
+    if match is None:
+        raise ValueError(f"expected a memory size such as 12GB, got {text!r}")
+    size = Decimal(match[1]) * 1024 ** "BKMGT".index((match[2] or unit)[0].upper())
+    if size > _MOST_TB * 1024**4:
+        raise ValueError(f"expected a memory size of at most {_MOST_TB} TB, got {text!r}")
     return int(size)

@@ -32,7 +32,7 @@ ASKED = link.Asked(sizes=SIZES, streams=STREAMS)
 
 @pytest.fixture(autouse=True)
 def hardware(monkeypatch: pytest.MonkeyPatch) -> SimulatedHardware:
-    """A link of 7 GB/s, so that a MiB takes 0.15 ms, and products of 0.05 ms."""
+    """A link of 7 GB/s, so that a MB takes 0.15 ms, and products of 0.05 ms."""
     hardware = SimulatedHardware(link_bytes_per_ms=7e6, default_compute_ms=0.05, compute_ms={1: 0.06})
     monkeypatch.setattr(link, "HARDWARE", hardware)
     return hardware
@@ -110,9 +110,9 @@ def test_tables_are_printed_and_written(capsys: pytest.CaptureFixture[str], tmp_
     [
         (["--device", "nonsense"], "--device: expected auto, cpu, cuda or cuda:N, got 'nonsense'"),
         (["--device", "meta"], "--device: expected auto, cpu, cuda or cuda:N, got 'meta'"),
-        (["--sizes", "1MiB,12G"], "memory size: expected"),
+        (["--sizes", "1MB,12 gigs"], "expected a memory size"),
         (["--sizes", "0"], "expected sizes of at least 1 byte, got '0'"),
-        (["--sizes", ""], "memory size: expected"),
+        (["--sizes", ""], "expected a memory size"),
         (["--streams", "1,0"], "expected whole numbers from 1 to 32, such as 1,2,4; got '1,0'"),
         (["--streams", "33"], "; got '33'"),
         (["--streams", "two"], "; got 'two'"),
@@ -233,7 +233,7 @@ def test_products_that_cannot_run_leave_the_idle_figures(monkeypatch: pytest.Mon
 
 
 def test_a_copy_that_products_do_not_cover_gives_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "MOST_PRODUCTS", 2)  # 0.10 ms, and a MiB takes 0.15
+    monkeypatch.setattr(copies, "MOST_PRODUCTS", 2)  # 0.10 ms, and a MB takes 0.15
     rows = [row for row in Watched().rows() if row.load == "busy"]
     assert {row.size_bytes for row in rows if row.gbytes_per_s is None} == {MIB}
     assert {row.reason for row in rows if row.size_bytes == MIB} == {"2 products of 0.05 ms ended before the copy"}

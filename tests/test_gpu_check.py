@@ -229,7 +229,7 @@ def test_the_table_has_at_most_60_lines_however_much_is_wrong() -> None:
     assert len(lines) == 60
     assert "more lines: see gpu_check.json" in lines[-1]
     assert max(map(len, lines)) < 250
-    assert "| ours | 8 | " + " | ".join(["1,234 ms x 1.029, 3.00 GiB"] * 4) + " |" in lines
+    assert "| ours | 8 | " + " | ".join(["1,234 ms x 1.029, 3.00 GB"] * 4) + " |" in lines
     assert "| mmgp | 8 | [1] | [2] | [3] | [4] |" in lines
     assert "- NOT MET: limit 0" in lines
 

@@ -28,7 +28,7 @@ S2V = in_order(
     ]
 )
 BLOCK, INJECTOR, ADAIN = 670.0, 200.0, 100.0
-"""MiB, as S2V 14B has in bf16."""
+"""MB, as S2V 14B has in bf16."""
 
 
 # ---- names and order

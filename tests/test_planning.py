@@ -32,8 +32,8 @@ FACTS = Facts(
     link=LinkSpeed(((1, 20e9), (4, 25e9), (8, 25e9), (16, 50e9)), 8e9),
 )
 TIER = (
-    "tier RTX 3090/3080: at most 12 streams, 80% of what is available, since NVIDIA GeForce RTX 3090 is in the table "
-    "of tiers"
+    "limits of RTX 3090/3080: at most 12 streams, 80% of what is available, since NVIDIA GeForce RTX 3090 is in the "
+    "table of GPUs"
 )
 KNEE = "link: 25.0 GB/s with 4 streams, as fast as with up to 8"
 BY_HAND = SwapSettings(auto_hardware_tuning=False, blocks_to_swap=12, num_cuda_streams=6)
@@ -76,7 +76,7 @@ def test_where_nothing_is_copied_there_are_no_streams_to_tell_of(changes: dict[s
     """If the tier's share decides, the sentence on the budget names it."""
     made = make_plan(MODEL, SwapSettings(), replace(FACTS, **changes))
     assert (made.swapped_count, made.streamed_bytes, made.tuning) == (0, 0, ())
-    assert not [reason for reason in made.reasons if reason.startswith(("tier", "link"))]
+    assert not [reason for reason in made.reasons if reason.startswith(("limits", "link"))]
 
 
 def test_the_tiers_share_is_told_where_it_decides_although_nothing_is_swapped() -> None:
@@ -88,7 +88,7 @@ def test_the_tiers_share_is_told_where_it_decides_although_nothing_is_swapped() 
 def test_by_hand_the_streams_are_those_asked_for_and_nobody_speaks_of_tiers() -> None:
     made = make_plan(MODEL, BY_HAND, FACTS)
     assert (made.swapped_count, made.streams, made.tuning) == (12, 6, ())
-    assert not [reason for reason in made.reasons if reason.startswith(("tier", "link"))]
+    assert not [reason for reason in made.reasons if reason.startswith(("limits", "link"))]
 
 
 WHOLE = TensorProfile("w", 400 * MIB, Placement.FIXED, "Opaque cannot be taken apart")

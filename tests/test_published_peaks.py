@@ -36,7 +36,7 @@ IN_FLIGHT = (1, 2)
 
 @dataclass(frozen=True)
 class Peak:
-    """A published peak in GiB, and what is expected."""
+    """A published peak in GB, and what is expected."""
 
     row: dict[str, Any]
     expected: float

@@ -49,8 +49,8 @@ SWAPPED = plan(
     device_bytes=7 * GIB,
     streamed_bytes=7_000_000_000,
     tuning=(
-        "tier RTX 5090/4090: at most 16 streams, 90% of what is available, since NVIDIA GeForce RTX 4090 is in the "
-        "table of tiers",
+        "limits of RTX 5090/4090: at most 16 streams, 90% of what is available, since NVIDIA GeForce RTX 4090 is in "
+        "the table of GPUs",
         "link: 25.0 GB/s with 4 streams, as fast as with up to 16",
     ),
     tiers=tuple((HostTier.PINNED if i < 36 else HostTier.STAGED) if i % 2 else None for i in range(40)),
@@ -150,8 +150,8 @@ def test_details_are_for_people_who_know_how_it_works_and_come_last() -> None:
     assert long.removeprefix(short) == (
         "\ndetails:\n"
         "- 20 of 40 modules swapped (18 pinned, 2 staged), 2 slots of 333.0 MB, 4 copy streams\n"
-        "- tier RTX 5090/4090: at most 16 streams, 90% of what is available, since NVIDIA GeForce RTX 4090 is in the "
-        "table of tiers\n"
+        "- limits of RTX 5090/4090: at most 16 streams, 90% of what is available, since NVIDIA GeForce RTX 4090 is in "
+        "the table of GPUs\n"
         "- link: 25.0 GB/s with 4 streams, as fast as with up to 16\n"
         "- 4 forwards ran no block\n"
         "- stall per forward: 12.5 ms in 2 timed forwards, 6.0 ms predicted\n"

@@ -127,7 +127,7 @@ def test_details_are_in_the_log_in_debug_mode_alone(caplog: pytest.LogCaptureFix
         bench.run.release()
         found[is_debug] = "\n".join(logged(caplog))
     assert DETAILS.findall(found[False]) == []
-    assert {"tier", "link", "streams", "slots", "stall", "Auto configuration"} <= set(DETAILS.findall(found[True]))
+    assert {"link", "streams", "slots", "stall", "Auto configuration"} <= set(DETAILS.findall(found[True]))
 
 
 @pytest.mark.parametrize("forwards", [0, 3])
@@ -187,9 +187,9 @@ def test_the_details_tell_the_tiers_limit_and_the_links_choice_unless_the_stream
         bench.run.release()
         assert bench.run.last_report is not None
         lines = summary(bench.run.last_report, details=True).splitlines()
-        said[name] = [text for text in lines if text.startswith(("- tier", "- link"))]
+        said[name] = [text for text in lines if text.startswith(("- limits", "- link"))]
     tier, link = said["automatic"]
-    assert tier.startswith("- tier RTX 5090/4090: at most 16 streams, 90% of what is available, since RTX 4090")
+    assert tier.startswith("- limits of RTX 5090/4090: at most 16 streams, 90% of what is available, since RTX 4090")
     assert re.fullmatch(r"- link: \d+\.\d GB/s with 1 stream", link)
     assert said["by hand"] == []
 

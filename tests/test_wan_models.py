@@ -107,7 +107,9 @@ def test_the_blocks_of_published_files_have_the_bytes_that_their_headers_give(
 def test_plan_shows_the_family_below_its_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_header(tmp_path / "wan.safetensors", stored(wan("1.3B", 36, image=True), "BF16"))
     assert main(["plan", str(path), *MACHINE[:4]]) == 0
-    assert re.match(r"The weights fit: [^\n]*\n\nmodel +Wan 2\.1 I2V 1\.3B\n", capsys.readouterr().out)
+    assert re.match(
+        r"The weights fit: [^\n]*\n\nmodel +Wan 2\.1 I2V 1\.3B, [\d.]+ GB of blocks\n", capsys.readouterr().out
+    )
 
 
 def test_longcat_has_48_blocks_of_width_4096_and_three_matrices_in_each_feed_forward_layer(tmp_path: Path) -> None:
@@ -157,7 +159,7 @@ def test_a_plan_says_how_many_blocks_and_how_many_modules_beside_them_are_swappe
 ) -> None:
     file = write_header(tmp_path / "s2v.safetensors", stored(s2v(), "fp8"))
     asked = ["plan", str(file), "--gpu", "RTX 3060 12GB", "--ram", "64GiB", "--shape"]
-    assert main([*asked, "832x480x81"]) == 0
+    assert main([*asked, "832x480x81", "--verbose"]) == 0
     shown = capsys.readouterr().out
     found = re.search(r"(\d+) of 65 parts are swapped, the fewest", shown)
     beside = re.search(r"of what is swapped, (\d+) modules are beside the blocks: ", shown)
@@ -165,7 +167,8 @@ def test_a_plan_says_how_many_blocks_and_how_many_modules_beside_them_are_swappe
     assert beside is not None
     assert 0 < int(beside[1]) < int(found[1])
     assert main([*asked, "1280x720x121"]) == 0
-    assert re.match(r"It fits only with \d+\.\d MB of the reserve: 0 of 65 modules stay", capsys.readouterr().out)
+    where = "0 blocks on the GPU, 40 streaming, with 25 other parts of the model"
+    assert re.match(rf"It fits only with \d+\.\d MB of the reserve: {where}\. ", capsys.readouterr().out)
 
 
 def test_s2v_streams_through_two_slots_of_a_block_and_the_size_of_an_injector(

@@ -1,20 +1,26 @@
-"""Texts that users see outside debug mode: no word of how it works, and no sentence of more than 25 words."""
+"""Texts that users see outside debug mode: no word of how it works, one unit, and no sentence of more than 25 words."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import re
+import shlex
+import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_files import wan_shapes, write_sparse_safetensors
 from facts import make_plan as make_plan_from
 from shown import predicted, ran
+from test_cli import BAD_VALUES, DEMO
 from test_plan import asking, block, budget, equal, stored, timing
 from test_planning import FACTS, MODEL, WHOLE, beside
 from test_report import FULL, MEASURED
+from test_what_fits import WHOLE as WAN
 from wanvideo_enhanced_blockswap.blockswap.engine.others import Others
 from wanvideo_enhanced_blockswap.blockswap.errors import BlockSwapError, PlanError
 from wanvideo_enhanced_blockswap.blockswap.model.layout import BlockProfile, ModelProfile
@@ -33,7 +39,19 @@ from wanvideo_enhanced_blockswap.blockswap.run.text import (
     summary,
 )
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
-from wanvideo_enhanced_blockswap.hardware import GIB, MIB, DeviceMemory, LinkSpeed
+from wanvideo_enhanced_blockswap.cli import main
+from wanvideo_enhanced_blockswap.hardware import (
+    GIB,
+    MIB,
+    DeviceMemory,
+    DeviceSpec,
+    HostMemory,
+    HostPlatform,
+    LinkSpeed,
+    Vendor,
+)
+
+ROOT = Path(__file__).parents[1]
 
 JARGON = re.compile(
     r"\b(forwards?|slots?|windows?|residents?|stall(s|ed)?|ceiling|page-?lock\w*|pinned|adopt\w*|slabs?|tiers?)\b", re.I
@@ -215,3 +233,154 @@ def test_notes_of_a_run_are_told_in_short_sentences_without_jargon() -> None:
     ]
     assert None not in notes
     assert [fault for text in notes if text for fault in wrong(text)] == []
+
+
+ALLOWED = re.compile(r"--[\w-]+|context windows?|platform +windows|Windows")
+"""What a text of the command line may have: options that saved scripts use, what is no word of this package."""
+
+PAGES = ("what-fits.md", "ram.md", "command-line.md", "troubleshooting.md", "limits.md")
+"""Pages that README leads users to."""
+
+
+def of_developers(text: str) -> list[str]:
+    """Words and units of developers in what a command prints."""
+    return [match[0] for match in (*JARGON.finditer(ALLOWED.sub("", text)), *re.finditer(r"\b[KMGT]iB\b", text))]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("--slots N", []), ("two slots", ["slots"]), ("one context window", []), ("8.0 GiB", ["GiB"]), ("8.0 GB", [])],
+)
+def test_the_check_of_commands_sees_words_and_units(text: str, found: list[str]) -> None:
+    assert of_developers(text) == found
+
+
+@pytest.mark.parametrize("command", [[], ["plan"], ["demo"], ["probe"], ["simulate"]], ids=" ".join)
+def test_help_is_in_short_sentences_without_jargon(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # each text on one line
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    usage, *said = capsys.readouterr().out.split("\n")
+    assert of_developers("\n".join([usage, *said])) == []
+    texts = [clause for line in said for clause in clauses(re.sub(r"^ +\S.*?  +", "", line))]
+    assert len(texts) > 4
+    assert [text for text in texts if len(text.split()) > MOST_WORDS] == []
+
+
+PLANS_OF_A_FILE = {
+    "fits": "--gpu 'RTX 3060 12GB' --ram 16GB --shape 832x480x81",
+    "all on the GPU": "--gpu 'RTX 5090' --ram 64GB --shape 832x480x81",
+    "streams from the file": "--vram '8 GB' --ram 8GB",
+    "waits": "--gpu 'RTX 4090' --ram 8GB --link 3 --disk 0.2 --shape 480x480x17",
+    "does not fit": "--vram 8GB --ram 64GB --shape 1280x720x161",
+    "by hand": "--gpu 4060 --ram 64GB --blocks-to-swap all --shape 832x480x81 --context-window 17",
+    "shared memory": "--gpu 'DGX Spark' --ram 96GB --shape 832x480x81",
+    "too little RAM": "--gpu 'Apple M3 Max' --ram 10GB",
+    "a second expert": "--gpu 'RTX 4090' --ram 32GB --beside WAN",
+    "a table": "--table --ram 16GB",
+}
+
+
+@pytest.mark.parametrize("options", PLANS_OF_A_FILE.values(), ids=PLANS_OF_A_FILE)
+def test_a_plan_of_a_file_is_printed_without_jargon(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: str
+) -> None:
+    path = str(write_sparse_safetensors(tmp_path / "wan.safetensors", WAN, "F8_E4M3"))
+    main(["plan", path, *(path if word == "WAN" else word for word in shlex.split(options))])
+    said = capsys.readouterr()
+    assert len(said.out + said.err) > 60
+    assert of_developers(said.out + said.err) == []
+
+
+def test_what_is_beside_the_blocks_is_printed_without_jargon(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = write_sparse_safetensors(tmp_path / "wan.safetensors", wan_shapes(5120, 13824, 40, vace=8))
+    assert main(["plan", str(path), "--gpu", "4060", "--ram", "64GB"]) == 0
+    said = capsys.readouterr().out
+    assert "streaming" in said
+    assert of_developers(said) == []
+
+
+@pytest.mark.usefixtures("short_texts")
+def test_the_demo_is_printed_without_jargon(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main([*DEMO, "--device", "cpu", "--picture", str(tmp_path / "t.png")]) == 0
+    said = capsys.readouterr().out
+    assert "streaming" in said
+    assert of_developers(said) == []
+
+
+@pytest.mark.parametrize("vendor", [Vendor.NVIDIA, Vendor.AMD])
+@pytest.mark.parametrize("platform", list(HostPlatform))
+@pytest.mark.parametrize(
+    "link", [LinkSpeed((), 8e9), LinkSpeed(((1, 20e9), (2, 24e9)), 8e9, 11e9), LinkSpeed((), None)]
+)
+def test_what_is_read_of_a_machine_is_printed_without_jargon(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    vendor: Vendor,
+    platform: HostPlatform,
+    link: LinkSpeed,
+) -> None:
+    spec = DeviceSpec("a GPU", vendor, "cuda:0", compute_units=60, is_integrated=False, total_bytes=16 * GIB)
+    readings = {
+        "probe_device": spec,
+        "read_device_memory": DeviceMemory(16 * GIB, 15 * GIB, "a test"),
+        "read_host_memory": HostMemory(32 * GIB, 30 * GIB, None, 8 * MIB, platform),
+        "measure_link": link,
+    }
+    for name, value in readings.items():
+        monkeypatch.setattr(f"wanvideo_enhanced_blockswap.commands.probe.{name}", lambda *_, found=value, **__: found)
+    assert main(["probe", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "copies to the GPU from ordinary RAM" in said
+    assert "16.0 GB" in said
+    assert of_developers(said) == []
+
+
+@pytest.mark.parametrize("options", ["--slots 2", "--vace 4", "--skip 1,2 --uneven 0.5", "--empty"])
+def test_a_simulated_schedule_is_printed_without_jargon(capsys: pytest.CaptureFixture[str], options: str) -> None:
+    assert main(["simulate", "--blocks", "12", "--swapped", "50%", "--ratio", "1.5", *options.split()]) == 0
+    assert of_developers(capsys.readouterr().out) == []
+
+
+@pytest.mark.parametrize("arguments", [arguments for arguments, _ in BAD_VALUES], ids=" ".join)
+def test_a_bad_value_is_refused_without_jargon(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str]
+) -> None:
+    path = str(write_sparse_safetensors(tmp_path / "wan.safetensors", WAN, "F8_E4M3"))
+    typed = [path if word == "WAN" else word for word in arguments]
+    assert main(typed) == 1
+    said = capsys.readouterr().err
+    for word in typed:
+        said = said.replace(word, "")
+    assert of_developers(said) == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_that_readme_leads_users_to_is_without_jargon(name: str) -> None:
+    page = (ROOT / "docs" / name).read_text("utf-8").replace("and GiB\nmeans the same", "")
+    assert of_developers(page) == []
+
+
+def test_sizes_are_written_in_one_unit_everywhere() -> None:
+    folders = ("blockswap", "commands", "hardware", "benchmarks", "docs", "web/docs", "locales")
+    files = [*ROOT.glob("*.*"), *(file for folder in folders for file in (ROOT / folder).rglob("*.*"))]
+    texts = [file for file in files if file.suffix in (".py", ".md", ".json", ".sh")]
+    assert len(texts) > 150
+    found = {file.name for file in texts if re.search(r"\b[KMGT]iB\b", file.read_text("utf-8"))}
+    assert found == {"units.py", "options.py", "command-line.md", "CHANGELOG.md"}  # which say that GiB is accepted
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+def test_what_the_page_of_the_command_line_quotes_is_what_is_printed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    page = (ROOT / "docs" / "command-line.md").read_text("utf-8")
+    (typed,) = re.findall(rf"^ +python -m \w+ ({command} (?:.*\\\n)?.*-.*)$", page, re.MULTILINE)
+    path = write_sparse_safetensors(tmp_path / "wan.safetensors", WAN, "F8_E4M3")
+    words = [word.replace("MODEL.safetensors", str(path)) for word in shlex.split(typed.replace("\\\n", " "))]
+    assert main(words) == 0
+    assert f"\n\n{textwrap.indent(capsys.readouterr().out, '    ')}\n" in page

@@ -26,7 +26,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(1.5 + 4.2 * max(1, len(shapes)), 8.2), layout="constrained")
     if not shapes:
         figure.text(0.5, 0.5, "no engine has figures", ha="center")
-    unit, size = ("GiB", GIB) if max((row.peak_bytes or 0 for row in shown), default=0) >= GIB else ("MiB", MIB)
+    unit, size = ("GB", GIB) if max((row.peak_bytes or 0 for row in shown), default=0) >= GIB else ("MB", MIB)
     labelled = {}
     for column, shape in enumerate(shapes):
         cells = [row for row in shown if row.shape == shape]

@@ -84,8 +84,14 @@ def plan_text(plan: SwapPlan, *, card: str, details: bool = False) -> str:
         lines.append(f"expected: {_s(plan.predicted.elapsed)} for a pass of the model{f'; {wait}' if wait else ''}")
     lines += [f"- {text}" for text in plan.remarks]
     if details:
-        lines += ["details:", *(f"- {text}" for text in plan.reasons if text not in plan.remarks), _where(plan)]
+        lines += plan_details(plan)
     return "\n".join(line for line in lines if line)
+
+
+def plan_details(plan: SwapPlan) -> list[str]:
+    """Why a plan is as it is, for people who know how it works."""
+    lines = ["details:", *(f"- {text}" for text in plan.reasons if text not in plan.remarks), _where(plan)]
+    return [line for line in lines if line]
 
 
 def plan_lines(plan: SwapPlan, *, card: str) -> str:
@@ -208,7 +214,7 @@ def block_table(report: RunReport) -> str:
 def configuration_lines(
     plan: SwapPlan, model: ModelSize, *, memory: DeviceMemory | None, host: HostMemory, ratio: float
 ) -> tuple[str, ...]:
-    """Debug mode's log lines about a plan, in the documented form: its MB are MiB, used stands before total.
+    """Debug mode's log lines about a plan, in the documented form: used stands before total.
 
     Args:
         plan: The plan.

@@ -20,7 +20,7 @@ READERS = 4
 
 # Large beside the cost of a call, small beside a block, so that the threads finish at about the same time.
 _CHUNK_BYTES = 16 * MIB
-# Linux drops what a call asks for beyond the disk's largest request, which is often 1280 KiB (max_sectors_kb).
+# Linux drops what a call asks for beyond the disk's largest request, which is often 1280 KB (max_sectors_kb).
 _AHEAD_BYTES = MIB
 
 

@@ -18,8 +18,8 @@ from ..units import MIB
 from .mappings import read_mounts
 from .reader import READERS, FileIdentity, FileReader, WeightFileError
 
-# 64 MiB take 20 ms from an NVMe disk. Reads grow up to that in all, and no other begins after one that took this long:
-# a hard disk gets to 21 MiB in 0.2 s, and what reads 1 MB/s takes about a second for each figure.
+# 64 MB take 20 ms from an NVMe disk. Reads grow up to that in all, and no other begins after one that took this long:
+# a hard disk gets to 21 MB in 0.2 s, and what reads 1 MB/s takes about a second for each figure.
 _PORTIONS = (1 * MIB, 4 * MIB, 16 * MIB, 43 * MIB)
 _LONG_SECONDS = 0.1
 _REPEATS = 3
@@ -30,7 +30,7 @@ def measure_disk(
 ) -> DiskSpeed | None:
     """Speed of reading this file as `FileReader` does; None for a file that cannot be read, or is empty.
 
-    Takes under half a second for a fast disk and about one for a slow one, and 64 MiB of memory. Each figure comes from
+    Takes under half a second for a fast disk and about one for a slow one, and 64 MB of memory. Each figure comes from
     bytes of its own where the file is large enough. A controller, or the host of a virtual machine, may have a cache of
     its own, which nothing here can pass.
 

@@ -71,7 +71,7 @@ def lines() -> Iterator[str]:
 
 
 def _cell(case: Case) -> str:
-    return f"{MEASURED['peaks'][case.name] / GIB:.2f} / {expected(case) / GIB:.2f} GiB = {ratio(case):.3f}"
+    return f"{MEASURED['peaks'][case.name] / GIB:.2f} / {expected(case) / GIB:.2f} GB = {ratio(case):.3f}"
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def write_input(folder: Path, kind: str, number: int, seed: int) -> Path:
 def outcome(path: Path, **beside: list[str]) -> str:
     """Whether `plan` plans for this file, or which kind of error it raises; raises what `plan` must not raise."""
     options = Namespace(model=str(path), gpu="RTX 4090", vram=None, ram="64GiB", link=25.0, shape="832x480x81")
-    options.available_ram = options.disk = None
+    options.available_ram, options.disk, options.verbose = None, None, True
     options.module, options.lora, options.context_window = [], [], None
     vars(options).update(beside)
     options.beside, options.blocks_to_swap, options.vram_threshold_percent = [], None, 50.0

@@ -40,9 +40,9 @@ Nothing here was measured: the readings are those of public reports, and compute
 hardware/cards knows. `python tests/hardware/write_machines.py` writes this file; the tests compare it.
 
 A cell:  35/40 2 slots  4.60+1.31  pin 22.9  12 ms  7.1% !
-         swapped blocks of all; slots of the window; GiB on the device, residents and small tensors + window; host tiers
+         swapped blocks of all; slots of the window; GB on the device, residents and small tensors + window; host tiers
          of the swapped blocks (pin: page-locked, fil: read from their file, stg: through staging slabs, pag: pageable)
-         and their GiB; what compute waits for copies in a forward, and what the copies take as a share of compute,
+         and their GB; what compute waits for copies in a forward, and what the copies take as a share of compute,
          ? without compute times; ! over the budget even so. refused: what is too small. A dash: no device to swap on.
 The loader has copied GGUF models into host memory and left the others in their files, on a disk that reads 3.5 GB/s, or
 7 from the system's cache; tensors outside the blocks are on the device.

@@ -54,7 +54,7 @@ def test_the_best_stream_count_is_the_smallest_within_two_percent_of_the_fastest
 
 
 def test_asking_for_the_best_of_nothing_names_the_pageable_figure():
-    with pytest.raises(HardwareUnavailableError, match=r"pageable.*5000000000\.0"):
+    with pytest.raises(HardwareUnavailableError, match=r"ordinary RAM, 5000000000\.0"):
         LinkSpeed((), 5e9).best()
 
 

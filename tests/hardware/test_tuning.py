@@ -112,8 +112,8 @@ def test_below_the_tiers_limit_the_fewest_streams_that_are_as_fast_are_taken():
     found = tuned("NVIDIA GeForce RTX 3090", link)
     assert found.streams == 2
     assert found.reasons == (
-        "tier RTX 3090/3080: at most 12 streams, 80% of what is available, since NVIDIA GeForce RTX 3090 is in the "
-        "table of tiers",
+        "limits of RTX 3090/3080: at most 12 streams, 80% of what is available, since NVIDIA GeForce RTX 3090 is in "
+        "the table of GPUs",
         "link: 24.8 GB/s with 2 streams, as fast as with up to 8",
     )
 
@@ -129,13 +129,18 @@ def test_one_stream_is_named_as_one():
     [
         (None, {}, True, "the link is not measured: 1 stream"),
         (LinkSpeed((), None), {}, True, "the link is not measured: 1 stream"),
-        (LinkSpeed((), 8e9), {}, False, "the driver refused to page-lock memory"),
-        (RISING, {"vendor": Vendor.AMD, "platform": HostPlatform.WINDOWS}, False, "stalls AMD GPUs on Windows"),
+        (LinkSpeed((), 8e9), {}, False, "the driver refused to lock RAM"),
+        (
+            RISING,
+            {"vendor": Vendor.AMD, "platform": HostPlatform.WINDOWS},
+            False,
+            "AMD GPUs on Windows wait for copies from locked RAM",
+        ),
         (
             LinkSpeed(((1, 12e9),), 12.4e9),
             {"vendor": Vendor.AMD},
             False,
-            "no faster than from pageable memory here (12.0 against 12.4 GB/s)",
+            "no faster than from ordinary RAM here (12.0 against 12.4 GB/s)",
         ),
     ],
 )
@@ -143,7 +148,9 @@ def test_where_streams_cannot_be_chosen_there_is_one_and_the_reasons_are_the_tie
     found = tuned("AMD Radeon RX 6800", link, **options)
     assert (found.streams, found.pin) == (1, pin)
     tier, why = found.reasons
-    assert tier.startswith("tier other GPUs: at most 8 streams, 70% of what is available, since AMD Radeon RX 6800 is ")
+    assert tier.startswith(
+        "limits of other GPUs: at most 8 streams, 70% of what is available, since AMD Radeon RX 6800 is "
+    )
     assert said in why
 
 

@@ -20,7 +20,18 @@ Draft7Validator.check_schema(SCHEMA)
 
 WEIGHTS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt", ".sft")
 HUGGING_FACE = "https://huggingface.co/"
-WIDEST = 2400
+WIDEST, TALLEST = 2400, 1416
+"""So large that the front ends open it, on a screen of 1920 by 1080, at a scale at which they draw its texts."""
+
+MAY_BE_COLLAPSED = {
+    "CLIPVisionLoader",
+    "GetImageSize",
+    "GetVideoComponents",
+    "Wav2VecModelLoader",
+    "WanVideoClipVisionEncode",
+    "WanVideoVAELoader",
+}
+"""Nodes in which there is nothing to choose for the video."""
 Definitions = Mapping[str, Definition]
 
 
@@ -177,8 +188,6 @@ def _flat(address: str) -> str:
 def layout_problems(workflow: Workflow) -> list[str]:
     """Nothing lies over another, each node is in one group that has a title, and links lead to the right, or
     down to the next row.
-
-    The whole is at most WIDEST, so that most of it is on a screen at 100 %.
     """
     data = workflow.data
     nodes = {node["id"]: (node["type"], box_of(node)) for node in data["nodes"]}
@@ -187,7 +196,8 @@ def layout_problems(workflow: Workflow) -> list[str]:
     found += [f"group {one} lies over {other}" for (one, a), (other, b) in combinations(groups, 2) if a.overlaps(b)]
     boxes = [box for _, box in (*nodes.values(), *groups)]
     width = max(box.right for box in boxes) - min(box.left for box in boxes)
-    found += [f"it is {width} wide"] if width > WIDEST else []
+    height = max(box.bottom for box in boxes) - min(box.top for box in boxes)
+    found += [f"it is {width} by {height}"] if width > WIDEST or height > TALLEST else []
     found += ["a group has no title" for title, _ in groups if not title.strip()]
     for kind, box in nodes.values():
         around = [group for _, group in groups if group.overlaps(box)]
@@ -200,7 +210,7 @@ def layout_problems(workflow: Workflow) -> list[str]:
     found += [
         f"{node['type']} is collapsed or has no size"
         for node in data["nodes"]
-        if node["flags"] or min(node["size"]) < 40
+        if set(node["flags"]) - {"collapsed" if node["type"] in MAY_BE_COLLAPSED else ""} or min(node["size"]) < 40
     ]
     return found
 

@@ -88,6 +88,7 @@ class Workflow:
 def box_of(node: dict[str, Any]) -> Box:
     """What a node covers, its title included."""
     (left, top), (width, height) = node["pos"], node["size"]
+    height = 0 if node["flags"].get("collapsed") else height
     return Box(left, top - TITLE_HEIGHT, left + width, top + height)
 
 
