@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 
 class BlockSwapError(RuntimeError):
     """Base of all errors of this package."""
@@ -39,8 +41,8 @@ class WeightFileError(BlockSwapError):
     """A model's file has changed, is gone, or could not be read while its weights are used from it."""
 
 
-class DeviceMemoryError(BlockSwapError):
-    """The device could not allocate the memory of a plan."""
+class DeviceMemoryError(BlockSwapError, torch.cuda.OutOfMemoryError):
+    """The device could not allocate the memory of a plan, or of a forward under the smallest one."""
 
 
 class TransferError(BlockSwapError):

@@ -30,6 +30,12 @@ def format_bytes(n: int, *, like: int | None = None) -> str:
     return f"{sign}{size / GIB:.1f} GB"
 
 
+def format_speed(bytes_per_s: float) -> str:
+    """The speed of a link in its data sheet's units: 1 GB/s is 10⁹ bytes in a second."""
+    giga = bytes_per_s / 1e9
+    return f"{giga:.1f} GB/s" if giga >= 1 else f"{1000 * giga:.1f} MB/s"
+
+
 def format_count(number: int, thing: str) -> str:
     """A number of things, such as "1 block" and "2 blocks"."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -24,6 +24,9 @@ generated = settings(deadline=None, derandomize=True, suppress_health_check=[Hea
 """The same examples in every run, on machines of any speed."""
 
 PLENTY = 1 << 50
+MORE_THAN_IS_LEFT = (
+    "the blocks take {} of VRAM, more than the {} that vram_threshold_percent and the computation leave them"
+)
 ASKED = PlanInputs(
     device_total_bytes=PLENTY,
     device_free_bytes=PLENTY,
@@ -175,7 +178,7 @@ def test_the_count_is_that_of_the_brief_and_the_two_blocks_that_the_window_holds
 def test_where_nothing_fits_every_block_is_swapped_through_two_slots_and_it_is_said() -> None:
     plan = make_plan(equal(40), asking(), budget(10 * MIB))
     assert (plan.swapped_count, plan.slots, plan.over_ceiling) == (40, 2, True)
-    assert "the blocks take 16.0 MB of VRAM, and 10.0 MB are left for them" in plan.remarks
+    assert MORE_THAN_IS_LEFT.format("16.0 MB", "10.0 MB") in plan.remarks
 
 
 def test_auto_does_not_read_the_manual_count_of_vace_blocks() -> None:
@@ -239,7 +242,7 @@ def test_swapped_blocks_are_spread_evenly(case: tuple[int, int]) -> None:
 def test_a_manual_count_is_kept_over_the_budget_and_said() -> None:
     plan = make_plan(equal(8), asking(blocks_to_swap=5), budget(30 * MIB))
     assert (plan.swapped_count, plan.over_ceiling) == (5, True)
-    assert "the blocks take 40.0 MB of VRAM, and 30.0 MB are left for them" in plan.remarks
+    assert MORE_THAN_IS_LEFT.format("40.0 MB", "30.0 MB") in plan.remarks
 
 
 # Bytes
@@ -509,7 +512,10 @@ def test_as_many_blocks_as_memory_holds_are_page_locked_and_the_others_are_read_
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"pin": False}, "RAM is not locked, since that is switched off or not possible here: copies are slower"),
+        (
+            {"pin": False},
+            "RAM is not locked, since enable_dram_optimization is off or it is not possible here: copies are slower",
+        ),
         ({"overlap": False}, "copying and computing take turns, so RAM is not locked"),
         ({"pin_budget_bytes": 15 * MIB}, "80.0 MB of locked RAM needed, 15.0 MB allowed"),
     ],

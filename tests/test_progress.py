@@ -41,11 +41,11 @@ def sampling(**changes: Any) -> Progress:
     ("shown", "said"),
     [
         ({"plan": PLAN}, f"{STAY}."),
-        ({"plan": PLAN, "predicted": predicted(0.0, 1000.0)}, f"{STAY}; the GPU should never wait."),
-        ({"plan": PLAN, "predicted": predicted(0.4, 1000.0)}, f"{STAY}; the GPU should never wait."),
+        ({"plan": PLAN, "predicted": predicted(0.0, 1000.0)}, f"{STAY}; expected: the GPU never waits."),
+        ({"plan": PLAN, "predicted": predicted(0.4, 1000.0)}, f"{STAY}; expected: the GPU never waits."),
         (
             {"plan": PLAN, "predicted": predicted(31.0, 1000.0)},
-            f"{STAY}; the GPU should wait 3.1% of the time for copies.",
+            f"{STAY}; expected: the GPU waits 3.1% of the time for copies.",
         ),
         (
             {"plan": planned(18, free=FREE, over_ceiling=True)},
@@ -68,30 +68,31 @@ def test_a_plan_is_one_sentence(shown: dict[str, Any], said: str) -> None:
 def test_adopting_tells_how_far_it_is_in_one_unit(placed: int, told: str) -> None:
     figures = AdoptFigures(placed=placed, all=26 * GIB, pinned=placed)
     said = Progress(phase=Phase.ADOPTING, plan=PLAN, adopt=figures).text
-    assert said == f"{STAY}.\nMoving weights into place: {told} of 26.0 GB."
+    assert said == f"{STAY}.\nPreparing the weights, on the GPU and in RAM: {told} of 26.0 GB."
 
 
-WAITED = "61.0 GB copied to the GPU, the GPU waited 0.4% of the time for copies"
+PASSES = "1.0 s a pass of the model, the GPU waited 0.4% of the time for copies"
+WAITED = "2.0 s a step, the GPU waited 0.4% of the time for copies"
 
 
 @pytest.mark.parametrize(
     ("progress", "said"),
     [
         (sampling(), f"Step 9 of 30: {WAITED}."),
-        (sampling(run=replace(RUN, stall_ms=0.0)), "Step 9 of 30: 61.0 GB copied to the GPU, the GPU never waited."),
+        (sampling(run=replace(RUN, stall_ms=0.0)), "Step 9 of 30: 2.0 s a step, the GPU never waited."),
         (sampling(run=replace(RUN, step=Step(1, None))), f"Step 1: {WAITED}."),
-        (sampling(run=replace(RUN, step=None, steps=0)), f"Pass 17 of the model: {WAITED}."),
-        (sampling(run=ran(2, 17 * MIB)), "Pass 2 of the model: 17.0 MB copied to the GPU."),
+        (sampling(run=replace(RUN, step=None, steps=0)), f"Pass 17 of the model: {PASSES}."),
+        (sampling(run=ran(2, 17 * MIB)), "Pass 2 of the model."),
         (sampling(run=ran(0, 0)), "The first step is running."),
         (replace(sampling(), phase=Phase.DONE), f"Done after 9 steps: {WAITED}. VRAM is released."),
         (replace(sampling(), phase=Phase.STOPPED), f"Stopped after 9 steps: {WAITED}. VRAM is released."),
         (
             replace(sampling(run=ran(1, GIB)), phase=Phase.DONE),
-            "Done after 1 pass of the model: 1.0 GB copied to the GPU. VRAM is released.",
+            "Done after 1 pass of the model. VRAM is released.",
         ),
         (
             replace(sampling(run=ran(7, GIB)), phase=Phase.DONE),
-            "Done after 7 passes of the model: 1.0 GB copied to the GPU. VRAM is released.",
+            "Done after 7 passes of the model. VRAM is released.",
         ),
         (
             replace(sampling(), phase=Phase.DONE, hint=Hint(free_bytes=3 * GIB, percent=70, blocks=1, saved_ms=40.0)),
@@ -105,7 +106,21 @@ def test_a_run_tells_its_step_what_it_copied_and_how_long_it_waited(progress: Pr
 
 
 def test_steps_that_stream_nothing_have_no_waiting_to_tell() -> None:
-    assert sampling(plan=planned(0, free=FREE)).text.splitlines()[1] == "Step 9 of 30."
+    assert sampling(plan=planned(0, free=FREE)).text.splitlines()[1] == "Step 9 of 30: 2.0 s a step."
+
+
+def test_once_it_is_measured_how_long_the_gpu_waits_what_was_expected_is_not_told() -> None:
+    for phase in (Phase.SAMPLING, Phase.DONE, Phase.STOPPED):
+        told = replace(sampling(predicted=predicted(31.0, 1000.0)), phase=phase)
+        assert ("expected" in told.text) == (phase is Phase.SAMPLING)
+        assert "expected" in replace(told, run=replace(RUN, stall_ms=None)).text
+
+
+def test_vram_that_ran_out_is_told_above_the_step() -> None:
+    assert sampling(run=replace(RUN, ran_out_with=20)).text.splitlines()[1:] == [
+        "VRAM ran out with 20 blocks on the GPU, so the step was repeated with less VRAM.",
+        f"Step 9 of 30: {WAITED}.",
+    ]
 
 
 def test_why_nothing_is_swapped_is_all_the_text() -> None:
@@ -114,13 +129,16 @@ def test_why_nothing_is_swapped_is_all_the_text() -> None:
     )
 
 
+OTHERS = ("ran_out_with", "others", "movers")
+
+
 def test_it_is_plain_data_with_every_part_named() -> None:
     hint = Hint(free_bytes=GIB, percent=70, blocks=1, saved_ms=40.0)
     told = json.loads(json.dumps(sampling(hint=hint).as_json()))
     assert set(told) == {"phase", "text", "memory", "plan", "adopt", "run", "hint", "error"}
     assert set(told["memory"]) == {"total", "other", "residents", "window", "ceiling", "activations"}
     assert set(told["plan"]) == {"blocks", "swapped", "parts", "stall_ms", "forward_ms", "over_ceiling"}
-    assert set(told["run"]) == {"passes", "step", "steps", "streamed", "forward_ms", "stall_ms", "others", "movers"}
+    assert set(told["run"]) == {"passes", "step", "steps", "forward_ms", "stall_ms", "each_ms", *OTHERS}
     assert (told["phase"], told["adopt"]) == ("sampling", None)
     assert (told["run"]["step"], told["run"]["steps"], told["run"]["passes"]) == (9, 30, 17)
     assert told["hint"] == {"free_bytes": GIB, "percent": 70, "blocks": 1, "saved_ms": 40.0, "each": "step"}

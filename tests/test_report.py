@@ -136,7 +136,7 @@ def test_a_summary_puts_what_was_expected_beside_what_was_measured() -> None:
         "passes of the model: 40, 1.2 s each, 1.2 s expected\n"
         "VRAM for the blocks: 7.0 GB planned, 7.0 GB measured\n"
         "VRAM for the computation: 3.0 GB expected, 2.0 GB measured\n"
-        "copied to the GPU: 6.4 GB once, 6.7 GB in each pass at 24.1 GB/s (possible: 25.0); back: nothing\n"
+        "copied to the GPU: 6.4 GB once, 6.7 GB in each pass at 24.1 GB/s (possible: 25.0 GB/s); back: nothing\n"
         "RAM: 14.0 GB for streaming, 13.0 GB of it locked; the system did not let all of it be locked, so copies are "
         "slower\n"
         "in use at most: 11.0 GB of VRAM, 30.0 GB of RAM by ComfyUI; RAM left at least: 20.0 GB; GPU busy 93 %\n"
@@ -234,9 +234,9 @@ def test_a_summary_never_says_unknown_or_none() -> None:
         assert line(nothing_known, begin) == "", begin
 
 
-def test_weights_above_the_plan_are_told_to_the_byte() -> None:
+def test_weights_above_the_plan_are_told() -> None:
     report = changed(weight_bytes=7 * GIB + 1536)
-    assert line(report, "VRAM for the blocks").endswith("7.0 GB measured, 1,536 bytes more than planned")
+    assert line(report, "VRAM for the blocks").endswith("7.0 GB measured, 1.5 KB more than planned")
 
 
 def test_a_plan_above_its_budget_says_so() -> None:
@@ -258,7 +258,7 @@ def test_a_run_without_a_single_forward_divides_nothing_by_it() -> None:
 @pytest.mark.parametrize(
     ("changes", "prediction", "said"),
     [
-        ({"forward_ms": None}, FULL.prediction, "waiting: the GPU should wait 0.5% of the time for copies"),
+        ({"forward_ms": None}, FULL.prediction, "waiting, expected: the GPU waits 0.5% of the time for copies"),
         ({"forward_ms": 0.0}, None, ""),
         ({}, None, "waiting: the GPU waited 1.0% of the time for copies"),
         ({"stall_ms": 0.0}, FULL.prediction, "waiting: the GPU never waited (expected: 0.5%)"),

@@ -128,7 +128,7 @@ def measured() -> Iterator[Measured]:
 
 def test_the_plans_are_of_every_kind() -> None:
     remarks = " | ".join({remark for plan in PLANS for remark in plan.remarks})
-    for said in ("left for them", "is cut from", "nothing streams", "locked RAM needed", "of RAM needed", "two steps",
+    for said in ("leave them", "is cut from", "nothing streams", "locked RAM needed", "of RAM needed", "two steps",
                  "model's file", "more slowly", "take turns", "is not locked", "probably run out", "always stay",
                  "has no effect", "an estimate"):  # fmt: skip
         assert said in remarks, said
@@ -167,7 +167,7 @@ def test_a_report_is_told_in_short_sentences_without_jargon() -> None:
 @pytest.mark.parametrize("hint", HINTS)
 def test_a_hint_is_told_in_short_sentences_without_jargon(hint: Hint) -> None:
     assert wrong(hint_text(hint)) == []
-    assert hint_text(hint).endswith(f"a {hint.each}.")
+    assert hint_text(hint).endswith({"step": " a step.", "pass": " a pass of the model."}[hint.each])
 
 
 def refusals() -> Iterator[BlockSwapError]:

@@ -386,7 +386,8 @@ def _complete(
     weights, limit = Weights(profile), budget.weight_bytes
     taken, copied = weights.nbytes(choice), weights.copied_bytes(choice)
     if taken > limit:
-        remarks.append(f"the blocks take {format_bytes(taken)} of VRAM, and {format_bytes(limit)} are left for them")
+        left = f"the {format_bytes(limit)} that vram_threshold_percent and the computation leave them"
+        remarks.append(f"the blocks take {format_bytes(taken)} of VRAM, more than {left}")
     reasons = []
     beside = [block for block in inside if is_beside(block.name)]
     if beside:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ...hardware import DiskSpeed, LinkSpeed, contradicts, tier_for
 from ...hardware.pinning import PinBudget
+from ...hardware.units import format_speed
 from ..device.backend import Backend
 from ..errors import PlanError
 from ..model.layout import ModelProfile
@@ -166,6 +167,11 @@ class Planner:
         return self.history.activations(self.history.largest_workload)
 
     @property
+    def has_run_out(self) -> bool:
+        """Whether memory has run out in the present workload, in this run or an earlier one."""
+        return self.history.of(self.workload).refusals > 0
+
+    @property
     def is_peak_known(self) -> bool:
         """Whether the peak of the present workload has been measured."""
         return self.history.of(self.workload).activation_bytes is not None
@@ -226,9 +232,9 @@ class Planner:
         if contradicts(self.link, streams=plan.streams, seen_bytes_per_second=speed):
             measured = self.link.best(max_streams=plan.streams)[1]
             logger.info(
-                "copies ran at %.1f GB/s, not at the %.1f GB/s measured before; plans use the new speed from now on",
-                speed / 1e9,
-                measured / 1e9,
+                "copies ran at %s, not at the %s measured before; plans use the new speed from now on",
+                format_speed(speed),
+                format_speed(measured),
             )
             self.link = replace(self.link, pinned=((plan.streams, speed),))
 

@@ -13,7 +13,7 @@ from ..errors import BlockSwapError
 from ..plan.schedule import ForwardTime
 from ..plan.swap_plan import SwapPlan, blocks_in_words
 from .report import Hint, Measured, RunReport, RunStats, error_in_words, is_interrupt
-from .text import expected_waits, far_in_words, hint_text, steps_in_words, waits
+from .text import expected_waits, far_in_words, hint_text, pass_time, rescue_text, steps_in_words, time_in_words, waits
 
 if TYPE_CHECKING:
     from .planner import Planner
@@ -52,7 +52,7 @@ class MemoryUse:
         residents: Blocks that stay, and the small tensors of all blocks.
         window: The slots.
         ceiling: Memory that may be in use once the weights are placed; 0 where no ceiling applies.
-        activations: Memory that forwards need above the weights, expected or measured; None is unknown.
+        activations: Memory that forwards need above the weights, measured or else expected; None is unknown.
     """
 
     total: int
@@ -101,9 +101,11 @@ class Progress:
     @property
     def text(self) -> str:
         """The plan in a sentence, and below it the present state or the result."""
-        plan = "" if self.plan is None else _plan(self.plan, self.predicted)
+        is_measured = self.phase in OVER and self.run is not None and self.run.stall_ms is not None
+        plan = "" if self.plan is None else _plan(self.plan, None if is_measured else self.predicted)
         others, hint = "" if self.run is None else self.run.others, "" if self.hint is None else hint_text(self.hint)
-        lines = plan, _adopting(self.adopt), self._running(), hint, others, self.why
+        rescue = "" if self.run is None or self.run.ran_out_with is None else rescue_text(self.run.ran_out_with)
+        lines = plan, rescue, _adopting(self.adopt), self._running(), hint, others, self.why
         return "\n".join(line for line in lines if line)
 
     def as_json(self) -> dict[str, object]:
@@ -136,13 +138,15 @@ class Progress:
         run = self.run
         if run is None:
             return None
+        time = pass_time(run)
         return {
             "passes": run.forwards,
             "step": None if run.step is None else run.steps if self.phase in OVER else run.step.number,
             "steps": None if run.step is None else run.step.of,
-            "streamed": run.onloaded_bytes,
             "forward_ms": run.forward_ms,
             "stall_ms": run.stall_ms,
+            "each_ms": None if time is None else time[0],
+            "ran_out_with": run.ran_out_with,
             "others": run.others,
             "movers": list(run.movers),
         }
@@ -160,9 +164,10 @@ class Progress:
             head = f"Pass {run.forwards} of the model"
         else:
             head = f"Step {step.number}" + ("" if step.of is None else f" of {step.of}")
-        if self.plan is not None and self.plan.swapped_count:
-            copied = f"{format_bytes(run.onloaded_bytes)} copied to the GPU"
-            head = ", ".join(part for part in (f"{head}: {copied}", waits(run.stall_ms, run.forward_ms)) if part)
+        streams = self.plan is not None and self.plan.swapped_count
+        figures = time_in_words(pass_time(run)), waits(run.stall_ms, run.forward_ms) if streams else ""
+        known = ", ".join(figure for figure in figures if figure)
+        head = f"{head}: {known}" if known else head
         return f"{head}. VRAM is released." if is_over else f"{head}."
 
 
@@ -237,23 +242,28 @@ class ProgressFeed:
         planner = self._planner
         if planner.readings is None:
             return None
-        if activation_bytes is None and planner.activations is not None:
-            activation_bytes = planner.activations.nbytes
+        needs = planner.activations
+        if activation_bytes is None and needs is not None:
+            activation_bytes = needs.nbytes
+        if planner.has_run_out and not (needs is not None and needs.is_measured):
+            activation_bytes = None  # more than was expected
         total = planner.readings.memory.total_bytes
-        percent = 0.0 if planner.readings.spec.is_integrated else planner.settings.vram_threshold_percent
+        has_limit = planner.settings.auto_hardware_tuning and not planner.readings.spec.is_integrated
+        percent = planner.settings.vram_threshold_percent if has_limit else 0.0
         return MemoryUse(
             total=total,
             other=total - plan.limit_bytes,
             residents=plan.resident_bytes,
             window=plan.window_bytes,
             ceiling=int(percent / 100 * total),
-            activations=plan.activation_bytes if activation_bytes is None else activation_bytes,
+            activations=activation_bytes,
         )
 
 
 def _plan(plan: SwapPlan, predicted: ForwardTime | None) -> str:
     over = "" if not plan.over_ceiling else "this is more VRAM than is left for them"
-    text = "; ".join(part for part in (blocks_in_words(plan), expected_waits(plan, predicted), over) if part)
+    wait = expected_waits(plan, predicted)
+    text = "; ".join(part for part in (blocks_in_words(plan), f"expected: {wait}" if wait else "", over) if part)
     return f"{text[0].upper()}{text[1:]}."
 
 
@@ -261,7 +271,7 @@ def _adopting(adopt: AdoptFigures | None) -> str:
     if adopt is None:
         return ""
     placed = format_bytes(adopt.placed, like=adopt.all)
-    return f"Moving weights into place: {placed} of {format_bytes(adopt.all)}."
+    return f"Preparing the weights, on the GPU and in RAM: {placed} of {format_bytes(adopt.all)}."
 
 
 def failed(failure: BaseException, why: str = "") -> Progress:

@@ -8,7 +8,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from ...hardware.records import DeviceMemory, LinkSpeed
-from ...hardware.units import format_bytes
+from ...hardware.units import format_bytes, format_speed
 from ..plan.schedule import ForwardTime
 from ..plan.swap_plan import SwapPlan
 from ..spans import COMPUTE, COPY, FORWARD, STALL, Span, busy_ms, total_ms
@@ -132,7 +132,7 @@ def slow_link(link: LinkSpeed | None, *, streams: int, seen_bytes_per_s: float |
     if seen_bytes_per_s >= SLOW_LINK * measured:
         return None
     return (
-        f"copies run at {seen_bytes_per_s / 1e9:.1f} GB/s, but {measured / 1e9:.1f} GB/s were measured before: another "
+        f"copies run at {format_speed(seen_bytes_per_s)}, but {format_speed(measured)} were measured before: another "
         "program uses the link, or it has fallen back to fewer lanes; close other programs, or check how the card is "
         "plugged in"
     )

@@ -97,6 +97,7 @@ class Measured:
         file_bytes: Bytes of the swapped blocks that are read from their file.
         refusals: Why slabs could not be page-locked as planned.
         replans: Why the plan was changed, each time.
+        ran_out_with: How many blocks were on the device when its memory first ran out; None if it did not.
         others: What others did to the weights, in a sentence; empty if nothing.
         movers: Who these are, as far as it is known.
         blocks: Times of each block in execution order; empty if none were measured.
@@ -123,6 +124,7 @@ class Measured:
     file_bytes: int = 0
     refusals: tuple[str, ...] = ()
     replans: tuple[str, ...] = ()
+    ran_out_with: int | None = None
     others: str = ""
     movers: tuple[str, ...] = ()
     blocks: tuple[BlockTimes, ...] = ()
@@ -226,6 +228,7 @@ class RunStats:
         is_slow: Whether a forward took several times the usual in this run.
         changes: How often the plan was changed by automatic tuning.
         replans: Why the plan was changed, each time.
+        ran_out_with: As in Measured.
         notes: Sentences on what no figure shows.
     """
 
@@ -244,6 +247,7 @@ class RunStats:
         self.has_plan = self.is_slow = False
         self.changes = 0
         self.replans: list[str] = []
+        self.ran_out_with: int | None = None
         self.notes: list[str] = []
 
     def count(self, step: Step | None) -> None:
@@ -326,6 +330,7 @@ class RunStats:
             activation_bytes=activations.nbytes if activations is not None and activations.is_measured else None,
             slab_bytes=0,
             pinned_bytes=0,
+            ran_out_with=self.ran_out_with,
             others=self._session.others.text,
             movers=tuple(self._session.others.who),
         )

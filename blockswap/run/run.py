@@ -207,9 +207,12 @@ class SwapRun:
             self.session.unlock()
             self._stats.replans.append("the driver refused memory: less RAM is locked")
             return
+        made = self.planner.made
         if not self.planner.shrink():
-            raise DeviceMemoryError(oom_message(self._workload, self.planner.made, reported=reported))
+            raise DeviceMemoryError(oom_message(self._workload, made, reported=reported))
         self._stats.replans.append("VRAM ran out")
+        if made is not None and self._stats.ran_out_with is None:
+            self._stats.ran_out_with = made.block_count - made.streaming_count
 
     def report(self) -> RunReport | None:
         """The report of the run so far, or of the last run if none has started since; None before the first."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...hardware.records import DeviceMemory, HostMemory, Samples
-from ...hardware.units import MIB, format_bytes, format_count
+from ...hardware.units import MIB, format_bytes, format_count, format_speed
 from ..plan.schedule import ForwardTime
 from ..plan.swap_plan import SwapPlan, blocks_in_words
 from .history import Workload
@@ -20,6 +20,9 @@ FEW_MS = 100
 """Durations below it, in ms, are shown to a tenth."""
 
 GIGA = 1e9
+
+EACH = {"step": "step", "pass": "pass of the model"}
+"""What a time is of."""
 
 NEVER = 0.0005
 """Share of a pass below which the GPU "never" waits: it would be shown as 0.0 %."""
@@ -99,11 +102,25 @@ def plan_lines(plan: SwapPlan, *, card: str) -> str:
     wait = expected_waits(plan, plan.predicted)
     held = _held(plan.slab_bytes, plan.pinned_bytes, plan.file_bytes) if plan.swapped_count else ""
     lines = [
-        f"WanVideo Enhanced BlockSwap on {card}: {blocks_in_words(plan)}{f'; {wait}' if wait else ''}",
+        f"WanVideo Enhanced BlockSwap on {card}: {blocks_in_words(plan)}{f'; expected: {wait}' if wait else ''}",
         f"  {_vram_planned(plan)}{f'; RAM: {held}' if held else ''}",
         *(f"  {text}" for text in plan.remarks[:1]),
     ]
     return "\n" + "\n".join(lines)
+
+
+def pass_time(measured: Measured) -> tuple[float, str] | None:
+    """Time of a step in ms, or of a pass of the model where steps are not known, and which of both; None if unknown."""
+    if measured.forward_ms is None:
+        return None
+    if not measured.steps:
+        return measured.forward_ms, "pass"
+    return measured.forward_ms * max(1, round(measured.forwards / measured.steps)), "step"
+
+
+def time_in_words(time: tuple[float, str] | None) -> str:
+    """How long a step takes, such as "4.2 s a step"; empty if unknown."""
+    return "" if time is None else f"{_s(time[0])} a {EACH[time[1]]}"
 
 
 def waits(stall_ms: float | None, forward_ms: float | None) -> str:
@@ -119,7 +136,7 @@ def expected_waits(plan: SwapPlan, predicted: ForwardTime | None) -> str:
     if predicted is None or not plan.swapped_count:
         return ""
     share = _share(predicted.stall, predicted.elapsed)
-    return f"the GPU should wait {share} of the time for copies" if share else "the GPU should never wait"
+    return f"the GPU waits {share} of the time for copies" if share else "the GPU never waits"
 
 
 def _share(stall_ms: float, forward_ms: float) -> str:
@@ -142,12 +159,17 @@ def far_in_words(report: RunReport | None) -> str:
     return f"after {steps_in_words(report.measured)}"
 
 
+def rescue_text(blocks: int) -> str:
+    """What was done when VRAM ran out with this number of blocks on the GPU."""
+    return f"VRAM ran out with {format_count(blocks, 'block')} on the GPU, so the step was repeated with less VRAM."
+
+
 def hint_text(hint: Hint) -> str:
     """What the user could change, and what it would gain."""
     return (
         f"{format_bytes(hint.free_bytes)} of VRAM stayed free: vram_threshold_percent {hint.percent} would keep "
-        f"{hint.blocks} more {'block' if hint.blocks == 1 else 'blocks'} on the GPU and save about {_s(hint.saved_ms)} "
-        f"a {hint.each}."
+        f"{hint.blocks} more {'block' if hint.blocks == 1 else 'blocks'} on the GPU and save about "
+        f"{time_in_words((hint.saved_ms, hint.each))}."
     )
 
 
@@ -263,7 +285,7 @@ def _weights(report: RunReport) -> str:
     if found is not None:
         line += f", {format_bytes(found)} measured"
         if found > plan.device_bytes:
-            line += f", {found - plan.device_bytes:,} bytes more than planned"
+            line += f", {format_bytes(found - plan.device_bytes)} more than planned"
     if plan.over_ceiling:
         line += f"; {format_bytes(plan.budget_bytes)} were left for them"
     return line
@@ -291,7 +313,7 @@ def _waits(report: RunReport) -> str:
     if prediction is None:
         return f"waiting: {found}" if found else ""
     if not found:
-        return f"waiting: {expected_waits(report.plan, prediction)}"
+        return f"waiting, expected: {expected_waits(report.plan, prediction)}"
     return f"waiting: {found} (expected: {_share(prediction.stall, prediction.elapsed) or 'never'})"
 
 
@@ -302,9 +324,9 @@ def _copies(report: RunReport) -> str:
     if measured.onloads and measured.forwards:
         line += f", {format_bytes(measured.onloaded_bytes // measured.forwards)} in each pass"
     if measured.copy_bytes_per_s is not None:
-        line += f" at {measured.copy_bytes_per_s / GIGA:.1f} GB/s"
+        line += f" at {format_speed(measured.copy_bytes_per_s)}"
         if report.link_bytes_per_s is not None:
-            line += f" (possible: {report.link_bytes_per_s / GIGA:.1f})"
+            line += f" (possible: {format_speed(report.link_bytes_per_s)})"
     changed = f"{format_bytes(measured.returned_bytes)} that the model changed, no weights"
     return f"{line}; back: {changed if measured.returned_bytes else 'nothing'}"
 
@@ -392,10 +414,14 @@ def oom_message(workload: Workload | None, plan: SwapPlan | None, *, reported: s
     if plan is None:
         return f"out of VRAM before the first step; close other programs on the GPU (the GPU reported: {reported})"
     room = max(0, plan.limit_bytes - plan.device_bytes)
-    weights = f"{format_bytes(plan.device_bytes)} of weights ({blocks_in_words(plan)})"
     expected = None if workload is None else workload.expected_activation_bytes
-    needs = "needs more" if expected is None else f"needs about {format_bytes(expected)}"
-    head = f"out of VRAM: this video size {needs}, and {format_bytes(room)} were left beside {weights}"
+    if expected is None or expected < room:
+        estimate = "" if expected is None else f" ({format_bytes(expected)} expected)"
+        needs = f"takes more than the {format_bytes(room)} that were left{estimate}"
+    else:
+        needs = f"takes about {format_bytes(expected)}, and {format_bytes(room)} were left"
+    stay = format_count(plan.block_count - plan.streaming_count, "block")
+    head = f"out of VRAM: computing this video {needs}, with {stay} on the GPU"
     return f"{head}; {_advice(workload, room)}or close other programs on the GPU (the GPU reported: {reported})"
 
 

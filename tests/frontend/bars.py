@@ -46,7 +46,7 @@ DONE = Progress(
     memory=MEMORY,
     plan=PLAN,
     predicted=PREDICTED,
-    run=replace(SAMPLING.run or ran(0, 0), step=Step(30, 30), steps=30),
+    run=replace(ran(60, 57 * GIB, forward_ms=1000.0, stall_ms=4.0), step=Step(30, 30), steps=30),
     hint=HINT,
 )
 

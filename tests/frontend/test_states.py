@@ -27,9 +27,9 @@ STORE = f"{NODE}.lastRuns"
 OFF = Progress(phase=Phase.OFF, why="the CPU computes from host memory")
 
 DISCONNECT = "id => { app.graph.getNodeById(id).disconnectOutput(0); }"
-BYPASS = """([id, command]) => {
+SELECT = """id => {
     app.canvas.selectNode(app.graph.getNodeById(id));
-    return app.extensionManager.command.execute(`Comfy.Canvas.ToggleSelectedNodes.${command}`);
+    app.canvas.canvas.focus();
 }"""
 
 one_language = pytest.mark.parametrize(
@@ -93,15 +93,17 @@ def test_without_the_wrapper_the_node_says_what_to_install(without_wrapper: Fron
 
 
 @one_language
-@pytest.mark.parametrize("command", ["Bypass", "Mute"])
-def test_the_panel_of_a_node_that_takes_no_part_is_dim(ui: FrontEnd, command: str) -> None:
-    node = connected(ui)
-    send(ui, node, SAMPLING)
+@pytest.mark.parametrize("keys", ["Control+b", "Control+m"])
+def test_the_panel_of_a_node_that_takes_no_part_is_dim_and_says_so(ui: FrontEnd, keys: str) -> None:
+    node, words = connected(ui), TEXTS[ui.variant.language]
+    send(ui, node, DONE)
     assert bar(ui, node).opacity == 1
     for is_off in (True, False):
-        ui.evaluate(BYPASS, [node, command])
+        ui.evaluate(SELECT, node)
+        ui.page.keyboard.press(keys)
         ui.settle()
         assert (bar(ui, node).opacity < 0.7) == is_off
+        assert (bar(ui, node).notice, bar(ui, node).lines[0] in words["bypassed"]) == ("bypassed" * is_off, is_off)
     assert ui.errors == []
 
 

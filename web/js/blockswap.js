@@ -78,16 +78,19 @@ function addBar(node) {
     margin: MARGIN,
     getMinHeight: height,
     getMaxHeight: height,
-    onDraw: () => panel.dim(!LiteGraph.vueNodesMode && (node.mode === MUTED || node.mode === BYPASSED)),
+    onDraw: () => panel.dim(!LiteGraph.vueNodesMode && isOff(node)),
   });
   widget.serialize = false;
   if (textOf(node)) node.removeWidget(textOf(node));
   refresh(node);
 }
 
+const isOff = (node) => node.mode === MUTED || node.mode === BYPASSED;
+
 /** What keeps a node from working, by its name in the texts; null if nothing does. */
 function noticeOf(node) {
   if (!LiteGraph.registered_node_types[LOADER]) return "no_wrapper";
+  if (isOff(node)) return "bypassed";
   return node.outputs[0]?.links?.length ? null : "unconnected";
 }
 
@@ -209,6 +212,13 @@ function onExecuted({ detail }) {
     onEvent(textEvent(String(detail.node), text.join("\n")));
 }
 
+/** The user has changed the graph, by bypassing a node for example. */
+function onGraphChanged() {
+  for (const node of nodesOf(rootGraph())) {
+    if (isOurs(node) && barOf(node) && panelOf(node).notice !== noticeOf(node)) refresh(node);
+  }
+}
+
 /** A run starts; our nodes may take no part in it (bypassed, or another node's arguments are used). */
 function onStart() {
   workflows.age();
@@ -295,6 +305,7 @@ app.registerExtension({
     api.addEventListener("promptQueueing", () => workflows.onQueue(rootGraph()));
     api.addEventListener("status", ({ detail }) => workflows.onQueueLength(detail?.exec_info?.queue_remaining));
     api.addEventListener("execution_start", onStart);
+    api.addEventListener("graphChanged", onGraphChanged);
     api.addEventListener(EVENT, onProgress);
     api.addEventListener("executed", onExecuted);
     // Runs after ComfyUI's own listener, which is added before extensions load; nothing is drawn in between.

@@ -21,7 +21,7 @@ function planOf(part) {
 }
 
 function runOf(part) {
-  const run = amounts(part, ["passes", "streamed"], ["step", "steps", "forward_ms", "stall_ms"]);
+  const run = amounts(part, ["passes"], ["step", "steps", "forward_ms", "stall_ms", "each_ms", "ran_out_with"]);
   const movers = Array.isArray(part?.movers) ? part.movers.filter((name) => typeof name === "string") : [];
   return run && { ...run, others: textOf(part.others), movers };
 }

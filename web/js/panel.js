@@ -51,7 +51,8 @@ function entriesOf(memory, texts) {
   const parts = memory && partsOf(memory).parts;
   const entry = (name) => {
     const size = parts?.find((part) => part.name === name)?.size;
-    const isTold = !parts || size || name === "free";
+    // What stays free is known only if the computation is.
+    const isTold = !parts || size || (name === "free" && memory.activations !== null);
     return isTold ? [{ name, word: texts.say(name), size: parts ? texts.memory(size, memory.total) : "" }] : [];
   };
   return LEGEND.map((column) => column.flatMap(entry));
@@ -85,7 +86,7 @@ function legendEntry({ name, word, size }, tip) {
 export class Panel {
   /** @param {() => void} onResize Called when the panel may need more room, or less. */
   constructor(onResize) {
-    this.event = null;
+    this.event = this.notice = null;
     this.least = MIN_HEIGHT;
     this.onResize = onResize;
     this.element = document.createElement("div");
@@ -119,7 +120,7 @@ export class Panel {
    * @param {string | null} notice What keeps the node from working, by its name in the texts.
    */
   show(event, texts, notice = null) {
-    this.event = event;
+    [this.event, this.notice] = [event, notice];
     const phase = event?.phase ?? "idle";
     const hasBar = phase !== "foreign";
     this.least = hasBar ? MIN_HEIGHT : NOTICE_HEIGHT;

@@ -10,6 +10,7 @@ export const ENGLISH = {
   passes: "node not in use",
   idle: "The plan appears here when the sampler starts.",
   unconnected: "Not connected: connect block_swap_args to WanVideo Model Loader.",
+  bypassed: "This node is bypassed or muted: nothing is swapped.",
   no_wrapper:
     "WanVideoWrapper is not installed: install ComfyUI-WanVideoWrapper with the Manager, then restart ComfyUI.",
   other: "other use",
@@ -34,10 +35,11 @@ export const ENGLISH = {
   plan: "[stay] blocks on the GPU, [swapped] streaming",
   plan_parts: "[plan], with [parts] other parts of the model",
   plan_all: "all [blocks] blocks on the GPU",
-  never_expected: "the GPU should never wait",
-  waits_expected: "the GPU should wait [share] of the time for copies",
+  never_expected: "expected: the GPU never waits",
+  waits_expected: "expected: the GPU waits [share] of the time for copies",
   over_ceiling: "this is more VRAM than is left for them",
-  placing: "Moving weights into place: [placed] of [all]",
+  placing: "Preparing the weights, on the GPU and in RAM: [placed] of [all]",
+  ran_out: "VRAM ran out with [blocks] blocks on the GPU, so the step was repeated with less VRAM",
   first: "The first step is running",
   step: "Step [number]",
   step_of: "Step [number] of [steps]",
@@ -48,7 +50,7 @@ export const ENGLISH = {
   stopped_passes: "Stopped after [number] passes of the model",
   of_model: "[model]: [text]",
   details: "[head]: [list]",
-  copied: "[amount] copied to the GPU",
+  takes: "[time] [each]",
   never_waited: "the GPU never waited",
   waited: "the GPU waited [share] of the time for copies",
   done: "[what] VRAM is released.",
@@ -152,21 +154,30 @@ export class Texts {
     // An error's message is not translated.
     if (event.phase === "failed") return [this.sentence(this.say(ERRORS[event.error] ?? "failed_run")), ...split(event.text)];
     if (event.phase === "stopped" && !event.run) return [this.sentence(this.say("stopped"))];
-    const figures = [this.plan(event.plan), this.adopting(event.adopt), this.running(event), this.hint(event.hint)];
-    const lines = [...figures, this.others(event.run)].filter(Boolean);
+    const { plan, adopt, run, hint, phase } = event;
+    const isMeasured = phase in OVER && run?.stall_ms != null;
+    const figures = [this.plan(plan, isMeasured), this.rescue(run), this.adopting(adopt), this.running(event)];
+    const lines = [...figures, this.hint(hint), this.others(run)].filter(Boolean);
     return lines.length ? lines : split(event.text);
   }
 
-  plan(plan) {
+  /** @param {boolean} isMeasured How long the GPU waited is known: what was expected is left out. */
+  plan(plan, isMeasured) {
     if (!plan) return "";
     const { swapped, parts, over_ceiling: isOver } = plan;
     const blocks = this.say(swapped ? "plan" : "plan_all", { ...plan, stay: plan.blocks - swapped });
     const text = this.join("then", [
       swapped && parts ? this.say("plan_parts", { plan: blocks, parts }) : blocks,
-      swapped ? this.waits(plan, "waits_expected", "never_expected") : "",
+      swapped && !isMeasured ? this.waits(plan, "waits_expected", "never_expected") : "",
       isOver ? this.say("over_ceiling") : "",
     ]);
     return this.sentence(text[0].toLocaleUpperCase(this.language) + text.slice(1));
+  }
+
+  /** What was done when VRAM ran out. */
+  rescue(run) {
+    if (run?.ran_out_with == null) return "";
+    return this.sentence(this.say("ran_out", { blocks: run.ran_out_with }));
   }
 
   adopting(adopt) {
@@ -180,16 +191,21 @@ export class Texts {
     if (!run.passes) return this.sentence(this.say("first"));
     const isOver = phase in OVER;
     let head = this.head(run, phase);
-    if (plan?.swapped) {
-      const copied = this.say("copied", { amount: this.memory(run.streamed) });
-      head = this.say("details", { head, list: this.join("and", [copied, this.waits(run, "waited", "never_waited")]) });
-    }
+    const waits = plan?.swapped ? this.waits(run, "waited", "never_waited") : "";
+    const known = [this.takes(run), waits].filter(Boolean);
+    if (known.length) head = this.say("details", { head, list: this.join("and", known) });
     return isOver ? this.say("done", { what: this.sentence(head) }) : this.sentence(head);
   }
 
   head({ passes, step, steps }, phase) {
     const [inSteps, inPasses] = OVER[phase] ?? [steps === null ? "step" : "step_of", "pass"];
     return step === null ? this.say(inPasses, { number: passes }) : this.say(inSteps, { number: step, steps });
+  }
+
+  /** How long a step takes. */
+  takes({ each_ms: time, step }) {
+    if (time === null) return "";
+    return this.say("takes", { time: this.duration(time), each: this.say(step === null ? "each_pass" : "each_step") });
   }
 
   /** What the user could change. */
