@@ -153,12 +153,13 @@ class WanVideoEnhancedBlockSwap:
         "8 GB",
         "12 GB",
         "16 GB",
-        "显存",
-        "显存不足",
-        "爆显存",
-        "低显存",
-        "内存",
-        "块交换",
+        # In Chinese: VRAM, too little VRAM, VRAM bursts, low VRAM, RAM, block swap.
+        "\u663e\u5b58",
+        "\u663e\u5b58\u4e0d\u8db3",
+        "\u7206\u663e\u5b58",
+        "\u4f4e\u663e\u5b58",
+        "\u5185\u5b58",
+        "\u5757\u4ea4\u6362",
     )
 
     @classmethod

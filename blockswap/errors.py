@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 
 class BlockSwapError(RuntimeError):
     """Base of all errors of this package."""
@@ -41,7 +39,7 @@ class WeightFileError(BlockSwapError):
     """A model's file has changed, is gone, or could not be read while its weights are used from it."""
 
 
-class DeviceMemoryError(BlockSwapError, torch.cuda.OutOfMemoryError):
+class DeviceMemoryError(BlockSwapError):
     """The device could not allocate the memory of a plan, or of a forward under the smallest one."""
 
 

@@ -31,7 +31,7 @@ def format_bytes(n: int, *, like: int | None = None) -> str:
 
 
 def format_speed(bytes_per_s: float) -> str:
-    """The speed of a link in its data sheet's units: 1 GB/s is 10⁹ bytes in a second."""
+    """The speed of a link in its data sheet's units: 1 GB/s is 10**9 bytes in a second."""
     giga = bytes_per_s / 1e9
     return f"{giga:.1f} GB/s" if giga >= 1 else f"{1000 * giga:.1f} MB/s"
 

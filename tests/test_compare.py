@@ -185,7 +185,7 @@ def test_a_part_of_a_model_has_blocks_of_its_size(capsys: pytest.CaptureFixture[
         (["--swap", "0"], "from 1 to 12, got 0"),
         (["--swap", "quarter"], "--swap: expected a whole number"),
         (["--out", "README.md"], "--out: expected a folder"),
-        (["--model", "14b", "--device", "cpu"], "not enough host memory for --model 14b"),
+        (["--model", "14b", "--device", "cpu"], "not enough RAM for --model 14b"),
         (["--steps", "0"], "expected 1 or more, got 0 and 2"),
         (["--blocks", "1"], "--blocks: expected 2 or more"),
         (["--blocks", "4", "--swap", "5"], "from 0 to 4"),

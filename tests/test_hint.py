@@ -109,7 +109,7 @@ def test_the_time_is_that_of_a_step_where_steps_are_known() -> None:
     assert of_a_step is not None
     assert of_a_step.saved_ms == pytest.approx(2 * of_a_pass.saved_ms)
     assert hint_text(of_a_step).endswith(" ms a step.")
-    assert hint_text(of_a_pass).endswith(" ms a pass.")
+    assert hint_text(of_a_pass).endswith(" ms a pass of the model.")
 
 
 def test_the_hint_is_a_line_of_the_summary_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

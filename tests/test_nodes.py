@@ -374,7 +374,7 @@ def test_the_node_is_told_whether_the_user_or_an_error_ended_the_run(
 @pytest.mark.parametrize(
     ("error", "phase", "said"),
     [
-        (INTERRUPT, "stopped", "Stopped after 1 step: "),
+        (INTERRUPT, "stopped", "Stopped after 1 step. "),
         (ERROR, "failed", "The run failed after 1 step: the preview is too large"),
     ],
 )

@@ -62,9 +62,11 @@ def test_a_summary_of_at_most_12_lines_is_logged_when_a_run_is_over_and_once(cap
     bench.forward(times=4)
     bench.run.release()
     bench.run.release()
-    (said,) = [text for text in logged(caplog) if text.startswith("\nrun ")]
+    (said,) = [text for text in logged(caplog) if text.startswith("\nWanVideo Enhanced BlockSwap, run ")]
     assert 3 < len(said.splitlines()[1:]) <= 12
-    assert re.match(r"\nrun 1, \d\d:\d\d: 4 passes of the model; Model on RTX 4090\n", said)
+    assert re.match(
+        r"\nWanVideo Enhanced BlockSwap, run 1, \d\d:\d\d: 4 passes of the model; Model on RTX 4090\n", said
+    )
     assert "\nblocks: 3 blocks on the GPU, 5 streaming\n" in said
 
 
@@ -146,7 +148,7 @@ def test_a_run_that_fails_says_so_with_its_number_and_time_in_the_first_line(
         bench.forward()
     handle.remove()
     bench.run.release(failure)
-    said = logged(caplog)[-1].splitlines()[1]
+    said = logged(caplog)[-1].splitlines()[1].removeprefix("WanVideo Enhanced BlockSwap, ")
     when = "before the first step" if forwards == 0 else "after 3 passes of the model"
     how = f"FAILED {when}: {' '.join(str(failure).split())}"
     if isinstance(failure, KeyboardInterrupt):
@@ -172,7 +174,7 @@ def test_steps_of_all_rounds_count(caplog: pytest.LogCaptureFixture) -> None:
     assert report is not None
     assert (report.measured.forwards, report.measured.steps, report.measured.step) == (12, 6, Step(3, 3))
     bench.run.release()
-    assert re.match(r"\nrun 1, \d\d:\d\d: 6 steps; ", logged(caplog)[-1])
+    assert re.match(r"\nWanVideo Enhanced BlockSwap, run 1, \d\d:\d\d: 6 steps; ", logged(caplog)[-1])
 
 
 def test_the_details_tell_the_tiers_limit_and_the_links_choice_unless_the_streams_were_given() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ...hardware import Sampler
@@ -37,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 TIMED_FORWARDS = range(1, 3)
 """Forwards of which every block is timed. The first forward is left out: it warms up, compiles and fills the window."""
+
+
+class OutOfVramError(DeviceMemoryError, torch.OutOfMemoryError):
+    """Ends a run. ComfyUI knows torch's error: it unloads its models and says that VRAM ran out."""
 
 
 class SwapRun:
@@ -209,7 +214,7 @@ class SwapRun:
             return
         made = self.planner.made
         if not self.planner.shrink():
-            raise DeviceMemoryError(oom_message(self._workload, made, reported=reported))
+            raise OutOfVramError(oom_message(self._workload, made, reported=reported))
         self._stats.replans.append("VRAM ran out")
         if made is not None and self._stats.ran_out_with is None:
             self._stats.ran_out_with = made.block_count - made.streaming_count
@@ -449,7 +454,7 @@ class SwapRun:
             if is_debug and trace is not None and profile is not None and self._trace_dir is not None:
                 note = write_run_trace(self._trace_dir, trace, names=[block.name for block in profile.blocks])
                 report = replace(report, notes=(*report.notes, note))
-            logger.info("\n%s", summary(report, details=is_debug))
+            logger.info("\nWanVideo Enhanced BlockSwap, %s", summary(report, details=is_debug))
         except Exception:  # a fault in the report must not fail a run that has succeeded
             logger.exception("the run's report could not be written; please report this")
         return report

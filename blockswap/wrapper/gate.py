@@ -23,7 +23,7 @@ from ...hardware import is_driver_refusal, is_out_of_memory
 from ..engine.session import SessionState, SwapSession
 from ..errors import BlockSwapError, DeviceMemoryError, WrapperError
 from ..run.history import Workload
-from ..run.run import SwapRun
+from ..run.run import OutOfVramError, SwapRun
 from ..run.text import not_again
 from ..settings import SwapSettings, is_ours
 from .control import ControlModels
@@ -422,7 +422,7 @@ class GatedModel:
             step = keywords.get("current_step", 0)
             blocker = retry_blocker(transformer, original, step=step) if has_started else None
             if blocker is not None:
-                raise DeviceMemoryError(not_again(blocker, reported=reason))
+                raise OutOfVramError(not_again(blocker, reported=reason))
             logger.warning("%s; trying a smaller plan", reason)
 
     def _current_parts(self, transformer: Any) -> Sequence[Part]:

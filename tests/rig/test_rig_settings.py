@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from comfy_client import Comfy
 from rig_figures import to_host
 from rig_runs import HALF, Runs
-from rig_variants import BLOCKS, COMPILED, VARIANTS, native, ours
+from rig_variants import BLOCKS, COMPILED, FAMILIES, VARIANTS, native, ours
+from workflow_schema import Workflow, recorded
 
 pytestmark = pytest.mark.rig
 
@@ -164,3 +166,36 @@ def test_a_larger_video_on_a_cached_model_gives_the_unswapped_latents(comfy: Com
     limit = {"swap": ours(None), "limit_bytes": 128 << 20}
     seen = [comfy.latents(VARIANTS["bf16"], size=size, cached=index > 0, **limit) for index, size in enumerate(sizes)]
     assert seen == truth
+
+
+EXAMPLES = Path(__file__).parents[2] / "example_workflows"
+
+SAMPLER = recorded(EXAMPLES.parent / "tests" / "object_info" / "wrapper.json")["WanVideoSampler"]
+
+STAND_FOR = {
+    "01": VARIANTS["lora_unmerged"],
+    "02": VARIANTS["lora_unmerged"],
+    "03": VARIANTS["lora_unmerged"],
+    "04": VARIANTS["gguf"],
+    "05": VARIANTS["vace"],
+    "06": VARIANTS["lora_unmerged"],
+    "07": FAMILIES["multitalk"],
+    "08": FAMILIES["humo"],
+    "09": FAMILIES["animate"],
+    "10": FAMILIES["longcat_avatar"],
+}
+"""The tiny model that each example is tried with."""
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.json")), ids=lambda path: path.name[:2])
+def test_the_samplers_of_each_example_run_as_they_are_set_and_give_the_unswapped_latents(
+    comfy: Comfy, path: Path
+) -> None:
+    for node in Workflow.read(path).of_type("WanVideoSampler"):
+        widgets = {widget.name: value for widget, value in SAMPLER.widgets(node["widgets_values"])}
+        sample = {name: widgets[name] for name in ("steps", "cfg", "shift", "scheduler", "start_step", "end_step")}
+        case = STAND_FOR[path.name[:2]] | {"sample": sample}
+        run = comfy.run(case, swap=ours(None), texts=True)
+        assert run.latents == comfy.latents(case)
+        steps = len(range(sample["steps"])[sample["start_step"] : sample["end_step"] % (sample["steps"] + 1)])
+        assert re.match(rf"run \d+, \d\d:\d\d: {steps} steps?; ", run.report_text)

@@ -87,7 +87,7 @@ const NEVER = 0.0005;
 const OVER = { done: ["done_steps", "done_passes"], stopped: ["stopped_steps", "stopped_passes"] };
 
 // Errors for which there is something to do.
-const ERRORS = { DeviceMemoryError: "out_of_vram", HostMemoryError: "out_of_ram" };
+const ERRORS = { DeviceMemoryError: "out_of_vram", OutOfVramError: "out_of_vram", HostMemoryError: "out_of_ram" };
 
 const filled = (template, figures) =>
   template.replace(/\[(\w+)\]/g, (placeholder, name) => String(figures[name] ?? placeholder));
