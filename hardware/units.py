@@ -13,13 +13,19 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(b|[kmgt](?:i?b)?)?\s*", re.IGNO
 _MOST_TB = 1 << 20  # far above any machine, so that a slip of the keyboard is an error at once
 
 
-def format_bytes(n: int) -> str:
-    """A byte count such as "12.3 GB", of 1024³ bytes each, as on the box of a card; a negative count keeps its sign."""
+def format_bytes(n: int, *, like: int | None = None) -> str:
+    """A byte count such as "12.3 GB", of 1024³ bytes each, as on the box of a card; a negative count keeps its sign.
+
+    Args:
+        n: The count.
+        like: Another one, 0 or more, whose unit it is given; None for its own.
+    """
     sign, size = ("-", -n) if n < 0 else ("", n)
-    if size < KIB:
+    measure = size if like is None else like
+    if measure < KIB:
         return f"{sign}{size} B"
     for unit, name in ((KIB, "KB"), (MIB, "MB")):
-        if round(size / unit, 1) < KIB:
+        if round(measure / unit, 1) < KIB:
             return f"{sign}{size / unit:.1f} {name}"
     return f"{sign}{size / GIB:.1f} GB"
 

@@ -30,6 +30,7 @@ DOCS = ROOT / "web" / "docs"
 NODES = package.NODE_CLASS_MAPPINGS
 LANGUAGES = ("de", "en", "es", "fr", "ja", "ko", "ru", "zh")
 TRANSLATED = tuple(language for language in LANGUAGES if language != "en")
+CHINESE = {"Inputs": "参数", "The bar on the node": "节点上的显存条", "Settings": "设置", "Questions": "常见问题"}
 PAGES = [(node, language) for node in NODES for language in ("en", "zh")]
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -80,11 +81,19 @@ def page(node: str, language: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def rows(node: str, language: str) -> dict[str, list[str]]:
-    """The rows of the page's table of inputs, by the input in backticks at the start of a row."""
-    table = page(node, language).split("\n## ")[2]
-    cells = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
-    return {row[0].split("`")[1]: row for row in cells}
+def section(node: str, language: str, heading: str) -> str:
+    """What is below a heading of the second level, given in English."""
+    wanted = heading if language == "en" else CHINESE[heading]
+    return page(node, language).split(f"\n## {wanted}\n")[1].split("\n## ")[0]
+
+
+def inputs_told(node: str, language: str) -> dict[str, tuple[str, str]]:
+    """What a page calls each input, and its default with the range, by the identifier."""
+    found = {}
+    for line in re.findall(r"^- (\*\*.+)$", section(node, language, "Inputs"), re.MULTILINE):
+        head, text = re.split(r": |：", line, maxsplit=1)
+        found[head.split("`")[1]] = (head, re.split(r"\. |\.$|。", text)[0])
+    return found
 
 
 @functools.cache
@@ -162,28 +171,29 @@ def test_every_node_has_a_page_in_both_languages_and_no_page_is_of_another_node(
 
 
 @pytest.mark.parametrize(("node", "language"), PAGES)
-def test_a_page_has_a_row_for_every_input_in_the_order_of_the_node(node: str, language: str) -> None:
-    assert list(rows(node, language)) == list(inputs_of(node))
+def test_a_page_has_every_input_in_the_order_of_the_node(node: str, language: str) -> None:
+    assert list(inputs_told(node, language)) == list(inputs_of(node))
 
 
 @pytest.mark.parametrize(("node", "language"), PAGES)
-def test_a_row_has_the_default_and_the_range_of_its_widget(node: str, language: str) -> None:
+def test_a_page_has_the_default_and_the_range_of_each_widget(node: str, language: str) -> None:
     switches = {"en": ("off", "on"), "zh": ("关", "开")}[language]
-    for name, row in rows(node, language).items():
+    for name, (_, told) in inputs_told(node, language).items():
         kind, options = inputs_of(node)[name]
         if kind == "BOOLEAN":
-            assert row[1] == switches[options["default"]], name
+            assert told == switches[options["default"]], name
         elif kind in ("INT", "FLOAT"):
             step = [options["step"]] if options["step"] != 1 else []
             expected = [options["default"], options["min"], options["max"], *step]
-            assert [float(number) for number in NUMBER.findall(row[1])] == expected, name
+            assert [float(number) for number in NUMBER.findall(told)] == expected, name
 
 
 @pytest.mark.parametrize("node", NODES)
 def test_a_chinese_page_names_the_inputs_as_the_node_shows_them(node: str) -> None:
     names = {name: text["name"] for name, text in locale("zh")[node]["inputs"].items()}
-    # Behind the identifier, in full-width brackets.
-    assert {name: row[0].split("`")[2][1:-1] for name, row in rows(node, "zh").items()} == names
+    # Before the identifier, which is in full-width brackets.
+    told = {name: head for name, (head, _) in inputs_told(node, "zh").items()}
+    assert told == {name: f"**{shown}**（`{name}`）" for name, shown in names.items()}
 
 
 @pytest.mark.parametrize("node", NODES)
@@ -220,9 +230,10 @@ def test_the_page_calls_the_parts_of_the_bar_and_the_settings_what_the_front_end
     main, settings = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("main", "settings"))
     words = main["wanVideoEnhancedBlockSwap"]
     parts = [words[name] for name in ("other", "residents", "window", "activations", "free", "ceiling")]
-    shown = parts + [setting["name"] for setting in settings.values()]
-    explained = re.findall(r"^- \*\*(.+?)\*\*", page("WanVideoEnhancedBlockSwap", language), re.MULTILINE)
-    assert explained[: len(shown)] == shown
+    names = [setting["name"] for setting in settings.values()]
+    for heading, shown in (("The bar on the node", parts), ("Settings", names)):
+        told = section("WanVideoEnhancedBlockSwap", language, heading)
+        assert re.findall(r"^- \*\*(.+?)\*\*", told, re.MULTILINE) == shown
 
 
 # Examples on the pages
@@ -253,18 +264,42 @@ def example_report() -> str:
     return summary(replace(FULL, notes=()))
 
 
-def example_log() -> str:
-    return "\n".join(brief(plan(24, 0, streams=16)))
-
-
 @pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize(
     ("node", "example"),
     [
         ("WanVideoBlockSwapPlan", example_plan),
         ("WanVideoBlockSwapReport", example_report),
-        ("WanVideoEnhancedBlockSwap", example_log),
     ],
 )
 def test_an_example_on_a_page_is_what_the_code_says(node: str, example: Any, language: str) -> None:
     assert indented(example()) in page(node, language)
+
+
+def test_the_log_of_debug_mode_in_the_documents_is_what_the_code_says() -> None:
+    log = "\n".join(brief(plan(24, 0, streams=16)))
+    assert indented(log) in (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_ram_on_a_page_is_what_the_documents_predict(language: str) -> None:
+    fits = (ROOT / "docs" / "what-fits.md").read_text(encoding="utf-8")
+    (_, *models), _, *table = cells(section("WanVideoEnhancedBlockSwap", language, "Questions"))
+    predicted = {}
+    for model in models:
+        kind = model.removeprefix("GGUF ")
+        told = fits.split(f"### Wan 2.1/2.2 14B text to video, {kind}\n")[1].split("\n### ")[0]
+        predicted[model] = {row[0]: row[3] for row in cells(told)}
+    cards = {"8 GB": "RTX 4060", "12 GB": "RTX 3060 12GB", "16 GB": "RTX 4060 Ti 16GB"}
+    assert table == [[card, *(predicted[model][known] for model in models)] for card, known in cards.items()]
+
+
+def test_the_ram_that_is_enough_on_a_page_is_what_the_documents_compute() -> None:
+    of_machine = cells((ROOT / "docs" / "ram.md").read_text(encoding="utf-8"))
+    read = {(row[0], row[1]): row[5] for row in of_machine}  # from the model's file in each pass
+    assert read["16 GB", "Wan 2.1 14B fp8"] == read["32 GB", "Wan 2.1 14B fp16"] == "-"
+    assert read["8 GB", "Wan 2.1 14B fp8"] != "-" != read["16 GB", "Wan 2.1 14B fp16"]

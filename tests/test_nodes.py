@@ -331,7 +331,7 @@ def test_the_node_is_told_what_its_run_does(comfy: SimpleNamespace, events: list
     assert phases(events) == ["adopting", "sampling", "done"]
     assert {(event["node"], event["workflow"]) for event in events} == {("7:12", "a workflow")}
     assert events[0]["text"].startswith(
-        "1 block on the GPU, 3 streaming.\nPreparing the weights, on the GPU and in RAM: 0 B of "
+        "1 block on the GPU, 3 streaming.\nPreparing the weights, on the GPU and in RAM: 0.0 KB of "
     )
     assert events[-1]["text"].splitlines()[1].startswith("Done after 3 steps: ")
 

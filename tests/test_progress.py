@@ -64,10 +64,11 @@ def test_a_plan_is_one_sentence(shown: dict[str, Any], said: str) -> None:
     assert Progress(phase=Phase.ADOPTING, **shown).text == said
 
 
-def test_adopting_tells_how_far_it_is() -> None:
-    placed = AdoptFigures(placed=int(12.3 * GIB), all=26 * GIB, pinned=int(10.1 * GIB))
-    said = Progress(phase=Phase.ADOPTING, plan=PLAN, adopt=placed).text
-    assert said == f"{STAY}.\nPreparing the weights, on the GPU and in RAM: 12.3 GB of 26.0 GB."
+@pytest.mark.parametrize(("placed", "told"), [(0, "0.0 GB"), (307 * MIB, "0.3 GB"), (int(12.3 * GIB), "12.3 GB")])
+def test_adopting_tells_how_far_it_is_in_one_unit(placed: int, told: str) -> None:
+    figures = AdoptFigures(placed=placed, all=26 * GIB, pinned=placed)
+    said = Progress(phase=Phase.ADOPTING, plan=PLAN, adopt=figures).text
+    assert said == f"{STAY}.\nPreparing the weights, on the GPU and in RAM: {told} of 26.0 GB."
 
 
 PASSES = "1.0 s a pass of the model, the GPU waited 0.4% of the time for copies"

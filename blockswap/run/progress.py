@@ -268,11 +268,10 @@ def _plan(plan: SwapPlan, predicted: ForwardTime | None) -> str:
 
 
 def _adopting(adopt: AdoptFigures | None) -> str:
-    return (
-        ""
-        if adopt is None
-        else f"Preparing the weights, on the GPU and in RAM: {format_bytes(adopt.placed)} of {format_bytes(adopt.all)}."
-    )
+    if adopt is None:
+        return ""
+    placed = format_bytes(adopt.placed, like=adopt.all)
+    return f"Preparing the weights, on the GPU and in RAM: {placed} of {format_bytes(adopt.all)}."
 
 
 def failed(failure: BaseException, why: str = "") -> Progress:

@@ -1,7 +1,4 @@
-"""Makes the pictures of README, help pages and template dialog in the real front end, from runs that were made up.
-
-Chinese needs a font that has it: Debian's fonts-wqy-zenhei.
-"""
+"""Makes the pictures of README, help pages and template dialog in the real front end, from runs that were made up."""
 
 from __future__ import annotations
 
@@ -22,15 +19,17 @@ def main() -> None:
     missing = what_is_missing()
     if missing is not None:
         sys.exit(missing)
-    from frontend.shots import Studio, opened_for_pictures
+    from frontend.shots import Studio, draws, opened_for_pictures
 
+    with opened_for_pictures("zh") as ui:
+        if not draws(ui, "显存"):
+            sys.exit("a font with Chinese is missing: apt-get install fonts-noto-cjk")
+        Studio(ui, out).help_page()
     with opened_for_pictures("en") as ui:
         studio = Studio(ui, out)
         studio.nodes()
         studio.film()
         studio.thumbnails()
-    with opened_for_pictures("zh") as ui:
-        Studio(ui, out).help_page()
 
 
 if __name__ == "__main__":

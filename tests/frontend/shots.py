@@ -36,6 +36,19 @@ LOOK = """([clear, left, top, scale]) => {
 """Brings a point of the graph to the clear part of the page."""
 
 
+DRAWN = """character => {
+    const context = document.createElement("canvas").getContext("2d");
+    context.font = "32px Inter, system-ui, sans-serif";
+    context.fillText(character, 0, 40);
+    return context.canvas.toDataURL();
+}"""
+
+
+def draws(ui: FrontEnd, characters: str) -> bool:
+    """Whether the machine has a font with these characters, all different: without one, each is the same empty box."""
+    return len({ui.evaluate(DRAWN, character) for character in characters}) == len(characters)
+
+
 @contextmanager
 def opened_for_pictures(language: str) -> Iterator[FrontEnd]:
     """The newest front end with Nodes 2.0, in which a node shows what matters first."""

@@ -149,6 +149,12 @@ def test_estimates_of_more_than_the_card_has_are_shown_as_such(ui: FrontEnd) -> 
     assert left + width / 2 == pytest.approx(6 / 25.5, abs=0.01)
 
 
+def test_the_longest_line_above_the_bar_fits_into_the_panel(ui: FrontEnd) -> None:
+    node = ui.add(NODE)
+    send(ui, node, replace(DONE, memory=MEMORIES["too much"]))
+    assert not bar(ui, node).overflows
+
+
 def test_the_legend_names_every_part_and_its_size_and_the_limit_as_a_share(ui: FrontEnd) -> None:
     node = ui.add(NODE)
     send(ui, node, SAMPLING)

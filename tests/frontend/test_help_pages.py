@@ -10,6 +10,11 @@ from wanvideo_enhanced_blockswap import NODE_CLASS_MAPPINGS
 from .answers import FOLDER, WEB
 from .front_end import FrontEnd
 
+TOO_WIDE = """panel => [...panel.querySelectorAll("*")].filter(
+    each => !each.closest("pre") && each.getBoundingClientRect().right > panel.getBoundingClientRect().right + 1
+).map(each => each.outerHTML.slice(0, 200))"""
+"""What one would have to scroll to see; what the nodes print scrolls by itself."""
+
 TRIED_FIRST = re.compile(rf"/extensions/{re.escape(FOLDER)}/docs/\w+/en\.md")
 """Front ends look for a page of the language; the English one is the page that they take in its absence."""
 
@@ -29,4 +34,5 @@ def test_the_help_button_of_a_node_shows_its_page_in_the_user_s_language(ui: Fro
     panel = ui.page.locator(".node-help-content")
     panel.get_by_role("heading", name=expected[-1], exact=True).wait_for()
     assert panel.get_by_role("heading").all_inner_texts() == expected
+    assert panel.evaluate(TOO_WIDE) == []
     assert [path for path in ui.server.failed if not TRIED_FIRST.fullmatch(path)] == []

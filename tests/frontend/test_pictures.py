@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image, ImageChops, ImageSequence, ImageStat
@@ -17,6 +21,9 @@ from .front_end import NODE, ROOT, FrontEnd, Variant
 from .made_runs import STEPS, twelve_gib
 from .shots import Studio
 from .thumbnails import BADGE, Thumbnail, thumbnails
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 DOCS = ROOT / "docs"
 HELP = WEB / "docs" / NODE
@@ -137,6 +144,31 @@ def test_nothing_of_a_thumbnail_is_below_the_dialog_s_badge(file: Path) -> None:
     with Image.open(file) as picture:
         covered = picture.crop((0, 0, *BADGE)).resize((16, 6))
     assert max(ImageStat.Stat(covered).stddev) < 12  # the ground alone
+
+
+WITHOUT_CHINESE = """<?xml version="1.0"?>
+<!DOCTYPE fontconfig SYSTEM "fonts.dtd">
+<fontconfig>
+  <dir>/usr/share/fonts</dir>
+  <selectfont>
+    <rejectfont><pattern><patelt name="lang"><string>zh-cn</string></patelt></pattern></rejectfont>
+  </selectfont>
+</fontconfig>
+"""
+
+
+def test_no_picture_is_taken_where_no_font_has_chinese(chromium: Browser, tmp_path: Path) -> None:
+    fonts = tmp_path / "fonts.conf"
+    fonts.write_text(WITHOUT_CHINESE, encoding="utf-8")
+    script = Path(__file__).with_name("pictures.py")
+    environment = {**os.environ, "FONTCONFIG_FILE": str(fonts)}
+    command = [sys.executable, str(script), "--out", str(tmp_path / "out")]
+    taken = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (taken.returncode, taken.stderr.strip()) == (
+        1,
+        "a font with Chinese is missing: apt-get install fonts-noto-cjk",
+    )
+    assert not (tmp_path / "out").exists()
 
 
 FILMED = [Variant("newest", "vue", "en")]

@@ -15,16 +15,20 @@ export const ENGLISH = {
     "WanVideoWrapper is not installed: install ComfyUI-WanVideoWrapper with the Manager, then restart ComfyUI.",
   other: "other use",
   residents: "blocks on the GPU",
-  window: "streaming",
+  window: "room for streaming",
   activations: "computation",
   free: "free",
-  ceiling: "limit",
+  ceiling: "threshold",
   tip_other: "VRAM in use by other programs and models. Close them to make room for blocks.",
-  tip_residents: "Blocks that stay in VRAM. Raise vram_threshold_percent to keep more of them.",
-  tip_window: "Room for the blocks that stream in from RAM. Raise vram_threshold_percent so that fewer have to stream.",
+  tip_residents:
+    "Blocks that stay in VRAM. If the GPU waits for copies, raise vram_threshold_percent to keep more of them.",
+  tip_window:
+    "Room for the blocks that stream, a few at a time. If the GPU waits for copies, raise vram_threshold_percent so that fewer stream.",
   tip_activations: "VRAM for computing the video. Fewer frames or a smaller picture need less.",
-  tip_free: "VRAM that stays free while the sampler runs. Raise vram_threshold_percent to fill it with blocks.",
-  tip_ceiling: "Most of the card that may be in use before the computation. Change it with vram_threshold_percent.",
+  tip_free:
+    "VRAM that stays free while the sampler runs. If the GPU waits for copies, raise vram_threshold_percent to fill it with blocks.",
+  tip_ceiling:
+    "The place of vram_threshold_percent: weights should end before it, the computation may go beyond it.",
   sentence: "[text].",
   then: "[one]; [other]",
   and: "[one], [other]",
@@ -63,7 +67,7 @@ export const ENGLISH = {
   off: "This node passes through",
   foreign: "This node is that of [theirs], not that of [ours]. Remove one of the two folders and restart ComfyUI.",
   auto: "[name] (auto)",
-  auto_chosen: "[name] (auto: [number])",
+  auto_chosen: "[name]: [number] (auto)",
   plan_text: "The plan appears here when this node runs.",
   report_text: "The report appears here when the sampler has finished.",
   size: "[number] [unit]",
@@ -178,7 +182,8 @@ export class Texts {
 
   adopting(adopt) {
     if (!adopt) return "";
-    return this.sentence(this.say("placing", { placed: this.memory(adopt.placed), all: this.memory(adopt.all) }));
+    const { placed, all } = adopt;
+    return this.sentence(this.say("placing", { placed: this.memory(placed, all), all: this.memory(all) }));
   }
 
   running({ phase, plan, run }) {
