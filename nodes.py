@@ -183,7 +183,7 @@ class WanVideoEnhancedBlockSwap:
         return (settings.to_blockswapargs(node=unique_id),)
 
 
-class WanVideoBlockSwapPlan:
+class WanVideoEnhancedBlockSwapPlan:
     """Shows what would be swapped, before anything is sampled."""
 
     CATEGORY = CATEGORY
@@ -223,7 +223,7 @@ class WanVideoBlockSwapPlan:
         return f"{text}\n- {NOT_FOLLOWED}" if is_theirs(arguments_of(model)) else text
 
 
-class WanVideoBlockSwapReport:
+class WanVideoEnhancedBlockSwapReport:
     """Shows the report of a run."""
 
     CATEGORY = CATEGORY
@@ -297,13 +297,29 @@ def native_arguments(settings: SwapSettings, *, node: str | None) -> dict[str, o
     }
 
 
+class WanVideoBlockSwapPlan(WanVideoEnhancedBlockSwapPlan):
+    """Its former name, for saved workflows; a search does not list it."""
+
+    DEPRECATED = True
+
+
+class WanVideoBlockSwapReport(WanVideoEnhancedBlockSwapReport):
+    """As above."""
+
+    DEPRECATED = True
+
+
 NODE_CLASS_MAPPINGS: dict[str, type] = {
+    "WanVideoEnhancedBlockSwap": WanVideoEnhancedBlockSwap,
+    "WanVideoEnhancedBlockSwapPlan": WanVideoEnhancedBlockSwapPlan,
+    "WanVideoEnhancedBlockSwapReport": WanVideoEnhancedBlockSwapReport,
     "WanVideoBlockSwapPlan": WanVideoBlockSwapPlan,
     "WanVideoBlockSwapReport": WanVideoBlockSwapReport,
-    "WanVideoEnhancedBlockSwap": WanVideoEnhancedBlockSwap,
 }
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
-    "WanVideoBlockSwapPlan": "WanVideo BlockSwap Plan",
-    "WanVideoBlockSwapReport": "WanVideo BlockSwap Report",
     "WanVideoEnhancedBlockSwap": "WanVideo Enhanced BlockSwap (CUDA Optimized)",
+    "WanVideoEnhancedBlockSwapPlan": "WanVideo Enhanced BlockSwap Plan",
+    "WanVideoEnhancedBlockSwapReport": "WanVideo Enhanced BlockSwap Report",
+    "WanVideoBlockSwapPlan": "WanVideo Enhanced BlockSwap Plan",
+    "WanVideoBlockSwapReport": "WanVideo Enhanced BlockSwap Report",
 }

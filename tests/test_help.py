@@ -27,7 +27,7 @@ from wanvideo_enhanced_blockswap.hardware import GIB, DeviceMemory, DeviceSpec, 
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "web" / "docs"
-NODES = package.NODE_CLASS_MAPPINGS
+NODES = {name: node for name, node in package.NODE_CLASS_MAPPINGS.items() if not getattr(node, "DEPRECATED", False)}
 LANGUAGES = ("de", "en", "es", "fr", "ja", "ko", "ru", "zh")
 TRANSLATED = tuple(language for language in LANGUAGES if language != "en")
 CHINESE = {"Inputs": "参数", "The bar on the node": "节点上的显存条", "Settings": "设置", "Questions": "常见问题"}
@@ -268,8 +268,8 @@ def example_report() -> str:
 @pytest.mark.parametrize(
     ("node", "example"),
     [
-        ("WanVideoBlockSwapPlan", example_plan),
-        ("WanVideoBlockSwapReport", example_report),
+        ("WanVideoEnhancedBlockSwapPlan", example_plan),
+        ("WanVideoEnhancedBlockSwapReport", example_report),
     ],
 )
 def test_an_example_on_a_page_is_what_the_code_says(node: str, example: Any, language: str) -> None:

@@ -43,6 +43,8 @@ WIDGETS = [
 PLAIN = ["blocks_to_swap", "auto_hardware_tuning", "vram_threshold_percent"]
 """Widgets that are always shown; the others are advanced."""
 
+FORMER = {f"WanVideoBlockSwap{name}": f"WanVideoEnhancedBlockSwap{name}" for name in ("Plan", "Report")}
+
 
 def inputs_of(node: Any) -> dict[str, Any]:
     types = node.INPUT_TYPES()
@@ -57,11 +59,20 @@ def defaults() -> dict[str, Any]:
 
 
 def test_the_nodes_and_their_names() -> None:
-    assert {name: package.NODE_DISPLAY_NAME_MAPPINGS[name] for name in NODES} == {
+    assert {name: package.NODE_DISPLAY_NAME_MAPPINGS[name] for name in NODES if name not in FORMER} == {
         "WanVideoEnhancedBlockSwap": "WanVideo Enhanced BlockSwap (CUDA Optimized)",
-        "WanVideoBlockSwapPlan": "WanVideo BlockSwap Plan",
-        "WanVideoBlockSwapReport": "WanVideo BlockSwap Report",
+        "WanVideoEnhancedBlockSwapPlan": "WanVideo Enhanced BlockSwap Plan",
+        "WanVideoEnhancedBlockSwapReport": "WanVideo Enhanced BlockSwap Report",
     }
+
+
+def test_former_names_of_saved_workflows_are_the_same_nodes_and_not_offered_any_more() -> None:
+    for former, name in FORMER.items():
+        assert issubclass(NODES[former], NODES[name])
+        assert NODES[former].DEPRECATED
+        assert inputs_of(NODES[former]) == inputs_of(NODES[name])
+        assert package.NODE_DISPLAY_NAME_MAPPINGS[former] == package.NODE_DISPLAY_NAME_MAPPINGS[name]
+    assert [name for name in NODES if getattr(NODES[name], "DEPRECATED", False)] == list(FORMER)
 
 
 def test_the_swap_node_is_where_saved_workflows_look_for_it() -> None:
@@ -81,7 +92,7 @@ def test_the_widgets_that_nobody_needs_at_first_are_advanced() -> None:
     assert shown == PLAIN
     advanced = {name: options["advanced"] for name, (_, options) in inputs_of(SWAP).items() if name not in PLAIN}
     assert advanced == {name: True for name, *_ in WIDGETS if name not in PLAIN}
-    for name in ("WanVideoBlockSwapPlan", "WanVideoBlockSwapReport"):
+    for name in ("WanVideoEnhancedBlockSwapPlan", "WanVideoEnhancedBlockSwapReport"):
         assert not [widget for widget, (_, options) in inputs_of(NODES[name]).items() if "advanced" in options]
 
 
@@ -113,7 +124,8 @@ def test_every_input_and_output_explains_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("WanVideoBlockSwapPlan", "WANVIDEOMODEL"), ("WanVideoBlockSwapReport", "LATENT")]
+    ("name", "kind"),
+    [("WanVideoEnhancedBlockSwapPlan", "WANVIDEOMODEL"), ("WanVideoEnhancedBlockSwapReport", "LATENT")],
 )
 def test_the_text_nodes_pass_their_first_input_on(name: str, kind: str) -> None:
     types = NODES[name].INPUT_TYPES()["required"]
@@ -157,7 +169,7 @@ def test_wired_into_the_loader_it_swaps_and_the_report_tells(comfy: SimpleNamesp
     (arguments,) = SWAP().setargs(auto_hardware_tuning=False, blocks_to_swap=3)
     workflow, latents = sampled(arguments)
     assert torch.equal(latents, unswapped("fp32", HPU).latents)
-    said = NODES["WanVideoBlockSwapReport"]().report({"samples": latents}, workflow.patchers[0])
+    said = NODES["WanVideoEnhancedBlockSwapReport"]().report({"samples": latents}, workflow.patchers[0])
     samples, text = said["result"]
     assert said["ui"] == {"text": [text]}
     assert samples["samples"] is latents
@@ -169,7 +181,7 @@ def test_wired_into_the_loader_it_swaps_and_the_report_tells(comfy: SimpleNamesp
 
 def test_a_report_of_a_model_that_was_not_swapped_says_so(comfy: SimpleNamespace) -> None:
     workflow, latents = sampled(None)
-    _, text = NODES["WanVideoBlockSwapReport"]().report({"samples": latents}, workflow.patchers[0])["result"]
+    _, text = NODES["WanVideoEnhancedBlockSwapReport"]().report({"samples": latents}, workflow.patchers[0])["result"]
     assert "no block was swapped by WanVideo Enhanced BlockSwap" in text
 
 
@@ -180,7 +192,7 @@ def test_the_plan_node_tells_before_sampling_what_the_run_then_does(comfy: Simpl
     (arguments,) = SWAP().setargs(auto_hardware_tuning=False, blocks_to_swap=2)
     workflow = Workflow(variant, device=HPU)
     workflow.load(arguments)
-    planned = NODES["WanVideoBlockSwapPlan"]().preview(workflow.patchers[0], arguments, 128, 128, 9)
+    planned = NODES["WanVideoEnhancedBlockSwapPlan"]().preview(workflow.patchers[0], arguments, 128, 128, 9)
     model, passed, text = planned["result"]
     assert planned["ui"] == {"text": [text]}
     assert model is workflow.patchers[0]
@@ -200,7 +212,7 @@ def test_the_plan_node_says_what_is_wrong_instead_of_failing_the_prompt(comfy: S
     (arguments,) = SWAP().setargs()
     workflow = Workflow("fp32", device=HPU)
     workflow.load(arguments)
-    plan = NODES["WanVideoBlockSwapPlan"]()
+    plan = NODES["WanVideoEnhancedBlockSwapPlan"]()
     said = plan.preview(workflow.patchers[0], arguments, 130, 128, 9)["result"][2]
     assert "width: expected a multiple of 16, got 130" in said
     said = plan.preview(workflow.patchers[0], {"blocks_to_swap": 3})["result"][2]
@@ -365,10 +377,8 @@ def test_the_node_is_told_whether_the_user_or_an_error_ended_the_run(
     assert [event["phase"] for event in events if event["phase"] not in ("adopting", "sampling")] == [phase]
     assert (events[-1]["node"], events[-1]["model"]) == ("3", "fp8")
     assert events[-1]["text"].splitlines()[-1].startswith(said)
-    assert (
-        reported
-        in package.NODE_CLASS_MAPPINGS["WanVideoBlockSwapReport"]().report(None, workflow.patchers[0])["result"][1]
-    )
+    _, said = NODES["WanVideoEnhancedBlockSwapReport"]().report(None, workflow.patchers[0])["result"]
+    assert reported in said
 
 
 @pytest.mark.parametrize(

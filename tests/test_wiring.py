@@ -18,7 +18,7 @@ from wanvideo_enhanced_blockswap.blockswap.errors import WrapperError
 from wanvideo_enhanced_blockswap.blockswap.wrapper.wiring import OURS_WIN, THEIRS_WIN
 
 NODES = package.NODE_CLASS_MAPPINGS
-SWAP, PLAN, REPORT = (NODES[f"WanVideo{name}"] for name in ("EnhancedBlockSwap", "BlockSwapPlan", "BlockSwapReport"))
+SWAP, PLAN, REPORT = (NODES[f"WanVideoEnhancedBlockSwap{name}"] for name in ("", "Plan", "Report"))
 SetBlockSwap = standin.NODE_CLASS_MAPPINGS["WanVideoSetBlockSwap"]
 
 NATIVE = swap_args(3, vace_blocks_to_swap=1)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "example_workflows"
 RECORDED = [ROOT / "tests" / "object_info" / name for name in ("core.json", "wrapper.json")]
 OURS = "wanvideo-enhanced-blockswap"
-SWAP, PLAN, REPORT = "WanVideoEnhancedBlockSwap", "WanVideoBlockSwapPlan", "WanVideoBlockSwapReport"
+SWAP, PLAN, REPORT = "WanVideoEnhancedBlockSwap", "WanVideoEnhancedBlockSwapPlan", "WanVideoEnhancedBlockSwapReport"
 
 DEFINITIONS = {name: node for path in RECORDED for name, node in ws.recorded(path).items()}
 DEFINITIONS |= ws.live(OURS, NODE_CLASS_MAPPINGS)

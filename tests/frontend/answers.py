@@ -75,6 +75,7 @@ def definition(name: str) -> dict[str, Any]:
         "output_node": getattr(node, "OUTPUT_NODE", False),
         "has_intermediate_output": getattr(node, "HAS_INTERMEDIATE_OUTPUT", False),
         "search_aliases": getattr(node, "SEARCH_ALIASES", []),
+        **({"deprecated": True} if getattr(node, "DEPRECATED", False) else {}),
     }
 
 

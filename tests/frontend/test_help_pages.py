@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from wanvideo_enhanced_blockswap import NODE_CLASS_MAPPINGS
+from test_help import NODES
 
 from .answers import FOLDER, WEB
 from .front_end import FrontEnd
@@ -23,7 +23,7 @@ def headings(markdown: str) -> list[str]:
     return [line.lstrip("# ").replace("`", "") for line in markdown.splitlines() if re.match(r"#+ ", line)]
 
 
-@pytest.mark.parametrize("kind", NODE_CLASS_MAPPINGS)
+@pytest.mark.parametrize("kind", NODES)
 def test_the_help_button_of_a_node_shows_its_page_in_the_user_s_language(ui: FrontEnd, kind: str) -> None:
     language = ui.variant.language
     page = WEB / "docs" / (f"{kind}.md" if language == "en" else f"{kind}/{language}.md")

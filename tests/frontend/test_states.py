@@ -121,7 +121,7 @@ def test_after_a_run_the_bar_is_pale_and_says_when_it_was_so(ui: FrontEnd) -> No
 
 @one_language
 def test_a_pair_and_texts_are_there_again_when_the_page_is_loaded_again(ui: FrontEnd) -> None:
-    node, report = connected(ui), ui.add("WanVideoBlockSwapReport")
+    node, report = connected(ui), ui.add("WanVideoEnhancedBlockSwapReport")
     saved = ui.serialize()
     for model in ("HIGH", "LOW"):
         ui.send(EVENT, {"node": node, "workflow": saved["id"], "model": model, **DONE.as_json()})

@@ -10,7 +10,7 @@ from .answers import translations
 from .front_end import RENDERERS, VERSIONS, FrontEnd, Variant
 from .test_bar_life import OPEN_SUBGRAPH, TO_SUBGRAPH
 
-HINTS = {"WanVideoBlockSwapPlan": "plan_text", "WanVideoBlockSwapReport": "report_text"}
+HINTS = {"WanVideoEnhancedBlockSwapPlan": "plan_text", "WanVideoEnhancedBlockSwapReport": "report_text"}
 TWELVE = "\n".join(f"line {number}: some words of a report with 71,234 figures in it" for number in range(1, 13))
 
 FIELD = """id => {
@@ -31,6 +31,9 @@ FIELD = """id => {
 one_language = pytest.mark.parametrize(
     "front_end", [Variant(v, r) for v in VERSIONS for r in RENDERERS], indirect=True, ids=str
 )
+FORMER = {"WanVideoBlockSwapPlan": "plan_text", "WanVideoBlockSwapReport": "report_text"}
+"""Their names in saved workflows."""
+
 each_node = pytest.mark.parametrize("kind", HINTS)
 
 
@@ -47,6 +50,15 @@ def test_a_new_node_says_what_will_be_there_and_then_shows_twelve_lines(ui: Fron
     assert ui.evaluate(FIELD, node) == {"text": hint, **expected}
     say(ui, node, TWELVE)
     assert ui.evaluate(FIELD, node) == {"text": TWELVE, **expected}
+    assert ui.errors == []
+
+
+@one_language
+@pytest.mark.parametrize("kind", FORMER)
+def test_a_node_of_a_former_name_shows_its_text_as_well(ui: FrontEnd, kind: str) -> None:
+    node = ui.add(kind)
+    say(ui, node, TWELVE)
+    assert ui.evaluate(FIELD, node)["text"] == TWELVE
     assert ui.errors == []
 
 
@@ -77,7 +89,7 @@ def test_the_text_is_there_again_after_undo_and_in_another_tab(ui: FrontEnd, kin
 
 @one_language
 def test_a_node_in_a_subgraph_shows_its_own_text(ui: FrontEnd) -> None:
-    host, inner = ui.evaluate(TO_SUBGRAPH, ui.add("WanVideoBlockSwapReport"))
+    host, inner = ui.evaluate(TO_SUBGRAPH, ui.add("WanVideoEnhancedBlockSwapReport"))
     ui.evaluate(OPEN_SUBGRAPH, host)
     ui.settle()
     say(ui, f"{host}:{inner}", "inside")
@@ -90,7 +102,7 @@ def test_a_node_in_a_subgraph_shows_its_own_text(ui: FrontEnd) -> None:
 @one_language
 @pytest.mark.parametrize("output", [None, {}, {"text": "one"}, {"images": []}], ids=str)
 def test_an_output_without_a_text_changes_nothing(ui: FrontEnd, output: Any) -> None:
-    node, other = ui.add("WanVideoBlockSwapPlan"), ui.add("SaveVideo")
+    node, other = ui.add("WanVideoEnhancedBlockSwapPlan"), ui.add("SaveVideo")
     before = ui.evaluate(FIELD, node)
     for each in (node, other, "99"):
         ui.send("executed", {"node": each, "display_node": each, "output": output, "prompt_id": "one"})

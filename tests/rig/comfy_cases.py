@@ -132,7 +132,7 @@ class Cases:
             found["kept_arguments"] = kept
             found["latents"] = digest(samples["samples"] if "samples" in samples else samples["video"])
             if case.get("texts"):
-                found["report_text"] = outputs("WanVideoBlockSwapReport", samples=samples, model=models[-1])[-1]
+                found["report_text"] = outputs("WanVideoEnhancedBlockSwapReport", samples=samples, model=models[-1])[-1]
         except BaseException as failure:  # noqa: BLE001 - an interrupt is one; ComfyUI catches it at this very place
             found["error"] = f"{type(failure).__name__}: {failure}"
         found |= {"total_s": time.perf_counter() - began, "cpu_s": time.process_time() - used}
@@ -224,7 +224,7 @@ def _change(model: Any, prefix: str) -> None:
 
 def _plan_text(case: Mapping[str, Any], model: Any) -> str:
     size = SIZE | case.get("size", {})
-    return outputs("WanVideoBlockSwapPlan", model=model, block_swap_args=_output_of(case["swap"]), **size)[-1]
+    return outputs("WanVideoEnhancedBlockSwapPlan", model=model, block_swap_args=_output_of(case["swap"]), **size)[-1]
 
 
 def _output_of(node: Mapping[str, Any] | None) -> Any:

@@ -22,7 +22,13 @@ const AUTO = "auto_hardware_tuning";
 const CHOSEN = ["blocks_to_swap", "vace_blocks_to_swap", "num_cuda_streams", "bandwidth_target"];
 const LOADER = "WanVideoModelLoader";
 // The other nodes, and what stands on them before they have run.
-const TEXT_NODES = { WanVideoBlockSwapPlan: "plan_text", WanVideoBlockSwapReport: "report_text" };
+const TEXT_NODES = {
+  WanVideoEnhancedBlockSwapPlan: "plan_text",
+  WanVideoEnhancedBlockSwapReport: "report_text",
+  // Their former names, in saved workflows.
+  WanVideoBlockSwapPlan: "plan_text",
+  WanVideoBlockSwapReport: "report_text",
+};
 const TEXT_FIELD = "blockswap_text";
 
 // Space around the panel, as around ComfyUI's own elements on a node.
