@@ -138,6 +138,21 @@ def test_the_node_is_told_the_error_that_the_run_has_ended_with(bench: GateBench
     assert told[-1] == failed(failure.value)
 
 
+def test_the_node_is_told_that_vram_ran_out_and_with_how_many_blocks_until_the_run_is_over(bench: GateBench) -> None:
+    workflow = bench.workflow("fp32", arguments(1))
+    workflow.sample()
+    told: list[Progress] = []
+    bench.run_of(workflow).watcher = told.append
+    workflow.sample(fault=once(1, forward=2))
+    runs = [progress.run for progress in told if progress.run is not None]
+    assert {run.ran_out_with for run in runs if run.forwards > 2} == {BLOCKS - 1}
+    assert None in {run.ran_out_with for run in runs}
+    assert told[-1].phase is Phase.DONE
+    assert f"VRAM ran out with {BLOCKS - 1} blocks on the GPU" in told[-1].text
+    workflow.sample()
+    assert "VRAM ran out" not in told[-1].text
+
+
 def refuse_device_memory(monkeypatch: pytest.MonkeyPatch, *, times: int) -> None:
     """The next adopts get no device memory."""
     start, left = Placer.start, [True] * times

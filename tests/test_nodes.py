@@ -411,6 +411,17 @@ def test_what_ends_a_run_between_two_steps_is_told_as_well(
     assert events[-1]["text"].splitlines()[-1].startswith(said)
 
 
+def test_a_run_inside_the_handler_of_another_error_has_not_failed(
+    comfy: SimpleNamespace, events: list[dict[str, Any]]
+) -> None:
+    workflow, _ = sampled(ours())
+    try:
+        raise ValueError("an upscaler is not there")
+    except ValueError:
+        workflow.sample()
+    assert events[-1]["phase"] == "done"
+
+
 @pytest.mark.parametrize(
     "item",
     [

@@ -12,6 +12,7 @@ from shown import planned, predicted, ran
 from wanvideo_enhanced_blockswap.blockswap.engine.session import Holdings
 from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError, PlanError
 from wanvideo_enhanced_blockswap.blockswap.host.pages import Locking
+from wanvideo_enhanced_blockswap.blockswap.run.history import Workload
 from wanvideo_enhanced_blockswap.blockswap.run.progress import (
     AdoptFigures,
     MemoryUse,
@@ -205,6 +206,31 @@ def test_memory_is_the_plan_s_and_its_parts_fit_the_card() -> None:
         assert memory.residents + memory.window == bench.run.plan.device_bytes
         assert memory.other + memory.residents + memory.window <= memory.total
         assert memory.ceiling == memory.total // 2
+
+
+def test_where_memory_ran_out_what_the_computation_needs_is_unknown_until_it_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(4.5)
+    watcher = Watcher(bench)
+    monkeypatch.setattr(type(bench.run._peak), "taken_bytes", lambda _: None)
+    video = Workload(tokens=1, expected_activation_bytes=BLOCK // 4)
+    bench.forward(video)
+    expected = [progress.memory.activations for progress in watcher.told if progress.memory]
+    bench.run.shrink("out of memory")
+    bench.forward(video)
+    bench.run.release()
+    told = [progress.memory.activations for progress in watcher.told if progress.memory][len(expected) :]
+    assert set(expected) == {BLOCK // 4}
+    assert set(told) == {None}
+
+
+def test_with_manual_tuning_no_limit_is_drawn() -> None:
+    bench = Bench(4.5)
+    bench.run.use(SwapSettings(auto_hardware_tuning=False, blocks_to_swap=6))
+    watcher = Watcher(bench)
+    bench.forward()
+    assert {progress.memory.ceiling for progress in watcher.told if progress.memory} == {0}
 
 
 def test_the_stall_is_told_once_it_was_measured_and_is_the_report_s() -> None:

@@ -242,11 +242,11 @@ class ProgressFeed:
         planner = self._planner
         if planner.readings is None:
             return None
-        needs = planner.activations
-        if activation_bytes is None and needs is not None:
-            activation_bytes = needs.nbytes
-        if planner.has_run_out and not (needs is not None and needs.is_measured):
-            activation_bytes = None  # more than was expected
+        if activation_bytes is None:
+            known = planner.activations
+            expected = plan.activation_bytes if known is None else known.nbytes
+            is_measured = known is not None and known.is_measured
+            activation_bytes = None if planner.has_run_out and not is_measured else expected
         total = planner.readings.memory.total_bytes
         has_limit = planner.settings.auto_hardware_tuning and not planner.readings.spec.is_integrated
         percent = planner.settings.vram_threshold_percent if has_limit else 0.0

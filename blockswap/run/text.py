@@ -19,8 +19,6 @@ MOST_TEXTS = 3
 FEW_MS = 100
 """Durations below it, in ms, are shown to a tenth."""
 
-GIGA = 1e9
-
 EACH = {"step": "step", "pass": "pass of the model"}
 """What a time is of."""
 

@@ -265,7 +265,7 @@ class Gate:
         """Ends our run: every tensor is at its master before the wrapper offloads, so that it copies no block."""
         gated = self._gated.get(unwrapped(transformer))
         if gated is not None:
-            gated.end(sys.exc_info()[1])  # the wrapper offloads in a `finally`: an error may be on its way
+            gated.end(gated.error_on_its_way())
             self._limit_slabs(gated.run)
 
     def _limit_slabs(self, run: SwapRun) -> None:
@@ -307,6 +307,7 @@ class GatedModel:
     def __init__(self, run: SwapRun, packages: Sequence[str], *, on_last_step: Callable[[GatedModel], None]) -> None:
         self.run = run
         self.hints_to_host = False
+        self._handled_at_start = id(None)
         self._parts: Sequence[Part] = ()
         self._packages = packages
         self._control: ControlModels | None = None
@@ -329,6 +330,7 @@ class GatedModel:
         """
         self.end()
         self.hints_to_host, self._is_last_step, self._parts = hints_to_host, False, parts
+        self._handled_at_start = id(sys.exc_info()[1])  # which lives at least as long as the call of the sampler
         transformer = unwrapped(outer)
         self._control = ControlModels(self._packages, self.run, transformer.offload_device)
         ours = Forward.on(transformer, self._forward), Forward.on(transformer, self._move, "_apply")
@@ -336,6 +338,11 @@ class GatedModel:
         if outer is not transformer:
             logger.info("a model compiled as a whole runs uncompiled while blocks are swapped; compile only the blocks")
             self._armed.append(weakref.ref(Forward.on(outer, _call_uncompiled)))
+
+    def error_on_its_way(self) -> BaseException | None:
+        """What ends the run, where the wrapper offloads in a `finally`; not what a caller of the sampler handles."""
+        failure = sys.exc_info()[1]
+        return None if id(failure) == self._handled_at_start else failure
 
     def end(self, failure: BaseException | None = None) -> None:
         """Puts every `forward` back and ends the run, which `failure` may have ended."""
