@@ -264,9 +264,7 @@ class ComfyUI:
 
     def progress_on(self, node: str, *, model: str = "") -> NodeProgress | None:
         """The display of a model's progress on the node with this id; None without a server, as in a script."""
-        from server import PromptServer
-
-        server = getattr(PromptServer, "instance", None)
+        server: Any = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
         if server is None:
             return None
         return NodeProgress(

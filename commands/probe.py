@@ -8,6 +8,7 @@ from enum import Enum
 
 from ..blockswap.settings import SwapSettings
 from ..hardware import format_bytes, measure_link, probe_device, read_device_memory, read_host_memory, tune
+from ..hardware.units import format_speed
 from .options import cache_dir, choose_device
 from .output import Result, pairs
 
@@ -59,9 +60,9 @@ def _words(field: str, value: object) -> str:
     if field.endswith("_bytes") and isinstance(value, int):
         return format_bytes(value)
     if field in ("pageable", "host_copy") and isinstance(value, float):
-        return f"{value / 1e9:.1f} GB/s"
+        return format_speed(value)
     if field == "pinned" and isinstance(value, tuple):
-        return ", ".join(f"{count} streams {speed / 1e9:.1f} GB/s" for count, speed in value) or "unknown"
+        return ", ".join(f"{count} streams {format_speed(speed)}" for count, speed in value) or "unknown"
     if isinstance(value, dict):
         return ", ".join(f"{name} {one}" for name, one in value.items() if name != "reason")
     return "; ".join(map(str, value)) if isinstance(value, tuple) else str(value)

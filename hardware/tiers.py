@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from .records import DeviceSpec, HostMemory, HostPlatform, LinkSpeed, Vendor
+from .units import format_speed
 
 # From this many compute units on, an unknown GPU gets its tier from a formula instead of the lowest tier.
 _FORMULA_MIN_UNITS = 100
@@ -103,7 +104,7 @@ def tune(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None, *, vram_thr
         return Tuning(tier, 1, tier.bandwidth_target, pin=True, reasons=(limit, "the link is not measured: 1 stream"))
     streams, speed = link.best(max_streams=tier.max_streams)
     most = max((count for count, _ in link.pinned if count <= tier.max_streams), default=streams)
-    knee = f"link: {speed / 1e9:.1f} GB/s with {'1 stream' if streams == 1 else f'{streams} streams'}"
+    knee = f"link: {format_speed(speed)} with {'1 stream' if streams == 1 else f'{streams} streams'}"
     knee += f", as fast as with up to {most}" if most > streams else ""
     return Tuning(tier, streams, tier.bandwidth_target, pin=True, reasons=(limit, knee))
 
@@ -118,7 +119,7 @@ def _why_not_pinned(spec: DeviceSpec, host: HostMemory, link: LinkSpeed | None) 
         # RX 9070 XT: 54 s with pageable memory, stalls up to 309 s with page-locked memory (reports against ComfyUI).
         return "AMD GPUs on Windows wait for copies from locked RAM: copies come from ordinary RAM, on 1 stream"
     if link is not None and link.pinned and link.pageable is not None and link.best()[1] <= link.pageable:
-        figures = f"{link.best()[1] / 1e9:.1f} against {link.pageable / 1e9:.1f} GB/s"
+        figures = f"{format_speed(link.best()[1])} against {format_speed(link.pageable)}"
         return f"copies from locked RAM are no faster than from ordinary RAM here ({figures})"
     return None
 

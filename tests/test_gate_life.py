@@ -17,7 +17,7 @@ from wanvideo_enhanced_blockswap.blockswap.engine.session import SessionState
 from wanvideo_enhanced_blockswap.blockswap.errors import DeviceMemoryError, WrapperError, WrapperMissingError
 from wanvideo_enhanced_blockswap.blockswap.host.slabs import Slab
 from wanvideo_enhanced_blockswap.blockswap.wrapper.find import find_wrapper
-from wanvideo_enhanced_blockswap.blockswap.wrapper.wanvideo import refuse_cuda_graphs
+from wanvideo_enhanced_blockswap.blockswap.wrapper.wanvideo import refuse_cuda_graphs, shown_name
 
 pytestmark = pytest.mark.usefixtures("pretend_stats")
 
@@ -332,3 +332,20 @@ def test_compiled_blocks_are_not_compiled_again_when_the_number_of_swapped_block
         assert torch.equal(workflow.sample(arguments(count)), truth("compiled"))
         graphs.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
     assert graphs == [(0, 0)] * 6, "graphs and graph breaks beyond those of the unswapped run"
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("Wan2_2-HIGH_fp8.safetensors", "Wan2_2-HIGH_fp8"),
+        (r"wan\2.2\Wan2.2-LOW.Q4_K_M.gguf", "Wan2.2-LOW.Q4_K_M"),
+        ("wan/high_noise_model/diffusion_pytorch_model.safetensors", "high_noise_model/diffusion_pytorch_model"),
+        ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model"),
+        ("Wan2.2_high.v1", "Wan2.2_high.v1"),
+        (".", ""),
+        (None, ""),
+        (torch.zeros(2), ""),
+    ],
+)
+def test_a_model_is_called_by_its_file(file: object, name: str) -> None:
+    assert shown_name(file) == name

@@ -27,7 +27,7 @@ from wanvideo_enhanced_blockswap.hardware import GIB, MIB
 MEMORY = MemoryUse(total=12 * GIB, other=GIB, residents=4 * GIB, window=GIB // 2, ceiling=6 * GIB, activations=2 * GIB)
 FREE = int(11.2 * GIB)
 PLAN = planned(18, free=FREE)
-RUN = replace(ran(17, 61 * GIB, forward_ms=1000.0, stall_ms=4.0), step=Step(9, 30), steps=9)
+RUN = replace(ran(17, 61 * GIB, forward_ms=1000.0, stall_ms=4.0), step=Step(9, 30), steps=9, forwards_per_step=2.0)
 STAY = "22 blocks on the GPU, 18 streaming"
 
 
@@ -82,7 +82,7 @@ WAITED = "2.0 s a step, the GPU waited 0.4% of the time for copies"
         (sampling(), f"Step 9 of 30: {WAITED}."),
         (sampling(run=replace(RUN, stall_ms=0.0)), "Step 9 of 30: 2.0 s a step, the GPU never waited."),
         (sampling(run=replace(RUN, step=Step(1, None))), f"Step 1: {WAITED}."),
-        (sampling(run=replace(RUN, step=None, steps=0)), f"Pass 17 of the model: {PASSES}."),
+        (sampling(run=replace(RUN, step=None, steps=0, forwards_per_step=None)), f"Pass 17 of the model: {PASSES}."),
         (sampling(run=ran(2, 17 * MIB)), "Pass 2 of the model."),
         (sampling(run=ran(0, 0)), "The first step is running."),
         (replace(sampling(), phase=Phase.DONE), f"Done after 9 steps: {WAITED}. VRAM is released."),
@@ -139,7 +139,7 @@ def test_it_is_plain_data_with_every_part_named() -> None:
     assert set(told) == {"phase", "text", "memory", "plan", "adopt", "run", "hint", "error"}
     assert set(told["memory"]) == {"total", "other", "residents", "window", "ceiling", "activations"}
     assert set(told["plan"]) == {"blocks", "swapped", "parts", "stall_ms", "forward_ms", "over_ceiling"}
-    assert set(told["run"]) == {"passes", "step", "steps", "forward_ms", "stall_ms", "each_ms", *OTHERS}
+    assert set(told["run"]) == {"passes", "step", "steps", "forward_ms", "stall_ms", "each_ms", "each", *OTHERS}
     assert (told["phase"], told["adopt"]) == ("sampling", None)
     assert (told["run"]["step"], told["run"]["steps"], told["run"]["passes"]) == (9, 30, 17)
     assert told["hint"] == {"free_bytes": GIB, "percent": 70, "blocks": 1, "saved_ms": 40.0, "each": "step"}

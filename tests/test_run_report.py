@@ -7,13 +7,15 @@ import json
 import logging
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from run_bench import BLOCK, COUNT, Bench, CountingSampler, interrupt
 from wanvideo_enhanced_blockswap.blockswap.errors import PlanError
+from wanvideo_enhanced_blockswap.blockswap.run.progress import Progress
 from wanvideo_enhanced_blockswap.blockswap.run.report import Step
-from wanvideo_enhanced_blockswap.blockswap.run.text import summary
+from wanvideo_enhanced_blockswap.blockswap.run.text import pass_time, summary
 from wanvideo_enhanced_blockswap.blockswap.settings import SwapSettings
 
 
@@ -164,6 +166,26 @@ def test_a_run_that_fails_says_so_with_its_number_and_time_in_the_first_line(
     assert re.match(r"run 3, \d\d:\d\d: 1 pass of the model; ", summary(bench.run.last_report))
 
 
+def timed(bench: Bench, *steps: int) -> list[tuple[float, str] | None]:
+    """What is told of the time of a step, after each forward of these steps, and at the end of the run."""
+    told: list[Progress] = []
+    bench.run.watcher = told.append
+    for number in steps:
+        bench.forward(step=Step(number, max(steps)))
+    bench.run.release()
+    runs = [progress.run for progress in told if progress.run is not None and progress.run.forwards]
+    return [pass_time(replace(run, forward_ms=10.0)) for run in runs]
+
+
+def test_a_step_is_as_long_as_those_that_are_finished_however_many_passes_each_has() -> None:
+    bench = Bench(room=5)
+    windows = [1] * 24 + [2] * 24
+    assert timed(bench, *windows) == [(10.0, "pass")] * 24 + [(240.0, "step")] * 25
+    guided_at_first = [1, 1, 2, 2, 3, 4, 5]
+    assert timed(bench, *guided_at_first)[-1] == (pytest.approx(14.0), "step")
+    assert timed(bench, 1, 2, 3) == [(10.0, "pass"), *[(10.0, "step")] * 3]
+
+
 def test_steps_of_all_rounds_count(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     bench = Bench(room=5)
@@ -192,7 +214,7 @@ def test_the_details_tell_the_tiers_limit_and_the_links_choice_unless_the_stream
         said[name] = [text for text in lines if text.startswith(("- limits", "- link"))]
     tier, link = said["automatic"]
     assert tier.startswith("- limits of RTX 5090/4090: at most 16 streams, 90% of what is available, since RTX 4090")
-    assert re.fullmatch(r"- link: \d+\.\d GB/s with 1 stream", link)
+    assert re.fullmatch(r"- link: \d+\.\d MB/s with 1 stream", link)
     assert said["by hand"] == []
 
 

@@ -146,6 +146,7 @@ class Progress:
             "forward_ms": run.forward_ms,
             "stall_ms": run.stall_ms,
             "each_ms": None if time is None else time[0],
+            "each": None if time is None else time[1],
             "ran_out_with": run.ran_out_with,
             "others": run.others,
             "movers": list(run.movers),

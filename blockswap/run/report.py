@@ -80,6 +80,7 @@ class Measured:
         forwards: Forwards that ran blocks.
         step: The sampler's step that ran last.
         steps: Steps that ran, in all rounds of a sampler that goes through its steps again; 0 is unknown.
+        forwards_per_step: Forwards that ran blocks in a step, the mean over those that are finished; None is unknown.
         empty_forwards: Forwards that ran none.
         timed_forwards: Forwards of which every block was timed.
         forward_ms: Duration of a forward that ran blocks, the median.
@@ -107,6 +108,7 @@ class Measured:
     forwards: int
     step: Step | None = None
     steps: int = 0
+    forwards_per_step: float | None = None
     empty_forwards: int = 0
     timed_forwards: int = 0
     forward_ms: float | None = None
@@ -173,12 +175,15 @@ class RunReport:
         interrupted = is_interrupt(failure)
         why = "" if failure is None or interrupted else error_in_words(failure)
         measured, hint = replace(self.measured, samples=samples), self.hint if failure is None else None
+        if measured.steps and failure is None:  # the last one is finished, too
+            measured = replace(measured, forwards_per_step=measured.forwards / measured.steps)
         return replace(self, measured=measured, hint=hint, ended=datetime.now(), failure=why, interrupted=interrupted)
 
 
 def is_interrupt(failure: BaseException | None) -> bool:
     """Whether the user stopped the run: by ComfyUI's button, whose exception is known by its name, or by a signal."""
-    return isinstance(failure, KeyboardInterrupt) or type(failure).__name__ == "InterruptProcessingException"
+    kinds = () if failure is None else type(failure).__mro__
+    return any(kind.__name__ in ("KeyboardInterrupt", "InterruptProcessingException") for kind in kinds)
 
 
 def error_in_words(failure: BaseException) -> str:
@@ -239,6 +244,7 @@ class RunStats:
         self._before = self._now = _Counts.of(session)
         self.step: Step | None = None
         self.steps = 0
+        self._forwards_per_step: float | None = None
         self.observation: Observation | None = None
         self.timed = range(0)
         self.is_timed = False
@@ -252,7 +258,10 @@ class RunStats:
 
     def count(self, step: Step | None) -> None:
         """Takes the counters after a forward of `step` that ended well; copies of one that fails are not counted."""
-        self.steps += step is not None and step != self.step
+        if step is not None and step != self.step:
+            if self.steps:
+                self._forwards_per_step = (self._now.forwards - self._before.forwards) / self.steps
+            self.steps += 1
         self.step = step
         self._now = _Counts.of(self._session)
 
@@ -317,6 +326,7 @@ class RunStats:
             forwards=now.forwards - before.forwards,
             step=self.step,
             steps=self.steps,
+            forwards_per_step=self._forwards_per_step,
             empty_forwards=now.empty_forwards - before.empty_forwards,
             timed_forwards=0 if seen is None else seen.forwards,
             forward_ms=None if seen is None else seen.forward_ms,

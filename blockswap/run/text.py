@@ -108,12 +108,12 @@ def plan_lines(plan: SwapPlan, *, card: str) -> str:
 
 
 def pass_time(measured: Measured) -> tuple[float, str] | None:
-    """Time of a step in ms, or of a pass of the model where steps are not known, and which of both; None if unknown."""
+    """Time of a step in ms, or of a pass of the model while no step is finished, and which of both; None if unknown."""
     if measured.forward_ms is None:
         return None
-    if not measured.steps:
+    if measured.forwards_per_step is None:
         return measured.forward_ms, "pass"
-    return measured.forward_ms * max(1, round(measured.forwards / measured.steps)), "step"
+    return measured.forward_ms * measured.forwards_per_step, "step"
 
 
 def time_in_words(time: tuple[float, str] | None) -> str:

@@ -13,7 +13,6 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import PureWindowsPath
 from typing import Any
 
 import torch
@@ -44,6 +43,7 @@ from .wanvideo import (
     reset_our_count,
     retry_blocker,
     return_unloaded_weights,
+    shown_name,
     vace_blocks_entered,
     vace_blocks_of,
 )
@@ -216,7 +216,7 @@ class Gate:
         offload(parts, transformer.offload_device)
         offload_state_dict(transformer, model)
         gated.run.use(settings)
-        gated.run.model = PureWindowsPath(str(entry(model, "model_name") or type(transformer).__name__)).stem
+        gated.run.model = shown_name(entry(model, "model_name")) or type(transformer).__name__
         gated.run.session.listeners.on_master = replace_in(model)
         if self._on_start is not None:
             self._on_start(gated.run, swap_args)

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PureWindowsPath
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ def refuse_cuda_graphs(compile_args: Mapping[str, Any] | None) -> None:
         )
 
 
+MODEL_FILES = (".safetensors", ".sft", ".gguf", ".pt", ".pth", ".bin", ".ckpt")
+
 MANAGED = (
     "swapped blocks cannot run with vram_management_args, which move the same weights; disconnect vram_management_args "
     "from the loader, or disconnect WanVideo Enhanced BlockSwap"
@@ -80,6 +83,13 @@ def entry(model: Any, key: str) -> Any:
         return model[key]
     except (KeyError, TypeError, AttributeError):
         return None
+
+
+def shown_name(file: Any) -> str:
+    """What a model is called by its file: without folders, except where all models of a kind have files of one name."""
+    path = PureWindowsPath(file) if isinstance(file, str) else PureWindowsPath()
+    name = path.stem if path.suffix.lower() in MODEL_FILES else path.name
+    return f"{path.parent.name}/{name}" if name.startswith("diffusion_pytorch_model") and path.parent.name else name
 
 
 def vace_blocks_of(transformer: Any) -> Sequence[nn.Module]:

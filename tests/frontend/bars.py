@@ -38,7 +38,7 @@ SAMPLING = Progress(
     memory=MEMORY,
     plan=PLAN,
     predicted=PREDICTED,
-    run=replace(ran(14, 57 * GIB, forward_ms=1000.0, stall_ms=4.0), step=Step(7, 30), steps=7),
+    run=replace(ran(14, 57 * GIB, forward_ms=1000.0, stall_ms=4.0), step=Step(7, 30), steps=7, forwards_per_step=2.0),
 )
 HINT = Hint(free_bytes=3 * GIB, percent=75, blocks=9, saved_ms=1200.0)
 DONE = Progress(
@@ -46,7 +46,7 @@ DONE = Progress(
     memory=MEMORY,
     plan=PLAN,
     predicted=PREDICTED,
-    run=replace(ran(60, 57 * GIB, forward_ms=1000.0, stall_ms=4.0), step=Step(30, 30), steps=30),
+    run=replace(ran(60, 57 * GIB, forward_ms=1000.0, stall_ms=4.0), step=Step(30, 30), steps=30, forwards_per_step=2.0),
     hint=HINT,
 )
 

@@ -134,7 +134,7 @@ class MadeRun:
             forward_ms=self._forward.elapsed,
             stall_ms=self._forward.stall,
         )
-        run = replace(run, step=Step(steps, self.steps), steps=steps)
+        run = replace(run, step=Step(steps, self.steps), steps=steps, forwards_per_step=PASSES)
         return Progress(phase=phase, memory=self._memory, plan=self.plan, predicted=self._forward, run=run, hint=hint)
 
 

@@ -46,7 +46,7 @@ TOLD = {
         SAMPLING, run=replace(SAMPLING.run, others="accelerate moved blocks.3.up", movers=("accelerate",))
     ),
     "rescued": replace(SAMPLING, run=replace(SAMPLING.run, ran_out_with=12)),
-    "passes": replace(SAMPLING, run=replace(SAMPLING.run, step=None, steps=0)),
+    "passes": replace(SAMPLING, run=replace(SAMPLING.run, step=None, steps=0, forwards_per_step=None)),
     "whole": Progress(
         phase=Phase.SAMPLING,
         memory=MEMORY,
@@ -266,7 +266,7 @@ RUNS = [
     ran(0, 0),
     ran(3, 9 * GIB, forward_ms=500.0, stall_ms=0.0),
     replace(ran(6, 9 * GIB), step=Step(3, None), steps=3),
-    replace(ran(7, 9 * GIB, forward_ms=700.0), step=Step(4, 9), steps=4, ran_out_with=3),
+    replace(ran(7, 9 * GIB, forward_ms=700.0), step=Step(4, 9), steps=4, forwards_per_step=1.5, ran_out_with=3),
 ]
 HINTS = [None, *(replace(HINT, saved_ms=saved) for saved in (0.0, 45.6, 999.0, 1000.0, 61_000.0))]
 

@@ -140,7 +140,7 @@ def test_one_stream_is_named_as_one():
             LinkSpeed(((1, 12e9),), 12.4e9),
             {"vendor": Vendor.AMD},
             False,
-            "no faster than from ordinary RAM here (12.0 against 12.4 GB/s)",
+            "no faster than from ordinary RAM here (12.0 GB/s against 12.4 GB/s)",
         ),
     ],
 )

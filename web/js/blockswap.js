@@ -187,8 +187,9 @@ function forwardToCanvas(element) {
 
 function showEvent(event) {
   const node = nodeAt(rootGraph(), event.node);
-  if (isOurs(node)) refresh(node, event);
-  else if (node) sayText(node, event.text, event.isEarlier);
+  // Graphs of some files have one id, so that the event may be of another node.
+  if (event.phase === "text") node && sayText(node, event.text, event.isEarlier);
+  else if (isOurs(node)) refresh(node, event);
 }
 
 /** Shows all events of the open workflow again: its nodes or the language may be new. */
@@ -312,6 +313,8 @@ app.registerExtension({
     api.addEventListener("status", ({ detail }) => workflows.onQueueLength(detail?.exec_info?.queue_remaining));
     api.addEventListener("execution_start", onStart);
     api.addEventListener("graphChanged", onGraphChanged);
+    // For its own buttons, the front end sends that late.
+    window.addEventListener("click", () => setTimeout(onGraphChanged), true);
     api.addEventListener(EVENT, onProgress);
     api.addEventListener("executed", onExecuted);
     // Runs after ComfyUI's own listener, which is added before extensions load; nothing is drawn in between.

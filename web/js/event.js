@@ -23,12 +23,15 @@ function planOf(part) {
 function runOf(part) {
   const run = amounts(part, ["passes"], ["step", "steps", "forward_ms", "stall_ms", "each_ms", "ran_out_with"]);
   const movers = Array.isArray(part?.movers) ? part.movers.filter((name) => typeof name === "string") : [];
-  return run && { ...run, others: textOf(part.others), movers };
+  return run && { ...run, others: textOf(part.others), movers, each: eachOf(part) };
 }
+
+/** What a time is of. */
+const eachOf = ({ each }) => (each === "pass" ? "pass" : "step");
 
 function hintOf(part) {
   const hint = amounts(part, ["free_bytes", "percent", "blocks", "saved_ms"]);
-  return hint && { ...hint, each: part.each === "pass" ? "pass" : "step" };
+  return hint && { ...hint, each: eachOf(part) };
 }
 
 /**

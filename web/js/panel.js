@@ -151,7 +151,7 @@ export class Panel {
     const hint = event?.hint ? texts.hint(event.hint) : null;
     this.content.replaceChildren(
       ...(hasBar ? [headOf(head, limit, tipOf), ...figures] : []),
-      ...lines.map((line, index) => sentenceOf(line, event && index === 0, line === hint ? "hint" : phase)),
+      ...lines.map((line, index) => sentenceOf(line, event && index === 0, line === hint ? "hint" : index || !event?.before ? phase : "done")),
       ...progressOf(event),
     );
     this.onResize();

@@ -87,7 +87,11 @@ const NEVER = 0.0005;
 const OVER = { done: ["done_steps", "done_passes"], stopped: ["stopped_steps", "stopped_passes"] };
 
 // Errors for which there is something to do.
-const ERRORS = { DeviceMemoryError: "out_of_vram", OutOfVramError: "out_of_vram", HostMemoryError: "out_of_ram" };
+const ERRORS = new Map([
+  ["DeviceMemoryError", "out_of_vram"],
+  ["OutOfVramError", "out_of_vram"],
+  ["HostMemoryError", "out_of_ram"],
+]);
 
 const filled = (template, figures) =>
   template.replace(/\[(\w+)\]/g, (placeholder, name) => String(figures[name] ?? placeholder));
@@ -152,7 +156,7 @@ export class Texts {
     if (event.phase === "off" && this.language !== "en") return [this.sentence(this.say("off")), ...split(event.text)];
     if (event.text && this.language === "en") return split(event.text);
     // An error's message is not translated.
-    if (event.phase === "failed") return [this.sentence(this.say(ERRORS[event.error] ?? "failed_run")), ...split(event.text)];
+    if (event.phase === "failed") return [this.sentence(this.say(ERRORS.get(event.error) ?? "failed_run")), ...split(event.text)];
     if (event.phase === "stopped" && !event.run) return [this.sentence(this.say("stopped"))];
     const { plan, adopt, run, hint, phase } = event;
     const isMeasured = phase in OVER && run?.stall_ms != null;
@@ -203,16 +207,19 @@ export class Texts {
   }
 
   /** How long a step takes. */
-  takes({ each_ms: time, step }) {
-    if (time === null) return "";
-    return this.say("takes", { time: this.duration(time), each: this.say(step === null ? "each_pass" : "each_step") });
+  takes({ each_ms: time, each }) {
+    return time === null ? "" : this.say("takes", { time: this.duration(time), each: this.each(each) });
+  }
+
+  each(of) {
+    return this.say(of === "pass" ? "each_pass" : "each_step");
   }
 
   /** What the user could change. */
   hint(hint) {
     if (!hint) return "";
-    const each = this.say(hint.each === "pass" ? "each_pass" : "each_step");
-    const figures = { ...hint, free: this.memory(hint.free_bytes), saved: this.duration(hint.saved_ms), each };
+    const [free, saved] = [this.memory(hint.free_bytes), this.duration(hint.saved_ms)];
+    const figures = { ...hint, free, saved, each: this.each(hint.each) };
     return this.sentence(this.say("hint", figures));
   }
 
