@@ -201,10 +201,11 @@ class WanVideoEnhancedBlockSwapPlan:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
         arguments = ("BLOCKSWAPARGS", {"tooltip": "From WanVideo Enhanced BlockSwap."})
-        return {"required": {"model": MODEL, "block_swap_args": arguments}, "optional": dict(SHAPE_WIDGETS)}
+        # Optional, so that a swap node that is bypassed is told and no error.
+        return {"required": {"model": MODEL}, "optional": {"block_swap_args": arguments, **SHAPE_WIDGETS}}
 
     def preview(
-        self, model: Any, block_swap_args: Any, width: int = 832, height: int = 480, num_frames: int = 81
+        self, model: Any, block_swap_args: Any = None, width: int = 832, height: int = 480, num_frames: int = 81
     ) -> dict[str, Any]:
         text = self._text(model, block_swap_args, (width, height, num_frames))
         return {"ui": {"text": [text]}, "result": (model, block_swap_args, text)}

@@ -124,6 +124,15 @@ def test_a_plan_for_a_model_with_another_nodes_arguments_says_that_it_is_not_fol
     assert "another node's" not in PLAN().preview(workflow.patchers[0], ours(), 128, 128, 9)["result"][2]
 
 
+def test_the_plan_behind_a_bypassed_swap_node_says_what_is_missing(comfy: SimpleNamespace) -> None:
+    assert "block_swap_args" not in PLAN.INPUT_TYPES()["required"]
+    workflow = Workflow("fp32", device=HPU)
+    workflow.load()
+    model, arguments, text = PLAN().preview(workflow.patchers[0])["result"]
+    assert (model, arguments) == (workflow.patchers[0], None)
+    assert text == "nothing is planned: no arguments are connected; connect those of WanVideo Enhanced BlockSwap"
+
+
 # VRAM management
 
 

@@ -248,6 +248,8 @@ def test_the_second_model_of_a_node_has_the_result_of_the_first_above_it(ui: Fro
     shown = bar(ui, node)
     assert (shown.overflows, plain([shown.label])[0].count("Wan2_2-")) == (False, 2)
     assert run("Wan2_2-LOW", DONE)[0] == pair[0]
+    failed_line = run("Wan2_2-LOW", FAILED)[1]
+    assert plain([bar(ui, node).alarm or ""]) == [failed_line]
     ui.send("execution_start", {"prompt_id": "another", "timestamp": 1})
     assert run("Wan2_2-HIGH", SAMPLING) == one
     assert ui.errors == []
@@ -266,6 +268,8 @@ RUNS = [
     ran(0, 0),
     ran(3, 9 * GIB, forward_ms=500.0, stall_ms=0.0),
     replace(ran(6, 9 * GIB), step=Step(3, None), steps=3),
+    replace(ran(1, 9 * GIB), step=Step(1, 4), steps=1),
+    ran(1, 9 * GIB),
     replace(ran(7, 9 * GIB, forward_ms=700.0), step=Step(4, 9), steps=4, forwards_per_step=1.5, ran_out_with=3),
 ]
 HINTS = [None, *(replace(HINT, saved_ms=saved) for saved in (0.0, 45.6, 999.0, 1000.0, 61_000.0))]

@@ -129,8 +129,9 @@ export class Panel {
     const isPast = Boolean(event?.isEarlier);
     const shownNotice = !event || isPast || ENDED.has(phase) ? notice : null;
     const lines = shownNotice ? [texts.say(shownNotice)] : [];
-    if (event) lines.push(...texts.lines(event));
+    if (event && shownNotice !== "bypassed") lines.push(...texts.lines(event));
     else if (!shownNotice) lines.push(texts.say("idle"));
+    const main = event?.before && !shownNotice ? 1 : 0; // the line that is not pale
     const note = isPast ? texts.earlier(event.at) : noteOf(phase, memory, texts);
     const legend = memory || !event ? entriesOf(memory, texts) : [];
     const limit = limitOf(memory, texts);
@@ -149,9 +150,10 @@ export class Panel {
     const figures = [html("div", place, [bar(memory), ...(memory ? zonesOf(memory, tipOf) : [])])];
     if (legend.length) figures.push(legendOf(legend, tipOf, pale.opacity < 1 ? 0.75 : 1));
     const hint = event?.hint ? texts.hint(event.hint) : null;
+    const kindOf = (line, index) => (line === hint ? "hint" : index < main ? "done" : phase);
     this.content.replaceChildren(
       ...(hasBar ? [headOf(head, limit, tipOf), ...figures] : []),
-      ...lines.map((line, index) => sentenceOf(line, event && index === 0, line === hint ? "hint" : index || !event?.before ? phase : "done")),
+      ...lines.map((line, index) => sentenceOf(line, event && index === main, kindOf(line, index))),
       ...progressOf(event),
     );
     this.onResize();

@@ -203,7 +203,8 @@ export class Texts {
 
   head({ passes, step, steps }, phase) {
     const [inSteps, inPasses] = OVER[phase] ?? [steps === null ? "step" : "step_of", "pass"];
-    return step === null ? this.say(inPasses, { number: passes }) : this.say(inSteps, { number: step, steps });
+    const head = step === null ? this.say(inPasses, { number: passes }) : this.say(inSteps, { number: step, steps });
+    return head.replace(/\b1 (step|passe)s\b/, (_, word) => `1 ${word.slice(0, 4)}`);
   }
 
   /** How long a step takes. */
