@@ -117,3 +117,10 @@ def test_a_number_of_blocks_that_frees_nothing_is_refused_with_the_type_that_sta
         make_plan(model, BY_HAND, FACTS)
     assert make_plan(model, replace(BY_HAND, blocks_to_swap=0), FACTS).swapped_count == 0
     assert make_plan(model, SwapSettings(), replace(FACTS, memory=ROOM)).swapped_count == 0
+
+
+@pytest.mark.parametrize(("is_on", "told"), [(True, False), (False, True)])
+def test_that_the_user_has_switched_locked_ram_off_is_said_as_such(is_on: bool, told: bool) -> None:
+    made = make_plan(MODEL, SwapSettings(enable_dram_optimization=is_on), FACTS)
+    assert made.swapped_count
+    assert any("since enable_dram_optimization is off" in remark for remark in made.remarks) is told

@@ -115,7 +115,7 @@ def test_a_help_page_has_no_line_of_code_that_scrolls_except_what_the_nodes_prin
 def test_which_card_runs_what_is_what_plan_says_today(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--table", "--json"]) == 0
     rows = {(row["model"], row["card"], row["shape"]): row for row in json.loads(capsys.readouterr().out)["rows"]}
-    head, _, *table = cells(README.split("## Which card runs what")[1].split("\nIn all of these cells")[0])
+    head, _, *table = cells(README.split("## Which card runs what")[1].split("\nIn these cells")[0])
     assert [heading.split(",")[0] for heading in head[2:]] == list(CARDS)
     assert [row[0] for row in table[::2]] == [row[0] for row in table[1::2]] == list(MODELS)
     for label, video, *shown in table:

@@ -142,9 +142,8 @@ def _reasons(chosen: Hosting, blocks: Mapping[int, _Block], inputs: PlanInputs, 
     wanted = sum(block.slab_bytes for block in blocks.values())
     added = sum(block.added_bytes for block in blocks.values())
     if not inputs.pin:
-        reasons.append(
-            "RAM is not locked, since enable_dram_optimization is off or it is not possible here: copies are slower"
-        )
+        why = "it is not possible here" if inputs.wants_pin else "enable_dram_optimization is off"
+        reasons.append(f"RAM is not locked, since {why}: copies are slower")
     elif not inputs.overlap:
         reasons.append("copying and computing take turns, so RAM is not locked")
     elif wanted > inputs.pin_budget_bytes:

@@ -117,6 +117,7 @@ def plan_inputs(
         overlap=overlap,
         # A manual setting is followed even where page-locking is known to do harm; only automatic tuning avoids it.
         pin=settings.enable_dram_optimization and limits.pin and (tuning.pin or not is_auto),
+        wants_pin=settings.enable_dram_optimization,
         timing=timing_of(readings.link, streams=tuning.streams if is_auto else settings.num_cuda_streams),
         disk=readings.disk,
         tuning=tuning.reasons if is_auto else (),

@@ -118,6 +118,7 @@ class PlanInputs:
         slots: Number of slots; None lets predicted times decide.
         overlap: Copies have streams of their own. Without them one slot suffices, since no copy can run ahead.
         pin: Slabs may be page-locked.
+        wants_pin: The user wants them to be.
         timing: Known speeds, without that of reads.
         disk: Speed of reading the model's file; None if unknown.
         activations: Peak of a forward above the weights; None if unknown.
@@ -145,6 +146,7 @@ class PlanInputs:
     slots: int | None = None
     overlap: bool = True
     pin: bool = True
+    wants_pin: bool = True
     timing: Timing = field(default_factory=Timing)
     disk: DiskSpeed | None = None
     activations: Activations | None = None
