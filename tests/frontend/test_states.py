@@ -107,6 +107,27 @@ def test_the_panel_of_a_node_that_takes_no_part_is_dim_and_says_so(ui: FrontEnd,
     assert ui.errors == []
 
 
+@one_language
+def test_a_node_that_is_bypassed_by_a_button_says_so_although_the_front_end_tells_of_it_late(ui: FrontEnd) -> None:
+    node = connected(ui)
+    for mode, notice in ((4, "bypassed"), (0, "")):
+        ui.evaluate("([id, mode]) => { app.graph.getNodeById(id).mode = mode; document.body.click(); }", [node, mode])
+        ui.settle()
+        assert bar(ui, node).notice == notice
+
+
+@one_language
+def test_a_text_of_another_file_whose_graph_has_the_same_id_is_not_shown_on_a_bar(ui: FrontEnd) -> None:
+    report = ui.add("WanVideoEnhancedBlockSwapReport")
+    saved = ui.serialize()
+    ui.send("executed", {"node": report, "display_node": report, "output": {"text": ["one"]}, "prompt_id": "one"})
+    (node,) = [each for each in saved["nodes"] if str(each["id"]) == report]
+    others = [each for each in saved["nodes"] if each is not node]
+    ui.load({**saved, "nodes": [*others, {"id": node["id"], "type": NODE, "pos": [0, 0], "size": [400, 400]}]})
+    assert "one" not in bar(ui, report).lines
+    assert [error for error in ui.errors if "blockswap" in error.lower()] == []
+
+
 # After one
 
 
