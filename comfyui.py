@@ -159,7 +159,7 @@ class ComfyUI:
 
     def check_at_start(self, name: str, node: type) -> None:
         """Checks, once ComfyUI has loaded all packs and starts its server, what `check` does; without one, nothing."""
-        server: Any = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+        server = _server()
         starting = getattr(getattr(server, "app", None), "on_startup", None)
         if starting is None or getattr(starting, "frozen", True):  # it runs already, or is not ComfyUI's
             return
@@ -258,14 +258,19 @@ class ComfyUI:
     def report_off(self, why: str, *, node: str | None) -> None:
         """Reports why we swap nothing, in the log and on the node with this id."""
         self.warn_once(why)
-        progress = None if node is None else self.progress_on(node)
-        if progress is not None:
-            progress(Progress(phase=Phase.OFF, why=why))
+        self._show(node, Progress(phase=Phase.OFF, why=why))
 
-    def progress_on(self, node: str, *, model: str = "") -> NodeProgress | None:
-        """The display of a model's progress on the node with this id; None without a server, as in a script."""
-        server: Any = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-        if server is None:
+    def _show(self, node: str | None, progress: Progress) -> None:
+        display = self.progress_on(node)
+        if display is not None:
+            display(progress)
+
+    def progress_on(self, node: str | None, *, model: str = "") -> NodeProgress | None:
+        """The display of a model's progress on the node with this id; None without one, or without a server, as in a
+        script.
+        """
+        server = _server()
+        if server is None or node is None:
             return None
         return NodeProgress(
             node,
@@ -277,14 +282,10 @@ class ComfyUI:
 
     def _on_start(self, run: SwapRun, arguments: Mapping[str, Any]) -> None:
         self._pin_budget()
-        node = node_of(arguments)
-        run.watcher = None if node is None else self.progress_on(node, model=run.model)
+        run.watcher = self.progress_on(node_of(arguments), model=run.model)
 
     def _on_refused(self, why: BlockSwapError, arguments: Mapping[str, Any]) -> None:
-        node = node_of(arguments)
-        progress = None if node is None else self.progress_on(node)
-        if progress is not None:
-            progress(failed(why))
+        self._show(node_of(arguments), failed(why))
 
     def _on_set(self, patcher: Any, arguments: Any) -> None:
         wrong = wrong_with_setting(patcher, arguments)
@@ -346,6 +347,11 @@ class ComfyUI:
             sampler=Sampler(machine.spec),
             trace_dir=_temp_folder(),
         )
+
+
+def _server() -> Any:
+    """ComfyUI's server; None in a script."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def _running_workflow(server: Any) -> str | None:

@@ -201,7 +201,7 @@ class WanVideoEnhancedBlockSwapPlan:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
         arguments = ("BLOCKSWAPARGS", {"tooltip": "From WanVideo Enhanced BlockSwap."})
-        # Optional, so that a swap node that is bypassed is told and no error.
+        # Optional: without it, as behind a bypassed swap node, the text says what is missing.
         return {"required": {"model": MODEL}, "optional": {"block_swap_args": arguments, **SHAPE_WIDGETS}}
 
     def preview(

@@ -35,6 +35,7 @@ from ..hardware import (
 )
 from ..hardware.cards import KnownGpu, find_gpu, vendor_of
 from ..hardware.disk import measure_disk
+from ..hardware.units import format_speed
 from .options import cache_dir, choose_device, parse_count, parse_shape, parse_size
 from .output import Result, pairs
 
@@ -254,7 +255,7 @@ def named_card(gpu: str | None, *, vram: str | None, ram: str | None, link: Link
     assumed = None
     if link is None and known is not None and known.link_bytes_per_second is not None:
         link = LinkSpeed(((1, known.link_bytes_per_second),), None)
-        assumed = f"assumed: {known.pcie}, {known.link_bytes_per_second / 1e9:.1f} GB/s; --link changes it"
+        assumed = f"assumed: {known.pcie}, {format_speed(known.link_bytes_per_second)}; --link changes it"
     spec = DeviceSpec(
         name,
         vendor_of(name) if known is None else known.vendor,

@@ -232,6 +232,11 @@ class SwapPlan:
         return self.swapped_count - self.streaming_beside
 
     @property
+    def staying_count(self) -> int:
+        """Number of blocks that stay on the device."""
+        return self.block_count - self.streaming_count
+
+    @property
     def streaming_beside(self) -> int:
         """Number of swapped modules beside the blocks."""
         return sum(map(operator.and_, self.swapped, self.beside)) if self.beside else 0
@@ -278,5 +283,5 @@ def blocks_in_words(plan: SwapPlan) -> str:
         return f"all {format_count(plan.block_count, 'block')} on the GPU"
     parts = plan.streaming_beside
     others = f", with {format_count(parts, 'other part')} of the model" if parts else ""
-    on_gpu = format_count(plan.block_count - plan.streaming_count, "block")
+    on_gpu = format_count(plan.staying_count, "block")
     return f"{on_gpu} on the GPU, {plan.streaming_count} streaming{others}"

@@ -217,7 +217,7 @@ class SwapRun:
             raise OutOfVramError(oom_message(self._workload, made, reported=reported))
         self._stats.replans.append("VRAM ran out")
         if made is not None and self._stats.ran_out_with is None:
-            self._stats.ran_out_with = made.block_count - made.streaming_count
+            self._stats.ran_out_with = made.staying_count
 
     def report(self) -> RunReport | None:
         """The report of the run so far, or of the last run if none has started since; None before the first."""

@@ -418,7 +418,7 @@ def oom_message(workload: Workload | None, plan: SwapPlan | None, *, reported: s
         needs = f"takes more than the {format_bytes(room)} that were left{estimate}"
     else:
         needs = f"takes about {format_bytes(expected)}, and {format_bytes(room)} were left"
-    stay = format_count(plan.block_count - plan.streaming_count, "block")
+    stay = format_count(plan.staying_count, "block")
     head = f"out of VRAM: computing this video {needs}, with {stay} on the GPU"
     return f"{head}; {_advice(workload, room)}or close other programs on the GPU (the GPU reported: {reported})"
 

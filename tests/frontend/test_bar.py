@@ -261,6 +261,7 @@ WAYS = [
     {"plan": planned(22, free=5 * GIB, over_ceiling=True), "predicted": PREDICTED},
     {"plan": planned(22, free=5 * GIB)},
     {"plan": planned(0, free=GIB // 3), "predicted": PREDICTED},
+    {"plan": planned(39, free=GIB)},
 ]
 RUNS = [
     SAMPLING.run,
@@ -271,8 +272,10 @@ RUNS = [
     replace(ran(1, 9 * GIB), step=Step(1, 4), steps=1),
     ran(1, 9 * GIB),
     replace(ran(7, 9 * GIB, forward_ms=700.0), step=Step(4, 9), steps=4, forwards_per_step=1.5, ran_out_with=3),
+    replace(ran(7, 9 * GIB), step=Step(4, 9), steps=4, ran_out_with=1),
 ]
 HINTS = [None, *(replace(HINT, saved_ms=saved) for saved in (0.0, 45.6, 999.0, 1000.0, 61_000.0))]
+HINTS += [replace(HINT, blocks=1), replace(HINT, each="pass")]
 
 
 @one_page

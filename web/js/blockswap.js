@@ -187,8 +187,9 @@ function forwardToCanvas(element) {
 
 function showEvent(event) {
   const node = nodeAt(rootGraph(), event.node);
+  if (!node) return;
   // Graphs of some files have one id, so that the event may be of another node.
-  if (event.phase === "text") node && sayText(node, event.text, event.isEarlier);
+  if (event.phase === "text") sayText(node, event.text, event.isEarlier);
   else if (isOurs(node)) refresh(node, event);
 }
 

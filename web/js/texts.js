@@ -96,6 +96,10 @@ const ERRORS = new Map([
 const filled = (template, figures) =>
   template.replace(/\[(\w+)\]/g, (placeholder, name) => String(figures[name] ?? placeholder));
 
+// In English, as Python has it: "1 step", "1 more block".
+const singular = (text) =>
+  text.replace(/\b1( more)? (block|step|other part|pass)(es|s)\b/g, (_, more = "", word) => `1${more} ${word}`);
+
 // A number and its unit stay on one line.
 const unbroken = (text) => text.replace(/(\d) (?=[KMG]?B\b|%|ms\b|s\b)/g, "$1\u00a0");
 
@@ -116,7 +120,7 @@ export class Texts {
   }
 
   say(name, figures = {}) {
-    return filled(this.words[name], figures);
+    return singular(filled(this.words[name], figures));
   }
 
   /** Memory, in powers of two; in the unit of `like` bytes, so that figures of one sum have one unit. */
@@ -156,7 +160,9 @@ export class Texts {
     if (event.phase === "off" && this.language !== "en") return [this.sentence(this.say("off")), ...split(event.text)];
     if (event.text && this.language === "en") return split(event.text);
     // An error's message is not translated.
-    if (event.phase === "failed") return [this.sentence(this.say(ERRORS.get(event.error) ?? "failed_run")), ...split(event.text)];
+    if (event.phase === "failed") {
+      return [this.sentence(this.say(ERRORS.get(event.error) ?? "failed_run")), ...split(event.text)];
+    }
     if (event.phase === "stopped" && !event.run) return [this.sentence(this.say("stopped"))];
     const { plan, adopt, run, hint, phase } = event;
     const isMeasured = phase in OVER && run?.stall_ms != null;
@@ -203,8 +209,7 @@ export class Texts {
 
   head({ passes, step, steps }, phase) {
     const [inSteps, inPasses] = OVER[phase] ?? [steps === null ? "step" : "step_of", "pass"];
-    const head = step === null ? this.say(inPasses, { number: passes }) : this.say(inSteps, { number: step, steps });
-    return head.replace(/\b1 (step|passe)s\b/, (_, word) => `1 ${word.slice(0, 4)}`);
+    return step === null ? this.say(inPasses, { number: passes }) : this.say(inSteps, { number: step, steps });
   }
 
   /** How long a step takes. */
@@ -227,7 +232,7 @@ export class Texts {
   /** What other nodes do to the weights; in English, Python's own text says more. */
   others(run) {
     if (!run?.others) return "";
-    const who = run.movers.length ? run.movers.reduce((one, other) => this.say("and", { one, other })) : this.say("another");
+    const who = this.join("and", run.movers.length ? run.movers : [this.say("another")]);
     return this.sentence(this.say("others", { who }));
   }
 
